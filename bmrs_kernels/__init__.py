@@ -1,0 +1,21 @@
+"""Numerically exact and fast functions of truncated log-normal multiplicative noise for PyTorch.
+
+Everything is tensors in, tensors out; the library that prunes with it is the package ``bmrs``.
+"""
+
+from bmrs_kernels.evidence_change.op import delta_f_lognormal, delta_f_loguniform
+from bmrs_kernels.log_uniform_kl.op import kl_divergence
+from bmrs_kernels.multiplicative_noise.op import multiply_noise, sample_noise
+from bmrs_kernels.noise_moments.op import noise_mean, noise_snr
+from bmrs_kernels.philox import philox_uniform
+
+__all__ = [
+    "delta_f_lognormal",
+    "delta_f_loguniform",
+    "kl_divergence",
+    "multiply_noise",
+    "noise_mean",
+    "noise_snr",
+    "philox_uniform",
+    "sample_noise",
+]

@@ -1,0 +1,1 @@
+"""KL divergence from the truncated log-normal posterior to the log-uniform prior."""

@@ -1,0 +1,48 @@
+"""Public function for the KL divergence between noise posterior and prior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from bmrs_kernels.backend import Backend, resolve_backend
+from bmrs_kernels.log_uniform_kl import reference
+from bmrs_kernels.registration import structure_op
+from bmrs_kernels.validation import check_interval, check_parameters
+
+
+def _compute(
+    mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.kl_divergence(mu, log_sigma, lower, upper, **options)
+
+
+_kl_divergence = structure_op("kl_divergence", _compute, options="float lower, float upper, str backend")
+
+
+def kl_divergence(
+    mu: Tensor, log_sigma: Tensor, *, lower: float = -20.0, upper: float = 0.0, backend: Backend = "auto"
+) -> Tensor:
+    """Return KL(q‖p) of each structure's noise posterior from its log-uniform prior (Eq. 3).
+
+    q is Normal(μ, σ²) truncated to [lower, upper], p uniform on [lower, upper], both for log θ. Differentiable in
+    μ and log σ.
+
+    Args:
+        mu: location μ of log θ, any shape, floating point.
+        log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5], with zero gradient outside.
+        lower: a, lower end of log θ.
+        upper: b, upper end of log θ.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        Tensor of the shape and dtype of ``mu``: non-negative, in nats.
+
+    Raises:
+        TypeError: ``mu`` or ``log_sigma`` is not a floating-point tensor, or their dtypes differ.
+        ValueError: shapes or devices differ, or not lower < upper.
+    """
+    check_parameters(mu, log_sigma)
+    check_interval(lower, upper)
+    return _kl_divergence(mu, log_sigma, lower, upper, resolve_backend(backend, mu))

@@ -1,0 +1,1 @@
+"""Truncated log-normal noise: samples at given uniforms, and noise multiplied onto an activation."""

@@ -1,0 +1,266 @@
+"""Public functions that draw noise: at given uniforms, or inside and multiplied onto an activation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bmrs_kernels import philox
+from bmrs_kernels.backend import Backend, resolve_backend
+from bmrs_kernels.multiplicative_noise import reference
+from bmrs_kernels.validation import check_device, check_interval, check_parameters, check_uniform
+
+Granularity = Literal["element", "sample", "batch"]
+Activation = Literal["relu", "tanh"]
+
+
+@torch.library.custom_op("bmrs_kernels::sample_noise", mutates_args=())
+def _sample_noise(
+    mu: Tensor,
+    log_sigma: Tensor,
+    uniform: Tensor,
+    lower: float,
+    upper: float,
+    backend: str,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.sample_noise(mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients)
+
+
+@_sample_noise.register_fake
+def _(
+    mu: Tensor,
+    log_sigma: Tensor,
+    uniform: Tensor,
+    lower: float,
+    upper: float,
+    backend: str,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = torch.broadcast_shapes(mu.shape, uniform.shape)
+    grad_shape = shape if with_gradients else (0,)
+    return mu.new_empty(shape), mu.new_empty(grad_shape), mu.new_empty(grad_shape)
+
+
+def _save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.shape = inputs[0].shape
+
+
+def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad_mu, grad_log_sigma = ctx.saved_tensors
+    return (
+        (grad * grad_mu).sum_to_size(ctx.shape),
+        (grad * grad_log_sigma).sum_to_size(ctx.shape),
+        *[None] * 5,
+    )
+
+
+_sample_noise.register_autograd(_sample_backward, setup_context=_save_sample)
+
+
+@torch.library.custom_op("bmrs_kernels::multiply_noise", mutates_args=())
+def _multiply_noise(
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+    backend: str,
+) -> Tensor:
+    shape = reference.draw_shape(x, dim, granularity)
+    uniform = philox.philox_uniform(seed, shape, device=x.device)
+    return reference.multiply_noise(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+
+
+@_multiply_noise.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("bmrs_kernels::multiply_noise_backward", mutates_args=())
+def _multiply_noise_backward(
+    grad: Tensor,
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = reference.draw_shape(x, dim, granularity)
+    uniform = philox.philox_uniform(seed, shape, device=x.device)
+    return reference.multiply_noise_backward(
+        grad, x, mu, log_sigma, mask, uniform, dim, activation, lower, upper
+    )
+
+
+@_multiply_noise_backward.register_fake
+def _(grad: Tensor, x: Tensor, mu: Tensor, log_sigma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(mu), torch.empty_like(log_sigma)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _multiply_noise_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *[None] * (2 + len(ctx.options)))
+
+
+_multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs)
+
+
+def sample_noise(
+    mu: Tensor,
+    log_sigma: Tensor,
+    uniform: Tensor,
+    *,
+    lower: float = -20.0,
+    upper: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return θ at given uniforms by inverting the posterior's distribution function.
+
+    log θ = μ + σ Φ⁻¹(Φ(α) + y (Φ(β) - Φ(α))) with α = (lower - μ)/σ and β = (upper - μ)/σ. Differentiable in μ and
+    log σ at fixed y (the reparameterisation gradient); the uniforms get none.
+
+    Args:
+        mu: location μ of log θ, any shape, floating point.
+        log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5], with zero gradient outside.
+        uniform: y in (0, 1), floating point, broadcasts with ``mu``.
+        lower: a, lower end of log θ.
+        upper: b, upper end of log θ.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        Tensor of the broadcast shape and the dtype of ``mu``, in [e^lower, e^upper].
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or the dtypes of ``mu`` and ``log_sigma`` differ.
+        ValueError: shapes do not fit, devices differ, or not lower < upper.
+    """
+    check_parameters(mu, log_sigma)
+    check_interval(lower, upper)
+    check_uniform(uniform, mu)
+    with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
+    theta: Tensor = _sample_noise(
+        mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu), with_gradients
+    )[0]
+    return theta
+
+
+def multiply_noise(
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    *,
+    dim: int = 1,
+    mask: Tensor | None = None,
+    granularity: Granularity = "element",
+    activation: Activation | None = None,
+    seed: Tensor | int | None = None,
+    lower: float = -20.0,
+    upper: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return ``activation(x) * θ * mask`` with θ drawn from each structure's posterior (Eq. 1).
+
+    Differentiable in x, μ and log σ. The uniforms are those of ``philox_uniform(seed, ...)``, so that a seed fixes
+    the noise whatever the memory format; backward draws them again, and only x is kept for it.
+
+    Args:
+        x: activations of 1 or more dimensions, floating point; narrow dtypes are widened for the arithmetic.
+        mu: location μ of log θ, shape (structures,).
+        log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5], with zero gradient outside.
+        dim: the axis of x along which the structures lie.
+        mask: factor per structure, shape (structures,), bool or floating point: 0 removes the structure from the
+            output and from every gradient.
+        granularity: "element" draws at every element of x, "sample" once per example (axis 0) and structure,
+            "batch" once per structure.
+        activation: None, "relu" or "tanh", applied to x first.
+        seed: int or int64 tensor with one element; by default drawn from torch's generator on x's device.
+        lower: a, lower end of log θ.
+        upper: b, upper end of log θ.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: a tensor has an unsuitable dtype.
+        ValueError: shapes or devices do not fit, an option is unknown, or not lower < upper.
+    """
+    check_parameters(mu, log_sigma)
+    check_interval(lower, upper)
+    dim = _check_activations(x, mu, dim, granularity, activation)
+    if mask is not None:
+        _check_mask(mask, mu)
+    if seed is None:
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    else:
+        seed = philox.seed_tensor(seed, x.device)
+    result: Tensor = _multiply_noise(
+        x,
+        mu,
+        log_sigma,
+        mask,
+        seed,
+        dim,
+        granularity,
+        activation,
+        lower,
+        upper,
+        resolve_backend(backend, x),
+    )
+    return result
+
+
+def _check_activations(x: Tensor, mu: Tensor, dim: int, granularity: str, activation: str | None) -> int:
+    """Raise unless x and the options fit the structures; return ``dim`` counted from the front."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
+    check_device("x", x, "mu", mu)
+    if mu.dim() != 1:
+        raise ValueError(f"mu must have shape (structures,), got {tuple(mu.shape)}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim must be an axis of x, which has {x.dim()} dimensions, got {dim}")
+    dim %= x.dim()
+    if x.shape[dim] != mu.numel():
+        raise ValueError(
+            f"x must have {mu.numel()} structures along dim {dim}, as mu has, got shape {tuple(x.shape)}"
+        )
+    if granularity not in get_args(Granularity):
+        raise ValueError(f"granularity must be one of {get_args(Granularity)}, got {granularity!r}")
+    if granularity == "sample" and dim == 0:
+        raise ValueError('dim must not be 0 with granularity "sample": axis 0 counts the examples')
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f"activation must be None or one of {get_args(Activation)}, got {activation!r}")
+    return dim
+
+
+def _check_mask(mask: Tensor, mu: Tensor) -> None:
+    """Raise unless the mask has one bool or floating-point factor per structure."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise TypeError(f"mask must have a bool or floating-point dtype, got {mask.dtype}")
+    if mask.shape != mu.shape:
+        raise ValueError(f"mask must have the shape of mu, {tuple(mu.shape)}, got {tuple(mask.shape)}")
+    check_device("mask", mask, "mu", mu)

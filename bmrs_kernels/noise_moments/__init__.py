@@ -1,0 +1,1 @@
+"""Moments of the noise variable θ under the truncated log-normal posterior."""

@@ -1,0 +1,83 @@
+"""Public functions for the moments of θ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmrs_kernels.backend import Backend, resolve_backend
+from bmrs_kernels.noise_moments import reference
+from bmrs_kernels.registration import structure_op
+from bmrs_kernels.validation import check_interval, check_parameters
+
+
+def _compute_mean(
+    mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.noise_mean(mu, log_sigma, lower, upper, **options)
+
+
+_noise_mean = structure_op("noise_mean", _compute_mean, options="float lower, float upper, str backend")
+
+
+@torch.library.custom_op("bmrs_kernels::noise_snr", mutates_args=())
+def _noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str) -> Tensor:
+    return reference.noise_snr(mu, log_sigma, lower, upper)
+
+
+@_noise_snr.register_fake
+def _(mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str) -> Tensor:
+    return mu.new_empty(mu.shape)
+
+
+def noise_mean(
+    mu: Tensor, log_sigma: Tensor, *, lower: float = -20.0, upper: float = 0.0, backend: Backend = "auto"
+) -> Tensor:
+    """Return E[θ], the factor by which a structure is multiplied in evaluation.
+
+    Differentiable in μ and log σ.
+
+    Args:
+        mu: location μ of log θ, any shape, floating point.
+        log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5], with zero gradient outside.
+        lower: a, lower end of log θ.
+        upper: b, upper end of log θ.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        Tensor of the shape and dtype of ``mu``, in (e^lower, e^upper).
+
+    Raises:
+        TypeError: ``mu`` or ``log_sigma`` is not a floating-point tensor, or their dtypes differ.
+        ValueError: shapes or devices differ, or not lower < upper.
+    """
+    check_parameters(mu, log_sigma)
+    check_interval(lower, upper)
+    return _noise_mean(mu, log_sigma, lower, upper, resolve_backend(backend, mu))
+
+
+def noise_snr(
+    mu: Tensor, log_sigma: Tensor, *, lower: float = -20.0, upper: float = 0.0, backend: Backend = "auto"
+) -> Tensor:
+    """Return the signal-to-noise ratio E[θ]/sd(θ); not differentiable.
+
+    Args:
+        mu: location μ of log θ, any shape, floating point.
+        log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5].
+        lower: a, lower end of log θ.
+        upper: b, upper end of log θ.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        Tensor of the shape and dtype of ``mu``, positive, without gradient.
+
+    Raises:
+        TypeError: ``mu`` or ``log_sigma`` is not a floating-point tensor, or their dtypes differ.
+        ValueError: shapes or devices differ, or not lower < upper.
+    """
+    check_parameters(mu, log_sigma)
+    check_interval(lower, upper)
+    snr: Tensor = _noise_snr(mu.detach(), log_sigma.detach(), lower, upper, resolve_backend(backend, mu))
+    return snr

@@ -1,0 +1,111 @@
+"""The counter-based generator Philox4x32-10 in pure torch, and the uniforms drawn from it.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Uniform number e of a seed is lane e mod 4
+of counter e div 4, so the stream depends on the seed and on e alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+LANES = 4
+
+# The 23 leading bits and half a step: both y and 1 - y are exact in float32, and neither is 0 or 1.
+UNIFORM_BITS = 23
+
+# Counters a pass: the working set of the rounds stays in a core's cache.
+COUNTERS_PER_TILE = 1 << 15
+
+
+def philox_4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the four 32-bit words of Philox4x32-10.
+
+    Args:
+        counter: four int64 tensors of one shape that hold unsigned 32-bit words; overwritten.
+        key: two int64 scalar tensors that hold unsigned 32-bit words.
+
+    Returns:
+        Four int64 tensors in [0, 2³²).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # Products of 32-bit words wrap around in int64; the masks recover both halves.
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        high0, high1 = (product0 >> 32).bitwise_and_(WORD), (product1 >> 32).bitwise_and_(WORD)
+        c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = product1.bitwise_and_(WORD), product0.bitwise_and_(WORD)
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & WORD, (k1 + KEY_INCREMENTS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
+    """Return a seed as an int64 scalar tensor on a device.
+
+    Raises:
+        TypeError: ``seed`` is neither an int nor an integer tensor.
+        ValueError: ``seed`` has more than one element, more than 64 bits, or is on another device.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got a tensor of {seed.dtype}")
+        if seed.numel() != 1:
+            raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed must be on the device of the noise ({device}), got {seed.device}")
+        return seed.reshape(())
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+
+
+def uniform_stream(seed: Tensor, count: int) -> Tensor:
+    """Return the first ``count`` uniforms of a seed as a float32 vector; ``seed`` is an int64 scalar tensor."""
+    key = (seed & WORD, (seed >> 32) & WORD)
+    num_counters = -(-count // LANES)
+    uniforms = torch.empty(num_counters, LANES, dtype=torch.float32, device=seed.device)
+    for start in range(0, num_counters, COUNTERS_PER_TILE):
+        stop = min(start + COUNTERS_PER_TILE, num_counters)
+        index = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
+        zero = torch.zeros_like(index)
+        words = philox_4x32((index & WORD, index >> 32, zero, zero), key)
+        for lane, word in enumerate(words):
+            uniforms[start:stop, lane] = word >> (32 - UNIFORM_BITS)
+    return uniforms.reshape(-1)[:count].add_(0.5).mul_(2.0**-UNIFORM_BITS)
+
+
+def philox_uniform(seed: Tensor | int, shape: Sequence[int], *, device: torch.device | str) -> Tensor:
+    """Return the uniforms that ``multiply_noise`` draws for a seed.
+
+    The element with row-major index e is number e of the seed's stream. ``multiply_noise`` draws them for the shape
+    of x with granularity "element", for (batch size, number of structures) with "sample" and for
+    (number of structures,) with "batch".
+
+    Args:
+        seed: a Python int of at most 64 bits or an int64 tensor with one element.
+        shape: shape of the result.
+        device: device of the result.
+
+    Returns:
+        float32 tensor in [2⁻²⁴, 1 - 2⁻²⁴], on a grid of 2⁻²³, symmetric about ½.
+
+    Raises:
+        TypeError: ``seed`` is neither an int nor an int64 tensor.
+        ValueError: ``seed`` does not fit into 64 bits, has several elements or is on another device.
+    """
+    # An empty tensor resolves "cuda" to the device that it stands for at present.
+    seed = seed_tensor(seed, torch.empty(0, device=device).device)
+    return uniform_stream(seed, math.prod(shape)).reshape(tuple(shape))

@@ -1,0 +1,57 @@
+"""Registration of per-structure operations with torch.library.
+
+Such an operation returns its value and, if asked, its derivatives in μ and log σ from the same pass; autograd
+then only multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+StructureOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[..., Tensor]:
+    """Register ``compute(mu, log_sigma, *options, with_gradients=)`` and return its differentiable form.
+
+    Args:
+        name: name of the operator in the ``bmrs_kernels`` namespace.
+        compute: returns the value in μ's shape and dtype, and both derivatives likewise or empty.
+        options: schema of the options, for instance ``"float lower, float upper, str backend"``.
+
+    Returns:
+        A function of (mu, log_sigma, *options).
+    """
+    schema = f"(Tensor mu, Tensor log_sigma, {options}, bool with_gradients) -> (Tensor, Tensor, Tensor)"
+
+    def body(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *values, with_gradients = arguments
+        value, grad_mu, grad_log_sigma = compute(mu, log_sigma, *values, with_gradients=with_gradients)
+        return value, grad_mu, grad_log_sigma
+
+    def fake(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        shape = mu.shape if arguments[-1] else (0,)
+        return mu.new_empty(mu.shape), mu.new_empty(shape), mu.new_empty(shape)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output[1:])
+        ctx.num_arguments = len(inputs)
+
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_mu, grad_log_sigma = ctx.saved_tensors
+        return (grad * grad_mu, grad * grad_log_sigma, *[None] * (ctx.num_arguments - 2))
+
+    operator = torch.library.custom_op(f"bmrs_kernels::{name}", body, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    operator.register_autograd(backward, setup_context=setup_context)
+
+    def call(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> Tensor:
+        with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
+        value: Tensor = operator(mu, log_sigma, *arguments, with_gradients)[0]
+        return value
+
+    return call

@@ -1,0 +1,226 @@
+"""The mathematics of the truncated normal in pure torch, float64, without cancellation.
+
+A Gaussian restricted to an interval is described by the distances of its mean to both ends. Its density is
+factored at the *anchor*, the point of the interval nearest to the mean, so that every integrand is at most one
+and every integral is a sum of positive terms, wherever the mean lies. With v the distance from the anchor and k
+the distance from the mean to the anchor, both in units of the scale, the density is proportional to
+``exp(-u)``, ``u = k |v| + v² / 2``.
+
+All functions take and return float64 tensors; means and scales are those of log θ.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOG_SIGMA_MIN = -20.0
+LOG_SIGMA_MAX = 5.0
+
+# Quadrature error below 4e-15 on the whole domain; 24 nodes an end give 2e-14, 20 nodes 1e-10.
+NODES_PER_SIDE = 32
+# Weights below exp(-44) of the peak are left out: with v⁴ beside them they still count for less than 1e-15.
+WINDOW_EXPONENT = 44.0
+# A tile of structures x nodes stays in a core's cache, and memory does not grow with the number of structures.
+STRUCTURES_PER_TILE = 4096
+
+SQRT2 = math.sqrt(2.0)
+HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+class Gaussian(NamedTuple):
+    """An unnormalised Gaussian on an interval; each field broadcasts against the others."""
+
+    below: Tensor  # mean - lower end
+    above: Tensor  # upper end - mean
+    scale: Tensor
+
+    @property
+    def anchor(self) -> Tensor:
+        """Signed distance from the mean to the nearest point of the interval; 0 where the mean is inside."""
+        return self.above.clamp(max=0.0) - self.below.clamp(max=0.0)
+
+    @property
+    def outside(self) -> Tensor:
+        """Distance from the mean to the interval in units of the scale, k in the module's notation."""
+        return self.anchor.abs() / self.scale
+
+    @property
+    def left(self) -> Tensor:
+        """Length of the interval to the left of the anchor, in units of the scale."""
+        width = self.below + self.above
+        return torch.minimum(self.below.clamp(min=0.0), width) / self.scale
+
+    @property
+    def right(self) -> Tensor:
+        """Length of the interval to the right of the anchor, in units of the scale."""
+        width = self.below + self.above
+        return torch.minimum(self.above.clamp(min=0.0), width) / self.scale
+
+
+class Window(NamedTuple):
+    """Quadrature of ``exp(-u)`` over the part of the interval that carries the mass."""
+
+    log_mass: Tensor  # log ∫ exp(-u) dv, shape (...)
+    distance: Tensor  # v at the nodes, signed, shape (..., nodes)
+    exponent: Tensor  # u at the nodes, shape (..., nodes)
+    probability: Tensor  # normalised weights, shape (..., nodes)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the expectation of values given at the nodes."""
+        return (self.probability * values).sum(-1)
+
+    def covariance(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the covariance of two quantities given at the nodes, as a sum of centred products."""
+        first = first - self.mean(first).unsqueeze(-1)
+        second = second - self.mean(second).unsqueeze(-1)
+        return self.mean(first * second)
+
+
+def normal_cdf(z: Tensor) -> Tensor:
+    """Return Φ(z) with full relative precision in the lower tail, where ``torch.special.ndtr`` has none."""
+    return 0.5 * torch.erfc(-z / SQRT2)
+
+
+def sigma_from_log(log_sigma: Tensor) -> Tensor:
+    """Return σ, with log σ clamped to the range in which the posterior is defined."""
+    return log_sigma.clamp(LOG_SIGMA_MIN, LOG_SIGMA_MAX).exp()
+
+
+def log_sigma_in_range(log_sigma: Tensor) -> Tensor:
+    """Return 1 where log σ has a gradient and 0 where it is clamped."""
+    return ((log_sigma >= LOG_SIGMA_MIN) & (log_sigma <= LOG_SIGMA_MAX)).to(log_sigma.dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+    nodes, weights = np.polynomial.legendre.leggauss(NODES_PER_SIDE)
+    return (nodes + 1.0) / 2.0, weights / 2.0
+
+
+def window(gaussian: Gaussian) -> Window:
+    """Integrate a Gaussian over its interval on Gauss–Legendre nodes to either side of the anchor."""
+    unit_nodes, unit_weights = (
+        torch.from_numpy(part).to(gaussian.scale.device) for part in _gauss_legendre()
+    )
+    outside = gaussian.outside
+    reach = 2.0 * WINDOW_EXPONENT / (outside + torch.sqrt(outside * outside + 2.0 * WINDOW_EXPONENT))
+    left = torch.minimum(gaussian.left, reach).unsqueeze(-1)
+    right = torch.minimum(gaussian.right, reach).unsqueeze(-1)
+    distance = torch.cat([-left * unit_nodes, right * unit_nodes], -1)
+    magnitude = distance.abs()
+    exponent = magnitude * (outside.unsqueeze(-1) + 0.5 * magnitude)
+    weight = torch.cat([left * unit_weights, right * unit_weights], -1) * torch.exp(-exponent)
+    mass = weight.sum(-1)
+    return Window(mass.log(), distance, exponent, weight / mass.unsqueeze(-1))
+
+
+class BoundaryTerms(NamedTuple):
+    """Density at the ends of the interval over the mass, and the ends' distances from the anchor."""
+
+    lower_density: Tensor
+    upper_density: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def boundary_terms(gaussian: Gaussian, log_mass: Tensor) -> BoundaryTerms:
+    """Return what integration by parts leaves at the ends; meant for means inside the interval.
+
+    Odd moments of a nearly symmetric density are differences of these exponentially small terms. Quadrature
+    would leave rounding noise in their place, which 1/σ then magnifies.
+    """
+    left, right = gaussian.left, gaussian.right
+    lower_density = torch.exp(-0.5 * left * left - log_mass)
+    upper_density = torch.exp(-0.5 * right * right - log_mass)
+    return BoundaryTerms(lower_density, upper_density, left, right)
+
+
+def first_moment(gaussian: Gaussian, quadrature: Window) -> Tensor:
+    """Return E[v], the mean's distance from the anchor in units of the scale."""
+    ends = boundary_terms(gaussian, quadrature.log_mass)
+    inside = ends.lower_density - ends.upper_density
+    return torch.where(gaussian.outside > 0, quadrature.mean(quadrature.distance), inside)
+
+
+def second_moment(quadrature: Window) -> Tensor:
+    """Return E[v²]."""
+    return quadrature.mean(quadrature.distance * quadrature.distance)
+
+
+class Differentiable(NamedTuple):
+    """A value per structure and its derivatives, which are empty where they were not asked for."""
+
+    value: Tensor
+    grad_mu: Tensor
+    grad_log_sigma: Tensor
+
+
+def log_mass_ratio(
+    posterior: Gaussian, other: Gaussian, other_anchor: Tensor, *, with_gradients: bool
+) -> Differentiable:
+    """Compare the masses of the posterior and of the posterior times a Gaussian or exponential factor.
+
+    Args:
+        posterior: q before normalisation.
+        other: q times the factor, before normalisation, on its own interval.
+        other_anchor: x - μ at the anchor x of ``other``.
+        with_gradients: whether to compute the derivatives.
+
+    Returns:
+        log ∫ exp(-(x-μ)²/2σ² + log factor(x) - log factor(anchor)) dx / other.scale
+        - log ∫ exp(-(x-μ)²/2σ²) dx / σ, each over its interval; and the derivatives in μ and log σ of the log of
+        the factor's expectation under q, E'[∂ log q] - E[∂ log q].
+    """
+    sigma = posterior.scale
+    quadrature, other_quadrature = window(posterior), window(other)
+    anchor = posterior.anchor
+    shift = (other_anchor - anchor) / sigma
+    # Both factors have the same sign: the posterior's anchor is the point of its interval nearest to μ.
+    square_gain = shift * ((other_anchor + anchor) / sigma)
+    value = other_quadrature.log_mass - quadrature.log_mass - 0.5 * square_gain
+    if not with_gradients:
+        return without_gradients(value)
+    ratio = other.scale / sigma
+    mean, other_mean = first_moment(posterior, quadrature), ratio * first_moment(other, other_quadrature)
+    grad_mu = (shift + other_mean - mean) / sigma
+    grad_log_sigma = (
+        square_gain
+        + 2.0 * (other_anchor / sigma * other_mean - anchor / sigma * mean)
+        + (ratio * ratio * second_moment(other_quadrature) - second_moment(quadrature))
+    )
+    return Differentiable(value, grad_mu, grad_log_sigma)
+
+
+def exponential_tilt(posterior: Gaussian, power: float) -> tuple[Gaussian, Tensor]:
+    """Return q · exp(power · x) before normalisation, and x - μ at its anchor."""
+    shift = power * posterior.scale * posterior.scale
+    tilted = Gaussian(posterior.below + shift, posterior.above - shift, posterior.scale)
+    anchor = torch.minimum(torch.maximum(shift, -posterior.below), posterior.above)
+    return tilted, anchor
+
+
+def tile_structures(
+    compute: Callable[[Tensor, Tensor], Differentiable], mu: Tensor, log_sigma: Tensor
+) -> Differentiable:
+    """Apply a per-structure computation in float64, tile by tile, and return results in μ's shape and dtype."""
+    flat_mu, flat_log_sigma = mu.reshape(-1).double(), log_sigma.reshape(-1).double()
+    tiles = [
+        compute(*tile)
+        for tile in zip(
+            flat_mu.split(STRUCTURES_PER_TILE), flat_log_sigma.split(STRUCTURES_PER_TILE), strict=True
+        )
+    ]
+    columns = (torch.cat(column).to(mu.dtype) for column in zip(*tiles, strict=True))
+    return Differentiable(*(column.reshape(mu.shape) if column.numel() else column for column in columns))
+
+
+def without_gradients(value: Tensor) -> Differentiable:
+    """Return a value with empty derivatives."""
+    return Differentiable(value, value.new_empty(0), value.new_empty(0))
