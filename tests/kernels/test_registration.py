@@ -1,0 +1,101 @@
+"""Per-structure functions as registered operators: autograd, opcheck, compile, tiling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+
+import bmrs_kernels
+from bmrs_kernels import delta_f_lognormal, delta_f_loguniform, kl_divergence, noise_mean, sample_noise
+from bmrs_kernels.torch_math import STRUCTURES_PER_TILE
+
+POINTS = torch.tensor(
+    [[-1.0, -1.0], [-10.0, 1.0], [0.3, -0.5], [-19.5, 0.0], [-21.0, -0.5], [4.0, 2.0]], dtype=torch.float64
+)
+DIFFERENTIABLE = [kl_divergence, delta_f_lognormal, delta_f_loguniform, noise_mean]
+INTERVAL = (-20.0, 0.0, "torch")
+OPERATORS = {
+    "kl_divergence": INTERVAL,
+    "delta_f_lognormal": (-20.0, 1e-2, *INTERVAL),
+    "delta_f_loguniform": (-15.0, -5.0, *INTERVAL),
+    "noise_mean": INTERVAL,
+}
+
+
+def leaves():
+    mu, log_sigma = POINTS.T
+    return mu.clone().requires_grad_(), log_sigma.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE)
+def test_gradcheck(function):
+    assert torch.autograd.gradcheck(function, leaves())
+
+
+def test_gradcheck_sample():
+    uniform = torch.rand(4, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda *inputs: sample_noise(*inputs, uniform), leaves())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    operator = getattr(torch.ops.bmrs_kernels, name).default
+    torch.library.opcheck(operator, (*leaves(), *OPERATORS[name], True))
+    detached = tuple(leaf.detach() for leaf in leaves())
+    torch.library.opcheck(operator, (*detached, *OPERATORS[name], False))
+
+
+def test_opcheck_of_operators_without_options():
+    mu, log_sigma = leaves()
+    torch.library.opcheck(
+        torch.ops.bmrs_kernels.noise_snr.default, (mu.detach(), log_sigma.detach(), *INTERVAL)
+    )
+    uniform = torch.rand(3, 6, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.bmrs_kernels.sample_noise.default, (mu, log_sigma, uniform, *INTERVAL, True)
+    )
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE)
+def test_compiles_without_graph_breaks(function):
+    mu, log_sigma = leaves()
+    compiled = torch.compile(lambda m, s: function(m, s).sum(), fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(mu, log_sigma), (mu, log_sigma))
+    expected = torch.autograd.grad(function(mu, log_sigma).sum(), (mu, log_sigma))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("function", [*DIFFERENTIABLE, bmrs_kernels.noise_snr])
+def test_tiles_do_not_change_results(function):
+    count = STRUCTURES_PER_TILE + 5
+    mu, log_sigma = torch.linspace(-25, 5, count), torch.linspace(-8, 3, count)
+    together = function(mu, log_sigma)
+    assert torch.equal(together[-6:], function(mu[-6:], log_sigma[-6:]))
+    shuffled = function(mu.reshape(3, -1).T, log_sigma.reshape(3, -1).T) if count % 3 == 0 else None
+    assert shuffled is None or torch.equal(shuffled, together.reshape(3, -1).T)
+
+
+def test_without_gradients_none_are_computed():
+    mu, log_sigma = leaves()
+    with torch.no_grad():
+        assert not kl_divergence(mu, log_sigma).requires_grad
+    operator = torch.ops.bmrs_kernels.kl_divergence
+    _, grad_mu, _ = operator(mu.detach(), log_sigma.detach(), *INTERVAL, False)
+    assert grad_mu.numel() == 0
+
+
+def test_agrees_with_scipy_where_scipy_is_good():
+    mu, log_sigma = torch.tensor([[-8.0, 0.5], [-1.0, 0.0], [-15.0, 1.0]], dtype=torch.float64).T
+    sigma = log_sigma.exp()
+    exact = stats.truncnorm(
+        ((-20 - mu) / sigma).numpy(), (-mu / sigma).numpy(), loc=mu.numpy(), scale=sigma.numpy()
+    )
+    entropy = torch.tensor([stats.truncnorm.entropy(*a) for a in zip(*exact.args, strict=True)]) + log_sigma
+    torch.testing.assert_close(
+        kl_divergence(mu, log_sigma), torch.log(torch.tensor(20.0)).double() - entropy, rtol=1e-7, atol=1e-7
+    )
+    for y in (0.01, 0.5, 0.99):
+        uniform = torch.tensor(y, dtype=torch.float64)
+        quantile = torch.from_numpy(exact.ppf(y))
+        torch.testing.assert_close(sample_noise(mu, log_sigma, uniform).log(), quantile, rtol=1e-9, atol=1e-9)
