@@ -25,29 +25,37 @@ UNIFORM_BITS = 23
 COUNTERS_PER_TILE = 1 << 15
 
 
+def round_keys(seed: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return the pair of 32-bit keys of every round, as int64 scalar tensors; ``seed`` is an int64 scalar tensor."""
+    rounds = torch.arange(ROUNDS, dtype=torch.int64, device=seed.device)
+    low, high = (
+        ((part & WORD) + rounds * increment) & WORD
+        for part, increment in zip((seed, seed >> 32), KEY_INCREMENTS, strict=True)
+    )
+    return tuple(zip(low.unbind(), high.unbind(), strict=True))
+
+
 def philox_4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[tuple[Tensor, Tensor], ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the four 32-bit words of Philox4x32-10.
 
     Args:
-        counter: four int64 tensors of one shape that hold unsigned 32-bit words; overwritten.
-        key: two int64 scalar tensors that hold unsigned 32-bit words.
+        counter: four int64 tensors of one shape that hold unsigned 32-bit words.
+        keys: the rounds' keys.
 
     Returns:
         Four int64 tensors in [0, 2³²).
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
-        # Products of 32-bit words wrap around in int64; the masks recover both halves.
+    for k0, k1 in keys:
+        # Products of 32-bit words wrap around in int64 without harm: the high halves are masked before the next
+        # product, and the low halves only after the last, since nothing else reads their upper bits.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        high0, high1 = (product0 >> 32).bitwise_and_(WORD), (product1 >> 32).bitwise_and_(WORD)
-        c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = product1.bitwise_and_(WORD), product0.bitwise_and_(WORD)
-        k0, k1 = (k0 + KEY_INCREMENTS[0]) & WORD, (k1 + KEY_INCREMENTS[1]) & WORD
-    return c0, c1, c2, c3
+        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, c3 = product1, product0
+    return c0, c1 & WORD, c2, c3 & WORD
 
 
 def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
@@ -74,14 +82,14 @@ def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
 
 def uniform_stream(seed: Tensor, count: int) -> Tensor:
     """Return the first ``count`` uniforms of a seed as a float32 vector; ``seed`` is an int64 scalar tensor."""
-    key = (seed & WORD, (seed >> 32) & WORD)
+    keys = round_keys(seed)
     num_counters = -(-count // LANES)
     uniforms = torch.empty(num_counters, LANES, dtype=torch.float32, device=seed.device)
     for start in range(0, num_counters, COUNTERS_PER_TILE):
         stop = min(start + COUNTERS_PER_TILE, num_counters)
         index = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
         zero = torch.zeros_like(index)
-        words = philox_4x32((index & WORD, index >> 32, zero, zero), key)
+        words = philox_4x32((index & WORD, index >> 32, zero, zero), keys)
         for lane, word in enumerate(words):
             uniforms[start:stop, lane] = word >> (32 - UNIFORM_BITS)
     return uniforms.reshape(-1)[:count].add_(0.5).mul_(2.0**-UNIFORM_BITS)

@@ -88,6 +88,16 @@ def normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * torch.erfc(-z / SQRT2)
 
 
+def normal_mass(alpha: Tensor, beta: Tensor) -> Tensor:
+    """Return Φ(β) - Φ(α), in either tail with the relative precision of the tail; 0 where that underflows."""
+    low, high = (
+        torch.minimum(alpha, -beta),
+        torch.maximum(alpha, -beta),
+    )  # high > 0 where the interval is one-sided
+    one_sided = normal_cdf(-high) - normal_cdf(low)
+    return torch.where(high > 0, one_sided, 0.5 * (torch.erf(beta / SQRT2) - torch.erf(alpha / SQRT2)))
+
+
 def sigma_from_log(log_sigma: Tensor) -> Tensor:
     """Return σ, with log σ clamped to the range in which the posterior is defined."""
     return log_sigma.clamp(LOG_SIGMA_MIN, LOG_SIGMA_MAX).exp()

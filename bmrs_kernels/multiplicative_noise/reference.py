@@ -1,7 +1,7 @@
 """Truncated log-normal noise in pure torch: the definition that every other backend is tested against.
 
-log θ = x = μ + σ z with z the quantile of a standard normal truncated to [α, β]. Everything is written for means
-in the lower half of the interval; those in the upper half are reflected, which exchanges y and 1 - y.
+log θ = x = μ + σ z with z the quantile of a standard normal truncated to [α, β] at a uniform y. Probabilities come in
+pairs, from below and from above, so that neither tail is a difference from one.
 """
 
 from __future__ import annotations
@@ -15,31 +15,28 @@ from torch import Tensor
 from bmrs_kernels import torch_math
 from bmrs_kernels.torch_math import SQRT2
 
-# Beyond this many σ outside, the quantile is solved for in the distance from the end: z itself would lose digits.
+# Below this tail probability erfinv's argument is too close to ±1, and z is taken from the smaller tail instead.
+RARE = 1e-3
+# Beyond this many σ outside, v = z - α is solved for instead of z, which would lose digits.
 TAIL = 5.0
 TAIL_ITERATIONS = 3
 
 
 class Posterior(NamedTuple):
-    """Per-structure constants of the quantile, in float64 and, where reflected, in the reflected frame."""
+    """Per-structure constants in float64."""
 
     mu: Tensor
     sigma: Tensor
-    reflected: Tensor  # bool
-    direction: Tensor  # -1 where reflected, else 1
-    near_end: Tensor  # the end of the interval that is nearer to μ
-    alpha: Tensor  # z at the near end
-    beta: Tensor  # z at the far end
-    lower_tail: Tensor  # Φ(α)
-    upper_tail: Tensor  # 1 - Φ(β)
+    alpha: Tensor  # (lower - μ)/σ
+    beta: Tensor  # (upper - μ)/σ
+    below: Tensor  # Φ(α)
+    above: Tensor  # 1 - Φ(β)
     mass: Tensor  # Φ(β) - Φ(α)
     log_sigma_in_range: Tensor
-    lower: float
-    upper: float
 
 
 class LogNoise(NamedTuple):
-    """x = log θ at given uniforms, and its derivatives at fixed uniforms."""
+    """x = log θ at given uniforms, and its derivatives at fixed uniforms, empty if not asked for."""
 
     value: Tensor
     grad_mu: Tensor
@@ -50,78 +47,89 @@ def posterior(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Post
     """Return the constants of each structure's posterior, in the shape of μ."""
     mu, log_sigma = mu.double(), log_sigma.double()
     sigma = torch_math.sigma_from_log(log_sigma)
-    below, above = mu - lower, upper - mu
-    reflected = below > above
-    alpha = -torch.where(reflected, above, below) / sigma
-    beta = torch.where(reflected, below, above) / sigma
+    alpha, beta = (lower - mu) / sigma, (upper - mu) / sigma
     return Posterior(
         mu=mu,
         sigma=sigma,
-        reflected=reflected,
-        direction=torch.where(reflected, -1.0, 1.0).double(),
-        near_end=torch.where(reflected, upper, lower).double(),
         alpha=alpha,
         beta=beta,
-        lower_tail=torch_math.normal_cdf(alpha),
-        upper_tail=torch_math.normal_cdf(-beta),
-        mass=torch.where(
-            alpha > 0,
-            torch_math.normal_cdf(-alpha) - torch_math.normal_cdf(-beta),
-            0.5 * (torch.erf(beta / SQRT2) - torch.erf(alpha / SQRT2)),
-        ),
+        below=torch_math.normal_cdf(alpha),
+        above=torch_math.normal_cdf(-beta),
+        mass=torch_math.normal_mass(alpha, beta),
         log_sigma_in_range=torch_math.log_sigma_in_range(log_sigma),
-        lower=lower,
-        upper=upper,
     )
 
 
-def log_noise(q: Posterior, uniform: Tensor, *, with_gradients: bool) -> LogNoise:
-    """Return log θ at uniforms that broadcast with the constants; empty gradients unless asked for."""
-    y = uniform.double()
-    y, complement = torch.where(q.reflected, 1.0 - y, y), torch.where(q.reflected, y, 1.0 - y)
+def log_noise(
+    mu: Tensor, log_sigma: Tensor, uniform: Tensor, lower: float, upper: float, *, with_gradients: bool
+) -> LogNoise:
+    """Return log θ at uniforms in the broadcast shape of the arguments, in float64."""
+    q = posterior(mu, log_sigma, lower, upper)
+    y = uniform.double().expand(torch.broadcast_shapes(mu.shape, uniform.shape)).contiguous()
+    result = _central_noise(q, y, with_gradients=with_gradients)
+    # Structures far outside are few or none, and cost a gather.
+    outside = torch.maximum(q.alpha, -q.beta) > TAIL
+    if outside.any():
+        chosen = outside.expand(y.shape)
+        gathered = Posterior(*(constant.expand(y.shape)[chosen] for constant in q))
+        tail = _tail_noise(gathered, y[chosen], lower, upper, with_gradients=with_gradients)
+        for everywhere, there in zip(result, tail, strict=True):
+            if everywhere.numel():
+                everywhere[chosen] = there
+    return result._replace(value=result.value.clamp_(lower, upper))
 
-    # Both tail probabilities are sums of positive terms, and the smaller one gives the quantile.
-    below = q.lower_tail + y * q.mass
-    above = q.upper_tail + complement * q.mass
-    z = torch.special.ndtri(torch.minimum(below, above))
-    z = torch.where(below > above, -z, z)
-    x = q.mu + (q.direction * q.sigma) * z
-    # log φ(α)/φ(z) as a product, since both squares may be huge.
-    gap = 0.5 * (z - q.alpha) * (z + q.alpha)
 
-    tail = (q.alpha > TAIL).expand(y.shape)
-    if in_tail := bool(tail.any()):
-        alpha, beta, scale, near_end = (
-            constant.expand(y.shape)[tail]
-            for constant in (q.alpha, q.beta, q.direction * q.sigma, q.near_end)
-        )
-        from_end = tail_quantile(alpha, beta, y[tail], complement[tail])
-        x[tail] = near_end + scale * from_end
-        gap[tail] = from_end * (alpha + 0.5 * from_end)
-    x = x.clamp(q.lower, q.upper)
+def _central_noise(q: Posterior, y: Tensor, *, with_gradients: bool) -> LogNoise:
+    """Return log θ where the mode lies inside the interval or not far outside."""
+    complement = 1.0 - y
+    below = torch.addcmul(q.below, q.mass, y)
+    above = torch.addcmul(q.above, q.mass, complement)
+    z = torch.erfinv(below - above).mul_(SQRT2)
+    rare = (torch.minimum(below, above) < RARE).view(-1).nonzero().squeeze(1)
+    rare_below, rare_above = below.view(-1)[rare], above.view(-1)[rare]
+    from_tail = torch.special.ndtri(torch.minimum(rare_below, rare_above))
+    z.view(-1)[rare] = torch.where(rare_below > rare_above, -from_tail, from_tail)
+    x = torch.addcmul(q.mu, q.sigma, z)
     if not with_gradients:
         return LogNoise(x, x.new_empty(0), x.new_empty(0))
+    # φ(α)/φ(z) and φ(β)/φ(z); the squares in the exponent may be huge, their difference is taken as a product.
+    near_lower = complement * torch.exp(0.5 * (z - q.alpha) * (z + q.alpha))
+    near_upper = y * torch.exp(0.5 * (z - q.beta) * (z + q.beta))
+    grad_mu = (1.0 - near_lower) - near_upper
+    grad_log_sigma = z - q.alpha * near_lower - q.beta * near_upper
+    return LogNoise(x, grad_mu, (q.sigma * q.log_sigma_in_range) * grad_log_sigma)
 
+
+def _tail_noise(q: Posterior, y: Tensor, lower: float, upper: float, *, with_gradients: bool) -> LogNoise:
+    """Return log θ where the mode lies far outside, in the distance v from the end nearest to it."""
+    # Modes above the interval are reflected to below, which exchanges y and 1 - y.
+    reflected = q.beta < 0
+    y, complement = torch.where(reflected, 1.0 - y, y), torch.where(reflected, y, 1.0 - y)
+    alpha = torch.where(reflected, -q.beta, q.alpha)
+    width = q.beta - q.alpha
+    v = tail_quantile(alpha, width, y, complement)
+    signed_sigma = torch.where(reflected, -q.sigma, q.sigma)
+    x = torch.where(reflected, upper, lower) + signed_sigma * v
+    if not with_gradients:
+        return LogNoise(x, x.new_empty(0), x.new_empty(0))
+    gap = v * (alpha + 0.5 * v)  # log φ(α)/φ(z)
     near = complement * torch.exp(gap)
-    far = y * torch.exp(gap - 0.5 * (q.beta - q.alpha) * (q.beta + q.alpha))
-    grad_mu = (1.0 - near - far).clamp(0.0, 1.0)
-    grad_log_sigma = z - q.alpha * near - q.beta * far
-    if in_tail:
-        # The same with z = α + v, so that α multiplies one small number instead of two that cancel.
-        grad_log_sigma[tail] = alpha * grad_mu[tail] + from_end - (beta - alpha) * far[tail]
-    return LogNoise(x, grad_mu, (q.direction * q.sigma * q.log_sigma_in_range) * grad_log_sigma)
+    far = y * torch.exp(gap - width * (alpha + 0.5 * width))
+    grad_mu = (1.0 - near) - far
+    # z - α near - β far with z = α + v: α multiplies one small number.
+    grad_log_sigma = alpha * grad_mu + v - width * far
+    return LogNoise(x, grad_mu, (signed_sigma * q.log_sigma_in_range) * grad_log_sigma)
 
 
-def tail_quantile(alpha: Tensor, beta: Tensor, y: Tensor, complement: Tensor) -> Tensor:
-    """Return v = z - α for a standard normal truncated to [α, β], α > TAIL, at uniforms y = 1 - complement.
+def tail_quantile(alpha: Tensor, width: Tensor, y: Tensor, complement: Tensor) -> Tensor:
+    """Return v = z - α for a standard normal truncated to [α, α + width], α > TAIL, at uniforms y = 1 - complement.
 
     Solves log S(α) - log S(α + v) = l for the survival function S of the normal, where l is the logarithm of
     S(α) over the survival at the quantile, by Halley steps; log S = log erfcx(z/√2) - z²/2 + const.
     """
-    width = beta - alpha
     scaled_survival = torch.special.erfcx(alpha / SQRT2)
     log_far = -width * (alpha + 0.5 * width)
-    far_survival = torch.special.erfcx(beta / SQRT2) / scaled_survival * torch.exp(log_far)
+    far_survival = torch.special.erfcx((alpha + width) / SQRT2) / scaled_survival * torch.exp(log_far)
     lost = y * (1.0 - far_survival)
     level = torch.where(lost < 0.5, -torch.log1p(-lost), -torch.log(complement + y * far_survival))
 
@@ -142,10 +150,7 @@ def sample_noise(
     mu: Tensor, log_sigma: Tensor, uniform: Tensor, lower: float, upper: float, *, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return θ at given uniforms and its derivatives in μ and log σ, in the broadcast shape and μ's dtype."""
-    shape = torch.broadcast_shapes(mu.shape, uniform.shape)
-    log_theta = log_noise(
-        posterior(mu, log_sigma, lower, upper), uniform.expand(shape), with_gradients=with_gradients
-    )
+    log_theta = log_noise(mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients)
     theta = log_theta.value.exp()
     if not with_gradients:
         return theta.to(mu.dtype), mu.new_empty(0), mu.new_empty(0)
@@ -193,8 +198,8 @@ def multiply_noise(
     upper: float,
 ) -> Tensor:
     """Return activation(x) · θ · mask for θ at uniforms whose shape broadcasts with x."""
-    q = posterior(_along(mu, x, dim), _along(log_sigma, x, dim), lower, upper)
-    theta = log_noise(q, uniform, with_gradients=False).value.exp()
+    parameters = _along(mu, x, dim), _along(log_sigma, x, dim)
+    theta = log_noise(*parameters, uniform, lower, upper, with_gradients=False).value.exp_()
     if mask is not None:
         theta = theta * _along(mask, x, dim)
     wide = _arithmetic_dtype(x)
@@ -214,8 +219,8 @@ def multiply_noise_backward(
     upper: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise`` in x, μ and log σ."""
-    q = posterior(_along(mu, x, dim), _along(log_sigma, x, dim), lower, upper)
-    log_theta = log_noise(q, uniform, with_gradients=True)
+    parameters = _along(mu, x, dim), _along(log_sigma, x, dim)
+    log_theta = log_noise(*parameters, uniform, lower, upper, with_gradients=True)
     theta = log_theta.value.exp()
     if mask is not None:
         theta = theta * _along(mask, x, dim)
