@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels against plain formulas and against a copy of the same bytes."""
