@@ -6,7 +6,7 @@ and every integral is a sum of positive terms, wherever the mean lies. With v th
 the distance from the mean to the anchor, both in units of the scale, the density is proportional to
 ``exp(-u)``, ``u = k |v| + v² / 2``.
 
-All functions take and return float64 tensors; means and scales are those of log θ.
+Functions take and return float64 tensors unless they say otherwise; means and scales are those of log θ.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ def normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * torch.erfc(-z / SQRT2)
 
 
+def normal_density(z: Tensor) -> Tensor:
+    """Return φ(z)."""
+    return torch.exp(-0.5 * z * z - HALF_LOG_2PI)
+
+
 def normal_mass(alpha: Tensor, beta: Tensor) -> Tensor:
     """Return Φ(β) - Φ(α), in either tail with the relative precision of the tail; 0 where that underflows."""
     low, high = (
@@ -96,6 +101,64 @@ def normal_mass(alpha: Tensor, beta: Tensor) -> Tensor:
     )  # high > 0 where the interval is one-sided
     one_sided = normal_cdf(-high) - normal_cdf(low)
     return torch.where(high > 0, one_sided, 0.5 * (torch.erf(beta / SQRT2) - torch.erf(alpha / SQRT2)))
+
+
+# With Φ(z) = p = 1 - q: z/(√2 (p - q)) and 4pq/φ(z), as polynomials in w - 3 for w = -log(4pq) in [0, 6] and in
+# √w - 4 for w in [6, 36], highest power first. Minimax fits, relative errors 5e-8, 5e-8 and 1.1e-7, 2.1e-7.
+CENTRAL_QUANTILE = (
+    *(-5.82677021e-09, -4.33491703e-09, 4.55582172e-07, -1.88533326e-06, -1.27572244e-05),
+    *(0.000195476331, -0.00083607151, -0.00573858063, 0.241630325, 1.62354208),
+)
+CENTRAL_INVERSE_DENSITY = (
+    *(9.12660439e-09, -1.52744678e-07, 2.74943277e-06, -4.09050776e-05, 0.000453284259),
+    *(-0.00395564114, 0.028736344, -0.188234393, 1.52744134),
+)
+RARE_QUANTILE = (
+    *(-4.13172067e-06, 2.4645687e-05, -5.18119807e-05, 5.31972926e-05, -9.0507581e-05),
+    *(0.000318742694, -0.000884465688, 0.00126101602, 1.00949574, 3.83978376),
+)
+RARE_INVERSE_DENSITY = (
+    *(-1.01094155e-06, 5.24639735e-06, -6.29406224e-06, -1.43084823e-05, 8.82027174e-05, -0.000430997017),
+    *(0.00212440245, -0.00975230286, 0.0423605901, -0.176681915, 0.713820515),
+)
+CENTRAL_LIMIT, CENTRAL_CENTRE, RARE_CENTRE = 6.0, 3.0, 4.0
+
+
+class Quantile(NamedTuple):
+    """z = Φ⁻¹(p) and 1/φ(z); the latter is empty if not asked for."""
+
+    z: Tensor
+    inverse_density: Tensor
+
+
+def normal_quantile(below: Tensor, above: Tensor, *, with_density: bool) -> Quantile:
+    """Return Φ⁻¹(below) and 1/φ there in float32 from both tail probabilities, down to 1e-16.
+
+    One expression serves both tails, since it takes their difference and their product (the variable of M. Giles,
+    "Approximating the erfinv function", 2012). Relative errors are below 4e-7.
+    """
+    product = (below * above).mul_(4.0)
+    w = product.log().neg_()
+    rare = (w > CENTRAL_LIMIT).view(-1).nonzero().squeeze(1)
+    rare_variable = w.view(-1)[rare].sqrt_().sub_(RARE_CENTRE)
+    w.sub_(CENTRAL_CENTRE)
+
+    ratio = _polynomial(CENTRAL_QUANTILE, w)
+    ratio.view(-1)[rare] = _polynomial(RARE_QUANTILE, rare_variable)
+    z = (below - above).mul_(SQRT2).mul_(ratio)
+    if not with_density:
+        return Quantile(z, z.new_empty(0))
+    ratio = _polynomial(CENTRAL_INVERSE_DENSITY, w)
+    ratio.view(-1)[rare] = _polynomial(RARE_INVERSE_DENSITY, rare_variable)
+    return Quantile(z, ratio.div_(product))
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Evaluate a polynomial by Horner's rule, highest power first."""
+    result = x * coefficients[0]
+    for coefficient in coefficients[1:-1]:
+        result.add_(coefficient).mul_(x)
+    return result.add_(coefficients[-1])
 
 
 def sigma_from_log(log_sigma: Tensor) -> Tensor:

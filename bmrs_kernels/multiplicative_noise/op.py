@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bmrs_kernels import philox
 from bmrs_kernels.backend import Backend, resolve_backend
-from bmrs_kernels.multiplicative_noise import reference
+from bmrs_kernels.multiplicative_noise import eager, reference
 from bmrs_kernels.validation import check_device, check_interval, check_parameters, check_uniform
 
 Granularity = Literal["element", "sample", "batch"]
@@ -75,9 +75,9 @@ def _multiply_noise(
     upper: float,
     backend: str,
 ) -> Tensor:
-    shape = reference.draw_shape(x, dim, granularity)
+    shape = eager.draw_shape(x, dim, granularity)
     uniform = philox.philox_uniform(seed, shape, device=x.device)
-    return reference.multiply_noise(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+    return eager.multiply_noise(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
 
 
 @_multiply_noise.register_fake
@@ -100,11 +100,9 @@ def _multiply_noise_backward(
     upper: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = reference.draw_shape(x, dim, granularity)
+    shape = eager.draw_shape(x, dim, granularity)
     uniform = philox.philox_uniform(seed, shape, device=x.device)
-    return reference.multiply_noise_backward(
-        grad, x, mu, log_sigma, mask, uniform, dim, activation, lower, upper
-    )
+    return eager.multiply_noise_backward(grad, x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
 
 
 @_multiply_noise_backward.register_fake

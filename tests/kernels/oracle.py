@@ -141,7 +141,7 @@ def sample(mu, log_sigma, y, lower=-20, upper=0) -> Sample:
     if reflect:
         alpha, beta, y = -beta, -alpha, 1 - y
     target = (1 - y) * survival(alpha) + y * survival(beta)
-    z = _inverse_survival(target)
+    z = inverse_survival(target)
     near, far = (1 - y) * density(alpha) / density(z), y * density(beta) / density(z)
     grad_mu = 1 - near - far
     grad_log_sigma = sigma * (z - alpha * near - beta * far)
@@ -149,16 +149,16 @@ def sample(mu, log_sigma, y, lower=-20, upper=0) -> Sample:
     return Sample(mu + sign * sigma * z, grad_mu, sign * grad_log_sigma)
 
 
-def _inverse_survival(target):
+def inverse_survival(target):
     """Solve survival(z) = target by Newton on log survival, which is concave: monotone from the right."""
     if target > mp.mpf(1) / 2:
-        return -_inverse_survival(1 - target)
+        return -inverse_survival(1 - target)
     log_target = mp.log(target)
     z = mp.sqrt(-2 * (log_target + mp.log(2)))  # survival(z) <= exp(-z²/2)/2
     for _ in range(100):
         current = survival(z)
         step = (mp.log(current) - log_target) * current / density(z)
         z += step
-        if abs(step) <= mp.mpf(10) ** (10 - DIGITS) * max(1, abs(z)):
+        if abs(step) <= mp.mpf(10) ** (10 - mp.mp.dps) * max(1, abs(z)):
             return z
     raise ArithmeticError(f"quantile did not converge for log survival {log_target}")
