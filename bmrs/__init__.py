@@ -1,0 +1,27 @@
+"""Threshold-free Bayesian structured pruning (BMRS) for PyTorch."""
+
+from bmrs import models
+from bmrs.compaction import compact
+from bmrs.criteria import L2, SNR, BMRSNormal, BMRSUniform, GradientNorm, Mean
+from bmrs.divergence import kl_divergence
+from bmrs.noise_layer import NoiseLayer, add_noise
+from bmrs.pruning import PruneReport, prune
+from bmrs.serialization import load, save
+
+__all__ = [
+    "L2",
+    "SNR",
+    "BMRSNormal",
+    "BMRSUniform",
+    "GradientNorm",
+    "Mean",
+    "NoiseLayer",
+    "PruneReport",
+    "add_noise",
+    "compact",
+    "kl_divergence",
+    "load",
+    "models",
+    "prune",
+    "save",
+]

@@ -1,0 +1,72 @@
+"""The KL term of the training loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import bmrs_kernels
+from bmrs.noise_layer import NoiseLayer, layers_of_one_kind, required_noise_layers
+
+KLWeight: TypeAlias = Literal["elbo", "mean"] | float
+
+
+def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | None = None) -> Tensor:
+    """Weighted KL(posterior‖prior) over a model's noise layers, to be added to the data loss.
+
+    Pruned structures are gone: they add neither KL nor gradient. What each of the others adds does not depend on
+    how many are left.
+
+    Args:
+        model: a model with noise layers.
+        weight: ``"elbo"``: the sum over all structures divided by ``dataset_size``, which with the mean data
+            loss of a minibatch is the negative ELBO per example (Eq. 3 of arXiv 2406.01345). ``"mean"``: the
+            mean over each layer's structures, pruned ones included as zeros, then over layers (what the paper's
+            tables were made with). A number: that number times the sum.
+        dataset_size: number of training examples; required by ``"elbo"``, unused otherwise.
+
+    Returns:
+        A scalar tensor in nats, on the first noise layer's device.
+
+    Raises:
+        ValueError: the model has no noise layer, ``weight`` is unknown, negative or not finite, or ``"elbo"``
+            comes without a positive ``dataset_size``.
+    """
+    layers = list(required_noise_layers(model).values())
+    scale = _scale(weight, dataset_size, len(layers))
+    groups = layers_of_one_kind(layers)
+    terms = [_group_divergence(group, average=weight == "mean") for group in groups]
+    return scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
+
+
+def _group_divergence(group: list[NoiseLayer], *, average: bool) -> Tensor:
+    divergence = bmrs_kernels.kl_divergence(
+        torch.cat([layer.mu for layer in group]),
+        torch.cat([layer.log_sigma for layer in group]),
+        lower=group[0].lower,
+        upper=group[0].upper,
+        backend=group[0].backend,
+    )
+    divergence = divergence.where(torch.cat([layer.mask for layer in group]), 0.0)
+    if average:
+        # All structures, not the kept ones: these would otherwise pay more with each one pruned, until none is left.
+        divergence = divergence / torch.cat([torch.full_like(layer.mu, len(layer.mu)) for layer in group])
+    return divergence.sum()
+
+
+def _scale(weight: KLWeight, dataset_size: int | None, num_layers: int) -> float:
+    if weight == "elbo":
+        if dataset_size is None or dataset_size < 1:
+            raise ValueError(
+                "weight='elbo' divides by the number of training examples: "
+                f"dataset_size must be a positive int, was {dataset_size}"
+            )
+        return 1.0 / dataset_size
+    if weight == "mean":
+        return 1.0 / num_layers
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < math.inf:
+        raise ValueError(f"weight must be 'elbo', 'mean' or a finite number >= 0, was {weight!r}")
+    return float(weight)

@@ -1,0 +1,106 @@
+"""The paper's small networks (arXiv 2406.01345, Appendix C)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from bmrs.noise_layer import Activation, Backend, Granularity, NoiseLayer
+
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+class MLP(nn.Sequential):
+    """Perceptron with tanh and noise after every hidden layer (Appendix C.1).
+
+    A first layer in_features → hidden, ``num_blocks`` further layers hidden → hidden, then hidden →
+    num_classes. Inputs of any shape (N, ...) with in_features elements an example are flattened.
+
+    Args:
+        in_features: elements of one example.
+        num_blocks: hidden layers after the first one.
+        hidden: width of every hidden layer.
+        num_classes: number of outputs (logits).
+        noise: False gives the dense network, with the same initial weights for the same
+            ``torch.manual_seed``.
+        granularity: see `bmrs.NoiseLayer`.
+        backend: see `bmrs.NoiseLayer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        num_blocks: int,
+        hidden: int,
+        num_classes: int = 10,
+        noise: bool = True,
+        granularity: Granularity = "element",
+        backend: Backend = "auto",
+    ) -> None:
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks must not be negative, was {num_blocks}")
+        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        width = in_features
+        for i in range(num_blocks + 1):
+            layers[f"hidden{i}"] = nn.Linear(width, hidden)
+            layers[f"hidden{i}_tanh"] = _activation("tanh", hidden, noise, granularity, backend)
+            width = hidden
+        layers["classes"] = nn.Linear(width, num_classes)
+        super().__init__(layers)
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 for images of shape (N, c, 32, 32), with noise after every ReLU (Appendix C.2).
+
+    6·c and 16·c filters of 5×5, each with ReLU, noise and 2×2 max pooling, then linear layers of 120·c and
+    84·c units, each with ReLU and noise.
+
+    Args:
+        in_channels: c, the channels of the images.
+        num_classes: number of outputs (logits).
+        noise: False gives the dense network, with the same initial weights for the same
+            ``torch.manual_seed``.
+        granularity: see `bmrs.NoiseLayer`.
+        backend: see `bmrs.NoiseLayer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        noise: bool = True,
+        granularity: Granularity = "element",
+        backend: Backend = "auto",
+    ) -> None:
+        def relu(num_structures: int) -> nn.Module:
+            return _activation("relu", num_structures, noise, granularity, backend)
+
+        c = in_channels
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(c, 6 * c, 5),
+                conv1_relu=relu(6 * c),
+                pool1=nn.MaxPool2d(2),
+                conv2=nn.Conv2d(6 * c, 16 * c, 5),
+                conv2_relu=relu(16 * c),
+                pool2=nn.MaxPool2d(2),
+                flatten=nn.Flatten(),
+                hidden1=nn.Linear(16 * c * 5 * 5, 120 * c),
+                hidden1_relu=relu(120 * c),
+                hidden2=nn.Linear(120 * c, 84 * c),
+                hidden2_relu=relu(84 * c),
+                classes=nn.Linear(84 * c, num_classes),
+            )
+        )
+
+
+def _activation(
+    activation: Activation, num_structures: int, noise: bool, granularity: Granularity, backend: Backend
+) -> nn.Module:
+    """An activation with noise fused behind it, or the bare activation: one module either way."""
+    if not noise:
+        return _ACTIVATIONS[activation]()
+    return NoiseLayer(num_structures, granularity=granularity, activation=activation, backend=backend)

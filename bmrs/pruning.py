@@ -1,0 +1,215 @@
+"""Pruning: a criterion applied to every noise layer of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmrs.compaction.tracing import producers
+from bmrs.criteria import Criterion, Decision, PosteriorCriterion
+from bmrs.noise_layer import NoiseLayer, layers_of_one_kind, required_noise_layers
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What pruning did to one noise layer.
+
+    Attributes:
+        name: qualified name of the noise layer.
+        structures: all its structures, pruned ones included.
+        before: structures kept before.
+        after: structures kept now.
+        lowest_score: lowest score of the structures kept before.
+        highest_score: highest score of them.
+        best_kept: True if the criterion asked for all of them and the best one was kept nevertheless.
+    """
+
+    name: str
+    structures: int
+    before: int
+    after: int
+    lowest_score: float
+    highest_score: float
+    best_kept: bool
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning did to a model; ``str()`` gives a text table.
+
+    Attributes:
+        criterion: the criterion as text.
+        score_name: what its scores are.
+        layers: one entry for each noise layer, in module order.
+    """
+
+    criterion: str
+    score_name: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def before(self) -> int:
+        """Structures kept before, over all layers."""
+        return sum(layer.before for layer in self.layers)
+
+    @property
+    def after(self) -> int:
+        """Structures kept now, over all layers."""
+        return sum(layer.after for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON; a non-finite score becomes None."""
+        layers = [asdict(layer) for layer in self.layers]
+        for layer in layers:
+            for key in ("lowest_score", "highest_score"):
+                layer[key] = layer[key] if math.isfinite(layer[key]) else None
+        return {
+            "criterion": self.criterion,
+            "score_name": self.score_name,
+            "before": self.before,
+            "after": self.after,
+            "layers": layers,
+        }
+
+    def __str__(self) -> str:
+        columns = ("layer", "structures", "before", "after")
+        header = (*columns, f"lowest {self.score_name}", f"highest {self.score_name}")
+        rows = [
+            (
+                layer.name or "(model)",
+                str(layer.structures),
+                str(layer.before),
+                str(layer.after),
+                f"{layer.lowest_score:.4g}",
+                f"{layer.highest_score:.4g}",
+            )
+            for layer in self.layers
+        ]
+        structures = sum(layer.structures for layer in self.layers)
+        total = ("total", str(structures), str(self.before), str(self.after), "", "")
+        table = [header, *rows, total]
+        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in table
+        ]
+        notes = [
+            f"{layer.name or '(model)'}: the criterion asked for every structure; the best one was kept"
+            for layer in self.layers
+            if layer.best_kept
+        ]
+        return "\n".join([f"pruned by {self.criterion}", *lines, *notes])
+
+
+@torch.no_grad()
+def prune(model: nn.Module, criterion: Criterion) -> PruneReport:
+    """Prune the structures of a model's noise layers that a criterion asks for, in place and for good.
+
+    A pruned structure stays pruned and is not judged again. Where a criterion asks for all kept
+    structures of a layer, the best one by its scores is kept.
+
+    Args:
+        model: a model with noise layers.
+        criterion: one of the criteria of `bmrs`.
+
+    Returns:
+        The change in every layer, with the scores of the structures that were kept before.
+
+    Raises:
+        ValueError: the model has no noise layer, a ``mu`` or ``log_sigma`` is not finite (layers and
+            counts are named), or the criterion does not suit a layer. Nothing is pruned then.
+    """
+    layers = required_noise_layers(model)
+    _check_finite(layers)
+    decisions = _decide(model, layers, criterion)
+    # All masks are computed before any is written, so that an error leaves the model as it was.
+    results = [_judge(name, layer, decisions[layer], criterion) for name, layer in layers.items()]
+    for layer, (mask, _) in zip(layers.values(), results, strict=True):
+        layer.mask.copy_(mask)
+    return PruneReport(repr(criterion), criterion.score_name, tuple(report for _, report in results))
+
+
+def _check_finite(layers: dict[str, NoiseLayer]) -> None:
+    broken = []
+    for name, layer in layers.items():
+        count = int((~(layer.mu.isfinite() & layer.log_sigma.isfinite())).sum())
+        if count:
+            broken.append(f"{name!r} ({count} of {layer.num_structures} structures)")
+    if broken:
+        raise ValueError(
+            f"mu or log_sigma is NaN or infinite in noise layer {', '.join(broken)}; nothing was pruned"
+        )
+
+
+def _decide(
+    model: nn.Module, layers: dict[str, NoiseLayer], criterion: Criterion
+) -> dict[NoiseLayer, Decision]:
+    """The criterion's decision on every layer, on the CPU."""
+    if isinstance(criterion, PosteriorCriterion):
+        return _decide_together(layers, criterion)
+    producer_of = producers(model, type(criterion).__name__) if criterion.needs_producer else {}
+    decisions = {}
+    for name, layer in layers.items():
+        with _naming([name]):
+            scores, prune = criterion(layer, producer_of.get(layer))
+        decisions[layer] = Decision(scores.cpu(), prune.cpu())
+    return decisions
+
+
+def _decide_together(
+    layers: dict[str, NoiseLayer], criterion: PosteriorCriterion
+) -> dict[NoiseLayer, Decision]:
+    names = {layer: name for name, layer in layers.items()}
+    decisions = {}
+    for group in layers_of_one_kind(layers.values()):
+        with _naming([names[layer] for layer in group]):
+            scores = criterion.scores(
+                torch.cat([layer.mu for layer in group]),
+                torch.cat([layer.log_sigma for layer in group]),
+                lower=group[0].lower,
+                upper=group[0].upper,
+                backend=group[0].backend,
+            ).cpu()
+        sizes = [layer.num_structures for layer in group]
+        for layer, layer_scores in zip(group, scores.split(sizes), strict=True):
+            decisions[layer] = Decision(layer_scores, criterion.decide(layer_scores))
+    return decisions
+
+
+@contextmanager
+def _naming(names: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (noise layer {', '.join(map(repr, names))}); nothing was pruned"
+        ) from error
+
+
+def _judge(
+    name: str, layer: NoiseLayer, decision: Decision, criterion: Criterion
+) -> tuple[Tensor, LayerReport]:
+    """The layer's new mask, on the CPU, and its report."""
+    kept = layer.mask.cpu()
+    mask = kept & ~decision.prune
+    emptied = bool(kept.any() and not mask.any())
+    if emptied:
+        candidates = kept.nonzero().flatten()
+        mask[candidates[criterion.best_first(decision.scores[candidates])[0]]] = True
+    scores = decision.scores[kept]
+    report = LayerReport(
+        name=name,
+        structures=layer.num_structures,
+        before=int(kept.sum()),
+        after=int(mask.sum()),
+        lowest_score=float(scores.min()) if len(scores) else math.nan,
+        highest_score=float(scores.max()) if len(scores) else math.nan,
+        best_kept=emptied,
+    )
+    return mask, report

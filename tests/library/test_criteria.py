@@ -1,0 +1,212 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import bmrs
+import bmrs_kernels
+from bmrs.noise_layer import NoiseLayer
+
+LN2 = math.log(2.0)
+
+
+@pytest.fixture
+def layer() -> NoiseLayer:
+    """Posteriors from surely needless to surely needed."""
+    layer = NoiseLayer(6)
+    with torch.no_grad():
+        layer.mu.copy_(torch.tensor([-19.0, -14.0, -10.0, -4.0, -1.0, -0.1]))
+        layer.log_sigma.copy_(torch.tensor([1.5, 1.5, 3.0, -1.0, 1.0, -3.0]))
+    return layer
+
+
+class TestPosteriorCriteria:
+    @pytest.mark.parametrize("prior_mean", [None, -19.0])
+    def test_bmrs_normal(self, layer, prior_mean):
+        scores, prune = bmrs.BMRSNormal(prior_mean=prior_mean, prior_std=1e-3)(layer)
+        expected = bmrs_kernels.delta_f_lognormal(
+            layer.mu, layer.log_sigma, prior_mean=prior_mean, prior_std=1e-3
+        )
+        assert torch.equal(scores, expected)
+        assert torch.equal(prune, expected >= 0)
+        assert prune[0]
+        assert not prune[5]
+
+    def test_bmrs_normal_defaults_are_the_papers(self, layer):
+        scores, _ = bmrs.BMRSNormal()(layer)
+        assert torch.equal(scores, bmrs_kernels.delta_f_lognormal(layer.mu, layer.log_sigma))
+
+    @pytest.mark.parametrize("p1", [4, 8])
+    def test_bmrs_uniform(self, layer, p1):
+        scores, prune = bmrs.BMRSUniform(p1=p1)(layer)
+        expected = bmrs_kernels.delta_f_loguniform(
+            layer.mu, layer.log_sigma, reduced_lower=-23 * LN2, reduced_upper=-p1 * LN2
+        )
+        assert torch.equal(scores, expected)
+        assert torch.equal(prune, expected >= 0)
+        assert prune[1]
+        assert not prune[5]
+
+    def test_bmrs_uniform_from_the_lower_bound_prunes_what_the_papers_interval_misses(self, layer):
+        with torch.no_grad():
+            layer.log_sigma[0] = -3.0
+        assert not bmrs.BMRSUniform()(layer).prune[0]
+        assert bmrs.BMRSUniform(reduced_lower=None)(layer).prune[0]
+
+    def test_tolerance_prunes_what_the_data_say_nothing_about(self):
+        layer = NoiseLayer(2, initial_mu=-0.7, initial_log_sigma=4.4)
+        with torch.no_grad():
+            layer.log_sigma[1] = -3.0
+        scores, prune = bmrs.BMRSNormal()(layer)
+        assert -0.1 < scores[0] < 0
+        assert not prune.any()
+        assert bmrs.BMRSNormal(tolerance=0.1)(layer).prune.tolist() == [True, False]
+        assert bmrs.BMRSUniform(reduced_lower=None, tolerance=0.1)(layer).prune.tolist() == [True, False]
+
+    @pytest.mark.parametrize("threshold", [1.0, 3.0])
+    def test_snr(self, layer, threshold):
+        scores, prune = bmrs.SNR(threshold=threshold)(layer)
+        assert torch.equal(scores, bmrs_kernels.noise_snr(layer.mu, layer.log_sigma))
+        assert torch.equal(prune, scores <= threshold)
+        assert prune.any()
+        assert not prune[5]
+
+    def test_mean(self, layer):
+        scores, prune = bmrs.Mean()(layer)
+        assert torch.equal(scores, bmrs_kernels.noise_mean(layer.mu, layer.log_sigma))
+        assert torch.equal(prune, scores < 0.1)
+        assert prune.any()
+        assert not prune[5]
+
+    @pytest.mark.parametrize(
+        ("criterion", "edge", "pruned_at_the_edge"),
+        [
+            (bmrs.BMRSNormal(), 0.0, True),
+            (bmrs.BMRSUniform(), 0.0, True),
+            (bmrs.SNR(), 1.0, True),
+            (bmrs.Mean(), 0.1, False),
+        ],
+    )
+    def test_decision_at_the_edge_and_for_nan(self, criterion, edge, pruned_at_the_edge):
+        decided = criterion.decide(torch.tensor([edge, math.nan], dtype=torch.float64))
+        assert decided.tolist() == [pruned_at_the_edge, False]
+
+    @pytest.mark.parametrize(
+        ("criterion", "best"),
+        [(bmrs.BMRSNormal(), 1), (bmrs.BMRSUniform(), 1), (bmrs.SNR(), 2), (bmrs.L2(ratio=0.5), 2)],
+    )
+    def test_order_of_scores(self, criterion, best):
+        scores = torch.tensor([0.5, -math.inf, 1e38])
+        assert criterion.best_first(scores)[0] == best
+        assert criterion.best_first(torch.tensor([0.5, math.nan, 1.0]))[0] == 1
+
+    def test_decides_without_gradient_and_follows_the_layers_interval(self):
+        layer = NoiseLayer(3, lower=-30.0, upper=1.0)
+        scores, _ = bmrs.Mean()(layer)
+        assert not scores.requires_grad
+        torch.testing.assert_close(
+            scores, bmrs_kernels.noise_mean(layer.mu, layer.log_sigma, lower=-30.0, upper=1.0).detach()
+        )
+
+
+class TestNorms:
+    @pytest.fixture
+    def producer(self) -> nn.Conv1d:
+        producer = nn.Conv1d(2, 6, 3)
+        with torch.no_grad():
+            producer.weight.copy_(
+                torch.tensor([3.0, 1.0, 6.0, 2.0, 5.0, 4.0])[:, None, None].expand_as(producer.weight)
+            )
+        return producer
+
+    @pytest.mark.parametrize(
+        ("ratio", "expected"),
+        [(0.0, []), (0.16, []), (0.34, [1, 3]), (0.5, [0, 1, 3]), (0.99, [0, 1, 3, 4, 5])],
+    )
+    def test_l2_prunes_the_lowest_rounded_down(self, layer, producer, ratio, expected):
+        scores, prune = bmrs.L2(ratio=ratio)(layer, producer)
+        torch.testing.assert_close(scores, producer.weight.flatten(1).norm(dim=1))
+        assert prune.nonzero().flatten().tolist() == expected
+
+    def test_ratio_counts_kept_structures_only(self, layer, producer):
+        layer.mask[1] = layer.mask[3] = False
+        assert bmrs.L2(ratio=0.5)(layer, producer).prune.nonzero().flatten().tolist() == [0, 5]
+
+    def test_nan_is_never_pruned(self, layer, producer):
+        with torch.no_grad():
+            producer.weight[1] = math.nan
+        scores, prune = bmrs.L2(ratio=0.99)(layer, producer)
+        assert scores[1].isnan()
+        assert prune.nonzero().flatten().tolist() == [0, 2, 3, 4, 5]
+
+    def test_gradient_norm_reads_the_last_backward(self, layer, producer):
+        producer.weight.grad = producer.weight.detach().flip(0)
+        scores, prune = bmrs.GradientNorm(ratio=0.34)(layer, producer)
+        torch.testing.assert_close(scores, producer.weight.detach().flatten(1).norm(dim=1).flip(0))
+        assert prune.nonzero().flatten().tolist() == [2, 4]
+
+    def test_gradient_norm_without_gradient_is_an_error(self, layer, producer):
+        with pytest.raises(ValueError, match="call backward first"):
+            bmrs.GradientNorm(ratio=0.5)(layer, producer)
+
+    def test_missing_or_unfitting_producer_is_an_error(self, layer):
+        with pytest.raises(ValueError, match="L2 needs the layer that produces the structures, got None"):
+            bmrs.L2(ratio=0.5)(layer)
+        with pytest.raises(ValueError, match="needs a producer with 6 output channels, got Linear with 5"):
+            bmrs.L2(ratio=0.5)(layer, nn.Linear(2, 5))
+
+
+class TestArguments:
+    def test_criteria_are_values(self):
+        assert bmrs.BMRSUniform(p1=4) == bmrs.BMRSUniform(p1=4) != bmrs.BMRSUniform()
+        assert repr(bmrs.SNR()) == "SNR(threshold=1.0)"
+        with pytest.raises(AttributeError):
+            bmrs.SNR().threshold = 2.0
+
+    @pytest.mark.parametrize(
+        ("build", "error", "message"),
+        [
+            (lambda: bmrs.BMRSNormal(prior_std=0.0), ValueError, "prior_std must be greater than 0, was 0.0"),
+            (lambda: bmrs.BMRSNormal(prior_mean=math.nan), ValueError, "prior_mean must be finite, was nan"),
+            (lambda: bmrs.BMRSNormal(tolerance=-0.5), ValueError, "tolerance must be finite and at least 0"),
+            (
+                lambda: bmrs.BMRSUniform(tolerance=math.nan),
+                ValueError,
+                "tolerance must be finite and at least 0",
+            ),
+            (lambda: bmrs.BMRSUniform(p1="8"), TypeError, "p1 must be a number, was '8'"),
+            (lambda: bmrs.BMRSUniform(p1=23), ValueError, "reduced_lower must be less than -p1·ln 2"),
+            (
+                lambda: bmrs.SNR(threshold=-1.0),
+                ValueError,
+                "threshold must be finite and at least 0, was -1.0",
+            ),
+            (lambda: bmrs.Mean(threshold=math.inf), ValueError, "threshold must be finite and at least 0"),
+            (lambda: bmrs.L2(ratio=1.0), ValueError, "ratio must be less than 1, was 1.0"),
+            (
+                lambda: bmrs.GradientNorm(ratio=-0.1),
+                ValueError,
+                "ratio must be finite and at least 0, was -0.1",
+            ),
+            (lambda: bmrs.L2(ratio=True), TypeError, "ratio must be a number, was True"),
+        ],
+    )
+    def test_constructor_errors(self, build, error, message):
+        with pytest.raises(error, match=message):
+            build()
+
+    @pytest.mark.parametrize(
+        ("criterion", "message"),
+        [
+            (
+                bmrs.BMRSUniform(),
+                r"the reduced interval \[-15.94, -5.545\] of BMRSUniform must .* \[-10.0, 0.0\]",
+            ),
+            (bmrs.BMRSUniform(p1=20, reduced_lower=None), r"the reduced interval \[-10, -13.86\]"),
+            (bmrs.BMRSNormal(prior_mean=-11.0), r"interval \[-10.0, 0.0\], was -11.0"),
+        ],
+    )
+    def test_interval_outside_the_layers(self, criterion, message):
+        with pytest.raises(ValueError, match=message):
+            criterion(NoiseLayer(3, lower=-10.0))

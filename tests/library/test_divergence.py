@@ -1,0 +1,122 @@
+import pytest
+import torch
+from torch import nn
+
+import bmrs
+import bmrs.divergence
+import bmrs_kernels
+from bmrs.noise_layer import NoiseLayer, noise_layers
+
+
+def posterior(layer: NoiseLayer) -> torch.Tensor:
+    return bmrs_kernels.kl_divergence(layer.mu, layer.log_sigma, lower=layer.lower, upper=layer.upper)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(NoiseLayer(3), nn.Sequential(NoiseLayer(5), nn.ReLU()), NoiseLayer(4, lower=-10.0))
+    with torch.no_grad():
+        for layer in noise_layers(model).values():
+            layer.mu.uniform_(-9.0, 0.0)
+            layer.log_sigma.uniform_(-4.0, 1.0)
+    return model
+
+
+class TestWeights:
+    def test_elbo_is_the_sum_over_the_dataset_size(self, model):
+        total = sum(posterior(layer).sum() for layer in noise_layers(model).values())
+        found = bmrs.kl_divergence(model, weight="elbo", dataset_size=200)
+        torch.testing.assert_close(found, total / 200)
+        assert found.shape == ()
+
+    def test_mean_is_over_structures_then_layers(self, model):
+        means = [posterior(layer).mean() for layer in noise_layers(model).values()]
+        torch.testing.assert_close(bmrs.kl_divergence(model, weight="mean"), sum(means) / 3)
+
+    @pytest.mark.parametrize("weight", [0, 0.25, 2])
+    def test_number_multiplies_the_sum(self, model, weight):
+        total = sum(posterior(layer).sum() for layer in noise_layers(model).values())
+        torch.testing.assert_close(bmrs.kl_divergence(model, weight=weight), weight * total)
+
+    def test_pruned_structures_pay_nothing_and_get_no_gradient(self, model):
+        layers = list(noise_layers(model).values())
+        layers[1].mask[:3] = False
+        means = [posterior(layer)[layer.mask].sum() / layer.num_structures for layer in layers]
+        found = bmrs.kl_divergence(model, weight="mean")
+        torch.testing.assert_close(found, sum(means) / 3)
+        found.backward()
+        assert torch.equal(layers[1].log_sigma.grad != 0, layers[1].mask)
+        assert not layers[1].mu.grad[~layers[1].mask].any()
+        assert (layers[0].log_sigma.grad != 0).all()
+        total = sum(posterior(layer)[layer.mask].sum() for layer in layers)
+        torch.testing.assert_close(bmrs.kl_divergence(model, weight="elbo", dataset_size=1), total)
+
+    @pytest.mark.parametrize("weight", ["elbo", "mean", 0.3])
+    def test_pruning_changes_nothing_for_the_structures_that_are_left(self, model, weight):
+        def gradient():
+            divergence = bmrs.kl_divergence(model, weight=weight, dataset_size=10)
+            return torch.autograd.grad(divergence, model[0].log_sigma)[0]
+
+        before = gradient()
+        model[0].mask[0] = False
+        torch.testing.assert_close(gradient()[1:], before[1:])
+
+    def test_gradient_is_that_of_the_plain_sum(self, model):
+        layers = noise_layers(model).values()
+        bmrs.kl_divergence(model, weight=0.5).backward()
+        for layer in layers:
+            expected = torch.autograd.grad(0.5 * posterior(layer).sum(), (layer.mu, layer.log_sigma))
+            torch.testing.assert_close((layer.mu.grad, layer.log_sigma.grad), expected)
+
+    def test_shared_layer_counts_once(self):
+        layer = NoiseLayer(3)
+        shared = bmrs.kl_divergence(nn.Sequential(layer, nn.Sequential(layer)), weight=1)
+        torch.testing.assert_close(shared, bmrs.kl_divergence(nn.Sequential(layer), weight=1))
+
+    def test_layers_of_different_dtype_add_up(self):
+        model = nn.Sequential(NoiseLayer(3), NoiseLayer(3, dtype=torch.float64))
+        found = bmrs.kl_divergence(model, weight=1)
+        torch.testing.assert_close(found, 2 * bmrs.kl_divergence(model[0], weight=1))
+
+
+def test_number_of_kernel_calls_does_not_grow_with_the_layers(monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return original(*args, **options)
+
+    original = bmrs_kernels.kl_divergence
+    monkeypatch.setattr(bmrs_kernels, "kl_divergence", counted)
+    model = nn.Sequential(*[NoiseLayer(3) for _ in range(30)], NoiseLayer(3, lower=-5.0))
+    bmrs.kl_divergence(model, weight="mean")
+    assert len(calls) == 2
+
+
+def test_compiles_to_one_graph(model):
+    compiled = torch.compile(
+        lambda: bmrs.kl_divergence(model, weight="mean"), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(), bmrs.kl_divergence(model, weight="mean"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "elbo"}, "dataset_size must be a positive int, was None"),
+        ({"weight": "elbo", "dataset_size": 0}, "dataset_size must be a positive int, was 0"),
+        ({"weight": "sum"}, "weight must be 'elbo', 'mean' or a finite number >= 0, was 'sum'"),
+        ({"weight": -1.0}, "was -1.0"),
+        ({"weight": float("nan")}, "was nan"),
+        ({"weight": True}, "was True"),
+    ],
+)
+def test_errors(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        bmrs.kl_divergence(model, **options)
+
+
+def test_model_without_noise_is_an_error():
+    with pytest.raises(ValueError, match=r"the model \(Linear\) has no noise layer"):
+        bmrs.kl_divergence(nn.Linear(2, 2), weight="mean")

@@ -1,0 +1,240 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import bmrs_kernels
+from bmrs.noise_layer import NoiseLayer, noise_layers
+
+
+def spread_posterior(layer: NoiseLayer) -> NoiseLayer:
+    """Give every structure another posterior and prune one."""
+    with torch.no_grad():
+        layer.mu.copy_(torch.linspace(-6.0, 0.5, layer.num_structures))
+        layer.log_sigma.copy_(torch.linspace(-3.0, 1.0, layer.num_structures))
+        layer.mask[1] = False
+    return layer
+
+
+class TestForward:
+    @pytest.mark.parametrize(
+        ("shape", "dim"),
+        [
+            ((7, 5), 1),
+            ((7, 5), -1),
+            ((7, 5, 3), 1),
+            ((7, 3, 5), -1),
+            ((2, 5, 3, 4), 1),
+            ((2, 5, 3, 4, 2), -4),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+    def test_evaluation_multiplies_by_the_masked_mean(self, shape, dim, activation):
+        layer = spread_posterior(NoiseLayer(5, dim=dim, activation=activation)).eval()
+        x = torch.randn(shape)
+        mean = bmrs_kernels.noise_mean(layer.mu, layer.log_sigma) * layer.mask
+        apply = {None: torch.clone, "relu": torch.relu, "tanh": torch.tanh}[activation]
+        expected = (apply(x).movedim(dim, -1) * mean).movedim(-1, dim)
+        torch.testing.assert_close(layer(x), expected)
+        assert (layer(x).movedim(dim, 0)[1] == 0).all()
+
+    @pytest.mark.parametrize("granularity", ["element", "sample", "batch"])
+    def test_training_draws_what_multiply_noise_draws(self, granularity):
+        layer = spread_posterior(NoiseLayer(5, dim=1, granularity=granularity, activation="relu"))
+        x = torch.randn(3, 5, 4, 4)
+        torch.manual_seed(7)
+        drawn = layer(x)
+        torch.manual_seed(7)
+        expected = bmrs_kernels.multiply_noise(
+            x, layer.mu, layer.log_sigma, mask=layer.mask, granularity=granularity, activation="relu"
+        )
+        assert torch.equal(drawn, expected)
+        assert not torch.equal(drawn, layer(x))
+
+    def test_granularity_sets_what_shares_a_draw(self):
+        x = torch.ones(6, 5, 4, 4)
+        ratios = {}
+        for granularity in ("element", "sample", "batch"):
+            layer = NoiseLayer(5, granularity=granularity, initial_mu=-1.0, initial_log_sigma=-1.0)
+            theta = layer(x).detach()
+            ratios[granularity] = len(theta.unique()) / 5
+        assert ratios["batch"] == 1
+        assert ratios["sample"] == 6
+        assert ratios["element"] > 6 * 16 * 0.9
+
+    def test_mean_of_draws_is_the_evaluation_factor(self):
+        layer = spread_posterior(NoiseLayer(5, dim=1))
+        x = torch.ones(200_000, 5)
+        drawn = layer(x).mean(0)
+        torch.testing.assert_close(drawn, layer.eval()(x)[0], rtol=0.03, atol=1e-4)
+
+    def test_gradients_reach_x_and_kept_posteriors_only(self):
+        layer = spread_posterior(NoiseLayer(5, dim=1))
+        x = torch.randn(8, 5, requires_grad=True)
+        layer(x).square().sum().backward()
+        for gradient in (layer.mu.grad, layer.log_sigma.grad, x.grad.abs().sum(0)):
+            assert torch.equal(gradient != 0, layer.mask)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_zero_size_batch(self, training):
+        layer = NoiseLayer(5).train(training)
+        x = torch.empty(0, 5, 2, 2, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == x.shape
+        assert layer.mu.grad is None or (layer.mu.grad == 0).all()
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_output_has_the_dtype_of_x(self, training, dtype):
+        layer = NoiseLayer(5, activation="tanh").train(training)
+        assert layer(torch.randn(3, 5).to(dtype)).dtype == dtype
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_autocast_and_backward(self, training):
+        model = nn.Sequential(nn.Linear(4, 5), NoiseLayer(5, activation="relu"), nn.Linear(5, 2)).train(
+            training
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(torch.randn(3, 4))
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+        assert model[1].mu.grad.dtype == torch.float32
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_compiles_to_one_graph(self, training):
+        layer = spread_posterior(NoiseLayer(5, activation="relu")).train(training)
+        x = torch.randn(3, 5, 2)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(3)
+        found = compiled(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(found, layer(x))
+
+
+class TestState:
+    def test_state_dict_loads_with_weights_only(self, tmp_path):
+        layer = spread_posterior(NoiseLayer(5))
+        torch.save(layer.state_dict(), tmp_path / "layer.pt")
+        other = NoiseLayer(5)
+        other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
+        for name in ("mu", "log_sigma", "mask"):
+            assert torch.equal(getattr(other, name), getattr(layer, name))
+        assert other.mask.dtype == torch.bool
+
+    def test_mask_of_another_shape_is_refused(self):
+        state = NoiseLayer(5).state_dict() | {"mask": torch.ones(4, dtype=torch.bool)}
+        with pytest.raises(RuntimeError, match="size mismatch for mask"):
+            NoiseLayer(5).load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+    )
+    def test_copies_are_independent_and_equal(self, copied):
+        layer = spread_posterior(NoiseLayer(5, activation="relu", granularity="batch"))
+        layer.eval()(torch.randn(2, 5)).sum().backward()
+        other = copied(layer)
+        x = torch.randn(2, 5)
+        assert torch.equal(other(x), layer(x))
+        with torch.no_grad():
+            layer.mu.zero_()
+        assert not torch.equal(other(x), layer(x))
+
+    def test_evaluation_follows_every_change_of_the_parameters(self):
+        layer = NoiseLayer(5).eval()
+        x = torch.ones(1, 5)
+        before = layer(x)
+        layer.load_state_dict(spread_posterior(NoiseLayer(5)).state_dict())
+        assert not torch.equal(layer(x), before)
+
+    @pytest.mark.parametrize(
+        "narrow",
+        [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float16), lambda m: m.type(torch.half)],
+    )
+    def test_posterior_stays_float32_in_a_16_bit_model(self, narrow):
+        model = nn.Sequential(nn.Linear(4, 5), spread_posterior(NoiseLayer(5)))
+        mu = model[1].mu.detach().clone()
+        narrow(model)
+        assert model[0].weight.dtype in (torch.float16, torch.bfloat16)
+        assert model[1].mask.dtype == torch.bool
+        assert model[1].log_sigma.dtype == torch.float32
+        assert torch.equal(model[1].mu, mu)
+        assert model(torch.randn(2, 4, dtype=model[0].weight.dtype)).dtype == model[0].weight.dtype
+
+    def test_double_and_back(self):
+        layer = NoiseLayer(5).double()
+        assert layer.mu.dtype == layer.log_sigma.dtype == torch.float64
+        assert layer.half().mu.dtype == torch.float32
+
+    def test_moves_between_devices(self):
+        layer = NoiseLayer(5).to("meta")
+        assert layer.mu.is_meta
+        assert layer.mask.is_meta
+        restored = layer.to_empty(device="cpu")
+        restored.reset_parameters()
+        assert restored.mask.all()
+        assert (restored.log_sigma == -5).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_constructor_widens_16_bit_dtypes(self, dtype):
+        assert NoiseLayer(5, dtype=dtype).mu.dtype == torch.float32
+
+    def test_repr_shows_the_arguments(self):
+        layer = NoiseLayer(5, dim=-1, granularity="sample", activation="tanh", backend="torch")
+        assert repr(layer) == (
+            "NoiseLayer(5, dim=-1, granularity='sample', activation='tanh', lower=-20.0, upper=0.0, "
+            "backend='torch')"
+        )
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"num_structures": 0}, ValueError, "num_structures must be at least 1, was 0"),
+            ({"num_structures": 2.0}, TypeError, "num_structures must be an int, was 2.0"),
+            ({"dim": True}, TypeError, "dim must be an int, was True"),
+            ({"granularity": "pixel"}, ValueError, "granularity must be one of 'element', 'sample', 'batch'"),
+            (
+                {"activation": "gelu"},
+                ValueError,
+                "activation must be one of None, 'relu', 'tanh', was 'gelu'",
+            ),
+            ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', was 'cuda'"),
+            ({"lower": 0.0}, ValueError, "lower must be less than upper, were 0.0 and 0.0"),
+            ({"lower": -float("inf")}, ValueError, "lower must be finite, was -inf"),
+            ({"initial_mu": float("nan")}, ValueError, "initial_mu must be finite, was nan"),
+            ({"dtype": torch.int32}, TypeError, "dtype must be a floating dtype, was torch.int32"),
+        ],
+    )
+    def test_constructor(self, options, error, message):
+        with pytest.raises(error, match=message):
+            NoiseLayer(**{"num_structures": 3} | options)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        ("x", "error", "message"),
+        [
+            (torch.ones(2, 4), ValueError, r"num_structures=3 entries along dim=1, was of shape \(2, 4\)"),
+            (torch.ones(3), ValueError, r"x has no dimension 1: its shape is \(3,\)"),
+            (torch.ones(2, 3, dtype=torch.int64), TypeError, "x must have a floating dtype, was torch.int64"),
+            (torch.ones(2, 3, device="meta"), ValueError, "noise layer's device cpu, was on meta"),
+        ],
+    )
+    def test_input(self, training, x, error, message):
+        with pytest.raises(error, match=message):
+            NoiseLayer(3).train(training)(x)
+
+
+class TestNoiseLayers:
+    def test_names_in_module_order_with_subclasses_and_without_repeats(self):
+        class Special(NoiseLayer):
+            pass
+
+        shared = NoiseLayer(4)
+        model = nn.Sequential(nn.Linear(2, 4), Special(4), nn.Sequential(shared), shared)
+        assert list(noise_layers(model)) == ["1", "2.0"]
+        assert noise_layers(nn.Linear(2, 2)) == {}

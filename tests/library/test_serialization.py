@@ -1,0 +1,287 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import bmrs
+import bmrs.serialization
+from bmrs.compaction.stock_layers import STOCK_LAYERS, constructor_arguments
+
+EXAMPLES: list[nn.Module] = [
+    nn.Linear(3, 2),
+    nn.Linear(3, 2, bias=False),
+    nn.Conv1d(2, 4, 3, padding="same"),
+    nn.Conv2d(
+        4, 6, (3, 2), stride=2, padding=(1, 0), dilation=2, groups=2, bias=False, padding_mode="reflect"
+    ),
+    nn.Conv3d(1, 2, 1),
+    nn.BatchNorm1d(3),
+    nn.BatchNorm2d(3, eps=1e-3, momentum=None, affine=False),
+    nn.BatchNorm3d(2, track_running_stats=False),
+    nn.MaxPool1d(2),
+    nn.MaxPool2d((2, 3), stride=1, padding=1, ceil_mode=True),
+    nn.MaxPool3d(2),
+    nn.AvgPool1d(2),
+    nn.AvgPool2d(3, padding=1, count_include_pad=False, divisor_override=2),
+    nn.AvgPool3d(2),
+    nn.AdaptiveAvgPool1d(1),
+    nn.AdaptiveAvgPool2d((None, 2)),
+    nn.AdaptiveAvgPool3d(1),
+    nn.AdaptiveMaxPool1d(1),
+    nn.AdaptiveMaxPool2d(1),
+    nn.AdaptiveMaxPool3d(1),
+    nn.Dropout(0.3),
+    nn.Dropout1d(),
+    nn.Dropout2d(),
+    nn.Dropout3d(),
+    nn.AlphaDropout(),
+    nn.ReLU(inplace=True),
+    nn.LeakyReLU(0.3),
+    nn.ReLU6(),
+    nn.Tanh(),
+    nn.Sigmoid(),
+    nn.ELU(0.5),
+    nn.GELU(approximate="tanh"),
+    nn.SiLU(),
+    nn.Hardswish(),
+    nn.Hardtanh(-2.0, 3.0),
+    nn.Softplus(2, 10),
+    nn.Softmax(dim=1),
+    nn.LogSoftmax(dim=-1),
+    nn.Flatten(),
+]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    noisy = bmrs.models.LeNet5()
+    noisy.conv1_relu.mask[:3] = False
+    return bmrs.compact(noisy, torch.randn(2, 1, 32, 32))
+
+
+def rewrite(path, change) -> None:
+    """Apply a change to the description and the tensors of a saved file."""
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["bmrs"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    description = change(description, tensors) or description
+    save_file(tensors, path, metadata={"bmrs": json.dumps(description)})
+
+
+class TestRoundTrip:
+    def test_examples_cover_every_known_layer(self):
+        assert {type(layer) for layer in EXAMPLES} == set(STOCK_LAYERS)
+
+    @pytest.mark.parametrize("layer", EXAMPLES, ids=lambda layer: type(layer).__name__)
+    def test_every_known_layer(self, layer, path):
+        bmrs.save(path, nn.Sequential(layer))
+        (loaded,) = bmrs.load(path)
+        assert type(loaded) is type(layer)
+        assert repr(loaded) == repr(layer)
+        assert constructor_arguments(loaded) == constructor_arguments(layer)
+        for name, value in layer.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_weights_are_bitwise_equal(self, model, path, dtype):
+        model.to(dtype)
+        bmrs.save(path, model)
+        loaded = bmrs.load(path)
+        assert repr(loaded) == repr(model)
+        assert not loaded.training
+        assert list(loaded.state_dict()) == list(model.state_dict())
+        for name, value in model.state_dict().items():
+            found = loaded.state_dict()[name]
+            assert found.dtype == value.dtype
+            assert torch.equal(found, value)
+        assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+    def test_outputs_are_bitwise_equal(self, model, path):
+        bmrs.save(path, model)
+        x = torch.randn(3, 1, 32, 32)
+        assert torch.equal(bmrs.load(path)(x), model(x))
+
+    def test_non_contiguous_and_shared_weights(self, path):
+        linear = nn.Linear(3, 3)
+        convolution = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        bmrs.save(path, nn.Sequential(linear, linear, convolution))
+        loaded = bmrs.load(path)
+        assert torch.equal(loaded[1].weight, linear.weight)
+        assert torch.equal(loaded[2].weight, convolution.weight)
+
+    def test_loading_draws_no_random_numbers(self, model, path):
+        bmrs.save(path, model)
+        state = torch.get_rng_state()
+        bmrs.load(path)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_device(self, model, path):
+        bmrs.save(path, model)
+        assert bmrs.load(path, device="meta").conv1.weight.is_meta
+
+
+class TestSave:
+    def test_file_is_safetensors_with_a_json_description(self, model, path):
+        bmrs.save(str(path), model)
+        with safe_open(path, framework="pt") as file:
+            description = json.loads(file.metadata()["bmrs"])
+        assert description["version"] == 1
+        assert description["layers"][0] == {
+            "name": "conv1",
+            "type": "Conv2d",
+            "arguments": {
+                "in_channels": 1,
+                "out_channels": 3,
+                "kernel_size": [5, 5],
+                "stride": [1, 1],
+                "padding": [0, 0],
+                "dilation": [1, 1],
+                "groups": 1,
+                "bias": True,
+                "padding_mode": "zeros",
+            },
+            "dtype": "float32",
+        }
+
+    def test_replaces_the_file_in_one_step(self, model, path, monkeypatch):
+        path.write_text("old")
+
+        def fail(source, target):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(type(path), "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            bmrs.save(path, model)
+        assert path.read_text() == "old"
+        assert list(path.parent.iterdir()) == [path]
+        monkeypatch.undo()
+        bmrs.save(path, model)
+        assert list(path.parent.iterdir()) == [path]
+        assert isinstance(bmrs.load(path), nn.Sequential)
+
+    def test_missing_folder(self, model, tmp_path):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            bmrs.save(tmp_path / "missing" / "model.safetensors", model)
+
+    @pytest.mark.parametrize(
+        ("unsuitable", "message"),
+        [
+            (nn.Linear(2, 2), r"needs the nn\.Sequential that bmrs\.compact returns, got Linear"),
+            (bmrs.models.LeNet5(), "got LeNet5"),
+            (
+                nn.Sequential(nn.Linear(2, 2), bmrs.NoiseLayer(2)),
+                r"layer '1' \(NoiseLayer\): not a stock layer",
+            ),
+            (nn.Sequential(nn.Sequential(nn.ReLU())), r"layer '0' \(Sequential\): not a stock layer"),
+            (
+                bmrs.add_noise(nn.Sequential(nn.Linear(2, 2)), where="0"),
+                r"layer '0' \(Linear\): it has hooks or",
+            ),
+        ],
+    )
+    def test_refuses_what_it_cannot_describe(self, unsuitable, message, path):
+        with pytest.raises(TypeError, match=message):
+            bmrs.save(path, unsuitable)
+        assert not path.exists()
+
+
+class TestBrokenFiles:
+    def test_missing(self, path):
+        with pytest.raises(FileNotFoundError, match=f"no model file at .*{path.name}"):
+            bmrs.load(path)
+
+    @pytest.mark.parametrize("length", [0, 4, 200, -1])
+    def test_truncated(self, model, path, length):
+        bmrs.save(path, model)
+        path.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(ValueError, match=f"{path.name} is not a whole safetensors file"):
+            bmrs.load(path)
+
+    def test_foreign_safetensors_file(self, path):
+        save_file({"weight": torch.ones(2)}, path)
+        with pytest.raises(
+            ValueError, match=r"does not hold a model that bmrs\.save wrote: it has no readable desc"
+        ):
+            bmrs.load(path)
+
+    @pytest.mark.parametrize(
+        "text", ["{", "3", "[" * 100_000, '{"version": 1}'], ids=["cut", "number", "deep", "part"]
+    )
+    def test_unreadable_description(self, path, text):
+        save_file({"weight": torch.ones(2)}, path, metadata={"bmrs": text})
+        with pytest.raises(ValueError, match="it has no readable description"):
+            bmrs.load(path)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda d, t: d | {"version": 2}, "it has format version 2, and this version of bmrs reads 1"),
+            (lambda d, t: d | {"layers": {}}, "its layers are not a list"),
+            (lambda d, t: d["layers"][0].pop("dtype") and None, "lacks or adds a key"),
+            (
+                lambda d, t: d["layers"][0].update(type="os.system"),
+                "layer 'conv1' is of unknown type 'os.system'",
+            ),
+            (
+                lambda d, t: d["layers"][0].update(type=[1]),
+                "layer 'conv1' is not described by a name, a type",
+            ),
+            (
+                lambda d, t: d["layers"][0].update(name=3),
+                "layer 3 is not described by a name, a type name and arguments",
+            ),
+            (
+                lambda d, t: d["layers"][0]["arguments"].update(device="cuda"),
+                "has unknown or unsuitable arguments",
+            ),
+            (
+                lambda d, t: d["layers"][0]["arguments"].update(stride={"a": 1}),
+                "has unknown or unsuitable arguments",
+            ),
+            (
+                lambda d, t: d["layers"][0]["arguments"].update(out_channels=10**12),
+                "'conv1' .* cannot be built",
+            ),
+            (lambda d, t: d["layers"][0]["arguments"].update(groups=0), "'conv1' .* cannot be built"),
+            (
+                lambda d, t: d["layers"][0]["arguments"].pop("in_channels") and None,
+                "'conv1' .* cannot be built",
+            ),
+            (lambda d, t: d["layers"][1].update(name="append"), "'append' .* cannot be built"),
+            (
+                lambda d, t: d["layers"][0].update(dtype="float64"),
+                "'conv1' is float32, but described as 'float64'",
+            ),
+            (lambda d, t: t.pop("conv1.bias") is None, "'conv1' .* cannot be built"),
+            (lambda d, t: t.update({"conv1.bias": torch.ones(7)}), "'conv1' .* cannot be built"),
+            (
+                lambda d, t: t.update({"conv1.bias": torch.ones(3, dtype=torch.int64)}),
+                "'conv1' .* cannot be built",
+            ),
+            (
+                lambda d, t: t.update({"extra.weight": torch.ones(1)}),
+                r"its tensors \['extra.weight'\] belong to no",
+            ),
+            (
+                lambda d, t: d["layers"].pop(0) and None,
+                r"its tensors \['conv1.bias', 'conv1.weight'\] belong to",
+            ),
+            (lambda d, t: d["layers"].append(d["layers"][0]), "'conv1' .* cannot be built"),
+        ],
+    )
+    def test_tampered(self, model, path, change, message):
+        bmrs.save(path, model)
+        rewrite(path, change)
+        with pytest.raises(ValueError, match=message):
+            bmrs.load(path)
