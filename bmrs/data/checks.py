@@ -1,0 +1,34 @@
+"""What every reader checks, and its error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+NUM_CLASSES = 10
+"""Classes of each data set that is read here."""
+
+
+class DataError(ValueError):
+    """A data file is not what its format says; the message names the file, what was found and expected."""
+
+
+def check_images_and_labels(images: Tensor, labels: Tensor, path: Path) -> None:
+    """Check that there is one label in range for each image, and an image at all.
+
+    Args:
+        images: Images, the first dimension counts them.
+        labels: Labels, integers.
+        path: The labels' file, named in the error.
+
+    Raises:
+        DataError: If a check fails.
+    """
+    if not len(images):
+        raise DataError(f"{path}: no images")
+    if len(labels) != len(images):
+        raise DataError(f"{path}: {len(labels)} labels for {len(images)} images, expected one each")
+    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
+        wrong = labels[(labels < 0) | (labels >= NUM_CLASSES)]
+        raise DataError(f"{path}: label {int(wrong[0])}, expected labels from 0 to {NUM_CLASSES - 1}")
