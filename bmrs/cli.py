@@ -1,0 +1,137 @@
+"""The `bmrs` command: `bmrs train` and `bmrs evaluate RUN`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import NoReturn, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from bmrs.data import DataError
+from bmrs.training import (
+    ConfigError,
+    InterruptedRunError,
+    NonFiniteError,
+    RunError,
+    TrainConfig,
+    evaluate,
+    resume,
+    train,
+)
+from bmrs.training.config import expected_value, flag
+from bmrs.training.run_folder import RunFolder
+
+_TRAIN_HELP = """\
+Train a network with noise and prune it (Algorithm 1 of the BMRS paper), train it without noise for comparison, make
+the pruned one smaller, save it, reload it, check it and measure what was gained. Without options: LeNet-5 on a subset
+of Fashion-MNIST that comes with bmrs.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments; None for those of the process.
+
+    Returns:
+        The exit code. 0: done. 1: training met a NaN or an infinity. 2: an option, the data or the run folder is
+        bad. 130: interrupted.
+    """
+    console = Console()
+    try:
+        # Without defaults, so that what was given can be compared with a run to resume.
+        arguments = _parser().parse_args(argv, defaults=False)
+        if arguments.subcommand == "train":
+            _train(arguments.train, console)
+        else:
+            options = arguments.evaluate
+            evaluate(
+                Path(options.run),
+                data_dir=options.get("data_dir"),
+                device=options.get("device"),
+                console=console,
+            )
+    except SystemExit as exit:  # the parser has written its help or its error
+        return exit.code if isinstance(exit.code, int) else 0
+    except (ConfigError, DataError, RunError, OSError) as error:
+        return _fail(error, code=2)
+    except NonFiniteError as error:
+        return _fail(error, code=1)
+    except InterruptedRunError as interruption:
+        return _fail(interruption, code=130)
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=130)
+    return 0
+
+
+def _train(options: Namespace, console: Console) -> None:
+    given = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
+    output = options.get("output")
+    if "resume" not in options:
+        train(TrainConfig(**given), output=None if output is None else Path(output), console=console)
+        return
+    if output is not None:
+        raise ConfigError("--output does not go with --resume, which continues in the run's folder")
+    _, config = RunFolder.open(Path(options.resume))
+    for name, saved in asdict(config).items():
+        if given.get(name, saved) != saved:
+            raise ConfigError(f"{flag(name)} is {given[name]}, but the run to resume has {saved}")
+    resume(Path(options.resume), console=console)
+
+
+class _Parser(ArgumentParser):
+    """A parser that reports an error in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = " ".join(message.split())
+        bad_value = re.search(r'Parser key "(\w+)": .*(?:Given|Got) value: (.*)$', line)
+        if bad_value:
+            name, value = bad_value.groups()
+            line = f"{flag(name)} is {value!r}, expected {expected_value(name)}"
+        self.exit(2, f"bmrs: error: {line}\n")
+        raise AssertionError("exit does not return")
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser(prog="bmrs", description="Threshold-free Bayesian structured pruning.")
+    commands = parser.add_subcommands(metavar="{train,evaluate}")
+
+    training = _Parser(description=_TRAIN_HELP)
+    training.add_argument(
+        "--config", action="config", help="YAML or JSON file with options, as in a run's folder"
+    )
+    hints = get_type_hints(TrainConfig)
+    for option in fields(TrainConfig):
+        training.add_argument(
+            flag(option.name),
+            type=hints[option.name],
+            default=option.default,
+            help=option.metadata["help"],
+        )
+    training.add_argument(
+        "--output",
+        type=str,
+        help="run folder, empty or not there yet; default: a fresh numbered one in runs/",
+    )
+    training.add_argument(
+        "--resume", type=str, help="folder of an interrupted run to continue, with its options"
+    )
+    commands.add_subcommand("train", training, help="train, prune, compact and measure a network")
+
+    evaluation = _Parser(description="Reload a finished run's networks and measure them again.")
+    evaluation.add_argument("run", type=str, help="the run's folder")
+    evaluation.add_argument("--data-dir", type=str, help="folder of the data, if they have moved")
+    evaluation.add_argument("--device", type=str, help="where to measure; default: the run's --device")
+    commands.add_subcommand("evaluate", evaluation, help="reload a run's networks and measure them again")
+    return parser
+
+
+def _fail(message: object, *, code: int) -> int:
+    line = " ".join(str(message).split())
+    print(f"bmrs: {line}" if code == 130 else f"bmrs: error: {line}", file=sys.stderr)
+    return code

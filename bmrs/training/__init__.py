@@ -1,0 +1,17 @@
+"""Training, pruning and measuring the paper's small networks: what the command line does, as functions."""
+
+from bmrs.training.config import ConfigError, TrainConfig
+from bmrs.training.finite import NonFiniteError
+from bmrs.training.run import InterruptedRunError, evaluate, resume, train
+from bmrs.training.run_folder import RunError
+
+__all__ = [
+    "ConfigError",
+    "InterruptedRunError",
+    "NonFiniteError",
+    "RunError",
+    "TrainConfig",
+    "evaluate",
+    "resume",
+    "train",
+]

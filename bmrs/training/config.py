@@ -1,0 +1,210 @@
+"""What a training run is told: its options and the settings that they default to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
+
+from bmrs.criteria import L2, SNR, BMRSNormal, BMRSUniform, Criterion, GradientNorm, Mean
+from bmrs.data import EMBEDDED
+from bmrs.noise_layer import Granularity, NoiseLayer
+
+DataName: TypeAlias = Literal["fashion-mnist-subset", "mnist", "fashion-mnist", "cifar10"]
+ModelName: TypeAlias = Literal["lenet5", "mlp"]
+CriterionName: TypeAlias = Literal["bmrs-normal", "bmrs-uniform", "snr", "mean", "l2", "gradient-norm"]
+
+
+class ConfigError(ValueError):
+    """An option has a bad value or does not go with another; the message names it."""
+
+
+class Settings(NamedTuple):
+    """Defaults that depend on model and data; `num_blocks` and `hidden` are the MLP's alone."""
+
+    epochs: int
+    fine_tune_epochs: int
+    batch_size: int
+    lr: float
+    num_blocks: int | None = None
+    hidden: int | None = None
+
+
+SETTINGS: dict[tuple[ModelName, DataName], Settings] = {
+    # The paper's (arXiv 2406.01345, Appendix C).
+    ("lenet5", "mnist"): Settings(50, 10, 128, 1.4e-3),
+    ("lenet5", "fashion-mnist"): Settings(50, 10, 32, 1.4e-3),
+    ("lenet5", "cifar10"): Settings(50, 10, 64, 1e-3),
+    ("mlp", "mnist"): Settings(50, 10, 128, 8.5e-4, 7, 100),
+    ("mlp", "fashion-mnist"): Settings(50, 10, 128, 1.5e-3, 1, 150),
+    ("mlp", "cifar10"): Settings(50, 10, 32, 6.8e-4, 5, 150),
+    # Ours: a tenth of the images in a tenth of the epochs needs larger steps.
+    ("lenet5", "fashion-mnist-subset"): Settings(20, 5, 32, 1.4e-3),
+    ("mlp", "fashion-mnist-subset"): Settings(20, 5, 32, 1.5e-3, 1, 150),
+}
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of one training run, each documented by its help text.
+
+    None stands for the default of model and data, which `settings` fills in.
+
+    Raises:
+        ConfigError: A value is bad, or options do not go together.
+    """
+
+    data: DataName = field(
+        default=EMBEDDED, metadata=_help("images; all but the subset, which comes with bmrs, need --data-dir")
+    )
+    data_dir: str | None = field(default=None, metadata=_help("folder with the official files of --data"))
+    model: ModelName = field(default="lenet5", metadata=_help("network"))
+    num_blocks: int | None = field(
+        default=None, metadata=_help("mlp: hidden layers after the first; default: the paper's")
+    )
+    hidden: int | None = field(
+        default=None, metadata=_help("mlp: units of each hidden layer; default: the paper's")
+    )
+    criterion: CriterionName = field(
+        default="bmrs-normal", metadata=_help("what decides which structures go")
+    )
+    prior_mean: float | None = field(
+        default=None, metadata=_help("bmrs-normal: log θ where the reduced prior sits; default: -20")
+    )
+    p1: float | None = field(
+        default=None, metadata=_help("bmrs-uniform: the reduced prior ends at θ = 2^-p1; default: 8")
+    )
+    threshold: float | None = field(
+        default=None, metadata=_help("snr, mean: prune below it; default: 1 and 0.1")
+    )
+    ratio: float | None = field(
+        default=None, metadata=_help("l2, gradient-norm: share of each layer's structures to prune each time")
+    )
+    granularity: Granularity = field(
+        default="element",
+        metadata=_help("draw noise per activation, per example and structure, or per batch and structure"),
+    )
+    kl_weight: Literal["elbo", "mean"] | float = field(
+        default="mean",
+        metadata=_help(
+            "elbo: sum / training images; mean: mean over structures, then layers; or a factor on the sum"
+        ),
+    )
+    mode: Literal["continuous", "post-training"] = field(
+        default="continuous", metadata=_help("prune every --prune-every epochs of training, or once after it")
+    )
+    epochs: int | None = field(
+        default=None, metadata=_help("epochs of training; default: the paper's 50 (subset: fewer)")
+    )
+    fine_tune_epochs: int | None = field(
+        default=None,
+        metadata=_help(
+            "epochs after the last pruning, with noise and KL; default: the paper's 10 (subset: fewer)"
+        ),
+    )
+    prune_every: int = field(default=1, metadata=_help("epochs from one pruning to the next"))
+    batch_size: int | None = field(default=None, metadata=_help("images of a step; default: the paper's"))
+    lr: float | None = field(default=None, metadata=_help("Adam's learning rate; default: the paper's"))
+    seed: int = field(default=0, metadata=_help("seed of the split, the weights, the batches and the noise"))
+    device: str = field(default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if there is one"))
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if not _fits(getattr(self, name), kind):
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}, expected {expected_value(name)}")
+        for name in ("epochs", "prune_every", "batch_size", "hidden"):
+            self._check_number(name, minimum=1)
+        for name in ("fine_tune_epochs", "num_blocks", "seed", "kl_weight"):
+            self._check_number(name, minimum=0)
+        self._check_number("lr", minimum=0, or_equal=False)
+
+        if self.data == EMBEDDED:
+            self._check_unused("data_dir", "--data mnist, fashion-mnist or cifar10")
+        elif self.data_dir is None:
+            raise ConfigError(f"--data {self.data} needs --data-dir, the folder with its official files")
+        if self.model != "mlp":
+            self._check_unused("num_blocks", "--model mlp")
+            self._check_unused("hidden", "--model mlp")
+        self.build_criterion()
+
+    @property
+    def settings(self) -> Settings:
+        """The options that depend on model and data: as given, or else their defaults."""
+        defaults = SETTINGS[self.model, self.data]
+        given = {name: getattr(self, name) for name in Settings._fields}
+        return defaults._replace(**{name: value for name, value in given.items() if value is not None})
+
+    def resolved(self) -> TrainConfig:
+        """Return the config with the defaults of its model and data written out."""
+        return replace(self, **self.settings._asdict())
+
+    def build_criterion(self) -> Criterion:
+        """Return the criterion with its own option, if that was given."""
+        kinds: dict[CriterionName, tuple[type[Criterion], str]] = {
+            "bmrs-normal": (BMRSNormal, "prior_mean"),
+            "bmrs-uniform": (BMRSUniform, "p1"),
+            "snr": (SNR, "threshold"),
+            "mean": (Mean, "threshold"),
+            "l2": (L2, "ratio"),
+            "gradient-norm": (GradientNorm, "ratio"),
+        }
+        kind, option = kinds[self.criterion]
+        for other in dict.fromkeys(option for _, option in kinds.values()):
+            if other != option:
+                takers = " or ".join(name for name, (_, taken) in kinds.items() if taken == other)
+                self._check_unused(other, f"--criterion {takers}")
+        value = getattr(self, option)
+        if option == "ratio" and value is None:
+            raise ConfigError(f"--criterion {self.criterion} needs --ratio")
+        try:
+            criterion = kind(**({} if value is None else {option: value}))
+            if not criterion.needs_producer:
+                criterion(NoiseLayer(1))  # some limits are those of the layer's interval
+            return criterion
+        except ValueError as error:
+            raise ConfigError(f"{flag(option)}: {error}") from error
+
+    def _check_number(self, name: str, *, minimum: float, or_equal: bool = True) -> None:
+        value: Any = getattr(self, name)
+        if value is None or isinstance(value, str):
+            return
+        if not math.isfinite(value) or value < minimum or (value == minimum and not or_equal):
+            expected = f"at least {minimum}" if or_equal else f"greater than {minimum}"
+            raise ConfigError(f"{flag(name)} is {value}, expected a number {expected}")
+
+    def _check_unused(self, name: str, owner: str) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            raise ConfigError(f"{flag(name)} {value} goes with {owner} only")
+
+
+def flag(name: str) -> str:
+    """Return the command line's flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def expected_value(name: str) -> str:
+    """Return in words what kind of value an option of `TrainConfig` takes."""
+    return " or ".join(_describe(get_type_hints(TrainConfig)[name]))
+
+
+def _describe(kind: Any) -> list[str]:
+    if get_origin(kind) is Literal:
+        return [", ".join(get_args(kind))]
+    if get_args(kind):
+        return [text for each in get_args(kind) for text in _describe(each)]
+    return {int: ["a whole number"], float: ["a number"], str: ["a text"]}.get(kind, [])
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(_fits(value, each) for each in get_args(kind))
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if kind is float else kind)

@@ -1,0 +1,99 @@
+"""Finding the first NaN or infinity of a training, without waiting for the device at every step."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class NonFiniteError(ArithmeticError):
+    """Training met a NaN or an infinity; the message names the epoch, the step and the place."""
+
+
+class FiniteWatch:
+    """Records, on the device, the largest magnitude of every layer's output and gradient at each step.
+
+    As a context manager it hooks into the layers that have parameters of their own. `record` adds one step without
+    synchronising; `check` looks at all the steps since the last check at once.
+
+    Args:
+        model: The model under training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {
+            name: module
+            for name, module in model.named_modules()
+            if next(module.parameters(recurse=False), None) is not None
+        }
+        self._parameters = dict(model.named_parameters())
+        self._places = [
+            *(f"the output of layer {name!r}" for name in self._layers),
+            *(f"the gradient of {name!r}" for name in self._parameters),
+            "the loss",
+        ]
+        self._outputs: dict[nn.Module, Tensor] = {}
+        self._rows: list[Tensor] = []
+        self._steps = 0
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> FiniteWatch:
+        self._handles = [layer.register_forward_hook(self._see_output) for layer in self._layers.values()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def record(self, loss: Tensor) -> None:
+        """Note the step whose forward and backward passes have just been run."""
+        outputs = [self._outputs[layer] for layer in self._layers.values()]
+        gradients = [
+            loss.new_zeros(()) if parameter.grad is None else _magnitude(parameter.grad)
+            for parameter in self._parameters.values()
+        ]
+        self._rows.append(torch.stack([*outputs, *gradients, loss.detach()]))
+
+    def check(self, epoch: int) -> None:
+        """Look at the steps since the last check; synchronises once.
+
+        Raises:
+            NonFiniteError: If one of them had a NaN or an infinity.
+        """
+        wrong = ~torch.stack(self._rows).isfinite()
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            raise NonFiniteError(_message(epoch, self._steps + row + 1, self._places[column]))
+        self._steps += len(self._rows)
+        self._rows.clear()
+
+    def check_parameters(self, epoch: int) -> None:
+        """Check the parameters as the last step left them.
+
+        Raises:
+            NonFiniteError: If one of them holds a NaN or an infinity.
+        """
+        wrong = ~torch.stack([_magnitude(parameter) for parameter in self._parameters.values()]).isfinite()
+        if wrong.any():
+            name = list(self._parameters)[int(wrong.nonzero()[0])]
+            raise NonFiniteError(_message(epoch, self._steps, f"parameter {name!r}"))
+
+    def _see_output(self, layer: nn.Module, inputs: object, output: Tensor) -> None:
+        self._outputs[layer] = _magnitude(output)
+
+
+def _magnitude(values: Tensor) -> Tensor:
+    """The largest absolute value: unlike a sum it cannot overflow, and NaN comes through."""
+    return torch.linalg.vector_norm(values.detach(), ord=torch.inf)
+
+
+def _message(epoch: int, step: int, place: str) -> str:
+    return (
+        f"NaN or infinity at epoch {epoch}, step {step}: first seen in {place}. The checkpoint of the last good "
+        "epoch is kept; a lower --lr may help"
+    )

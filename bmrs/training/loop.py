@@ -1,0 +1,141 @@
+"""The training loop: Algorithm 1 of arXiv 2406.01345, and the same without noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bmrs
+from bmrs.data import Dataset, Split
+from bmrs.noise_layer import noise_layers
+from bmrs.training.checkpoint import TrainingState
+from bmrs.training.config import TrainConfig
+from bmrs.training.finite import FiniteWatch
+from bmrs.training.measure import accuracy, compression
+
+CHECK_EVERY = 50
+"""Steps between two looks at the device, for the progress report and for NaN."""
+
+
+class Progress(Protocol):
+    """What is told while training goes on."""
+
+    def step(self, *, epoch: int, step: int, steps: int, loss: float, kl: float) -> None:
+        """Take note of a step; `loss` and `kl` are means over the epoch so far, in nats."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Take note of a finished and saved epoch with these metrics."""
+
+
+def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.device) -> TrainingState:
+    """Return an untrained network; with and without noise it has the same weights and sees the same batches."""
+    torch.manual_seed(config.seed)
+    model = _build_model(config, data, noise=noise).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.settings.lr)
+    return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
+
+
+def train(
+    state: TrainingState,
+    data: Dataset,
+    config: TrainConfig,
+    *,
+    save: Callable[[TrainingState], None],
+    progress: Progress,
+) -> None:
+    """Train from the state's epoch to the last one and, if there is noise, prune on the way.
+
+    After the epochs of training nothing more is pruned, and what was pruned stays so. The fine-tuning epochs keep
+    noise and KL on, so that they continue with the loss that the posteriors were trained for.
+
+    Args:
+        state: Where to start from; changed in place.
+        data: Preprocessed images on the model's device.
+        config: The options.
+        save: Called with the state after each epoch.
+        progress: Told about steps and epochs.
+
+    Raises:
+        NonFiniteError: A NaN or an infinity turned up; its epoch is not saved.
+    """
+    settings = config.settings
+    criterion = config.build_criterion()
+    layers = noise_layers(state.model)
+    for epoch in range(len(state.history) + 1, settings.epochs + settings.fine_tune_epochs + 1):
+        start = time.perf_counter()
+        row: dict[str, Any] = {"epoch": epoch, "phase": "train" if epoch <= settings.epochs else "fine-tune"}
+        row |= _train_epoch(state, data.train, config, epoch, progress)
+        if layers:
+            if _prunes_after(epoch, config):
+                row["pruning"] = bmrs.prune(state.model, criterion).to_dict()
+            row["kept"] = {name: int(layer.mask.sum()) for name, layer in layers.items()}
+            row["compression_percent"] = compression(state.model, data.validation.images[:1])
+        row["validation_accuracy"] = accuracy(state.model, data.validation)
+        row["seconds"] = time.perf_counter() - start
+        state.history.append(row)
+        save(state)
+        progress.epoch(row)
+
+
+def _build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module:
+    channels, height, width = data.train.images.shape[1:]
+    if config.model == "lenet5":
+        return bmrs.models.LeNet5(
+            in_channels=channels, num_classes=data.num_classes, noise=noise, granularity=config.granularity
+        )
+    num_blocks, hidden = config.settings.num_blocks, config.settings.hidden
+    assert num_blocks is not None, "settings have it for every MLP"
+    assert hidden is not None, "settings have it for every MLP"
+    return bmrs.models.MLP(
+        in_features=channels * height * width,
+        num_blocks=num_blocks,
+        hidden=hidden,
+        num_classes=data.num_classes,
+        noise=noise,
+        granularity=config.granularity,
+    )
+
+
+def _prunes_after(epoch: int, config: TrainConfig) -> bool:
+    last = config.settings.epochs
+    return epoch == last or (config.mode == "continuous" and epoch < last and epoch % config.prune_every == 0)
+
+
+def _train_epoch(
+    state: TrainingState, split: Split, config: TrainConfig, epoch: int, progress: Progress
+) -> dict[str, float]:
+    """One pass over the images; returns means over them. Accuracy is that of the noisy network in training."""
+    model = state.model.train()
+    has_noise = bool(noise_layers(model))
+    order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
+    batches = order.split(config.settings.batch_size)
+    totals = torch.zeros(3, dtype=torch.float64, device=split.labels.device)
+    seen = 0
+    with FiniteWatch(model) as watch:
+        for step, batch in enumerate(batches, start=1):
+            images, labels = split.images[batch], split.labels[batch]
+            logits = model(images)
+            nll = F.cross_entropy(logits, labels)
+            kl = torch.zeros_like(nll)
+            if has_noise:
+                kl = bmrs.kl_divergence(model, weight=config.kl_weight, dataset_size=len(split))
+            loss = nll + kl
+            state.optimizer.zero_grad()
+            loss.backward()
+            watch.record(loss)
+            state.optimizer.step()
+
+            seen += len(batch)
+            correct = (logits.argmax(dim=1) == labels).double().mean()
+            totals += len(batch) * torch.stack([nll.detach().double(), kl.detach().double(), correct])
+            if step % CHECK_EVERY == 0 or step == len(batches):
+                watch.check(epoch)
+                mean_nll, mean_kl, train_accuracy = (totals / seen).tolist()
+                progress.step(epoch=epoch, step=step, steps=len(batches), loss=mean_nll + mean_kl, kl=mean_kl)
+        watch.check_parameters(epoch)
+    return {"loss": mean_nll + mean_kl, "nll": mean_nll, "kl": mean_kl, "train_accuracy": train_accuracy}

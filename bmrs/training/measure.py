@@ -1,0 +1,85 @@
+"""What a network costs and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+import bmrs
+from bmrs.data import Split
+from bmrs.noise_layer import noise_layers
+
+_EVALUATION_BATCH = 500
+
+
+def in_batches(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits of a model in evaluation mode, of shape (N, classes)."""
+    model.eval()
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch in images.split(_EVALUATION_BATCH)])
+
+
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Return the share of images, in [0, 1], that a model in evaluation mode classifies rightly."""
+    return (in_batches(model, split.images).argmax(dim=1) == split.labels).double().mean().item()
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of trainable values."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def compression(model: nn.Module, example: Tensor) -> float:
+    """Return the paper's compression of a masked model, in percent.
+
+    That is the share of all trainable values, μ and log σ included, that pruning makes superfluous: the weights and
+    biases that compaction removes, and the μ and log σ of pruned structures.
+
+    Args:
+        model: A model with noise layers.
+        example: One input, of shape (1, ...).
+    """
+    kept = sum(int(layer.mask.sum()) for layer in noise_layers(model).values())
+    remaining = num_parameters(bmrs.compact(model, example)) + 2 * kept
+    return 100 * (1 - remaining / num_parameters(model))
+
+
+def flops(model: nn.Module, example: Tensor) -> int:
+    """Return the floating-point operations of a forward pass, two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(example)
+    return counter.get_total_flops()
+
+
+def latency(
+    models: Sequence[nn.Module], images: Tensor, *, rounds: int = 25, min_seconds: float = 0.005
+) -> list[float]:
+    """Return the median time in seconds that each model takes for the images.
+
+    They run on one CPU thread or on their GPU, and take turns, so that a slow moment of the machine meets them all.
+
+    Args:
+        models: Models, timed in evaluation mode.
+        images: One batch of inputs.
+        rounds: How often each model has its turn.
+        min_seconds: Least time of a turn, over as many forward passes as it needs.
+    """
+    timers = [
+        Timer(
+            "model(images)",
+            globals={"model": model.eval(), "images": images},
+        )
+        for model in models
+    ]
+    with torch.inference_mode():
+        repeats = [max(1, round(min_seconds / timer.timeit(5).mean)) for timer in timers]
+        turns = [
+            [timer.timeit(number).mean for timer, number in zip(timers, repeats, strict=True)]
+            for _ in range(rounds)
+        ]
+    return [median(times) for times in zip(*turns, strict=True)]

@@ -1,0 +1,141 @@
+"""The files of a training run: their names, and writing them so that no half-written file is ever seen."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from bmrs.training.config import TrainConfig
+
+Network: TypeAlias = Literal["noisy", "dense"]
+
+
+class RunError(Exception):
+    """A run cannot be started, continued or evaluated; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of everything that a run leaves behind."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The run's options, as JSON; `bmrs train --config` reads it."""
+        return self.path / "config.json"
+
+    def checkpoint(self, network: Network) -> Path:
+        """State of training of one network after its last finished epoch."""
+        return self.path / f"{_prefix(network)}checkpoint.safetensors"
+
+    def metrics(self, network: Network) -> Path:
+        """Metrics of one network, one JSON object a line and epoch."""
+        return self.path / f"{_prefix(network)}metrics.jsonl"
+
+    @property
+    def dense(self) -> Path:
+        """Weights of the trained dense network."""
+        return self.path / "dense.safetensors"
+
+    @property
+    def compacted(self) -> Path:
+        """The compacted model, which `bmrs.load` reads."""
+        return self.path / "compacted.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        """The numbers of the final table, as JSON."""
+        return self.path / "summary.json"
+
+    @property
+    def picture(self) -> Path:
+        """The picture of the run."""
+        return self.path / "picture.png"
+
+    def missing(self) -> list[str]:
+        """Names of the files that evaluation needs and that are not there."""
+        needed = (self.config, self.checkpoint("noisy"), self.dense, self.compacted)
+        return [path.name for path in needed if not path.is_file()]
+
+    @classmethod
+    def create(cls, config: TrainConfig, output: Path | None) -> RunFolder:
+        """Make the folder of a new run and write its config.
+
+        Args:
+            config: The run's options.
+            output: The folder, which must be empty or not exist; None for a fresh numbered one in `runs`.
+
+        Raises:
+            RunError: If `output` holds something already.
+        """
+        if output is None:
+            path = _fresh_folder(Path("runs"), f"{config.model}-{config.data}")
+        elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise RunError(
+                f"{output} is not empty: give another --output, or continue its run with --resume {output}"
+            )
+        else:
+            output.mkdir(parents=True, exist_ok=True)
+            path = output
+        folder = cls(path)
+        write_json(folder.config, asdict(config))
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[RunFolder, TrainConfig]:
+        """Return the folder of an existing run and its options.
+
+        Raises:
+            RunError: If there is no run, or its config is broken.
+        """
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise RunError(f"{path} is no run folder: {folder.config.name} is missing")
+        try:
+            return folder, TrainConfig(**json.loads(folder.config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{folder.config} is broken: {error}") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is at every moment either the old or the new one as a whole."""
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _prefix(network: Network) -> str:
+    return "" if network == "noisy" else f"{network}."
+
+
+def _fresh_folder(parent: Path, stem: str) -> Path:
+    parent.mkdir(exist_ok=True)
+    number = 1
+    while True:
+        path = parent / f"{stem}-{number}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path

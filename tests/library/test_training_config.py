@@ -1,0 +1,168 @@
+import dataclasses
+import json
+
+import pytest
+
+import bmrs
+from bmrs.training import ConfigError, RunError, TrainConfig
+from bmrs.training.run_folder import RunFolder, write_atomically, write_json_lines
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "batch_size", "lr", "num_blocks", "hidden"),
+    [
+        ("lenet5", "mnist", 128, 1.4e-3, None, None),
+        ("lenet5", "fashion-mnist", 32, 1.4e-3, None, None),
+        ("lenet5", "cifar10", 64, 1e-3, None, None),
+        ("mlp", "mnist", 128, 8.5e-4, 7, 100),
+        ("mlp", "fashion-mnist", 128, 1.5e-3, 1, 150),
+        ("mlp", "cifar10", 32, 6.8e-4, 5, 150),
+    ],
+)
+def test_defaults_are_the_papers(model, data, batch_size, lr, num_blocks, hidden):
+    settings = TrainConfig(model=model, data=data, data_dir="somewhere").settings
+    assert settings == (50, 10, batch_size, lr, num_blocks, hidden)
+
+
+def test_given_options_win_over_defaults():
+    config = TrainConfig(model="mlp", lr=0.5, hidden=3).resolved()
+    assert (config.lr, config.hidden) == (0.5, 3)
+    assert config.batch_size == TrainConfig(model="mlp").settings.batch_size
+    assert config.resolved() == config
+    assert TrainConfig().resolved().num_blocks is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "--epochs is 0, expected a number at least 1"),
+        ({"prune_every": 0}, "--prune-every is 0, expected a number at least 1"),
+        ({"batch_size": -1}, "--batch-size is -1, expected a number at least 1"),
+        ({"model": "mlp", "hidden": 0}, "--hidden is 0, expected a number at least 1"),
+        ({"model": "mlp", "num_blocks": -1}, "--num-blocks is -1, expected a number at least 0"),
+        ({"fine_tune_epochs": -1}, "--fine-tune-epochs is -1, expected a number at least 0"),
+        ({"seed": -1}, "--seed is -1, expected a number at least 0"),
+        ({"lr": 0.0}, "--lr is 0.0, expected a number greater than 0"),
+        ({"lr": float("inf")}, "--lr is inf, expected a number greater than 0"),
+        ({"kl_weight": -0.5}, "--kl-weight is -0.5, expected a number at least 0"),
+        ({"kl_weight": float("nan")}, "--kl-weight is nan, expected a number at least 0"),
+        ({"kl_weight": "max"}, "--kl-weight is 'max', expected elbo, mean or a number"),
+        ({"lr": "fast"}, "--lr is 'fast', expected a number"),
+        ({"seed": 1.5}, "--seed is 1.5, expected a whole number"),
+        ({"epochs": True}, "--epochs is True, expected a whole number"),
+        ({"data_dir": 3}, "--data-dir is 3, expected a text"),
+        ({"model": "vgg"}, "--model is 'vgg', expected lenet5, mlp"),
+        ({"data": "imagenet"}, "--data is 'imagenet', expected fashion-mnist-subset, mnist"),
+        ({"mode": "never"}, "--mode is 'never', expected continuous, post-training"),
+        ({"granularity": "row"}, "--granularity is 'row', expected element, sample, batch"),
+        ({"data": "mnist"}, "--data mnist needs --data-dir"),
+        ({"data_dir": "x"}, "--data-dir x goes with --data mnist, fashion-mnist or cifar10 only"),
+        ({"hidden": 5}, "--hidden 5 goes with --model mlp only"),
+        ({"num_blocks": 5}, "--num-blocks 5 goes with --model mlp only"),
+        ({"threshold": 1.0}, "--threshold 1.0 goes with --criterion snr or mean only"),
+        ({"ratio": 0.5}, "--ratio 0.5 goes with --criterion l2 or gradient-norm only"),
+        ({"p1": 4.0}, "--p1 4.0 goes with --criterion bmrs-uniform only"),
+        (
+            {"criterion": "snr", "prior_mean": -10.0},
+            "--prior-mean -10.0 goes with --criterion bmrs-normal only",
+        ),
+        ({"criterion": "l2"}, "--criterion l2 needs --ratio"),
+        ({"criterion": "l2", "ratio": 1.5}, "--ratio: ratio must be less than 1"),
+        ({"criterion": "bmrs-uniform", "p1": -3.0}, "--p1: the reduced interval"),
+        ({"prior_mean": 3.0}, "--prior-mean: prior_mean must lie in the noise layer's interval"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**options)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "criterion"),
+    [
+        ({}, bmrs.BMRSNormal()),
+        ({"prior_mean": -10.0}, bmrs.BMRSNormal(prior_mean=-10.0)),
+        ({"criterion": "bmrs-uniform"}, bmrs.BMRSUniform(p1=8)),
+        ({"criterion": "bmrs-uniform", "p1": 4.0}, bmrs.BMRSUniform(p1=4)),
+        ({"criterion": "snr"}, bmrs.SNR(threshold=1.0)),
+        ({"criterion": "mean", "threshold": 0.2}, bmrs.Mean(threshold=0.2)),
+        ({"criterion": "l2", "ratio": 0.2}, bmrs.L2(ratio=0.2)),
+        ({"criterion": "gradient-norm", "ratio": 0.2}, bmrs.GradientNorm(ratio=0.2)),
+    ],
+)
+def test_options_choose_the_criterion(options, criterion):
+    assert TrainConfig(**options).build_criterion() == criterion
+
+
+# Run folders
+
+
+def test_new_runs_get_fresh_numbered_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [RunFolder.create(TrainConfig(), None) for _ in range(2)]
+    assert [str(folder.path) for folder in folders] == [
+        "runs/lenet5-fashion-mnist-subset-1",
+        "runs/lenet5-fashion-mnist-subset-2",
+    ]
+
+
+def test_config_survives_the_folder(tmp_path):
+    config = TrainConfig(model="mlp", kl_weight=0.5, criterion="snr", threshold=2.0).resolved()
+    RunFolder.create(config, tmp_path / "run")
+    assert RunFolder.open(tmp_path / "run") == (RunFolder(tmp_path / "run"), config)
+
+
+def test_a_used_folder_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(
+        RunError, match=r"is not empty: give another --output, or continue its run with --resume"
+    ):
+        RunFolder.create(TrainConfig(), tmp_path)
+    with pytest.raises(RunError, match="is not empty"):
+        RunFolder.create(TrainConfig(), tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    assert RunFolder.create(TrainConfig(), tmp_path).config.is_file()
+
+
+def test_opening_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(RunError, match=r"is no run folder: config\.json is missing"):
+        RunFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", json.dumps({"lr": -1}), json.dumps({"colour": "red"}), json.dumps({"lr": "fast"}), "3"]
+)
+def test_a_broken_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RunError, match=r"config.json is broken: ."):
+        RunFolder.open(tmp_path)
+
+
+def test_missing_files_are_listed(tmp_path):
+    folder = RunFolder.create(TrainConfig(), tmp_path)
+    folder.dense.touch()
+    assert folder.missing() == ["checkpoint.safetensors", "compacted.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "not bytes")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_lines_are_one_object_a_line(tmp_path):
+    rows = [{"epoch": 1, "name": "ΔF"}, {"epoch": 2}]
+    write_json_lines(tmp_path / "rows", rows)
+    lines = (tmp_path / "rows").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_every_option_has_a_help_text():
+    assert all(option.metadata["help"] for option in dataclasses.fields(TrainConfig))
