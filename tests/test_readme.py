@@ -1,0 +1,58 @@
+"""The README does what it says: its example runs, its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def blocks() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", README.read_text("utf-8"), re.M | re.S):
+        found.setdefault(language, []).append(text)
+    return found
+
+
+def test_library_example(blocks, tmp_path, monkeypatch, capsys):
+    (example,) = blocks["python"]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("pruned by BMRSNormal") == 4
+    assert "Linear" in printed
+    assert list(tmp_path.iterdir())
+
+
+def test_commands_for_newcomers_stand_on_one_line(blocks):
+    install_and_run = [line for block in blocks["sh"] for line in block.splitlines() if "pip install" in line]
+    assert len(install_and_run) == 2
+    assert install_and_run[0].endswith("bmrs train")
+    assert install_and_run[1].endswith("-m pytest")
+
+
+def test_options_on_the_command_line_exist(blocks, capsys):
+    from bmrs.cli import main
+
+    assert main(["train", "--help"]) == 0
+    known = capsys.readouterr().out
+    commands = [
+        line for block in blocks["sh"] for line in block.splitlines() if line.startswith("bmrs train")
+    ]
+    options = {option for line in commands for option in re.findall(r"--[\w-]+", line.split("#")[0])}
+    assert options
+    for option in options:
+        assert option in known, f"{option} stands in the README and not in bmrs train --help"
+
+
+def test_every_public_name_is_described(blocks):
+    import bmrs_kernels
+
+    text = README.read_text("utf-8")
+    for name in bmrs_kernels.__all__:
+        assert f"`{name}`" in text
