@@ -15,14 +15,14 @@ from torch import Tensor
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-WORD = 0xFFFFFFFF
+WORD, HALF = 0xFFFFFFFF, 32
 LANES = 4
 
 # The 23 leading bits and half a step: both y and 1 - y are exact in float32, and neither is 0 or 1.
 UNIFORM_BITS = 23
 
 # Counters a pass: the working set of the rounds stays in a core's cache.
-COUNTERS_PER_TILE = 1 << 15
+COUNTERS_PER_TILE = 1 << 14
 
 
 def round_keys(seed: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -30,7 +30,7 @@ def round_keys(seed: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     rounds = torch.arange(ROUNDS, dtype=torch.int64, device=seed.device)
     low, high = (
         ((part & WORD) + rounds * increment) & WORD
-        for part, increment in zip((seed, seed >> 32), KEY_INCREMENTS, strict=True)
+        for part, increment in zip((seed, seed >> HALF), KEY_INCREMENTS, strict=True)
     )
     return tuple(zip(low.unbind(), high.unbind(), strict=True))
 
@@ -41,21 +41,26 @@ def philox_4x32(
     """Return the four 32-bit words of Philox4x32-10.
 
     Args:
-        counter: four int64 tensors of one shape that hold unsigned 32-bit words.
+        counter: four int64 tensors of one shape that hold unsigned 32-bit words; overwritten.
         keys: the rounds' keys.
 
     Returns:
         Four int64 tensors in [0, 2³²).
     """
     c0, c1, c2, c3 = counter
+    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     for k0, k1 in keys:
         # Products of 32-bit words wrap around in int64 without harm: the high halves are masked before the next
         # product, and the low halves only after the last, since nothing else reads their upper bits.
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
-        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
-        c1, c3 = product1, product0
-    return c0, c1 & WORD, c2, c3 & WORD
+        torch.mul(c0, MULTIPLIERS[0], out=product0)
+        torch.mul(c2, MULTIPLIERS[1], out=product1)
+        torch.bitwise_right_shift(product1, HALF, out=c0)
+        torch.bitwise_right_shift(product0, HALF, out=c2)
+        c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, product1 = product1, c1
+        c3, product0 = product0, c3
+    return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)
 
 
 def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
@@ -88,8 +93,9 @@ def uniform_stream(seed: Tensor, count: int) -> Tensor:
     for start in range(0, num_counters, COUNTERS_PER_TILE):
         stop = min(start + COUNTERS_PER_TILE, num_counters)
         index = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
-        zero = torch.zeros_like(index)
-        words = philox_4x32((index & WORD, index >> 32, zero, zero), keys)
+        words = philox_4x32(
+            (index & WORD, index >> HALF, torch.zeros_like(index), torch.zeros_like(index)), keys
+        )
         for lane, word in enumerate(words):
             uniforms[start:stop, lane] = word >> (32 - UNIFORM_BITS)
     return uniforms.reshape(-1)[:count].add_(0.5).mul_(2.0**-UNIFORM_BITS)

@@ -36,7 +36,11 @@ def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.
     """Return an untrained network; with and without noise it has the same weights and sees the same batches."""
     torch.manual_seed(config.seed)
     model = _build_model(config, data, noise=noise).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.settings.lr)
+    of_noise = [parameter for layer in noise_layers(model).values() for parameter in layer.parameters()]
+    identities = {id(parameter) for parameter in of_noise}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in identities]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": of_noise, "lr": config.settings.noise_lr}]
+    optimizer = torch.optim.Adam(groups, lr=config.settings.lr)
     return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
 
 

@@ -66,10 +66,15 @@ def test_given_options_win_over_defaults():
             {"criterion": "snr", "prior_mean": -10.0},
             "--prior-mean -10.0 goes with --criterion bmrs-normal only",
         ),
+        (
+            {"criterion": "snr", "tolerance": 1.0},
+            "--tolerance 1.0 goes with --criterion bmrs-normal or bmrs-uniform",
+        ),
+        ({"tolerance": -1.0}, "--criterion bmrs-normal: tolerance must be finite and at least 0"),
         ({"criterion": "l2"}, "--criterion l2 needs --ratio"),
-        ({"criterion": "l2", "ratio": 1.5}, "--ratio: ratio must be less than 1"),
-        ({"criterion": "bmrs-uniform", "p1": -3.0}, "--p1: the reduced interval"),
-        ({"prior_mean": 3.0}, "--prior-mean: prior_mean must lie in the noise layer's interval"),
+        ({"criterion": "l2", "ratio": 1.5}, "--criterion l2: ratio must be less than 1"),
+        ({"criterion": "bmrs-uniform", "p1": -3.0}, "--criterion bmrs-uniform: the reduced interval"),
+        ({"prior_mean": 3.0}, "--criterion bmrs-normal: prior_mean must lie in the noise layer's interval"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -83,6 +88,7 @@ def test_bad_options_are_named(options, message):
     [
         ({}, bmrs.BMRSNormal()),
         ({"prior_mean": -10.0}, bmrs.BMRSNormal(prior_mean=-10.0)),
+        ({"prior_mean": -5.0, "tolerance": 0.5}, bmrs.BMRSNormal(prior_mean=-5.0, tolerance=0.5)),
         ({"criterion": "bmrs-uniform"}, bmrs.BMRSUniform(p1=8)),
         ({"criterion": "bmrs-uniform", "p1": 4.0}, bmrs.BMRSUniform(p1=4)),
         ({"criterion": "snr"}, bmrs.SNR(threshold=1.0)),
