@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bmrs.criteria import BMRSNormal, Mean
+from bmrs.criteria import BMRSNormal, BMRSUniform, Mean
 from bmrs.noise_layer import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
@@ -89,19 +89,20 @@ def _draw_expected_noise(axis: Axes, noisy: TrainingState) -> None:
 
 
 def _draw_delta_f(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None:
-    criterion = config.build_criterion()
-    if criterion.score_name != "ΔF":
-        criterion = BMRSNormal()
+    chosen_by = config.build_criterion()
+    criterion = chosen_by if isinstance(chosen_by, BMRSNormal | BMRSUniform) else BMRSNormal()
     layers = noise_layers(noisy.model)
     for position, layer in enumerate(layers.values()):
         scores, kept = criterion(layer).scores.cpu(), layer.mask.cpu()
         spread = position + torch.linspace(-0.3, 0.3, len(scores))
         for chosen, colour, label in ((~kept, _PRUNED, "pruned"), (kept, _KEPT, "kept")):
             _scatter(axis, spread[chosen], scores[chosen], colour, label if position == 0 else None)
-    axis.axhline(0, color="black", linewidth=1)
+    axis.axhline(-criterion.tolerance, color="black", linewidth=1)
     axis.set_yscale("symlog", linthresh=0.1)
     axis.set_xticks(range(len(layers)), list(layers))
-    axis.set_title(f"ΔF of each structure ({type(criterion).__name__}); pruned where ΔF ≥ 0")
+    axis.set_title(
+        f"ΔF of each structure ({type(criterion).__name__}); pruned where ΔF ≥ {0 - criterion.tolerance:.3g}"
+    )
     axis.set_ylabel("ΔF (nats, logarithmic beyond ±0.1)")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=9)
