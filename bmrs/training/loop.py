@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -54,8 +55,9 @@ def train(
 ) -> None:
     """Train from the state's epoch to the last one and, if there is noise, prune on the way.
 
-    After the epochs of training nothing more is pruned, and what was pruned stays so. The fine-tuning epochs keep
-    noise and KL on, so that they continue with the loss that the posteriors were trained for.
+    After the epochs of training nothing more is pruned, and what was pruned stays so. The fine-tuning epochs then
+    train the weights alone, in the network that compaction will make smaller: E[θ] in place of noise, no KL,
+    posteriors frozen. With `config.fine_tune_noise` they go on as before, as the paper does.
 
     Args:
         state: Where to start from; changed in place.
@@ -73,7 +75,10 @@ def train(
     for epoch in range(len(state.history) + 1, settings.epochs + settings.fine_tune_epochs + 1):
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "phase": "train" if epoch <= settings.epochs else "fine-tune"}
-        row |= _train_epoch(state, data.train, config, epoch, progress)
+        noise = bool(layers) and (epoch <= settings.epochs or config.fine_tune_noise)
+        state.model.train()
+        with nullcontext() if noise else _without_noise(state.model):
+            row |= _train_epoch(state, data.train, config, epoch, noise, progress)
         if layers:
             if _prunes_after(epoch, config):
                 row["pruning"] = bmrs.prune(state.model, criterion).to_dict()
@@ -88,9 +93,10 @@ def train(
 
 def _build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module:
     channels, height, width = data.train.images.shape[1:]
+    granularity = config.settings.granularity
     if config.model == "lenet5":
         return bmrs.models.LeNet5(
-            in_channels=channels, num_classes=data.num_classes, noise=noise, granularity=config.granularity
+            in_channels=channels, num_classes=data.num_classes, noise=noise, granularity=granularity
         )
     num_blocks, hidden = config.settings.num_blocks, config.settings.hidden
     assert num_blocks is not None, "settings have it for every MLP"
@@ -101,7 +107,7 @@ def _build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Modul
         hidden=hidden,
         num_classes=data.num_classes,
         noise=noise,
-        granularity=config.granularity,
+        granularity=granularity,
     )
 
 
@@ -110,12 +116,24 @@ def _prunes_after(epoch: int, config: TrainConfig) -> bool:
     return epoch == last or (config.mode == "continuous" and epoch < last and epoch % config.prune_every == 0)
 
 
+@contextmanager
+def _without_noise(model: nn.Module) -> Iterator[None]:
+    """Within it, noise layers multiply by E[θ] and do not train."""
+    layers = noise_layers(model).values()
+    for layer in layers:
+        layer.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.requires_grad_(True)
+
+
 def _train_epoch(
-    state: TrainingState, split: Split, config: TrainConfig, epoch: int, progress: Progress
+    state: TrainingState, split: Split, config: TrainConfig, epoch: int, noise: bool, progress: Progress
 ) -> dict[str, float]:
-    """One pass over the images; returns means over them. Accuracy is that of the noisy network in training."""
-    model = state.model.train()
-    has_noise = bool(noise_layers(model))
+    """One pass over the images; returns means over them. With noise, accuracy is that of the noisy network."""
+    model = state.model
     order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
     batches = order.split(config.settings.batch_size)
     totals = torch.zeros(3, dtype=torch.float64, device=split.labels.device)
@@ -126,7 +144,7 @@ def _train_epoch(
             logits = model(images)
             nll = F.cross_entropy(logits, labels)
             kl = torch.zeros_like(nll)
-            if has_noise:
+            if noise:
                 kl = bmrs.kl_divergence(model, weight=config.kl_weight, dataset_size=len(split))
             loss = nll + kl
             state.optimizer.zero_grad()

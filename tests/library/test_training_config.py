@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -21,7 +22,16 @@ from bmrs.training.run_folder import RunFolder, write_atomically, write_json_lin
 )
 def test_defaults_are_the_papers(model, data, batch_size, lr, num_blocks, hidden):
     settings = TrainConfig(model=model, data=data, data_dir="somewhere").settings
-    assert settings == (50, 10, batch_size, lr, num_blocks, hidden)
+    assert settings == (
+        50,
+        10,
+        batch_size,
+        lr,
+        lr,
+        "element",
+        num_blocks,
+        hidden,
+    )  # one learning rate for all
 
 
 def test_given_options_win_over_defaults():
@@ -43,6 +53,7 @@ def test_given_options_win_over_defaults():
         ({"fine_tune_epochs": -1}, "--fine-tune-epochs is -1, expected a number at least 0"),
         ({"seed": -1}, "--seed is -1, expected a number at least 0"),
         ({"lr": 0.0}, "--lr is 0.0, expected a number greater than 0"),
+        ({"noise_lr": -1.0}, "--noise-lr is -1.0, expected a number greater than 0"),
         ({"lr": float("inf")}, "--lr is inf, expected a number greater than 0"),
         ({"kl_weight": -0.5}, "--kl-weight is -0.5, expected a number at least 0"),
         ({"kl_weight": float("nan")}, "--kl-weight is nan, expected a number at least 0"),
@@ -86,8 +97,8 @@ def test_bad_options_are_named(options, message):
 @pytest.mark.parametrize(
     ("options", "criterion"),
     [
-        ({}, bmrs.BMRSNormal()),
-        ({"prior_mean": -10.0}, bmrs.BMRSNormal(prior_mean=-10.0)),
+        ({}, bmrs.BMRSNormal(tolerance=0.5 * math.log(2 * math.pi))),
+        ({"tolerance": 0.0}, bmrs.BMRSNormal()),
         ({"prior_mean": -5.0, "tolerance": 0.5}, bmrs.BMRSNormal(prior_mean=-5.0, tolerance=0.5)),
         ({"criterion": "bmrs-uniform"}, bmrs.BMRSUniform(p1=8)),
         ({"criterion": "bmrs-uniform", "p1": 4.0}, bmrs.BMRSUniform(p1=4)),

@@ -166,3 +166,13 @@ def test_checkpoint_of_another_network_is_refused(tiny_config, tmp_path):
     wider = tiny_config(hidden=7)
     with pytest.raises(RunError, match=r"size mismatch for hidden0\.weight"):
         load_checkpoint(tmp_path / "checkpoint", new_state(wider, load(wider), noise=True, device=CPU))
+
+
+def test_weights_and_noise_have_their_own_learning_rates(tiny_config):
+    config = tiny_config(lr=1e-3, noise_lr=1e-2, epochs=1, fine_tune_epochs=0)
+    before = new_state(config, load(config), noise=True, device=CPU).model.state_dict()
+    after = run(config)[0].model.state_dict()
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before if "mask" not in name}
+    # Adam moves a parameter by up to its learning rate at each of the three steps.
+    assert moved["hidden0_tanh.log_sigma"] == pytest.approx(3e-2, rel=0.1)
+    assert 1e-3 < moved["hidden0.weight"] < 3.1e-3
