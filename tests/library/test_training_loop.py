@@ -67,7 +67,6 @@ def test_rows_hold_the_epochs_metrics(tiny_config):
     assert [row["phase"] for row in rows] == ["train", "train", "fine-tune"]
     for row in rows:
         assert row["loss"] == pytest.approx(row["nll"] + row["kl"])
-        assert row["kl"] > 0
         assert 0 <= row["train_accuracy"] <= 1
         assert 0 <= row["validation_accuracy"] <= 1
         assert row["kept"] == {"hidden0_tanh": 6, "hidden1_tanh": 6}
@@ -176,3 +175,28 @@ def test_weights_and_noise_have_their_own_learning_rates(tiny_config):
     # Adam moves a parameter by up to its learning rate at each of the three steps.
     assert moved["hidden0_tanh.log_sigma"] == pytest.approx(3e-2, rel=0.1)
     assert 1e-3 < moved["hidden0.weight"] < 3.1e-3
+
+
+def test_fine_tuning_trains_the_weights_alone_in_the_network_without_noise(tiny_config):
+    config = tiny_config(epochs=1, fine_tune_epochs=2)
+    trained = run(tiny_config(epochs=1, fine_tune_epochs=0))[0].model.state_dict()
+    state, _ = run(config)
+    assert [row["kl"] > 0 for row in state.history] == [True, False, False]
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(tensor, trained[name]) == ("_tanh" in name), name
+    assert all(parameter.requires_grad for parameter in state.model.parameters())
+    # Nothing is drawn: the same images in the same order give the same weights whatever the random state.
+    data = load(config)
+    again = new_state(config, data, noise=True, device=CPU)
+    train(again, data, config, save=lambda state: torch.rand(1), progress=Recorder())
+    assert torch.equal(again.model.classes.weight, state.model.classes.weight)
+
+
+def test_fine_tuning_with_noise_goes_on_as_before(tiny_config):
+    straight = run(tiny_config(epochs=3, fine_tune_epochs=0, mode="post-training"))[0]
+    tuned = run(tiny_config(epochs=1, fine_tune_epochs=2, fine_tune_noise=True, mode="post-training"))[0]
+    assert all(row["kl"] > 0 for row in tuned.history)
+    assert all(
+        torch.equal(tensor, straight.model.state_dict()[name])
+        for name, tensor in tuned.model.state_dict().items()
+    )
