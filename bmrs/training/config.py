@@ -42,8 +42,8 @@ SETTINGS: dict[tuple[ModelName, DataName], Settings] = {
     ("mlp", "cifar10"): Settings(50, 10, 32, 6.8e-4, 6.8e-4, "element", 5, 150),
     # Ours: with a tenth of the images and fewer epochs, the noise has to move faster than the weights. Noise that is
     # drawn at every pixel averages out over a feature map, so that little would tell useful filters from others.
-    ("lenet5", "fashion-mnist-subset"): Settings(16, 6, 32, 1.4e-3, 6e-3, "sample"),
-    ("mlp", "fashion-mnist-subset"): Settings(16, 6, 32, 1.5e-3, 6e-3, "sample", 1, 150),
+    ("lenet5", "fashion-mnist-subset"): Settings(11, 12, 32, 1.4e-3, 6e-3, "sample"),
+    ("mlp", "fashion-mnist-subset"): Settings(11, 12, 32, 1.5e-3, 6e-3, "sample", 1, 150),
 }
 
 
