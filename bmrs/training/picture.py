@@ -99,10 +99,9 @@ def _draw_delta_f(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None
             _scatter(axis, spread[chosen], scores[chosen], colour, label if position == 0 else None)
     axis.axhline(-criterion.tolerance, color="black", linewidth=1)
     axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_ylim(top=max(1.0, 2 * axis.dataLim.ymax))  # margins of a logarithmic axis take up half of it
     axis.set_xticks(range(len(layers)), list(layers))
-    axis.set_title(
-        f"ΔF of each structure ({type(criterion).__name__}); pruned where ΔF ≥ {0 - criterion.tolerance:.3g}"
-    )
+    axis.set_title(f"ΔF of each structure; pruned where ΔF ≥ {0 - criterion.tolerance:.3g}")
     axis.set_ylabel("ΔF (nats, logarithmic beyond ±0.1)")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=9)
