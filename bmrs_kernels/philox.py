@@ -67,7 +67,7 @@ def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
     """Return a seed as an int64 scalar tensor on a device.
 
     Raises:
-        TypeError: ``seed`` is neither an int nor an integer tensor.
+        TypeError: ``seed`` is neither an int nor an int64 tensor.
         ValueError: ``seed`` has more than one element, more than 64 bits, or is on another device.
     """
     if isinstance(seed, Tensor):

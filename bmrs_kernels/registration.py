@@ -1,7 +1,7 @@
 """Registration of per-structure operations with torch.library.
 
 Such an operation returns its value and, if asked, its derivatives in μ and log σ from the same pass; autograd
-then only multiplies.
+then only multiplies. Second derivatives are not defined, and asking for them raises.
 """
 
 from __future__ import annotations
@@ -13,6 +13,21 @@ import torch
 from torch import Tensor
 
 StructureOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@torch.library.custom_op("bmrs_kernels::multiply_derivatives", mutates_args=())
+def multiply_derivatives(grad: Tensor, grad_mu: Tensor, grad_log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chain rule's products.
+
+    An operator without an autograd formula: a second derivative raises, where a plain product would silently leave
+    out the derivatives of ``grad_mu`` and ``grad_log_sigma``.
+    """
+    return grad * grad_mu, grad * grad_log_sigma
+
+
+@multiply_derivatives.register_fake
+def _(grad: Tensor, grad_mu: Tensor, grad_log_sigma: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad_mu), torch.empty_like(grad_log_sigma)
 
 
 def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[..., Tensor]:
@@ -30,7 +45,9 @@ def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[.
 
     def body(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *values, with_gradients = arguments
-        value, grad_mu, grad_log_sigma = compute(mu, log_sigma, *values, with_gradients=with_gradients)
+        results = compute(mu, log_sigma, *values, with_gradients=with_gradients)
+        value, *gradients = (result.reshape(mu.shape) for result in results[: 3 if with_gradients else 1])
+        grad_mu, grad_log_sigma = gradients or (mu.new_empty(0), mu.new_empty(0))
         return value, grad_mu, grad_log_sigma
 
     def fake(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +60,7 @@ def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[.
 
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_mu, grad_log_sigma = ctx.saved_tensors
-        return (grad * grad_mu, grad * grad_log_sigma, *[None] * (ctx.num_arguments - 2))
+        return (*multiply_derivatives(grad, grad_mu, grad_log_sigma), *[None] * (ctx.num_arguments - 2))
 
     operator = torch.library.custom_op(f"bmrs_kernels::{name}", body, mutates_args=(), schema=schema)
     operator.register_fake(fake)

@@ -280,7 +280,7 @@ def exponential_tilt(posterior: Gaussian, power: float) -> tuple[Gaussian, Tenso
 def tile_structures(
     compute: Callable[[Tensor, Tensor], Differentiable], mu: Tensor, log_sigma: Tensor
 ) -> Differentiable:
-    """Apply a per-structure computation in float64, tile by tile, and return results in μ's shape and dtype."""
+    """Apply a per-structure computation in float64, tile by tile; return flat results in μ's dtype."""
     flat_mu, flat_log_sigma = mu.reshape(-1).double(), log_sigma.reshape(-1).double()
     tiles = [
         compute(*tile)
@@ -288,8 +288,7 @@ def tile_structures(
             flat_mu.split(STRUCTURES_PER_TILE), flat_log_sigma.split(STRUCTURES_PER_TILE), strict=True
         )
     ]
-    columns = (torch.cat(column).to(mu.dtype) for column in zip(*tiles, strict=True))
-    return Differentiable(*(column.reshape(mu.shape) if column.numel() else column for column in columns))
+    return Differentiable(*(torch.cat(column).to(mu.dtype) for column in zip(*tiles, strict=True)))
 
 
 def without_gradients(value: Tensor) -> Differentiable:

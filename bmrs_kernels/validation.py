@@ -32,7 +32,8 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
 
 def check_interval(lower: float, upper: float) -> None:
     """Raise unless lower < upper and both are finite."""
-    if not (math.isfinite(lower) and math.isfinite(upper) and lower < upper):
+    # Comparisons and not math.isfinite, which torch.compile cannot trace for numbers that vary.
+    if not -math.inf < lower < upper < math.inf:
         raise ValueError(f"lower must be less than upper and both finite, got lower={lower}, upper={upper}")
 
 
@@ -47,9 +48,9 @@ def check_reduced_interval(reduced_lower: float, reduced_upper: float, lower: fl
 
 def check_reduced_normal(prior_mean: float, prior_std: float) -> None:
     """Raise unless the reduced prior's mean is finite and its standard deviation positive and finite."""
-    if not math.isfinite(prior_mean):
+    if not -math.inf < prior_mean < math.inf:
         raise ValueError(f"prior_mean must be finite, got {prior_mean}")
-    if not (math.isfinite(prior_std) and prior_std > 0):
+    if not 0 < prior_std < math.inf:
         raise ValueError(f"prior_std must be positive and finite, got {prior_std}")
 
 

@@ -25,12 +25,16 @@ def delta_f_lognormal(
     with_gradients: bool,
 ) -> Differentiable:
     """Return ΔF for a reduced prior that is a truncated log-normal (Eq. 8), and its gradients."""
+    ends = (prior_mean - lower, upper - prior_mean, prior_std)
+    prior = Gaussian(*(torch.tensor(part, dtype=torch.float64) for part in ends))
+    prior_anchor = float(prior.anchor)
+    log_prior_mass = float(torch_math.window(prior).log_mass) - HALF_LOG_2PI
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
         posterior = Gaussian(mu - lower, upper - mu, sigma)
         # q times p̃: a Gaussian whose mean lies between μ and the reduced prior's, weighted by precision.
-        total_std = torch.sqrt(sigma * sigma + prior_std**2)
+        total_std = torch.hypot(sigma, sigma.new_full((), prior_std))
         posterior_weight, prior_weight = (prior_std / total_std) ** 2, (sigma / total_std) ** 2
         product = Gaussian(
             posterior_weight * posterior.below + prior_weight * (prior_mean - lower),
@@ -49,10 +53,12 @@ def delta_f_lognormal(
         )
         value = (
             expectation.value
-            - 0.5 * (from_prior_mean / prior_std) ** 2
+            - 0.5
+            * ((from_prior_mean - prior_anchor) / prior_std)
+            * ((from_prior_mean + prior_anchor) / prior_std)
             - total_std.log()
             - HALF_LOG_2PI
-            + (math.log(upper - lower) - _log_normaliser(prior_mean, prior_std, lower, upper))
+            + (math.log(upper - lower) - log_prior_mass)
         )
         return _with_clamp(value, expectation, log_sigma)
 
@@ -90,12 +96,3 @@ def _with_clamp(value: Tensor, expectation: Differentiable, log_sigma: Tensor) -
     if grad_log_sigma.numel():
         grad_log_sigma = grad_log_sigma * torch_math.log_sigma_in_range(log_sigma)
     return Differentiable(value, expectation.grad_mu, grad_log_sigma)
-
-
-def _log_normaliser(mean: float, std: float, lower: float, upper: float) -> float:
-    """Return the log of the mass that Normal(mean, std²) has between lower and upper."""
-    gaussian = Gaussian(
-        *(torch.tensor(part, dtype=torch.float64) for part in (mean - lower, upper - mean, std))
-    )
-    outside = gaussian.outside
-    return float(torch_math.window(gaussian).log_mass - 0.5 * outside * outside) - HALF_LOG_2PI

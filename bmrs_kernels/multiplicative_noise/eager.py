@@ -223,7 +223,9 @@ def multiply_noise_backward(
         wide_grad.copy_(grad_tile)
         wide_x.copy_(x_tile)
         if activation == "relu":
-            wide_grad.mul_(wide_x > 0)
+            dead = wide_x <= 0  # filled and not multiplied, since 0 times infinity is not 0
+            wide_grad.masked_fill_(dead, 0.0)
+            wide_x.masked_fill_(dead, 0.0)
         elif activation == "tanh":
             wide_x.tanh_()
         torch.mul(wide_grad, wide_x, out=weight)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bmrs_kernels import philox
 from bmrs_kernels.backend import Backend, resolve_backend
 from bmrs_kernels.multiplicative_noise import eager, reference
+from bmrs_kernels.registration import multiply_derivatives
 from bmrs_kernels.validation import check_device, check_interval, check_parameters, check_uniform
 
 Granularity = Literal["element", "sample", "batch"]
@@ -51,11 +52,8 @@ def _save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_mu, grad_log_sigma = ctx.saved_tensors
-    return (
-        (grad * grad_mu).sum_to_size(ctx.shape),
-        (grad * grad_log_sigma).sum_to_size(ctx.shape),
-        *[None] * 5,
-    )
+    products = multiply_derivatives(grad, grad_mu, grad_log_sigma)
+    return (*(product.sum_to_size(ctx.shape) for product in products), *[None] * 5)
 
 
 _sample_noise.register_autograd(_sample_backward, setup_context=_save_sample)
@@ -186,8 +184,8 @@ def multiply_noise(
         mu: location μ of log θ, shape (structures,).
         log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5], with zero gradient outside.
         dim: the axis of x along which the structures lie.
-        mask: factor per structure, shape (structures,), bool or floating point: 0 removes the structure from the
-            output and from every gradient.
+        mask: factor per structure, shape (structures,), bool or floating point: where x is finite, 0 removes the
+            structure from the output and from every gradient.
         granularity: "element" draws at every element of x, "sample" once per example (axis 0) and structure,
             "batch" once per structure.
         activation: None, "relu" or "tanh", applied to x first.

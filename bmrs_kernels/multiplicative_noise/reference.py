@@ -64,7 +64,7 @@ def log_noise(
     mu: Tensor, log_sigma: Tensor, uniform: Tensor, lower: float, upper: float, *, with_gradients: bool
 ) -> LogNoise:
     """Return log θ at uniforms in the broadcast shape of the arguments, in float64."""
-    q = posterior(mu, log_sigma, lower, upper)
+    q = posterior(mu.contiguous(), log_sigma.contiguous(), lower, upper)
     y = uniform.double().expand(torch.broadcast_shapes(mu.shape, uniform.shape)).contiguous()
     result = _central_noise(q, y, with_gradients=with_gradients)
     # Structures far outside are few or none, and cost a gather.
@@ -109,7 +109,7 @@ def _tail_noise(q: Posterior, y: Tensor, lower: float, upper: float, *, with_gra
     width = q.beta - q.alpha
     v = tail_quantile(alpha, width, y, complement)
     signed_sigma = torch.where(reflected, -q.sigma, q.sigma)
-    x = torch.where(reflected, upper, lower) + signed_sigma * v
+    x = torch.where(reflected, v.new_full((), upper), v.new_full((), lower)) + signed_sigma * v
     if not with_gradients:
         return LogNoise(x, x.new_empty(0), x.new_empty(0))
     gap = v * (alpha + 0.5 * v)  # log φ(α)/φ(z)

@@ -47,7 +47,7 @@ def noise_mean(
         backend: "auto", "torch" or "triton".
 
     Returns:
-        Tensor of the shape and dtype of ``mu``, in (e^lower, e^upper).
+        Tensor of the shape and dtype of ``mu``, in [e^lower, e^upper].
 
     Raises:
         TypeError: ``mu`` or ``log_sigma`` is not a floating-point tensor, or their dtypes differ.

@@ -43,7 +43,7 @@ def noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tens
         snr = torch.where(spread < NARROW, _narrow_snr(posterior), _wide_snr(posterior))
         return torch_math.without_gradients(snr)
 
-    return torch_math.tile_structures(compute, mu, log_sigma).value
+    return torch_math.tile_structures(compute, mu, log_sigma).value.reshape(mu.shape)
 
 
 def _narrow_snr(posterior: Gaussian) -> Tensor:

@@ -273,3 +273,11 @@ def test_a_million_draws_follow_the_truncated_normal(mu, log_sigma):
     sigma = torch.tensor(log_sigma, dtype=torch.float64).exp().item()
     exact = stats.truncnorm((-20 - mu) / sigma, -mu / sigma, loc=mu, scale=sigma)
     assert stats.kstest(noise.log().flatten().numpy(), exact.cdf).pvalue > 1e-4
+
+
+def test_infinite_activations_behind_relu_leave_finite_gradients():
+    x = torch.tensor([[-torch.inf, 1.0], [2.0, -torch.inf]], requires_grad=True)
+    mu, log_sigma = torch.full((2,), -1.0, requires_grad=True), torch.zeros(2)
+    multiply_noise(x, mu, log_sigma, activation="relu", seed=SEED).sum().backward()
+    assert mu.grad.isfinite().all()
+    assert torch.equal(x.grad == 0, x == -torch.inf)

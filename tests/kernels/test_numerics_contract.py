@@ -74,7 +74,10 @@ def test_delta_f_lognormal(dtype):
     assert_within(grad_log_sigma, [e[2] for e in expected], POINTS, 1e-6)
 
 
-@pytest.mark.parametrize(("prior_mean", "prior_std"), [(None, 1e-4), (None, 1.0), (-15.0, 0.5), (-3.0, 1e-3)])
+@pytest.mark.parametrize(
+    ("prior_mean", "prior_std"),
+    [(None, 1e-4), (None, 1.0), (-15.0, 0.5), (-3.0, 1e-3), (-30.0, 1e-6), (4.0, 0.1)],
+)
 def test_delta_f_lognormal_options(prior_mean, prior_std):
     points = random_points(60, seed=1)
 

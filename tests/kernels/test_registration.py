@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 from scipy import stats
@@ -99,3 +100,47 @@ def test_agrees_with_scipy_where_scipy_is_good():
         uniform = torch.tensor(y, dtype=torch.float64)
         quantile = torch.from_numpy(exact.ppf(y))
         torch.testing.assert_close(sample_noise(mu, log_sigma, uniform).log(), quantile, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE)
+def test_compiles_for_numbers_that_vary(function):
+    torch.compiler.reset()  # the cases share one code object, and its number of compilations is limited
+    mu, log_sigma = leaves()
+    compiled = torch.compile(
+        lambda m, s, lower: function(m, s, lower=lower), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for lower in (-20.0, -19.5, -18.0):
+        assert torch.equal(compiled(mu, log_sigma, lower), function(mu, log_sigma, lower=lower))
+
+
+@pytest.mark.parametrize("function", [*DIFFERENTIABLE, lambda m, s: sample_noise(m, s, torch.tensor(0.3))])
+def test_second_derivatives_raise(function):
+    mu = torch.tensor([-3.0], requires_grad=True)
+    (first,) = torch.autograd.grad(function(mu, torch.ones(1)).sum(), mu, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(first.sum(), mu)
+
+
+@pytest.mark.parametrize("function", [*DIFFERENTIABLE, lambda m, s: sample_noise(m, s, torch.tensor(0.3))])
+def test_shapes_and_layouts(function):
+    for mu in (torch.zeros(0, 3), torch.full((3, 4), -1.0).t(), torch.full((2, 3, 4, 2), -30.0)):
+        layout = mu.contiguous(memory_format=torch.channels_last) if mu.dim() == 4 else mu
+        layout = layout.detach().requires_grad_()
+        value = function(layout, torch.zeros_like(layout))
+        value.sum().backward()
+        assert value.shape == layout.grad.shape == mu.shape
+        assert torch.equal(value, function(mu.contiguous(), torch.zeros(mu.shape)))
+
+
+def test_ends_are_exact_in_float64():
+    mu, log_sigma = torch.tensor([[-30.0, 9.0], [-2.0, -2.0]], dtype=torch.float64)
+    uniform = torch.tensor(0.5, dtype=torch.float64)
+    ends = torch.tensor([-20.1, 0.1], dtype=torch.float64)
+    distance = (sample_noise(mu, log_sigma, uniform, lower=-20.1, upper=0.1).log() - ends).abs()
+    exact = torch.tensor(
+        [
+            abs(float(oracle.sample(m, -2.0, 0.5, -20.1, 0.1).log_theta - e))
+            for m, e in ((-30.0, -20.1), (9.0, 0.1))
+        ]
+    )
+    torch.testing.assert_close(distance, exact.double(), rtol=1e-6, atol=1e-13)
