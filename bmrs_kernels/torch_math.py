@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bmrs_kernels.polynomials import INVERSE_DENSITY, QUANTILE, QUANTILE_CENTRE, QUANTILE_SHIFT
+
 LOG_SIGMA_MIN = -20.0
 LOG_SIGMA_MAX = 5.0
 
@@ -103,52 +105,43 @@ def normal_mass(alpha: Tensor, beta: Tensor) -> Tensor:
     return torch.where(high > 0, one_sided, 0.5 * (torch.erf(beta / SQRT2) - torch.erf(alpha / SQRT2)))
 
 
-# With Φ(z) = p = 1 - q: z/(p - q) and 4pq/φ(z), as polynomials in w - 3 for w = -log(4pq) in [0, 6] and in √w - 4
-# for w in [6, 36], highest power first. Minimax fits, relative errors 5e-8, 5e-8 and 1.1e-7, 2.1e-7.
-CENTRAL_QUANTILE = (
-    *(-8.24029746e-09, -6.13049846e-09, 6.44290486e-07, -2.66626387e-06, -1.80414398e-05),
-    *(0.000276445278, -0.00118238367, -0.00811557856, 0.341716883, 2.29603523),
-)
-CENTRAL_INVERSE_DENSITY = (
-    *(9.12660439e-09, -1.52744678e-07, 2.74943277e-06, -4.09050776e-05),
-    *(0.000453284259, -0.00395564114, 0.028736344, -0.188234393, 1.52744134),
-)
-RARE_QUANTILE = (
-    *(-5.84313541e-06, 3.48542648e-05, -7.32732058e-05, 7.52323327e-05, -0.000127997049),
-    *(0.000450770241, -0.00125082337, 0.00178334596, 1.42764257, 5.43027427),
-)
-RARE_INVERSE_DENSITY = (
-    *(-1.01094155e-06, 5.24639735e-06, -6.29406224e-06, -1.43084823e-05, 8.82027174e-05),
-    *(-0.000430997017, 0.00212440245, -0.00975230286, 0.0423605901, -0.176681915, 0.713820515),
-)
-CENTRAL_LIMIT, CENTRAL_CENTRE, RARE_CENTRE = 6.0, 3.0, 4.0
+def mills_ratio(t: Tensor) -> Tensor:
+    """Return S(t)/φ(t), survival over density of a standard normal."""
+    return math.sqrt(math.pi / 2.0) * torch.special.erfcx(t / SQRT2)
+
+
+def quantile_variable(product: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return √(4 - log₂ product) - 3.5 for product = 4pq, the variable of the quantile's polynomials; float32."""
+    variable = torch.log2(product, out=out)
+    return variable.neg_().add_(QUANTILE_SHIFT).sqrt_().sub_(QUANTILE_CENTRE)
+
+
+def quantile_ratio(variable: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return Φ⁻¹(p) / (2p - 2q) for p = 1 - q; float32."""
+    return _polynomial(QUANTILE, variable, out=torch.empty_like(variable) if out is None else out)
+
+
+def inverse_density_ratio(variable: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return 4pq / φ(Φ⁻¹(p)) for p = 1 - q; float32."""
+    return _polynomial(INVERSE_DENSITY, variable, out=torch.empty_like(variable) if out is None else out)
 
 
 def normal_quantile(
     below: Tensor, above: Tensor, scratch: tuple[Tensor, Tensor, Tensor], *, with_density: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return Φ⁻¹(below) and, if asked for, 1/φ there, in float32 from both tail probabilities down to 1e-16.
+    """Return Φ⁻¹(below) and, if asked for, 1/φ there, in float32 from both tail probabilities down to 4e-10.
 
     One expression serves both tails, since it takes their difference and their product (the variable of M. Giles,
     "Approximating the erfinv function", 2012). Relative errors are below 4e-7. All arguments are overwritten: fresh
     memory for each step would cost more than the arithmetic.
     """
-    product, w, ratio = scratch
+    product, variable, ratio = scratch
     torch.mul(below, above, out=product).mul_(4.0)
-    torch.log(product, out=w).neg_()
-    rare = (w > CENTRAL_LIMIT).view(-1).nonzero().squeeze(1)
-    rare_variable = w.view(-1)[rare].sqrt_().sub_(RARE_CENTRE)
-    w.sub_(CENTRAL_CENTRE)
-
-    def fit(central: tuple[float, ...], tail: tuple[float, ...]) -> Tensor:
-        _polynomial(central, w, out=ratio)
-        ratio.view(-1)[rare] = _polynomial(tail, rare_variable, out=torch.empty_like(rare_variable))
-        return ratio
-
-    z = torch.sub(below, above, out=below).mul_(fit(CENTRAL_QUANTILE, RARE_QUANTILE))
+    quantile_variable(product, out=variable)
+    z = torch.sub(below, above, out=below).mul_(quantile_ratio(variable, out=ratio)).mul_(2.0)
     if not with_density:
         return z, None
-    return z, fit(CENTRAL_INVERSE_DENSITY, RARE_INVERSE_DENSITY).div_(product)
+    return z, inverse_density_ratio(variable, out=ratio).div_(product)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor, *, out: Tensor) -> Tensor:
@@ -170,7 +163,7 @@ def log_sigma_in_range(log_sigma: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+def gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
     nodes, weights = np.polynomial.legendre.leggauss(NODES_PER_SIDE)
     return (nodes + 1.0) / 2.0, weights / 2.0
 
@@ -178,7 +171,7 @@ def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
 def window(gaussian: Gaussian) -> Window:
     """Integrate a Gaussian over its interval on Gauss–Legendre nodes to either side of the anchor."""
     unit_nodes, unit_weights = (
-        torch.from_numpy(part).to(gaussian.scale.device) for part in _gauss_legendre()
+        torch.from_numpy(part).to(gaussian.scale.device) for part in gauss_legendre()
     )
     outside = gaussian.outside
     reach = 2.0 * WINDOW_EXPONENT / (outside + torch.sqrt(outside * outside + 2.0 * WINDOW_EXPONENT))

@@ -15,14 +15,15 @@ from torch import Tensor
 from bmrs_kernels import torch_math
 from bmrs_kernels.multiplicative_noise import reference
 from bmrs_kernels.multiplicative_noise.reference import LogNoise
+from bmrs_kernels.polynomials import TAIL_START
 
 # Elements a tile: several tiles of memory stay in the last cache, and few operations are started.
 TILE = 1 << 17
 NUM_BUFFERS = 6
 
-# Where float32 is enough: z has a relative error of 3e-7 and is multiplied by σ; the mode may be 3 σ outside.
+# Where float32 is enough: z has a relative error of 3e-7 and is multiplied by σ; its fit ends at TAIL_START.
 MAX_SIGMA = 4.0
-MAX_OUTSIDE = 3.0
+MAX_OUTSIDE = TAIL_START
 
 ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_}  # in place
 

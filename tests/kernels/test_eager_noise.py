@@ -34,7 +34,7 @@ def test_noise_and_gradients_meet_the_contract(y):
 
 
 def test_normal_quantile_over_its_whole_range():
-    tail = torch.logspace(-16, -0.3011, 2001, dtype=torch.float64).float()
+    tail = torch.logspace(-9.4, -0.3011, 2001, dtype=torch.float64).float()
     complement = (1 - tail.double()).float()
     points = [(p,) for p in tail.tolist()]
     # Both float32 tails are given; the smaller one determines z.

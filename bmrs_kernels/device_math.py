@@ -1,0 +1,197 @@
+"""Special functions for Triton kernels, in plain arithmetic: exp2, exp, log, sqrt and multiplications.
+
+Each has a twin of the same name in ``torch_math`` (``philox_4x32`` in ``philox``). Functions of log θ's tails are
+float64; those that run once for each element of an activation are float32. They work on tensors of any shape.
+In arithmetic a constexpr stands on the right of a tensor: Triton's interpreter mistakes the result otherwise.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bmrs_kernels import philox, polynomials, torch_math
+
+ROUNDS = tl.constexpr(philox.ROUNDS)
+MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(philox.MULTIPLIERS[0]), tl.constexpr(philox.MULTIPLIERS[1])
+INCREMENT_0, INCREMENT_1 = tl.constexpr(philox.KEY_INCREMENTS[0]), tl.constexpr(philox.KEY_INCREMENTS[1])
+UNUSED_BITS = tl.constexpr(32 - philox.UNIFORM_BITS)
+ONE_BITS = tl.constexpr(0x3F800000)
+ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0 ** -(philox.UNIFORM_BITS + 1))
+
+LOG_SIGMA_MIN = tl.constexpr(torch_math.LOG_SIGMA_MIN)
+LOG_SIGMA_MAX = tl.constexpr(torch_math.LOG_SIGMA_MAX)
+HALF_LOG_2PI = tl.constexpr(torch_math.HALF_LOG_2PI)
+
+LOG2 = tl.constexpr(polynomials.LOG2)
+QUANTILE = tl.constexpr(polynomials.QUANTILE)
+INVERSE_DENSITY = tl.constexpr(polynomials.INVERSE_DENSITY)
+QUANTILE_SHIFT = tl.constexpr(polynomials.QUANTILE_SHIFT)
+QUANTILE_CENTRE = tl.constexpr(polynomials.QUANTILE_CENTRE)
+MILLS = tl.constexpr(polynomials.MILLS)
+MILLS_CENTRE = tl.constexpr(polynomials.MILLS_CENTRE)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+EXPONENT_MASK = tl.constexpr(-0x00800000)
+EXPONENT_UNIT = tl.constexpr(2.0**-23)
+
+
+@triton.constexpr_function
+def length(values):
+    """Return the length of a constexpr tuple."""
+    return len(values)
+
+
+@triton.jit
+def polynomial(x, coefficients: tl.constexpr):
+    """Evaluate a polynomial by Horner's rule, highest power first."""
+    value = x * coefficients[0] + coefficients[1]
+    for power in tl.static_range(2, length(coefficients)):
+        value = value * x + coefficients[power]
+    return value
+
+
+@triton.jit
+def polynomial_of_row(x, table: tl.constexpr, row: tl.constexpr):
+    """Evaluate the polynomial in one row of a table of coefficients."""
+    value = x * table[row][0] + table[row][1]
+    for power in tl.static_range(2, length(table[row])):
+        value = value * x + table[row][power]
+    return value
+
+
+@triton.jit
+def philox_4x32(counter_low, counter_high, seed):
+    """Return the four uint32 words of Philox4x32-10 for 64-bit counters in two halves; ``seed`` is int64."""
+    key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1 = counter_low.to(tl.uint32), counter_high.to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(ROUNDS):
+        # One widening multiplication gives both halves of the product.
+        product_0 = c0.to(tl.uint64) * MULTIPLIER_0
+        product_1 = c2.to(tl.uint64) * MULTIPLIER_1
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
+        c1, c3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
+        key_0 += INCREMENT_0
+        key_1 += INCREMENT_1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform_from_word(word):
+    """Return (⌊word / 2⁹⌋ + ½) 2⁻²³ in float32, exactly, for a uint32 word."""
+    # The bits become the fraction of a number in [1, 2).
+    above_one = ((word >> UNUSED_BITS) | ONE_BITS).to(tl.float32, bitcast=True)
+    return above_one - ONE_LESS_HALF_STEP
+
+
+@triton.jit
+def log2(x):
+    """Return log₂ x for positive normal float32 numbers; absolute error below 6e-8 + 6e-8 |log₂ x|."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - SQRT_HALF_BITS) & EXPONENT_MASK
+    fraction = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    return fraction * polynomial(fraction, LOG2) + exponent.to(tl.float32) * EXPONENT_UNIT
+
+
+@triton.jit
+def exp_to_single(x):
+    """Return exp x in float32 with full relative precision for float64 x, without float64's exponential."""
+    scaled = x * LOG2_E
+    whole = tl.floor(scaled + 0.5)
+    return tl.exp2((scaled - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
+
+
+@triton.jit
+def tanh(x):
+    """Return tanh x in x's dtype, with full relative precision near 0."""
+    square = tl.minimum(x * x, 1.0)
+    small = (
+        x
+        * (10395.0 + square * (1260.0 + 21.0 * square))
+        / (10395.0 + square * (4725.0 + square * (210.0 + square)))
+    )
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    return tl.where(magnitude < 0.25, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def quantile_variable(product):
+    """Return √(4 - log₂ product) - 3.5 for product = 4pq, the variable of the quantile's polynomials; float32."""
+    return tl.sqrt(-log2(product) + QUANTILE_SHIFT) - QUANTILE_CENTRE
+
+
+@triton.jit
+def quantile_ratio(variable):
+    """Return Φ⁻¹(p) / (2p - 2q) for p = 1 - q; float32."""
+    return polynomial(variable, QUANTILE)
+
+
+@triton.jit
+def inverse_density_ratio(variable):
+    """Return 4pq / φ(Φ⁻¹(p)) for p = 1 - q; float32."""
+    return polynomial(variable, INVERSE_DENSITY)
+
+
+@triton.jit
+def minimum(x, y):
+    """Return the smaller of both, and NaN where either is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(x, y):
+    """Return the larger of both, and NaN where either is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store(ptr, value, valid):
+    """Store float32 or float64 values in the pointers' dtype, rounded as torch rounds: from float64 in two steps."""
+    dtype = ptr.dtype.element_ty
+    if dtype != tl.float64:
+        value = value.to(tl.float32)
+    tl.store(ptr, value.to(dtype), mask=valid)
+
+
+@triton.jit
+def sigma_from_log(log_sigma):
+    """Return σ, with log σ clamped to the range in which the posterior is defined."""
+    return tl.exp(minimum(maximum(log_sigma, LOG_SIGMA_MIN), LOG_SIGMA_MAX))
+
+
+@triton.jit
+def log_sigma_in_range(log_sigma):
+    """Return 1 where log σ has a gradient and 0 where it is clamped."""
+    return ((log_sigma >= LOG_SIGMA_MIN) & (log_sigma <= LOG_SIGMA_MAX)).to(tl.float64)
+
+
+@triton.jit
+def mills_ratio(t):
+    """Return S(t)/φ(t), survival over density of a standard normal, for t ≥ 0; float64."""
+    return polynomial((t - MILLS_CENTRE) / (t + MILLS_CENTRE), MILLS) / (1.0 + t)
+
+
+@triton.jit
+def normal_density(z):
+    """Return φ(z); float64."""
+    return tl.exp(-0.5 * z * z - HALF_LOG_2PI)
+
+
+@triton.jit
+def normal_cdf(z):
+    """Return Φ(z) with full relative precision in the lower tail; float64."""
+    magnitude = tl.abs(z)
+    tail = normal_density(magnitude) * mills_ratio(magnitude)
+    return tl.where(z < 0, tail, 1.0 - tail)
+
+
+@triton.jit
+def normal_mass(alpha, beta):
+    """Return Φ(β) - Φ(α), in either tail with the relative precision of the tail; float64."""
+    low, high = tl.minimum(alpha, -beta), tl.maximum(alpha, -beta)
+    one_sided = normal_cdf(-high) - normal_cdf(low)
+    return tl.where(high > 0, one_sided, 1.0 - normal_cdf(alpha) - normal_cdf(-beta))
