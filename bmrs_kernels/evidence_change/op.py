@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,14 @@ from bmrs_kernels.validation import (
 LN2 = math.log(2.0)
 
 
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        from bmrs_kernels.evidence_change import kernels  # the only import of Triton
+
+        return kernels
+    return reference
+
+
 def _compute_lognormal(
     mu: Tensor,
     log_sigma: Tensor,
@@ -30,7 +39,9 @@ def _compute_lognormal(
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.delta_f_lognormal(mu, log_sigma, prior_mean, prior_std, lower, upper, **options)
+    return _implementation(backend).delta_f_lognormal(
+        mu, log_sigma, prior_mean, prior_std, lower, upper, **options
+    )
 
 
 def _compute_loguniform(
@@ -43,7 +54,9 @@ def _compute_loguniform(
     backend: str,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.delta_f_loguniform(mu, log_sigma, reduced_lower, reduced_upper, lower, upper, **options)
+    return _implementation(backend).delta_f_loguniform(
+        mu, log_sigma, reduced_lower, reduced_upper, lower, upper, **options
+    )
 
 
 _delta_f_lognormal = structure_op(

@@ -5,13 +5,38 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bmrs_kernels import torch_math
 from bmrs_kernels.torch_math import HALF_LOG_2PI, Differentiable, Gaussian
+
+
+class ReducedNormal(NamedTuple):
+    """What a truncated normal reduced prior adds to every structure's ΔF."""
+
+    anchor: float  # signed distance from its mean to the nearest point of the interval
+    log_gain: (
+        float  # log of the interval's length over its mass, whose density at the anchor is the normal's peak
+    )
+
+
+@functools.lru_cache
+def reduced_normal(prior_mean: float, prior_std: float, lower: float, upper: float) -> ReducedNormal:
+    """Return the reduced prior's constants."""
+    ends = (prior_mean - lower, upper - prior_mean, prior_std)
+    prior = Gaussian(*(torch.tensor(part, dtype=torch.float64, device="cpu") for part in ends))
+    log_mass = float(torch_math.window(prior).log_mass) - HALF_LOG_2PI
+    return ReducedNormal(float(prior.anchor), math.log(upper - lower) - log_mass)
+
+
+def log_density_gain(reduced_lower: float, reduced_upper: float, lower: float, upper: float) -> float:
+    """Return the log of a log-uniform reduced prior's density over the original prior's."""
+    return math.log(upper - lower) - math.log(reduced_upper - reduced_lower)
 
 
 def delta_f_lognormal(
@@ -25,10 +50,7 @@ def delta_f_lognormal(
     with_gradients: bool,
 ) -> Differentiable:
     """Return ΔF for a reduced prior that is a truncated log-normal (Eq. 8), and its gradients."""
-    ends = (prior_mean - lower, upper - prior_mean, prior_std)
-    prior = Gaussian(*(torch.tensor(part, dtype=torch.float64) for part in ends))
-    prior_anchor = float(prior.anchor)
-    log_prior_mass = float(torch_math.window(prior).log_mass) - HALF_LOG_2PI
+    prior = reduced_normal(prior_mean, prior_std, lower, upper)
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
@@ -54,11 +76,11 @@ def delta_f_lognormal(
         value = (
             expectation.value
             - 0.5
-            * ((from_prior_mean - prior_anchor) / prior_std)
-            * ((from_prior_mean + prior_anchor) / prior_std)
+            * ((from_prior_mean - prior.anchor) / prior_std)
+            * ((from_prior_mean + prior.anchor) / prior_std)
             - total_std.log()
             - HALF_LOG_2PI
-            + (math.log(upper - lower) - log_prior_mass)
+            + prior.log_gain
         )
         return _with_clamp(value, expectation, log_sigma)
 
@@ -76,7 +98,7 @@ def delta_f_loguniform(
     with_gradients: bool,
 ) -> Differentiable:
     """Return ΔF for a reduced prior that is log-uniform on a smaller interval, and its gradients."""
-    log_density_gain = math.log(upper - lower) - math.log(reduced_upper - reduced_lower)
+    gain = log_density_gain(reduced_lower, reduced_upper, lower, upper)
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
@@ -85,7 +107,7 @@ def delta_f_loguniform(
         expectation = torch_math.log_mass_ratio(
             posterior, restricted, restricted.anchor, with_gradients=with_gradients
         )
-        return _with_clamp(expectation.value + log_density_gain, expectation, log_sigma)
+        return _with_clamp(expectation.value + gain, expectation, log_sigma)
 
     return torch_math.tile_structures(compute, mu, log_sigma)
 

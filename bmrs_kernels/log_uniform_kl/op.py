@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,18 @@ from bmrs_kernels.registration import structure_op
 from bmrs_kernels.validation import check_interval, check_parameters
 
 
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        from bmrs_kernels.log_uniform_kl import kernels  # the only import of Triton
+
+        return kernels
+    return reference
+
+
 def _compute(
     mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.kl_divergence(mu, log_sigma, lower, upper, **options)
+    return _implementation(backend).kl_divergence(mu, log_sigma, lower, upper, **options)
 
 
 _kl_divergence = structure_op("kl_divergence", _compute, options="float lower, float upper, str backend")

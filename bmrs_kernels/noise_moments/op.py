@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,10 +14,18 @@ from bmrs_kernels.registration import structure_op
 from bmrs_kernels.validation import check_interval, check_parameters
 
 
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        from bmrs_kernels.noise_moments import kernels  # the only import of Triton
+
+        return kernels
+    return reference
+
+
 def _compute_mean(
     mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.noise_mean(mu, log_sigma, lower, upper, **options)
+    return _implementation(backend).noise_mean(mu, log_sigma, lower, upper, **options)
 
 
 _noise_mean = structure_op("noise_mean", _compute_mean, options="float lower, float upper, str backend")
@@ -24,7 +33,7 @@ _noise_mean = structure_op("noise_mean", _compute_mean, options="float lower, fl
 
 @torch.library.custom_op("bmrs_kernels::noise_snr", mutates_args=())
 def _noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str) -> Tensor:
-    return reference.noise_snr(mu, log_sigma, lower, upper)
+    return _implementation(backend).noise_snr(mu, log_sigma, lower, upper)
 
 
 @_noise_snr.register_fake

@@ -1,0 +1,1 @@
+"""Everything that a pruning decision reads about a structure, in one pass."""
