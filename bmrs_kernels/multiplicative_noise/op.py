@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +28,10 @@ def _sample_noise(
     backend: str,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from bmrs_kernels.multiplicative_noise import fused
+
+        return fused.sample_noise(mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients)
     return reference.sample_noise(mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients)
 
 
@@ -73,8 +78,12 @@ def _multiply_noise(
     upper: float,
     backend: str,
 ) -> Tensor:
+    if backend == "triton":
+        from bmrs_kernels.multiplicative_noise import fused
+
+        return fused.multiply_noise(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
     shape = eager.draw_shape(x, dim, granularity)
-    uniform = philox.philox_uniform(seed, shape, device=x.device)
+    uniform = philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
     return eager.multiply_noise(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
 
 
@@ -98,8 +107,14 @@ def _multiply_noise_backward(
     upper: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from bmrs_kernels.multiplicative_noise import fused
+
+        return fused.multiply_noise_backward(
+            grad, x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper
+        )
     shape = eager.draw_shape(x, dim, granularity)
-    uniform = philox.philox_uniform(seed, shape, device=x.device)
+    uniform = philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
     return eager.multiply_noise_backward(grad, x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
 
 

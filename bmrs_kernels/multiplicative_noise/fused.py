@@ -1,0 +1,398 @@
+"""Noise multiplied onto an activation by Triton kernels: how x lies in memory, and which kernels run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from bmrs_kernels.launch import columns_config, launch, rows_config
+from bmrs_kernels.multiplicative_noise import kernels, shared_kernels
+from bmrs_kernels.multiplicative_noise.device_noise import NUM_CONSTANTS
+
+# Beyond this many elements indices need 64 bits; below, with room for the lanes of a last block.
+NARROW_INDEX_LIMIT = 2**31 - 2**16
+LARGEST_ALIGNMENT = 16
+
+STRUCTURES_PER_CONSTANTS_PROGRAM = 32
+PARTIALS_PER_STEP, STRUCTURES_PER_SUM = 64, 16
+ELEMENTS_PER_SAMPLE_PROGRAM = 256
+
+
+class Layout(NamedTuple):
+    """A dense activation as [rows, structures, inner] in the order in which it lies in memory."""
+
+    num_rows: int
+    num_structures: int
+    inner: int
+    channels_last: bool
+    spatial: int  # rows of an example, if channels_last
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether structures are neighbours in memory."""
+        return self.inner == 1
+
+    @property
+    def wide_index(self) -> bool:
+        """Whether indices need 64 bits."""
+        return self.num_rows * self.num_structures * self.inner > NARROW_INDEX_LIMIT
+
+    @property
+    def alignment(self) -> int:
+        """The largest power of two, up to 16, that divides inner."""
+        return math.gcd(self.inner, LARGEST_ALIGNMENT)
+
+    @property
+    def lanes(self) -> str:
+        """Where the four numbers of a counter lie; see ``columns_tile``."""
+        if self.channels_last:
+            return "rows" if self.spatial % 4 == 0 else "scattered"
+        return "structures" if self.num_structures % 4 == 0 else "scattered"
+
+
+def layout_of(x: Tensor, dim: int) -> Layout | None:
+    """Return how x lies in memory, or None if the kernels cannot read it as it lies; ``dim`` is non-negative."""
+    if x.is_contiguous():
+        num_rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+        return Layout(num_rows, x.shape[dim], inner, channels_last=False, spatial=1)
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if dim == 1 and channels_last is not None and x.is_contiguous(memory_format=channels_last):
+        spatial = math.prod(x.shape[2:])
+        return Layout(x.shape[0] * spatial, x.shape[1], 1, channels_last=True, spatial=spatial)
+    return None
+
+
+def with_strides_of(value: Tensor, pattern: Tensor) -> Tensor:
+    """Return ``value`` in the memory layout of ``pattern``, copied only if it differs."""
+    if value.stride() == pattern.stride():
+        return value
+    return torch.empty_like(pattern, dtype=value.dtype).copy_(value)
+
+
+class Noise(NamedTuple):
+    """A call's arguments for the kernels."""
+
+    mu: Tensor
+    log_sigma: Tensor
+    mask: Tensor | None
+    seed: Tensor
+    options: dict[str, Any]  # constexpr arguments that every kernel with noise takes
+
+    @property
+    def posterior(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The tensors in the order in which kernels take them."""
+        return self.mu, self.log_sigma, self.mask, self.seed
+
+
+def multiply_noise(
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+) -> Tensor:
+    """Return activation(x) · θ · mask in x's memory layout."""
+    out = torch.empty_like(x)
+    layout = layout_of(x, dim)
+    if layout is None or x.stride() != out.stride():
+        dense = x.contiguous()
+        return out.copy_(
+            multiply_noise(dense, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
+        )
+    if x.numel() == 0:
+        return out
+    noise = _noise(x, mu, log_sigma, mask, seed, lower, upper)
+    groups = num_groups(x, layout, dim, granularity)
+    options = {"ACTIVATION": activation, "WIDE_INDEX": layout.wide_index, "EXACT": noise.options["EXACT"]}
+    if groups is not None:
+        theta, _, _ = _draw(x, noise, groups, layout.num_structures, with_gradients=False)
+        if layout.in_columns:
+            grid, arguments, tile = _shared_columns(layout, groups)
+            launch(
+                shared_kernels.scale_columns_forward_kernel,
+                grid,
+                x,
+                out,
+                theta,
+                *arguments,
+                **options,
+                **tile,
+            )
+        else:
+            grid, arguments, tile = _shared_rows(layout, groups)
+            launch(
+                shared_kernels.scale_rows_forward_kernel, grid, x, out, theta, *arguments, **options, **tile
+            )
+    elif layout.in_columns:
+        grid, arguments, tile = _columns(layout)
+        options |= noise.options | tile
+        launch(kernels.multiply_columns_forward_kernel, grid, x, out, *noise.posterior, *arguments, **options)
+    else:
+        grid, arguments, tile = _rows(layout)
+        options |= noise.options | tile
+        constants = _constants(noise)
+        tensors = (x, out, constants, noise.mask, noise.seed)
+        launch(kernels.multiply_rows_forward_kernel, grid, *tensors, *arguments, **options)
+    return out
+
+
+def multiply_noise_backward(
+    grad: Tensor,
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``multiply_noise`` in x, μ and log σ; bitwise the same on every run."""
+    grad_x = torch.empty_like(x)
+    layout = layout_of(x, dim)
+    if layout is None or x.stride() != grad_x.stride():
+        dense, *gradients = multiply_noise_backward(
+            grad,
+            x.contiguous(),
+            mu,
+            log_sigma,
+            mask,
+            seed,
+            dim,
+            granularity,
+            activation,
+            lower,
+            upper,
+        )
+        return grad_x.copy_(dense), gradients[0], gradients[1]
+    if x.numel() == 0:
+        return grad_x, torch.zeros_like(mu), torch.zeros_like(log_sigma)
+    grad = with_strides_of(grad, x)
+    noise = _noise(x, mu, log_sigma, mask, seed, lower, upper)
+    groups = num_groups(x, layout, dim, granularity)
+    options = {"ACTIVATION": activation, "WIDE_INDEX": layout.wide_index, "EXACT": noise.options["EXACT"]}
+    if groups is not None:
+        theta, *weights = _draw(x, noise, groups, layout.num_structures, with_gradients=True)
+        if layout.in_columns:
+            grid, arguments, tile = _shared_columns(layout, groups)
+            partial = theta.new_empty(grid[1], layout.num_structures)
+            kernel = shared_kernels.scale_columns_backward_kernel
+        else:
+            grid, arguments, tile = _shared_rows(layout, groups)
+            inner_blocks = math.ceil(layout.inner / tile["BLOCK_INNER"])
+            partial = theta.new_empty(layout.num_rows * inner_blocks, layout.num_structures)
+            kernel = shared_kernels.scale_rows_backward_kernel
+        launch(kernel, grid, grad, x, grad_x, partial, theta, *arguments, **options, **tile)
+        return grad_x, *_sum(partial, partial, mu, log_sigma, weights)
+    if layout.in_columns:
+        grid, arguments, tile = _columns(layout)
+        num_partials = grid[1]
+        posterior: tuple[Tensor | None, ...] = noise.posterior
+        kernel = kernels.multiply_columns_backward_kernel
+    else:
+        grid, arguments, tile = _rows(layout)
+        num_partials = grid[0] // layout.num_structures
+        posterior = (_constants(noise), noise.mask, noise.seed)
+        kernel = kernels.multiply_rows_backward_kernel
+    options |= noise.options | tile
+    # One program's sums are the gradients themselves.
+    dtype = mu.dtype if num_partials == 1 else torch.float64 if options["EXACT"] else torch.float32
+    partials = [
+        torch.empty(num_partials, layout.num_structures, dtype=dtype, device=mu.device) for _ in range(2)
+    ]
+    launch(kernel, grid, grad, x, grad_x, *partials, *posterior, *arguments, **options)
+    if num_partials == 1:
+        return grad_x, partials[0].view(-1), partials[1].view(-1)
+    return grad_x, *_sum(partials[0], partials[1], mu, log_sigma)
+
+
+def sample_noise(
+    mu: Tensor, log_sigma: Tensor, uniform: Tensor, lower: float, upper: float, *, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return θ at given uniforms and its derivatives in μ and log σ, in the broadcast shape and μ's dtype."""
+    shape = torch.broadcast_shapes(mu.shape, uniform.shape)
+    inputs = [part.expand(shape).contiguous() for part in (mu, log_sigma, uniform)]
+    outputs = [torch.empty(shape, dtype=mu.dtype, device=mu.device)]
+    for _ in range(2):
+        outputs.append(torch.empty_like(outputs[0]) if with_gradients else mu.new_empty(0))
+    grid = (triton.cdiv(outputs[0].numel(), ELEMENTS_PER_SAMPLE_PROGRAM),)
+    launch(
+        kernels.sample_kernel,
+        grid,
+        *inputs,
+        *outputs,
+        outputs[0].numel(),
+        LOWER=lower,
+        UPPER=upper,
+        WITH_GRADIENTS=with_gradients,
+        BLOCK=ELEMENTS_PER_SAMPLE_PROGRAM,
+    )
+    return outputs[0], outputs[1], outputs[2]
+
+
+def philox_uniform(seed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a seed's uniforms; ``seed`` is an int64 scalar tensor."""
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
+    counters = triton.cdiv(out.numel(), 4)
+    grid = (triton.cdiv(counters, ELEMENTS_PER_SAMPLE_PROGRAM),)
+    launch(kernels.uniform_kernel, grid, out, seed, out.numel(), BLOCK=ELEMENTS_PER_SAMPLE_PROGRAM)
+    return out
+
+
+def num_groups(x: Tensor, layout: Layout, dim: int, granularity: str) -> int | None:
+    """Return how many draws a structure takes that several elements share; None if each element has its own."""
+    if granularity == "batch":
+        return 1
+    draws_are_elements = dim == 1 and x.dim() == 2
+    return x.shape[0] if granularity == "sample" and not draws_are_elements else None
+
+
+def _noise(
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    lower: float,
+    upper: float,
+) -> Noise:
+    mask = None if mask is None else mask.contiguous()
+    options = {"LOWER": lower, "UPPER": upper, "EXACT": x.dtype == torch.float64}
+    return Noise(mu.contiguous(), log_sigma.contiguous(), mask, seed, options)
+
+
+def _constants(noise: Noise) -> Tensor:
+    """Return the table of the structures' constants."""
+    num_structures = noise.mu.numel()
+    table = torch.empty(NUM_CONSTANTS, num_structures, dtype=torch.float64, device=noise.mu.device)
+    launch(
+        kernels.constants_kernel,
+        (triton.cdiv(num_structures, STRUCTURES_PER_CONSTANTS_PROGRAM),),
+        noise.mu,
+        noise.log_sigma,
+        table,
+        num_structures,
+        LOWER=noise.options["LOWER"],
+        UPPER=noise.options["UPPER"],
+        BLOCK=STRUCTURES_PER_CONSTANTS_PROGRAM,
+        num_warps=1,
+    )
+    return table
+
+
+def _draw(
+    x: Tensor, noise: Noise, groups: int, num_structures: int, *, with_gradients: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the tables θ · mask and, if asked for, its products with the derivatives of log θ."""
+    shape = (3 if with_gradients else 1, groups, num_structures)
+    dtype = torch.float64 if noise.options["EXACT"] else torch.float32
+    theta, *weights = torch.empty(shape, dtype=dtype, device=x.device).unbind()
+    weight_mu, weight_log_sigma = weights or (None, None)
+    config = columns_config(groups, num_structures)
+    grid = (
+        triton.cdiv(num_structures, config.block_structures),
+        triton.cdiv(groups, config.block_rows),
+    )
+    launch(
+        shared_kernels.draw_kernel,
+        grid,
+        theta,
+        weight_mu,
+        weight_log_sigma,
+        *noise.posterior,
+        groups,
+        num_structures,
+        LANES="structures" if num_structures % 4 == 0 else "scattered",
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_STRUCTURES=config.block_structures,
+        WITH_GRADIENTS=with_gradients,
+        **noise.options,
+    )
+    return theta, weight_mu, weight_log_sigma
+
+
+Start = tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]  # grid, arguments that are sizes, tile
+
+
+def _rows(layout: Layout) -> Start:
+    padded = layout.inner if layout.alignment % 4 == 0 else layout.inner + 3
+    config = rows_config(layout.num_rows, padded)
+    grid = (layout.num_structures * config.programs(layout.num_rows, padded),)
+    sizes = (layout.num_rows, layout.num_structures, layout.inner // layout.alignment)
+    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_inner}
+    return grid, sizes, {"ALIGNMENT": layout.alignment, **tile}
+
+
+def _columns(layout: Layout) -> Start:
+    stride = 4 if layout.lanes == "rows" else 1
+    config = columns_config(layout.num_rows, layout.num_structures, row_stride=stride)
+    rows_per_program = config.block_rows * stride * config.num_steps
+    grid = (
+        triton.cdiv(layout.num_structures, config.block_structures),
+        triton.cdiv(layout.num_rows, rows_per_program),
+    )
+    sizes = (layout.num_rows, layout.num_structures, layout.spatial, config.num_steps)
+    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_structures}
+    return grid, sizes, {"LANES": layout.lanes, "CHANNELS_LAST": layout.channels_last, **tile}
+
+
+def _shared_rows(layout: Layout, groups: int) -> Start:
+    num_rows = layout.num_rows * layout.num_structures
+    config = rows_config(num_rows, layout.inner)
+    grid = (config.programs(num_rows, layout.inner),)
+    inner_units = layout.inner // layout.alignment
+    sizes = (num_rows, layout.num_structures, layout.num_rows // groups, inner_units)
+    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_inner}
+    return grid, sizes, {"ALIGNMENT": layout.alignment, **tile}
+
+
+def _shared_columns(layout: Layout, groups: int) -> Start:
+    rows_per_group = layout.num_rows // groups
+    config = columns_config(rows_per_group, layout.num_structures)
+    grid = (
+        triton.cdiv(layout.num_structures, config.block_structures),
+        groups * triton.cdiv(rows_per_group, config.block_rows),
+    )
+    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_structures}
+    return grid, (rows_per_group, layout.num_structures), tile
+
+
+def _sum(
+    partial_mu: Tensor,
+    partial_log_sigma: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    weights: Sequence[Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """Return the sums over the partial sums of each structure, weighted by group if there are weights."""
+    num_partials, num_structures = partial_mu.shape
+    grad_mu, grad_log_sigma = torch.empty_like(mu), torch.empty_like(log_sigma)
+    groups = num_partials if weights[0] is None else weights[0].shape[0]
+    launch(
+        kernels.sum_partials_kernel,
+        (triton.cdiv(num_structures, STRUCTURES_PER_SUM),),
+        partial_mu,
+        partial_log_sigma,
+        *weights,
+        grad_mu,
+        grad_log_sigma,
+        num_partials,
+        num_partials // groups,
+        num_structures,
+        WEIGHTED=weights[0] is not None,
+        BLOCK_PARTIALS=PARTIALS_PER_STEP,
+        BLOCK_STRUCTURES=STRUCTURES_PER_SUM,
+    )
+    return grad_mu, grad_log_sigma

@@ -1,0 +1,375 @@
+"""Kernels that draw noise at every element and multiply it onto an activation.
+
+x is seen as [rows, structures, inner] in the order in which it lies in memory; ``inner`` is the size behind the
+structure axis. Where inner is 1, and in channels_last, structures lie next to each other: a program of a *columns*
+kernel owns tiles [rows, structures]. Elsewhere a program of a *rows* kernel owns a tile [rows, inner] of one structure,
+whose constants and regimes are scalars to it.
+
+A uniform's number is the element's row-major index in x's logical shape, four numbers to a Philox counter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bmrs_kernels.device_math import store
+from bmrs_kernels.multiplicative_noise.device_noise import (
+    exact_log_noise,
+    load_posterior,
+    posterior_constants,
+    store_constants,
+    structure_log_noise,
+    tail_constants,
+    tile_log_noise,
+)
+from bmrs_kernels.multiplicative_noise.device_tiles import (
+    activated,
+    behind_activation,
+    columns_constants,
+    columns_factor,
+    columns_tile,
+    exponential,
+    rows_tile,
+    uniforms_of_counters,
+    widened,
+)
+
+
+@triton.jit
+def constants_kernel(
+    mu_ptr,
+    log_sigma_ptr,
+    table_ptr,
+    num_structures,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Fill the table of constants; a program owns BLOCK structures."""
+    structure = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = structure < num_structures
+    mu = tl.load(mu_ptr + structure, mask=valid, other=0.0)
+    log_sigma = tl.load(log_sigma_ptr + structure, mask=valid, other=0.0)
+    posterior = posterior_constants(mu, log_sigma, LOWER, UPPER)
+    _, sigma, alpha, beta, _, _, _, _, _, _ = posterior
+    store_constants(
+        table_ptr, structure, num_structures, posterior, tail_constants(sigma, alpha, beta), valid
+    )
+
+
+@triton.jit
+def multiply_rows_forward_kernel(
+    x_ptr,
+    out_ptr,
+    constants_ptr,
+    mask_ptr,
+    seed_ptr,
+    num_rows,
+    num_structures,
+    inner_units,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Compute out = activation(x) · θ · mask (Eq. 1) for x [rows, structures, inner_units · ALIGNMENT].
+
+    A program owns [BLOCK_ROWS, BLOCK_INNER] of one structure.
+    """
+    structure, _part, offsets, valid, counters = rows_tile(
+        num_rows,
+        num_structures,
+        inner_units * ALIGNMENT,
+        ALIGNMENT % 4 == 0,
+        BLOCK_ROWS,
+        BLOCK_INNER,
+        WIDE_INDEX,
+    )
+    factor = 1.0 if mask_ptr is None else widened(tl.load(mask_ptr + structure), EXACT)
+    # What is masked is neither read nor computed.
+    if factor == 0:
+        tl.store(out_ptr + offsets, tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32), mask=valid)
+    else:
+        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        posterior = load_posterior(constants_ptr, structure, num_structures)
+        y = uniforms_of_counters(counters, tl.load(seed_ptr), WIDE_INDEX)
+        log_theta, _grad_mu, _grad_log_sigma = structure_log_noise(
+            y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, False
+        )
+        theta = exponential(log_theta, EXACT) * factor
+        tl.store(out_ptr + offsets, activated(x, ACTIVATION) * theta, mask=valid)
+
+
+@triton.jit
+def multiply_rows_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    grad_x_ptr,
+    partial_mu_ptr,
+    partial_log_sigma_ptr,
+    constants_ptr,
+    mask_ptr,
+    seed_ptr,
+    num_rows,
+    num_structures,
+    inner_units,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Gradients of the forward kernel: of x, and the sums over a tile that make up those of μ and log σ.
+
+    The partial sums [programs of a structure, structures] are of grad · activation(x) · θ · mask times dx/dμ and
+    dx/dlog σ, for x = log θ at fixed uniforms.
+    """
+    structure, part, offsets, valid, counters = rows_tile(
+        num_rows,
+        num_structures,
+        inner_units * ALIGNMENT,
+        ALIGNMENT % 4 == 0,
+        BLOCK_ROWS,
+        BLOCK_INNER,
+        WIDE_INDEX,
+    )
+    partial = part * num_structures + structure
+    factor = 1.0 if mask_ptr is None else widened(tl.load(mask_ptr + structure), EXACT)
+    if factor == 0:
+        tl.store(grad_x_ptr + offsets, tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32), mask=valid)
+        tl.store(partial_mu_ptr + partial, 0.0)
+        tl.store(partial_log_sigma_ptr + partial, 0.0)
+    else:
+        grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
+        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        value = activated(x, ACTIVATION)
+        grad_x = behind_activation(grad, x, value, ACTIVATION)
+        posterior = load_posterior(constants_ptr, structure, num_structures)
+        y = uniforms_of_counters(counters, tl.load(seed_ptr), WIDE_INDEX)
+        log_theta, grad_mu, grad_log_sigma = structure_log_noise(
+            y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, True
+        )
+        theta = exponential(log_theta, EXACT) * factor
+        tl.store(grad_x_ptr + offsets, grad_x * theta, mask=valid)
+        weight = (grad_x if ACTIVATION == "relu" else grad) * value * theta
+        in_range = widened(posterior[9], EXACT)
+        store(partial_mu_ptr + partial, tl.sum(weight * grad_mu), True)
+        store(partial_log_sigma_ptr + partial, tl.sum(weight * grad_log_sigma) * in_range, True)
+
+
+@triton.jit
+def multiply_columns_forward_kernel(
+    x_ptr,
+    out_ptr,
+    mu_ptr,
+    log_sigma_ptr,
+    mask_ptr,
+    seed_ptr,
+    num_rows,
+    num_structures,
+    spatial,
+    num_steps,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LANES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_STRUCTURES: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Compute out = activation(x) · θ · mask (Eq. 1) for x [rows, structures].
+
+    A program owns num_steps tiles [BLOCK_ROWS, BLOCK_STRUCTURES] below each other, whose rows are every fourth if
+    LANES is "rows". The grid is (blocks of structures, blocks of rows).
+    """
+    structure = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
+    posterior = columns_constants(mu_ptr, log_sigma_ptr, structure, num_structures, LOWER, UPPER)
+    seed = tl.load(seed_ptr)
+    stride: tl.constexpr = 4 if LANES == "rows" else 1
+    for step in range(num_steps):
+        first_row = (tl.program_id(1) * num_steps + step) * (BLOCK_ROWS * stride)
+        for lane in tl.static_range(stride):
+            row = first_row + tl.arange(0, BLOCK_ROWS) * stride + lane
+            offsets, valid, y = columns_tile(
+                row,
+                structure,
+                num_rows,
+                num_structures,
+                spatial,
+                seed,
+                lane,
+                LANES,
+                CHANNELS_LAST,
+                BLOCK_STRUCTURES,
+                WIDE_INDEX,
+            )
+            x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+            log_theta, _grad_mu, _grad_log_sigma = tile_log_noise(y, posterior, LOWER, UPPER, EXACT, False)
+            theta = exponential(log_theta, EXACT) * factor
+            # Selected and not multiplied, since 0 times infinity is not 0.
+            value = tl.where(factor == 0, 0.0, activated(x, ACTIVATION))
+            tl.store(out_ptr + offsets, value * theta, mask=valid)
+
+
+@triton.jit
+def multiply_columns_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    grad_x_ptr,
+    partial_mu_ptr,
+    partial_log_sigma_ptr,
+    mu_ptr,
+    log_sigma_ptr,
+    mask_ptr,
+    seed_ptr,
+    num_rows,
+    num_structures,
+    spatial,
+    num_steps,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LANES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_STRUCTURES: tl.constexpr,
+    WIDE_INDEX: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Gradients of the forward kernel: of x, and the sums over a program's rows that make up those of μ and log σ.
+
+    The partial sums [programs of a structure, structures] are of grad · activation(x) · θ · mask times dx/dμ and
+    dx/dlog σ, for x = log θ at fixed uniforms.
+    """
+    structure = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
+    posterior = columns_constants(mu_ptr, log_sigma_ptr, structure, num_structures, LOWER, UPPER)
+    seed = tl.load(seed_ptr)
+    sum_mu = tl.zeros([BLOCK_ROWS, BLOCK_STRUCTURES], tl.float64 if EXACT else tl.float32)
+    sum_log_sigma = sum_mu
+    stride: tl.constexpr = 4 if LANES == "rows" else 1
+    for step in range(num_steps):
+        first_row = (tl.program_id(1) * num_steps + step) * (BLOCK_ROWS * stride)
+        for lane in tl.static_range(stride):
+            row = first_row + tl.arange(0, BLOCK_ROWS) * stride + lane
+            offsets, valid, y = columns_tile(
+                row,
+                structure,
+                num_rows,
+                num_structures,
+                spatial,
+                seed,
+                lane,
+                LANES,
+                CHANNELS_LAST,
+                BLOCK_STRUCTURES,
+                WIDE_INDEX,
+            )
+            grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
+            x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+            value = activated(x, ACTIVATION)
+            grad_x = behind_activation(grad, x, value, ACTIVATION)
+            weight = (grad_x if ACTIVATION == "relu" else grad) * value
+            log_theta, grad_mu, grad_log_sigma = tile_log_noise(y, posterior, LOWER, UPPER, EXACT, True)
+            theta = exponential(log_theta, EXACT) * factor
+            # Selected and not multiplied, since 0 times infinity is not 0.
+            tl.store(grad_x_ptr + offsets, tl.where(factor == 0, 0.0, grad_x) * theta, mask=valid)
+            weight = tl.where(factor == 0, 0.0, weight) * theta
+            sum_mu += weight * grad_mu
+            sum_log_sigma += weight * grad_log_sigma
+    partial = tl.program_id(1) * num_structures + structure
+    in_range = widened(posterior[9], EXACT)
+    valid = structure < num_structures
+    store(partial_mu_ptr + partial, tl.sum(sum_mu, 0), valid)
+    store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma * in_range, 0), valid)
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_mu_ptr,
+    partial_log_sigma_ptr,
+    weight_mu_ptr,
+    weight_log_sigma_ptr,
+    grad_mu_ptr,
+    grad_log_sigma_ptr,
+    num_partials,
+    partials_per_group,
+    num_structures,
+    WEIGHTED: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_STRUCTURES: tl.constexpr,
+):
+    """Add up partial sums [partials, structures] in a fixed order, in float64.
+
+    If WEIGHTED, those of a group are first multiplied by the group's row of the weights [groups, structures].
+    """
+    structure = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    sum_mu = tl.zeros([BLOCK_PARTIALS, BLOCK_STRUCTURES], tl.float64)
+    sum_log_sigma = sum_mu
+    for first in range(0, num_partials, BLOCK_PARTIALS):
+        partial = first + tl.arange(0, BLOCK_PARTIALS)
+        valid = (partial < num_partials)[:, None] & (structure < num_structures)[None, :]
+        offsets = partial[:, None] * num_structures + structure[None, :]
+        term_mu = tl.load(partial_mu_ptr + offsets, mask=valid, other=0.0).to(tl.float64)
+        term_log_sigma = term_mu
+        if WEIGHTED:
+            group = (partial // partials_per_group)[:, None] * num_structures + structure[None, :]
+            term_mu *= tl.load(weight_mu_ptr + group, mask=valid, other=0.0).to(tl.float64)
+            term_log_sigma *= tl.load(weight_log_sigma_ptr + group, mask=valid, other=0.0).to(tl.float64)
+        else:
+            term_log_sigma = tl.load(partial_log_sigma_ptr + offsets, mask=valid, other=0.0).to(tl.float64)
+        sum_mu += term_mu
+        sum_log_sigma += term_log_sigma
+    valid = structure < num_structures
+    store(grad_mu_ptr + structure, tl.sum(sum_mu, 0), valid)
+    store(grad_log_sigma_ptr + structure, tl.sum(sum_log_sigma, 0), valid)
+
+
+@triton.jit
+def sample_kernel(
+    mu_ptr,
+    log_sigma_ptr,
+    uniform_ptr,
+    theta_ptr,
+    grad_mu_ptr,
+    grad_log_sigma_ptr,
+    num_elements,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    WITH_GRADIENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """θ at given uniforms and dθ/dμ, dθ/dlog σ; all vectors of one length, float64 inside."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = element < num_elements
+    mu = tl.load(mu_ptr + element, mask=valid, other=0.0)
+    log_sigma = tl.load(log_sigma_ptr + element, mask=valid, other=0.0)
+    y = tl.load(uniform_ptr + element, mask=valid, other=0.5)
+    posterior = posterior_constants(mu, log_sigma, LOWER, UPPER)
+    log_theta, grad_mu, grad_log_sigma = exact_log_noise(y, posterior, LOWER, UPPER, WITH_GRADIENTS)
+    theta = tl.exp(log_theta)
+    store(theta_ptr + element, theta, valid)
+    if WITH_GRADIENTS:
+        _, _, _, _, _, _, _, _, _, in_range = posterior
+        store(grad_mu_ptr + element, theta * grad_mu, valid)
+        store(grad_log_sigma_ptr + element, theta * grad_log_sigma * in_range, valid)
+
+
+@triton.jit
+def uniform_kernel(out_ptr, seed_ptr, num_elements, BLOCK: tl.constexpr):
+    """Write a seed's uniforms; a program owns BLOCK counters."""
+    counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = uniforms_of_counters(counter[None, :], tl.load(seed_ptr), True)
+    element = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    tl.store(out_ptr + element[None, :], y, mask=(element < num_elements)[None, :])
