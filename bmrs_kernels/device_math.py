@@ -31,7 +31,6 @@ QUANTILE_CENTRE = tl.constexpr(polynomials.QUANTILE_CENTRE)
 MILLS = tl.constexpr(polynomials.MILLS)
 MILLS_CENTRE = tl.constexpr(polynomials.MILLS_CENTRE)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 EXPONENT_MASK = tl.constexpr(-0x00800000)
 EXPONENT_UNIT = tl.constexpr(2.0**-23)
@@ -97,11 +96,18 @@ def log2(x):
 
 
 @triton.jit
-def exp_to_single(x):
-    """Return exp x in float32 with full relative precision for float64 x, without float64's exponential."""
-    scaled = x * LOG2_E
-    whole = tl.floor(scaled + 0.5)
-    return tl.exp2((scaled - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
+def float64_sqrt(x):
+    """Return √x to 1e-14 for float64 x in float32's range, without the branches of float64's root."""
+    root = tl.sqrt(x.to(tl.float32))
+    wide_root = root.to(tl.float64)
+    return wide_root + (x - wide_root * wide_root) * (0.5 / root).to(tl.float64)
+
+
+@triton.jit
+def float64_reciprocal(x):
+    """Return 1/x to 1e-13 for float64 x in float32's range, without the branches of float64's division."""
+    start = (1.0 / x.to(tl.float32)).to(tl.float64)
+    return start * (2.0 - x * start)
 
 
 @triton.jit

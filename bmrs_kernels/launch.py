@@ -8,36 +8,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a program, 16 to a thread: enough independent work to hide latencies, few enough for the registers.
-ELEMENTS_PER_PROGRAM = 2048
 NUM_WARPS = 4
+# Elements of a tile by what a thread must keep for each: 8, 4 or 2 to a thread of 4 warps. More would spill registers
+# in the kernels that draw noise; those that only scale could hold more, and gain nothing by it.
+LIGHT_TILE, MEDIUM_TILE, HEAVY_TILE = 1024, 512, 256
 # Accesses are 16 bytes wide where rows allow it; four numbers share a counter of the noise.
 WIDEST_BLOCK, NARROWEST_BLOCK = 1024, 16
-# A narrower block of a row is taken only if it leaves this much fewer lanes idle.
+# A block of a row with more idle lanes than the best by this factor is not taken for its length.
 WORTHWHILE_SAVING = 1.02
-# What a program sets up for its structures should serve many rows, and the programs still fill a GPU.
-STRUCTURES_PER_PROGRAM = 64
+STRUCTURES_PER_TILE = 64
+# What a program sets up should serve several tiles, as long as the programs still fill a GPU.
 PROGRAMS_THAT_FILL_A_GPU = 1024
-MOST_STEPS = 16
+MOST_STEPS = 8
+# Blocks of rows run along a grid's second axis, which is the shorter one.
+LONGEST_SECOND_AXIS = 65535
 
 
-class RowsConfig(NamedTuple):
-    """A program's tile [rows, inner] of one structure."""
-
-    block_rows: int
-    block_inner: int
-
-    def programs(self, num_rows: int, inner: int) -> int:
-        """Return how many programs a structure takes."""
-        return math.ceil(num_rows / self.block_rows) * math.ceil(inner / self.block_inner)
-
-
-class ColumnsConfig(NamedTuple):
-    """A program's tiles [rows, structures], ``num_steps`` of them below each other."""
+class Config(NamedTuple):
+    """A program's tile [rows, columns], and how many such tiles it owns below each other."""
 
     block_rows: int
-    block_structures: int
+    block_columns: int
     num_steps: int
+
+    def row_programs(self, num_rows: int) -> int:
+        """Return how many programs share a column of tiles."""
+        return math.ceil(num_rows / (self.block_rows * self.num_steps))
+
+    def column_programs(self, num_columns: int) -> int:
+        """Return how many programs lie beside each other."""
+        return math.ceil(num_columns / self.block_columns)
 
 
 def power_of_two_at_least(number: int) -> int:
@@ -45,26 +45,51 @@ def power_of_two_at_least(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def rows_config(num_rows: int, inner: int) -> RowsConfig:
-    """Return the tile for rows of ``inner`` neighbouring elements: few idle lanes first, then long accesses."""
-    blocks = [1 << power for power in range(NARROWEST_BLOCK.bit_length() - 1, WIDEST_BLOCK.bit_length())]
+def rows_config(num_rows: int, inner: int, *, tile: int, parallel: int = 1) -> Config:
+    """Return the tiles for rows of ``inner`` neighbouring elements: few idle lanes first, then long accesses.
+
+    Args:
+        num_rows: rows of a structure.
+        inner: elements of a row.
+        tile: most elements of a tile.
+        parallel: how many structures are cut up in this way, each by programs of its own.
+    """
+    blocks = [
+        1 << power
+        for power in range(NARROWEST_BLOCK.bit_length() - 1, WIDEST_BLOCK.bit_length())
+        if 1 << power <= tile
+    ]
     lanes = {block: math.ceil(inner / block) * block for block in blocks}
     fewest = min(lanes.values())
     block_inner = max(block for block in blocks if lanes[block] <= WORTHWHILE_SAVING * fewest)
-    block_rows = min(power_of_two_at_least(num_rows), max(1, ELEMENTS_PER_PROGRAM // block_inner))
-    return RowsConfig(block_rows, block_inner)
-
-
-def columns_config(num_rows: int, num_structures: int, *, row_stride: int = 1) -> ColumnsConfig:
-    """Return the tiles for structures that are neighbours in memory; a tile's rows are ``row_stride`` apart."""
-    block_structures = min(power_of_two_at_least(max(num_structures, 4)), STRUCTURES_PER_PROGRAM)
-    block_rows = min(
-        power_of_two_at_least(math.ceil(num_rows / row_stride)),
-        ELEMENTS_PER_PROGRAM // block_structures // row_stride,
+    block_rows = min(power_of_two_at_least(num_rows), tile // block_inner)
+    return Config(
+        block_rows,
+        block_inner,
+        _num_steps(num_rows, block_rows, parallel * lanes[block_inner] // block_inner),
     )
-    tiles = math.ceil(num_rows / (block_rows * row_stride)) * math.ceil(num_structures / block_structures)
-    num_steps = max(1, min(MOST_STEPS, tiles // PROGRAMS_THAT_FILL_A_GPU))
-    return ColumnsConfig(block_rows, block_structures, num_steps)
+
+
+def columns_config(num_rows: int, num_structures: int, *, tile: int, row_stride: int = 1) -> Config:
+    """Return the tiles for structures that are neighbours in memory.
+
+    Args:
+        num_rows: rows.
+        num_structures: elements of a row.
+        tile: most elements of a tile.
+        row_stride: how many tiles with rows that far apart a program takes at a time.
+    """
+    block_structures = min(power_of_two_at_least(max(num_structures, 4)), STRUCTURES_PER_TILE, tile)
+    rows = math.ceil(num_rows / row_stride)
+    block_rows = min(power_of_two_at_least(rows), tile // block_structures)
+    beside = math.ceil(num_structures / block_structures)
+    return Config(block_rows, block_structures, _num_steps(rows, block_rows, beside))
+
+
+def _num_steps(num_rows: int, block_rows: int, beside: int) -> int:
+    row_blocks = math.ceil(num_rows / block_rows)
+    steps = min(MOST_STEPS, row_blocks, row_blocks * beside // PROGRAMS_THAT_FILL_A_GPU)
+    return max(1, steps, math.ceil(row_blocks / LONGEST_SECOND_AXIS))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:

@@ -164,15 +164,14 @@ def log_sigma_in_range(log_sigma: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+    """Return the nodes and weights of one side, on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(NODES_PER_SIDE)
     return (nodes + 1.0) / 2.0, weights / 2.0
 
 
 def window(gaussian: Gaussian) -> Window:
     """Integrate a Gaussian over its interval on Gauss–Legendre nodes to either side of the anchor."""
-    unit_nodes, unit_weights = (
-        torch.from_numpy(part).to(gaussian.scale.device) for part in gauss_legendre()
-    )
+    unit_nodes, unit_weights = (torch.from_numpy(part).to(gaussian.scale.device) for part in gauss_legendre())
     outside = gaussian.outside
     reach = 2.0 * WINDOW_EXPONENT / (outside + torch.sqrt(outside * outside + 2.0 * WINDOW_EXPONENT))
     left = torch.minimum(gaussian.left, reach).unsqueeze(-1)

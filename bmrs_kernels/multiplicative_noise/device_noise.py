@@ -19,6 +19,8 @@ from bmrs_kernels.device_math import (
     HALF_LOG_2PI,
     QUANTILE_CENTRE,
     QUANTILE_SHIFT,
+    float64_reciprocal,
+    float64_sqrt,
     inverse_density_ratio,
     log2,
     log_sigma_in_range,
@@ -147,13 +149,14 @@ def wide_log_noise(y, posterior, LOWER: tl.constexpr, UPPER: tl.constexpr, WITH_
     mu, sigma, _, _, below, above, mass, lower_density, upper_density, _ = posterior
     y = y.to(tl.float64)
     p, q = below + mass * y, above + mass * (1.0 - y)
-    product = 4.0 * p * q
-    variable = tl.sqrt(-log2(product.to(tl.float32)).to(tl.float64) + QUANTILE_SHIFT) - QUANTILE_CENTRE
+    product = 4.0 * p * q + SMALLEST_PRODUCT
+    level = -log2(product.to(tl.float32)).to(tl.float64)
+    variable = float64_sqrt(level + QUANTILE_SHIFT) - QUANTILE_CENTRE
     offset = sigma * (2.0 * (p - q)) * quantile_ratio(variable)
     x = (mu + offset).to(tl.float32)
     x = minimum(maximum(x, LOWER), UPPER)
     if WITH_GRADIENTS:
-        inverse_density = inverse_density_ratio(variable) / product
+        inverse_density = inverse_density_ratio(variable) * float64_reciprocal(product)
         near_lower = (1.0 - y) * inverse_density * lower_density
         near_upper = y * inverse_density * upper_density
         grad_log_sigma = offset + (mu - LOWER) * near_lower + (mu - UPPER) * near_upper
@@ -177,7 +180,8 @@ def tail_log_noise(
     IN_FLOAT64 is for wide structures, and takes only the logarithm in float32.
     """
     real: tl.constexpr = tl.float64 if IN_FLOAT64 else tl.float32
-    (distance, epsilon, far_survival, hazard_gain), quantile, hazard = tail
+    scalars, quantile, hazard = tail
+    distance, epsilon, far_survival, hazard_gain = scalars
     distance, far_survival = distance.to(real), far_survival.to(real)
     y = y.to(real)
     # A mode above the interval is reflected to below, which exchanges y and 1 - y.
@@ -185,7 +189,8 @@ def tail_log_noise(
     y, complement = tl.where(reflected, 1.0 - y, y), tl.where(reflected, y, 1.0 - y)
     survival = complement + y * far_survival
     # 1 + 2 ε l for l = -log m
-    u = tl.sqrt(1.0 - (2.0 * epsilon * LN2).to(real) * log2(survival.to(tl.float32)).to(real)) - 1.0
+    square = 1.0 - (2.0 * epsilon * LN2).to(real) * log2(survival.to(tl.float32)).to(real)
+    u = (float64_sqrt(square) if IN_FLOAT64 else tl.sqrt(square)) - 1.0
     k0, k1, k2, k3, k4, k5, k6, k7 = quantile
     value = k7.to(real) * u + k6.to(real)
     value = value * u + k5.to(real)
@@ -209,7 +214,11 @@ def tail_log_noise(
         value = value * u + h1.to(real)
         value = value * u + h0.to(real)
         one_less_ratio = value * u  # 1 - h(near end)/h(quantile)
-        share = (1.0 - one_less_ratio) * (y * far_survival / survival)
+        if IN_FLOAT64:
+            far_share = y * far_survival * float64_reciprocal(survival)
+        else:
+            far_share = y * far_survival / survival
+        share = (1.0 - one_less_ratio) * far_share
         gain = share * hazard_gain.to(real)
         grad_mu = one_less_ratio - gain
         grad_log_sigma = distance * grad_mu + step - (share + gain) * (UPPER - LOWER)
@@ -257,7 +266,9 @@ def exact_log_noise(y, posterior, LOWER: tl.constexpr, UPPER: tl.constexpr, WITH
         v -= newton / (1.0 - 0.5 * newton * (1.0 / mills - (near + v)))
     step = sigma * tl.minimum(tl.maximum(v, 0.0), width)
     x = tl.where(in_tail, tl.where(reflected, -step + UPPER, step + LOWER), x)
-    x = minimum(maximum(x, mu * 0.0 + LOWER), mu * 0.0 + UPPER)
+    lowest, highest = mu * 0.0 + LOWER, mu * 0.0 + UPPER
+    x = minimum(maximum(x, lowest), highest)
+    x = tl.where(y <= 0.0, lowest, tl.where(y >= 1.0, highest, x))
     if WITH_GRADIENTS:
         near_lower = complement * tl.exp(0.5 * (z - alpha) * (z + alpha))
         near_upper = y * tl.exp(0.5 * (z - beta) * (z + beta))

@@ -86,6 +86,9 @@ def behind_activation(grad, x, value, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def rows_tile(
+    row_block,
+    inner_block,
+    structure,
     num_rows,
     num_structures,
     inner,
@@ -94,15 +97,10 @@ def rows_tile(
     BLOCK_INNER: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
 ):
-    """Return a program's structure, its number among that structure's programs, and where its tile lies.
+    """Return offsets [rows, inner] in memory, which of them are valid, and the noise's counters [rows, inner / 4].
 
-    That is: offsets [rows, inner] in memory, which are the logical ones too, which of them are valid, and the noise's
-    counters [rows, inner / 4]. Unless ALIGNED, a row's tile starts at the last multiple of four before the row.
+    Offsets are the logical ones too. Unless ALIGNED, a row's tile starts at the last multiple of four before the row.
     """
-    num_inner_blocks = tl.cdiv(inner if ALIGNED else inner + 3, BLOCK_INNER)
-    inner_block = tl.program_id(0) % num_inner_blocks
-    structure = (tl.program_id(0) // num_inner_blocks) % num_structures
-    row_block = tl.program_id(0) // num_inner_blocks // num_structures
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     if WIDE_INDEX:
         row = row.to(tl.int64)
@@ -119,7 +117,7 @@ def rows_tile(
         valid = (row < num_rows)[:, None] & in_row
     quarter = inner_block * (BLOCK_INNER // 4) + tl.arange(0, BLOCK_INNER // 4)
     counters = (first >> 2)[:, None] + quarter[None, :]
-    return structure, row_block * num_inner_blocks + inner_block, offsets, valid, counters
+    return offsets, valid, counters
 
 
 @triton.jit

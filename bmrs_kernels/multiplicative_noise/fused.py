@@ -10,13 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from bmrs_kernels.launch import columns_config, launch, rows_config
+from bmrs_kernels.launch import HEAVY_TILE, LIGHT_TILE, MEDIUM_TILE, columns_config, launch, rows_config
 from bmrs_kernels.multiplicative_noise import kernels, shared_kernels
 from bmrs_kernels.multiplicative_noise.device_noise import NUM_CONSTANTS
 
 # Beyond this many elements indices need 64 bits; below, with room for the lanes of a last block.
 NARROW_INDEX_LIMIT = 2**31 - 2**16
 LARGEST_ALIGNMENT = 16
+
+# Kernels that only scale keep little for an element: 16 to a thread.
+SCALING_TILE = 2048
 
 STRUCTURES_PER_CONSTANTS_PROGRAM = 32
 PARTIALS_PER_STEP, STRUCTURES_PER_SUM = 64, 16
@@ -134,11 +137,11 @@ def multiply_noise(
                 shared_kernels.scale_rows_forward_kernel, grid, x, out, theta, *arguments, **options, **tile
             )
     elif layout.in_columns:
-        grid, arguments, tile = _columns(layout)
+        grid, arguments, tile = _columns(x, layout, backward=False)
         options |= noise.options | tile
         launch(kernels.multiply_columns_forward_kernel, grid, x, out, *noise.posterior, *arguments, **options)
     else:
-        grid, arguments, tile = _rows(layout)
+        grid, arguments, tile = _rows(x, layout, backward=False)
         options |= noise.options | tile
         constants = _constants(noise)
         tensors = (x, out, constants, noise.mask, noise.seed)
@@ -187,7 +190,7 @@ def multiply_noise_backward(
         theta, *weights = _draw(x, noise, groups, layout.num_structures, with_gradients=True)
         if layout.in_columns:
             grid, arguments, tile = _shared_columns(layout, groups)
-            partial = theta.new_empty(grid[1], layout.num_structures)
+            partial = theta.new_empty(grid[0], layout.num_structures)
             kernel = shared_kernels.scale_columns_backward_kernel
         else:
             grid, arguments, tile = _shared_rows(layout, groups)
@@ -197,13 +200,13 @@ def multiply_noise_backward(
         launch(kernel, grid, grad, x, grad_x, partial, theta, *arguments, **options, **tile)
         return grad_x, *_sum(partial, partial, mu, log_sigma, weights)
     if layout.in_columns:
-        grid, arguments, tile = _columns(layout)
+        grid, arguments, tile = _columns(x, layout, backward=True)
         num_partials = grid[1]
         posterior: tuple[Tensor | None, ...] = noise.posterior
         kernel = kernels.multiply_columns_backward_kernel
     else:
-        grid, arguments, tile = _rows(layout)
-        num_partials = grid[0] // layout.num_structures
+        grid, arguments, tile = _rows(x, layout, backward=True)
+        num_partials = grid[0] // layout.num_structures * grid[1]
         posterior = (_constants(noise), noise.mask, noise.seed)
         kernel = kernels.multiply_rows_backward_kernel
     options |= noise.options | tile
@@ -300,11 +303,9 @@ def _draw(
     dtype = torch.float64 if noise.options["EXACT"] else torch.float32
     theta, *weights = torch.empty(shape, dtype=dtype, device=x.device).unbind()
     weight_mu, weight_log_sigma = weights or (None, None)
-    config = columns_config(groups, num_structures)
-    grid = (
-        triton.cdiv(num_structures, config.block_structures),
-        triton.cdiv(groups, config.block_rows),
-    )
+    tile = min(MEDIUM_TILE, _noise_tile(theta, backward=with_gradients))
+    config = columns_config(groups, num_structures, tile=tile)
+    grid = (config.column_programs(num_structures), triton.cdiv(groups, config.block_rows))
     launch(
         shared_kernels.draw_kernel,
         grid,
@@ -316,7 +317,7 @@ def _draw(
         num_structures,
         LANES="structures" if num_structures % 4 == 0 else "scattered",
         BLOCK_ROWS=config.block_rows,
-        BLOCK_STRUCTURES=config.block_structures,
+        BLOCK_STRUCTURES=config.block_columns,
         WITH_GRADIENTS=with_gradients,
         **noise.options,
     )
@@ -326,47 +327,55 @@ def _draw(
 Start = tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]  # grid, arguments that are sizes, tile
 
 
-def _rows(layout: Layout) -> Start:
+def _rows(x: Tensor, layout: Layout, *, backward: bool) -> Start:
     padded = layout.inner if layout.alignment % 4 == 0 else layout.inner + 3
-    config = rows_config(layout.num_rows, padded)
-    grid = (layout.num_structures * config.programs(layout.num_rows, padded),)
-    sizes = (layout.num_rows, layout.num_structures, layout.inner // layout.alignment)
-    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_inner}
-    return grid, sizes, {"ALIGNMENT": layout.alignment, **tile}
+    tile = _noise_tile(x, backward=backward)
+    config = rows_config(layout.num_rows, padded, tile=tile, parallel=layout.num_structures)
+    inner_blocks = config.column_programs(padded)
+    grid = (layout.num_structures * inner_blocks, config.row_programs(layout.num_rows))
+    inner_units = layout.inner // layout.alignment
+    sizes = (layout.num_rows, layout.num_structures, inner_units, inner_blocks, config.num_steps)
+    blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_columns}
+    return grid, sizes, {"ALIGNMENT": layout.alignment, **blocks}
 
 
-def _columns(layout: Layout) -> Start:
+def _columns(x: Tensor, layout: Layout, *, backward: bool) -> Start:
     stride = 4 if layout.lanes == "rows" else 1
-    config = columns_config(layout.num_rows, layout.num_structures, row_stride=stride)
-    rows_per_program = config.block_rows * stride * config.num_steps
+    tile = min(MEDIUM_TILE if stride == 1 else HEAVY_TILE, _noise_tile(x, backward=backward))
+    config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=stride)
     grid = (
-        triton.cdiv(layout.num_structures, config.block_structures),
-        triton.cdiv(layout.num_rows, rows_per_program),
+        config.column_programs(layout.num_structures),
+        config.row_programs(triton.cdiv(layout.num_rows, stride)),
     )
     sizes = (layout.num_rows, layout.num_structures, layout.spatial, config.num_steps)
-    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_structures}
-    return grid, sizes, {"LANES": layout.lanes, "CHANNELS_LAST": layout.channels_last, **tile}
+    blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_columns}
+    return grid, sizes, {"LANES": layout.lanes, "CHANNELS_LAST": layout.channels_last, **blocks}
+
+
+def _noise_tile(x: Tensor, *, backward: bool) -> int:
+    """Return how many elements a tile of a kernel with noise has: few enough for registers, 16 bytes a thread."""
+    if x.dtype == torch.float64:
+        return HEAVY_TILE
+    return LIGHT_TILE if x.element_size() < 4 or not backward else MEDIUM_TILE
 
 
 def _shared_rows(layout: Layout, groups: int) -> Start:
     num_rows = layout.num_rows * layout.num_structures
-    config = rows_config(num_rows, layout.inner)
-    grid = (config.programs(num_rows, layout.inner),)
+    config = rows_config(num_rows, layout.inner, tile=SCALING_TILE)
+    grid = (config.column_programs(layout.inner) * triton.cdiv(num_rows, config.block_rows),)
     inner_units = layout.inner // layout.alignment
     sizes = (num_rows, layout.num_structures, layout.num_rows // groups, inner_units)
-    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_inner}
-    return grid, sizes, {"ALIGNMENT": layout.alignment, **tile}
+    blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_columns}
+    return grid, sizes, {"ALIGNMENT": layout.alignment, **blocks}
 
 
 def _shared_columns(layout: Layout, groups: int) -> Start:
     rows_per_group = layout.num_rows // groups
-    config = columns_config(rows_per_group, layout.num_structures)
-    grid = (
-        triton.cdiv(layout.num_structures, config.block_structures),
-        groups * triton.cdiv(rows_per_group, config.block_rows),
-    )
-    tile = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_structures}
-    return grid, (rows_per_group, layout.num_structures), tile
+    config = columns_config(rows_per_group, layout.num_structures, tile=SCALING_TILE)
+    row_blocks = groups * triton.cdiv(rows_per_group, config.block_rows)
+    grid = (row_blocks, config.column_programs(layout.num_structures))
+    blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_columns}
+    return grid, (rows_per_group, layout.num_structures), blocks
 
 
 def _sum(

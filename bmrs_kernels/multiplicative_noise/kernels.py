@@ -2,7 +2,7 @@
 
 x is seen as [rows, structures, inner] in the order in which it lies in memory; ``inner`` is the size behind the
 structure axis. Where inner is 1, and in channels_last, structures lie next to each other: a program of a *columns*
-kernel owns tiles [rows, structures]. Elsewhere a program of a *rows* kernel owns a tile [rows, inner] of one structure,
+kernel owns tiles [rows, structures]. Elsewhere a program of a *rows* kernel owns tiles [rows, inner] of one structure,
 whose constants and regimes are scalars to it.
 
 A uniform's number is the element's row-major index in x's logical shape, four numbers to a Philox counter.
@@ -68,6 +68,8 @@ def multiply_rows_forward_kernel(
     num_rows,
     num_structures,
     inner_units,
+    num_inner_blocks,
+    num_steps,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -79,30 +81,38 @@ def multiply_rows_forward_kernel(
 ):
     """Compute out = activation(x) · θ · mask (Eq. 1) for x [rows, structures, inner_units · ALIGNMENT].
 
-    A program owns [BLOCK_ROWS, BLOCK_INNER] of one structure.
+    A program owns num_steps tiles [BLOCK_ROWS, BLOCK_INNER] of one structure below each other. The grid is (structures
+    times blocks of inner, blocks of rows).
     """
-    structure, _part, offsets, valid, counters = rows_tile(
-        num_rows,
-        num_structures,
-        inner_units * ALIGNMENT,
-        ALIGNMENT % 4 == 0,
-        BLOCK_ROWS,
-        BLOCK_INNER,
-        WIDE_INDEX,
-    )
+    structure = tl.program_id(0) // num_inner_blocks
+    inner_block = tl.program_id(0) % num_inner_blocks
     factor = 1.0 if mask_ptr is None else widened(tl.load(mask_ptr + structure), EXACT)
-    # What is masked is neither read nor computed.
-    if factor == 0:
-        tl.store(out_ptr + offsets, tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32), mask=valid)
-    else:
-        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
-        posterior = load_posterior(constants_ptr, structure, num_structures)
-        y = uniforms_of_counters(counters, tl.load(seed_ptr), WIDE_INDEX)
-        log_theta, _grad_mu, _grad_log_sigma = structure_log_noise(
-            y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, False
+    posterior = load_posterior(constants_ptr, structure, num_structures)
+    seed = tl.load(seed_ptr)
+    for step in range(num_steps):
+        offsets, valid, counters = rows_tile(
+            tl.program_id(1) * num_steps + step,
+            inner_block,
+            structure,
+            num_rows,
+            num_structures,
+            inner_units * ALIGNMENT,
+            ALIGNMENT % 4 == 0,
+            BLOCK_ROWS,
+            BLOCK_INNER,
+            WIDE_INDEX,
         )
-        theta = exponential(log_theta, EXACT) * factor
-        tl.store(out_ptr + offsets, activated(x, ACTIVATION) * theta, mask=valid)
+        # What is masked is neither read nor computed.
+        if factor == 0:
+            tl.store(out_ptr + offsets, tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32), mask=valid)
+        else:
+            x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+            y = uniforms_of_counters(counters, seed, WIDE_INDEX)
+            log_theta, _grad_mu, _grad_log_sigma = structure_log_noise(
+                y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, False
+            )
+            theta = exponential(log_theta, EXACT) * factor
+            tl.store(out_ptr + offsets, activated(x, ACTIVATION) * theta, mask=valid)
 
 
 @triton.jit
@@ -118,6 +128,8 @@ def multiply_rows_backward_kernel(
     num_rows,
     num_structures,
     inner_units,
+    num_inner_blocks,
+    num_steps,
     LOWER: tl.constexpr,
     UPPER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -127,42 +139,52 @@ def multiply_rows_backward_kernel(
     WIDE_INDEX: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of the forward kernel: of x, and the sums over a tile that make up those of μ and log σ.
+    """Gradients of the forward kernel: of x, and a program's sums that make up those of μ and log σ.
 
     The partial sums [programs of a structure, structures] are of grad · activation(x) · θ · mask times dx/dμ and
     dx/dlog σ, for x = log θ at fixed uniforms.
     """
-    structure, part, offsets, valid, counters = rows_tile(
-        num_rows,
-        num_structures,
-        inner_units * ALIGNMENT,
-        ALIGNMENT % 4 == 0,
-        BLOCK_ROWS,
-        BLOCK_INNER,
-        WIDE_INDEX,
-    )
-    partial = part * num_structures + structure
+    structure = tl.program_id(0) // num_inner_blocks
+    inner_block = tl.program_id(0) % num_inner_blocks
     factor = 1.0 if mask_ptr is None else widened(tl.load(mask_ptr + structure), EXACT)
-    if factor == 0:
-        tl.store(grad_x_ptr + offsets, tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32), mask=valid)
-        tl.store(partial_mu_ptr + partial, 0.0)
-        tl.store(partial_log_sigma_ptr + partial, 0.0)
-    else:
-        grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
-        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
-        value = activated(x, ACTIVATION)
-        grad_x = behind_activation(grad, x, value, ACTIVATION)
-        posterior = load_posterior(constants_ptr, structure, num_structures)
-        y = uniforms_of_counters(counters, tl.load(seed_ptr), WIDE_INDEX)
-        log_theta, grad_mu, grad_log_sigma = structure_log_noise(
-            y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, True
+    posterior = load_posterior(constants_ptr, structure, num_structures)
+    seed = tl.load(seed_ptr)
+    sum_mu = tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float64 if EXACT else tl.float32)
+    sum_log_sigma = sum_mu
+    for step in range(num_steps):
+        offsets, valid, counters = rows_tile(
+            tl.program_id(1) * num_steps + step,
+            inner_block,
+            structure,
+            num_rows,
+            num_structures,
+            inner_units * ALIGNMENT,
+            ALIGNMENT % 4 == 0,
+            BLOCK_ROWS,
+            BLOCK_INNER,
+            WIDE_INDEX,
         )
-        theta = exponential(log_theta, EXACT) * factor
-        tl.store(grad_x_ptr + offsets, grad_x * theta, mask=valid)
-        weight = (grad_x if ACTIVATION == "relu" else grad) * value * theta
-        in_range = widened(posterior[9], EXACT)
-        store(partial_mu_ptr + partial, tl.sum(weight * grad_mu), True)
-        store(partial_log_sigma_ptr + partial, tl.sum(weight * grad_log_sigma) * in_range, True)
+        # What is masked is neither read nor computed.
+        if factor == 0:
+            tl.store(grad_x_ptr + offsets, tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32), mask=valid)
+        else:
+            grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
+            x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+            value = activated(x, ACTIVATION)
+            grad_x = behind_activation(grad, x, value, ACTIVATION)
+            y = uniforms_of_counters(counters, seed, WIDE_INDEX)
+            log_theta, grad_mu, grad_log_sigma = structure_log_noise(
+                y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, True
+            )
+            theta = exponential(log_theta, EXACT) * factor
+            tl.store(grad_x_ptr + offsets, grad_x * theta, mask=valid)
+            weight = (grad_x if ACTIVATION == "relu" else grad) * value * theta
+            sum_mu += weight * grad_mu
+            sum_log_sigma += weight * grad_log_sigma
+    partial = (tl.program_id(1) * num_inner_blocks + inner_block) * num_structures + structure
+    in_range = widened(posterior[9], EXACT)
+    store(partial_mu_ptr + partial, tl.sum(sum_mu), True)
+    store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma) * in_range, True)
 
 
 @triton.jit

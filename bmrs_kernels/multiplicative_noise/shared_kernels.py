@@ -170,10 +170,10 @@ def group_tile(
 ):
     """Return a program's group, its structures, and offsets [rows, structures] with validity."""
     num_row_blocks = tl.cdiv(rows_per_group, BLOCK_ROWS)
-    group = tl.program_id(1) // num_row_blocks
-    row_block = tl.program_id(1) % num_row_blocks
+    group = tl.program_id(0) // num_row_blocks
+    row_block = tl.program_id(0) % num_row_blocks
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    structure = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    structure = tl.program_id(1) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
     valid = (row < rows_per_group)[:, None] & (structure < num_structures)[None, :]
     first_row = group * rows_per_group
     if WIDE_INDEX:
@@ -196,8 +196,8 @@ def scale_columns_forward_kernel(
 ):
     """Compute out = activation(x) · θ · mask for x [groups, rows, structures].
 
-    A program owns a tile [BLOCK_ROWS, BLOCK_STRUCTURES] of one group; the grid is (blocks of structures, blocks of rows
-    times groups).
+    A program owns a tile [BLOCK_ROWS, BLOCK_STRUCTURES] of one group; the grid is (blocks of rows times groups, blocks
+    of structures).
     """
     group, structure, offsets, valid = group_tile(
         rows_per_group, num_structures, BLOCK_ROWS, BLOCK_STRUCTURES, WIDE_INDEX
@@ -237,5 +237,5 @@ def scale_columns_backward_kernel(
     grad_x = behind_activation(grad, x, value, ACTIVATION)
     tl.store(grad_x_ptr + offsets, grad_x * theta, mask=valid)
     weight = (grad_x if ACTIVATION == "relu" else grad) * value
-    partial = tl.program_id(1) * num_structures + structure
+    partial = tl.program_id(0) * num_structures + structure
     tl.store(partial_ptr + partial, tl.sum(weight, 0), mask=structure < num_structures)

@@ -52,11 +52,10 @@ def test_log2():
     torch.testing.assert_close(actual, torch.log2(x), rtol=3e-7, atol=2e-7)
 
 
-def test_exp_to_single():
-    x = torch.linspace(-80, 80, 2001, dtype=torch.float64)
-    actual = on_device(device_math.exp_to_single, x, torch.float32)
-    torch.testing.assert_close(actual, x.exp().float(), rtol=3e-7, atol=0)
-    assert on_device(device_math.exp_to_single, torch.tensor([-1e4]).double(), torch.float32) == 0
+def test_float64_roots_and_reciprocals_without_branches():
+    x = torch.logspace(-30, 30, 2001, dtype=torch.float64)
+    torch.testing.assert_close(on_device(device_math.float64_sqrt, x), x.sqrt(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(on_device(device_math.float64_reciprocal, x), 1 / x, rtol=3e-14, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)])
