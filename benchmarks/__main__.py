@@ -1,0 +1,34 @@
+"""Commands around the kernels: ``python -m benchmarks COMMAND --help``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Each module has ``main(arguments) -> exit code`` and parses its own options; imported only when it is asked for.
+COMMANDS = {
+    "gpu-check": ("benchmarks.gpu_check", "test and time the kernels on this machine's GPU"),
+    "machine-code": ("benchmarks.machine_code.command", "compile the kernels and read their machine code"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name and return its exit code."""
+    commands = "\n".join(f"  {name:<14}{description}" for name, (_, description) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"commands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see COMMAND --help")
+    parsed = parser.parse_args(arguments)
+    module = importlib.import_module(COMMANDS[parsed.command][0])
+    exit_code: int = module.main(parsed.options)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

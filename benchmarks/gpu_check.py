@@ -1,0 +1,197 @@
+"""Test and time the kernels on this machine's GPU: ``python -m benchmarks gpu-check --output DIR``.
+
+Writes DIR/gpu_check.json and DIR/gpu_check.md. The exit code is 0 if every stage passed, 1 if one failed, 2 without a
+usable GPU; a target that is missed is reported and does not count as a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import processes
+from benchmarks.gpu_report import Report
+from bmrs_kernels import backend
+
+# Limits of the programs that run beside each other; most of their time is compilation.
+TESTS_S, CASES_S, SANITIZER_S, COMPILATION_S = 240.0, 150.0, 120.0, 240.0
+# Kept for timing, and for writing down the results.
+TIMING_SHARE, RESERVE_S = 0.35, 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the check and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-check", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time in all (default: 8)")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parsed = parser.parse_args(arguments)
+    obstacle = why_not()
+    if obstacle is not None:
+        print(f"gpu-check: {obstacle}", file=sys.stderr)
+        return 2
+    # An end from outside also ends the programs that were started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report = Report(parsed.output, environment(parsed.commit))
+    try:
+        check(report, torch.device("cuda", torch.cuda.current_device()), 60.0 * parsed.minutes)
+    finally:
+        processes.stop_all()
+    print(f"results: {parsed.output / 'gpu_check.md'}; failed: {', '.join(report.failed) or 'nothing'}")
+    return 1 if report.failed else 0
+
+
+def why_not() -> str | None:
+    """Return why this machine cannot run the check, or None."""
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use was found"
+    if not backend.TRITON_IS_INSTALLED:
+        return "Triton is not installed"
+    if backend.INTERPRETING:
+        return "TRITON_INTERPRET is set: the kernels would be interpreted and not compiled; unset it"
+    return None
+
+
+def check(report: Report, device: torch.device, limit_s: float) -> None:
+    """Run all stages: correctness, of which the programs run beside each other, then timing alone."""
+    from benchmarks import gpu_correctness as correctness
+    from benchmarks import timing
+
+    def left_before_timing() -> float:
+        return max(0.0, (1.0 - TIMING_SHARE) * limit_s - report.elapsed_s)
+
+    def within(limit: float, function: Callable[[float], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        return lambda: function(min(limit, left_before_timing()))
+
+    def sanitizer() -> None:
+        # One after the other: the first leaves the kernels compiled.
+        report.stage("every kernel runs", within(CASES_S, correctness.kernels_run))
+        report.stage("memcheck", within(SANITIZER_S, correctness.memcheck))
+
+    with ThreadPoolExecutor(3) as pool:
+        programs = [
+            pool.submit(report.stage, "kernel tests", within(TESTS_S, correctness.kernel_tests)),
+            pool.submit(sanitizer),
+            pool.submit(report.stage, "compilation", within(COMPILATION_S, timing.compile_cases)),
+        ]
+        try:
+            report.stage("uniforms", lambda: correctness.uniforms(device))
+            report.stage("values", lambda: correctness.values(device))
+            report.stage("CUDA graph", lambda: correctness.cuda_graph(device))
+            report.stage("determinism", lambda: correctness.determinism(device))
+            report.stage("beyond 32-bit indices", lambda: correctness.wide_index(device))
+            for program in programs:
+                program.result()
+        except BaseException:
+            processes.stop_all()
+            raise
+    time_everything(report, device, limit_s - RESERVE_S)
+
+
+def time_everything(report: Report, device: torch.device, deadline_s: float) -> None:
+    """Run the timing stages until the deadline, in seconds since the report's start."""
+    from benchmarks import timing
+    from benchmarks.measure import Stopwatch
+
+    stopwatch: Stopwatch | None = None
+
+    def small_things() -> dict[str, Any]:
+        nonlocal stopwatch
+        stopwatch = Stopwatch(device)
+        report.data["structures"] = timing.time_structures(stopwatch)
+        report.data["tiny"] = timing.time_tiny(stopwatch)
+        return {"summary": "functions of the structures, and a layer bound by its launches", "failures": []}
+
+    report.stage("small timings", small_things)
+    report.stage(
+        "timings",
+        lambda: time_cases(
+            report, stopwatch or Stopwatch(device), timing.cases(), deadline_s, timing.compiler
+        ),
+    )
+
+
+def time_cases(
+    report: Report,
+    stopwatch: Any,
+    cases: Sequence[Any],
+    deadline_s: float,
+    compiler: Callable[[], Any],
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """Time the cases in turn; what the deadline leaves out is recorded."""
+    from benchmarks import timing
+
+    failures: list[str] = []
+    skipped = []
+    for case in cases:
+        if report.elapsed_s > deadline_s:
+            skipped.append(case.name)
+            continue
+        try:
+            rows = timing.run_case(
+                case,
+                stopwatch,
+                rounds=rounds,
+                compile_function=compiler() if case.compiled else None,
+                failures=failures,
+            )
+        except Exception as error:
+            failures.append(f"{case.name}: {type(error).__name__}: {str(error)[:500]}")
+            continue
+        report.data["timing"] += rows
+        report.write()
+        shares = ", ".join(f"{row['direction']} {100 * row['share_of_copy']['value']:.0f} %" for row in rows)
+        report.say(f"{case.name}: of the copy's rate {shares}")
+    summary = f"{len(cases) - len(skipped)} cases" + (
+        f", {len(skipped)} left out for time" if skipped else ""
+    )
+    return {"summary": summary, "failures": failures, "left_out": skipped}
+
+
+def environment(commit: str | None) -> dict[str, Any]:
+    """Return what ran where."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    import triton
+
+    return {
+        "GPU": properties.name,
+        "GPU memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "multiprocessors": properties.multi_processor_count,
+        "L2 cache": f"{properties.L2_cache_size / 2**20:.0f} MiB",
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "CUDA": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit or git_commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str:
+    """Return the commit of the working tree, with a mark if files differ from it."""
+    commit = output_of("git", "rev-parse", "HEAD")
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    return commit if "unknown" in (commit, changed) or not changed else f"{commit} with changes"
+
+
+def output_of(*command: str) -> str:
+    """Return the first line that a program prints, "unknown" if it cannot be run."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        finished = subprocess.run(
+            command, cwd=processes.ROOT, capture_output=True, text=True, timeout=20, check=True
+        )
+        return finished.stdout.partition("\n")[0].strip()
+    return "unknown"

@@ -1,0 +1,157 @@
+"""Measuring GPU calls: time by events with the launches hidden, peak memory, and capture in a CUDA graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+ROUND_MS = 20.0  # of one competitor before the next one's turn
+MAX_REPEATS = 30
+# A longer call is timed once: what starts and ends it does not matter, and there is no time for more.
+SLOW_MS = 200.0
+MAX_PAUSE_MS = 100.0
+
+Call = Callable[[], Any]
+
+
+class Plan(NamedTuple):
+    """How a warmed-up call is measured."""
+
+    call: Call
+    repeats: int
+    pause_ms: float  # the GPU waits so long that all launches are queued before the first one runs
+    peak_bytes: int | None  # allocated during the call on top of what was there
+    slow_ms: float | None  # the result, if the call is slow
+
+
+class Round(NamedTuple):
+    """A competitor's times between those of the others."""
+
+    milliseconds: list[float]
+    queued: bool  # whether the launches were hidden
+
+
+class Stopwatch:
+    """Times calls on a device; on a CPU, where it only serves tests, by the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.l2_bytes, self.cycles_per_ms = 0, 0.0
+        self.evicting: torch.Tensor | None = None
+        if self.on_gpu:
+            self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self.evicting = torch.ones(4 * self.l2_bytes // 4, device=device)
+            self.cycles_per_ms = self._calibrated()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def plan(self, call: Call) -> Plan:
+        """Return how to measure a call that has run before."""
+        before = self._allocated()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        _, total_ms = self._one(call)
+        peak = torch.cuda.max_memory_allocated(self.device) - before if self.on_gpu else None
+        if total_ms > SLOW_MS:
+            return Plan(call, 1, 0.0, peak, total_ms)
+        host_ms, total_ms = min(self._one(call) for _ in range(3))
+        repeats = max(1, min(MAX_REPEATS, int(ROUND_MS / total_ms)))
+        pause_ms = min(MAX_PAUSE_MS, 2.0 * (host_ms + 0.05) * repeats)
+        return Plan(call, repeats, pause_ms, peak, None)
+
+    def measure(self, plan: Plan, *, evict: bool) -> Round:
+        """Return a round's times; ``evict`` empties the L2 cache before each call."""
+        if plan.slow_ms is not None:
+            return Round([plan.slow_ms], queued=False)
+        if not self.on_gpu:
+            return Round([self._one(plan.call)[1] for _ in range(plan.repeats)], queued=True)
+        events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(plan.repeats)]
+        torch.cuda._sleep(int(plan.pause_ms * self.cycles_per_ms))
+        for start, end in events:
+            if evict and self.evicting is not None:
+                # Read and not written: lines to be written back would cost time inside the measured call.
+                self.evicting.sum()
+            start.record()
+            plan.call()
+            end.record()
+        queued = not events[0][0].query()
+        self.synchronize()
+        return Round([start.elapsed_time(end) for start, end in events], queued)
+
+    def compare(self, plans: Mapping[str, Plan], *, rounds: int, evict: bool) -> dict[str, list[Round]]:
+        """Return each plan's rounds; the plans take turns, so that a drifting clock meets all of them."""
+        results: dict[str, list[Round]] = {name: [] for name in plans}
+        for number in range(rounds):
+            for name, plan in plans.items():
+                if number == 0 or plan.slow_ms is None:
+                    results[name].append(self.measure(plan, evict=evict))
+        return results
+
+    def wall_ms(self, call: Call, *, repeats: int) -> float:
+        """Return the wall time per call of a series, launches included."""
+        for _ in range(min(repeats, 10)):
+            call()
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        self.synchronize()
+        return 1e3 * (time.perf_counter() - started) / repeats
+
+    def _one(self, call: Call) -> tuple[float, float]:
+        """Return the milliseconds until a call returns and until its work is done."""
+        self.synchronize()
+        started = time.perf_counter()
+        call()
+        returned = time.perf_counter()
+        self.synchronize()
+        return 1e3 * (returned - started), 1e3 * (time.perf_counter() - started)
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
+
+    def _calibrated(self) -> float:
+        cycles = 20_000_000
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)  # the clocks rise
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        self.synchronize()
+        return cycles / start.elapsed_time(end)
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Return median, p20 and p80 over all calls, the rounds' medians, and whether launches were hidden."""
+    times = torch.tensor([time for part in rounds for time in part.milliseconds], dtype=torch.float64)
+    p20, median, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    medians = [torch.tensor(part.milliseconds, dtype=torch.float64).median().item() for part in rounds]
+    queued = all(part.queued for part in rounds)
+    return {"median": median, "p20": p20, "p80": p80, "rounds": medians, "queued": queued}
+
+
+def ratio(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
+    """Return the ratio of two summaries' medians and its smallest and largest value in a round."""
+    by_round = [a / b for a, b in zip(first["rounds"], second["rounds"], strict=False)]
+    return {"value": first["median"] / second["median"], "low": min(by_round), "high": max(by_round)}
+
+
+def capture(call: Call) -> tuple[Any, Call]:
+    """Capture a call in a CUDA graph; return its outputs and the function that computes them anew in place."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return outputs, graph.replay
