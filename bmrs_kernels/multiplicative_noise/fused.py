@@ -23,7 +23,7 @@ SCALING_TILE = 2048
 
 STRUCTURES_PER_CONSTANTS_PROGRAM = 32
 PARTIALS_PER_STEP, STRUCTURES_PER_SUM = 64, 16
-ELEMENTS_PER_SAMPLE_PROGRAM = 256
+ELEMENTS_PER_SAMPLE_PROGRAM = 128
 
 
 class Layout(NamedTuple):
@@ -328,8 +328,9 @@ Start = tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]  # grid, argumen
 
 
 def _rows(x: Tensor, layout: Layout, *, backward: bool) -> Start:
-    padded = layout.inner if layout.alignment % 4 == 0 else layout.inner + 3
-    tile = _noise_tile(x, backward=backward)
+    aligned = layout.alignment % 4 == 0
+    padded = layout.inner if aligned else layout.inner + 3
+    tile = _noise_tile(x, backward=backward) if aligned else HEAVY_TILE
     config = rows_config(layout.num_rows, padded, tile=tile, parallel=layout.num_structures)
     inner_blocks = config.column_programs(padded)
     grid = (layout.num_structures * inner_blocks, config.row_programs(layout.num_rows))

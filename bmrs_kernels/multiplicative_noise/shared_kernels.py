@@ -203,8 +203,10 @@ def scale_columns_forward_kernel(
         rows_per_group, num_structures, BLOCK_ROWS, BLOCK_STRUCTURES, WIDE_INDEX
     )
     theta = columns_factor(theta_ptr + group * num_structures, structure, num_structures, EXACT)
-    x = widened(tl.load(x_ptr + offsets, mask=valid & (theta != 0), other=0.0), EXACT)
-    tl.store(out_ptr + offsets, activated(x, ACTIVATION) * theta, mask=valid)
+    x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+    # Selected and not multiplied, since 0 times infinity is not 0.
+    value = tl.where(theta == 0, 0.0, activated(x, ACTIVATION))
+    tl.store(out_ptr + offsets, value * theta, mask=valid)
 
 
 @triton.jit
@@ -230,12 +232,13 @@ def scale_columns_backward_kernel(
         rows_per_group, num_structures, BLOCK_ROWS, BLOCK_STRUCTURES, WIDE_INDEX
     )
     theta = columns_factor(theta_ptr + group * num_structures, structure, num_structures, EXACT)
-    kept = valid & (theta != 0)
-    grad = widened(tl.load(grad_ptr + offsets, mask=kept, other=0.0), EXACT)
-    x = widened(tl.load(x_ptr + offsets, mask=kept, other=0.0), EXACT)
+    grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
+    x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
     value = activated(x, ACTIVATION)
     grad_x = behind_activation(grad, x, value, ACTIVATION)
-    tl.store(grad_x_ptr + offsets, grad_x * theta, mask=valid)
     weight = (grad_x if ACTIVATION == "relu" else grad) * value
+    # Selected and not multiplied, since 0 times infinity is not 0.
+    tl.store(grad_x_ptr + offsets, tl.where(theta == 0, 0.0, grad_x) * theta, mask=valid)
+    weight = tl.where(theta == 0, 0.0, weight)
     partial = tl.program_id(0) * num_structures + structure
     tl.store(partial_ptr + partial, tl.sum(weight, 0), mask=structure < num_structures)

@@ -319,13 +319,13 @@ class TestBudget:
 
     def test_spills(self):
         (objection,) = objections(spills="8 B, 2 accesses")
-        assert objection == "sm_90, case, forward kernel: spills registers (8 B, 2 accesses)"
+        assert objection == "sm_90, forward kernel spills registers (8 B, 2 accesses), in case"
 
     @pytest.mark.parametrize("pointer", ["x_ptr", "seed_ptr or x_ptr"])
     def test_narrow_accesses(self, pointer):
         accesses = (Access("x_ptr", "load", 16, 4), Access(pointer, "store", 8, 1))
         (objection,) = objections(accesses=accesses)
-        assert objection == f"sm_90, case, forward kernel: stores of {pointer} are 8 bytes wide"
+        assert objection == f"sm_90, forward kernel has stores of {pointer} that are 8 bytes wide, in case"
         assert objections(accesses=accesses, needs_wide_access=False) == []
 
     def test_accesses_that_were_not_found(self):
@@ -335,9 +335,9 @@ class TestBudget:
     def test_instructions(self):
         path = MEASUREMENT.paths[0]
         (objection,) = objections(paths=(path._replace(instructions={"float32": 51.5}),))
-        assert "51.5 instructions per element" in objection
+        assert "takes 51.5 instructions per element on the path inside, budget 51," in objection
         (objection,) = objections(paths=(path._replace(name="other"),))
-        assert "no entry" in objection
+        assert "is not in the budget with the path other" in objection
 
     def test_other_versions_of_triton_are_not_held_to_it(self):
         many = MEASUREMENT.paths[0]._replace(instructions={"float32": 1e3})

@@ -1,0 +1,112 @@
+"""What CI demands of the machine code: no spills, wide accesses, and no more instructions than were committed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.machine_code.cases import WIDEST_ACCESS
+from benchmarks.machine_code.measure import FLOOR_TARGET, Measurement
+
+BUDGET_FILE = Path(__file__).parent / "budget.json"
+MARGIN, SIGNIFICANT_DIGITS = 0.02, 3
+# A thread of these holds the constants of each structure that it reads: with 16 bytes of a narrow dtype, or of every
+# fourth row, it would spill registers.
+NARROWEST_ALLOWED = {"multiply_columns_forward_kernel": 4, "multiply_columns_backward_kernel": 4}
+
+
+class Budget(NamedTuple):
+    """The most instructions per element, by case, then by stage, kernel and path; for one version of Triton."""
+
+    triton: str
+    instructions: dict[str, dict[str, float]]
+
+    @classmethod
+    def read(cls) -> Budget:
+        """Return what was committed."""
+        data = json.loads(BUDGET_FILE.read_text())
+        return cls(data["triton"], data["instructions_per_element"])
+
+    @classmethod
+    def of(cls, measurements: Iterable[Measurement], triton: str) -> Budget:
+        """Return what allows these measurements and little more."""
+        instructions: dict[str, dict[str, float]] = {}
+        for measurement in measurements:
+            for key, number in _numbers(measurement).items():
+                instructions.setdefault(measurement.case, {})[key] = _rounded_up(number * (1 + MARGIN))
+        return cls(triton, instructions)
+
+    def write(self) -> None:
+        """Replace what was committed."""
+        data = {
+            "target": FLOOR_TARGET,
+            "triton": self.triton,
+            "margin": MARGIN,
+            "instructions_per_element": self.instructions,
+        }
+        BUDGET_FILE.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def failures(measurements: Sequence[Measurement], budget: Budget | None) -> list[str]:
+    """Return what CI objects to; without a budget, instructions are not counted."""
+    cases: dict[tuple[str, str, str], list[str]] = {}
+    for measurement in measurements:
+        objections = _spills(measurement) + _narrow_accesses(measurement)
+        if budget is not None and measurement.target == FLOOR_TARGET:
+            objections += _excess(measurement, budget)
+        for objection in objections:
+            title = f"{measurement.stage} {measurement.kernel}"
+            cases.setdefault((measurement.target, title, objection), []).append(measurement.case)
+    return [
+        f"{target}, {title} {objection}, in {'; '.join(names)}"
+        for (target, title, objection), names in cases.items()
+    ]
+
+
+def _spills(measurement: Measurement) -> list[str]:
+    return [f"spills registers ({measurement.spills})"] if measurement.spills else []
+
+
+def _narrow_accesses(measurement: Measurement) -> list[str]:
+    if not measurement.needs_wide_access or not measurement.paths:
+        return []
+    found = []
+    for pointer in measurement.activations:
+        accesses = [access for access in measurement.accesses if pointer in access.pointer.split(" or ")]
+        if not accesses:
+            found.append(f"has no access to {pointer} that could be found")
+        found += [
+            f"has {access.direction}s of {access.pointer} that are {access.bytes} bytes wide"
+            for access in accesses
+            if access.bytes < NARROWEST_ALLOWED.get(measurement.kernel, WIDEST_ACCESS)
+        ]
+    return found
+
+
+def _excess(measurement: Measurement, budget: Budget) -> list[str]:
+    found = []
+    allowed = budget.instructions.get(measurement.case, {})
+    for key, number in _numbers(measurement).items():
+        path = key.rpartition(": ")[2]
+        if key not in allowed:
+            found.append(f"is not in the budget with the path {path}")
+        elif number > allowed[key]:
+            found.append(
+                f"takes {number:.4g} instructions per element on the path {path}, budget {allowed[key]:.4g}"
+            )
+    return found
+
+
+def _numbers(measurement: Measurement) -> dict[str, float]:
+    return {
+        f"{measurement.stage} {measurement.kernel}: {path.name}": path.per_element
+        for path in measurement.paths
+    }
+
+
+def _rounded_up(number: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(number)) + 1 - SIGNIFICANT_DIGITS)
+    return float(f"{math.ceil(number / unit) * unit:.{SIGNIFICANT_DIGITS}g}")

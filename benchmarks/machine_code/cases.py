@@ -1,0 +1,227 @@
+"""The calls whose kernels are compiled, and how their launches are recorded without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import bmrs_kernels
+from bmrs_kernels import backend
+from bmrs_kernels.pruning_statistics.op import pruning_statistics
+
+WIDEST_ACCESS = 16  # bytes
+
+CONV_WIDE, CONV_NARROW, CONV_ODD = (64, 64, 56, 56), (64, 256, 14, 14), (32, 2048, 7, 7)
+LINEAR, LINEAR_SMALL, LINEAR_ODD = (8192, 768), (128, 100), (128, 150)
+TOKENS = (64, 197, 768)
+
+GRANULARITIES = ("element", "sample", "batch")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A call of a public function, forward and backward."""
+
+    shape: tuple[int, ...]
+    operation: str = "multiply_noise"
+    dtype: str = "float32"
+    dim: int = 1
+    granularity: str = "element"
+    channels_last: bool = False
+    activation: str | None = None
+    mask: bool = False
+    gradients: bool = True
+    in_gate: bool = True  # whether CI compiles it, or only whoever asks for all cases
+    everywhere: bool = False  # whether CI compiles it for every target
+
+    @property
+    def name(self) -> str:
+        """A name that tells cases apart."""
+        parts = [self.operation, "x".join(map(str, self.shape)), self.dtype]
+        if self.operation == "multiply_noise":
+            parts += [
+                self.granularity,
+                f"dim {self.dim}" if self.dim != 1 else "",
+                "channels_last" if self.channels_last else "",
+                self.activation or "",
+                "mask" if self.mask else "",
+            ]
+        if not self.gradients:
+            parts.append("without gradients")
+        return " ".join(filter(None, parts))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of x, or of μ where there is no x."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of x, or of structures where there is no x."""
+        return math.prod(self.shape)
+
+    @property
+    def allows_wide_access(self) -> bool:
+        """Whether every run of neighbours in memory that a program reads begins at a multiple of 16 bytes."""
+        inner = math.prod(self.shape[self.dim + 1 :])
+        run = self.shape[self.dim] if self.channels_last or inner == 1 else inner
+        return run * self.torch_dtype.itemsize % WIDEST_ACCESS == 0
+
+
+def all_cases() -> list[Case]:
+    """Return every case."""
+    return list(_multiply_noise_cases()) + list(_structure_cases())
+
+
+def _multiply_noise_cases() -> Iterator[Case]:
+    layouts: list[dict[str, Any]] = [
+        {"shape": CONV_WIDE},
+        {"shape": CONV_WIDE, "channels_last": True},
+        {"shape": CONV_NARROW},
+        {"shape": CONV_ODD},
+        {"shape": LINEAR},
+        {"shape": LINEAR_SMALL},
+        {"shape": LINEAR_ODD},
+        {"shape": TOKENS, "dim": 2},
+    ]
+    for layout, granularity, dtype in itertools.product(layouts, GRANULARITIES, DTYPES):
+        if granularity == "sample" and len(layout["shape"]) == 2:
+            continue  # an element of its own, as with "element"
+        common = layout["shape"] in (CONV_WIDE, LINEAR) and "channels_last" not in layout
+        # Shared draws are simple kernels; float16 is like bfloat16, and float64 takes the longest to compile.
+        shared = granularity != "element"
+        in_gate = (dtype == "float64" and common) or (
+            dtype in ("float32", "bfloat16") and (not shared or layout["shape"] in (CONV_WIDE, LINEAR))
+        )
+        everywhere = dtype in ("float32", "bfloat16") and common and not shared
+        yield Case(**layout, granularity=granularity, dtype=dtype, in_gate=in_gate, everywhere=everywhere)
+    for layout in ({"shape": CONV_WIDE}, {"shape": LINEAR}):
+        for granularity in ("element", "batch"):
+            for activation in ("relu", "tanh"):
+                in_gate = granularity == "element" or activation == "relu"
+                yield Case(
+                    **layout, granularity=granularity, activation=activation, mask=True, in_gate=in_gate
+                )
+
+
+def _structure_cases() -> Iterator[Case]:
+    for operation in (
+        "kl_divergence",
+        "delta_f_lognormal",
+        "delta_f_loguniform",
+        "noise_mean",
+        "sample_noise",
+    ):
+        yield Case(operation=operation, shape=(4096,), everywhere=True)
+        yield Case(operation=operation, shape=(4096,), gradients=False)
+        yield Case(operation=operation, shape=(4096,), dtype="float64", in_gate=False)
+    for operation in ("noise_snr", "pruning_statistics", "philox_uniform"):
+        yield Case(operation=operation, shape=(4096,), gradients=False, everywhere=True)
+
+
+class Launch(NamedTuple):
+    """A kernel started with arguments."""
+
+    kernel: Any  # a triton.JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constexpr arguments and launch options
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        name: str = self.kernel.__name__
+        return name
+
+    @property
+    def programs(self) -> int:
+        """Number of programs."""
+        return math.prod(self.grid)
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """Every argument of the kernel by name."""
+        names = self.kernel.arg_names
+        constants = {name: value for name, value in self.options.items() if name in names}
+        return dict(zip(names, self.arguments, strict=False)) | constants
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among the arguments."""
+        return {name: value for name, value in self.bound.items() if isinstance(value, Tensor)}
+
+
+def launches(case: Case) -> dict[str, list[Launch]]:
+    """Return what a case starts, by "forward" and "backward", in order; nothing is run."""
+    recorded: dict[str, list[Launch]] = {"forward": [], "backward": []}
+    with _recording(recorded["forward"]):
+        output = _call(case)
+    if output.requires_grad:
+        with _recording(recorded["backward"]):
+            output.backward(torch.empty_like(output))
+    return recorded
+
+
+@contextlib.contextmanager
+def _recording(into: list[Launch]) -> Iterator[None]:
+    """Let CPU tensors reach the kernels, and write launches down instead of starting them."""
+    import triton
+
+    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        into.append(Launch(kernel, grid, arguments, options))
+
+    with (
+        mock.patch.object(backend, "INTERPRETING", True),
+        mock.patch.object(triton.JITFunction, "run", record),
+    ):
+        yield
+
+
+def _call(case: Case) -> Tensor:
+    """Call a case's function on tensors that are never read."""
+    if case.operation == "philox_uniform":
+        from bmrs_kernels.multiplicative_noise import fused
+
+        return fused.philox_uniform(torch.tensor(1), case.shape)
+    if case.operation == "multiply_noise":
+        return _multiply_noise(case)
+    mu, log_sigma = _parameters(case.elements, case.torch_dtype, gradients=case.gradients)
+    if case.operation == "sample_noise":
+        uniform = torch.empty_like(mu)
+        return bmrs_kernels.sample_noise(mu, log_sigma, uniform, backend="triton")
+    if case.operation == "pruning_statistics":
+        return pruning_statistics(mu, log_sigma, backend="triton")[0]
+    function: Callable[..., Tensor] = getattr(bmrs_kernels, case.operation)
+    return function(mu, log_sigma, backend="triton")
+
+
+def _multiply_noise(case: Case) -> Tensor:
+    memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
+    x = torch.empty(case.shape, dtype=case.torch_dtype, memory_format=memory_format)
+    mu, log_sigma = _parameters(case.shape[case.dim], torch.float32, gradients=case.gradients)
+    return bmrs_kernels.multiply_noise(
+        x.requires_grad_(case.gradients),
+        mu,
+        log_sigma,
+        dim=case.dim,
+        mask=torch.ones_like(mu, requires_grad=False) if case.mask else None,
+        granularity=case.granularity,  # type: ignore[arg-type]
+        activation=case.activation,  # type: ignore[arg-type]
+        seed=1,
+        backend="triton",
+    )
+
+
+def _parameters(count: int, dtype: torch.dtype, *, gradients: bool) -> tuple[Tensor, Tensor]:
+    mu = torch.zeros(count, dtype=dtype, requires_grad=gradients)
+    return mu, torch.zeros_like(mu, requires_grad=gradients)
