@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from types import SimpleNamespace
 
 import pytest
 
+import bmrs_kernels
 from benchmarks.machine_code import budget, command, pointers, sass, source_lines
-from benchmarks.machine_code.cases import Case, all_cases
+from benchmarks.machine_code.cases import Case, all_cases, launches
 from benchmarks.machine_code.measure import H100, REGIMES, Access, Measurement, PathCost, measure_all
+
+KERNEL_MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(bmrs_kernels.__path__, "bmrs_kernels.")
+    if module.name.endswith("kernels")
+]
 
 # As cuobjdump prints it, with the encoding behind the instructions.
 STRAIGHT = """
@@ -386,11 +395,35 @@ class TestCosts:
             source_lines.loop_trips(kernel, {}, origins)
 
 
+def need_compiler():
+    if obstacle := command.why_not():
+        pytest.skip(obstacle)
+
+
+def test_every_kernel_is_compiled_for_every_target():
+    need_compiler()
+    import triton
+
+    modules = [importlib.import_module(name) for name in KERNEL_MODULES]
+    kernels = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
+    for target in command.TARGETS:
+        started = {
+            launch.name
+            for task in command.selected([target], gate=True)
+            for stage in launches(task.case).values()
+            for launch in stage
+        }
+        assert started == kernels
+
+
 @pytest.mark.slow
 def test_gate():
-    obstacle = command.why_not()
-    if obstacle:
-        pytest.skip(obstacle)
+    need_compiler()
     work = command.selected(command.TARGETS, gate=True)
     found = command.objections(measure_all(work, jobs=2))
     assert not found, "\n".join(found)
