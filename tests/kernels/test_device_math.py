@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import mpmath as mp
-import oracle
 import pytest
 import torch
 from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import assert_within
 
+from benchmarks.accuracy import oracle
 from bmrs_kernels import philox, polynomials, torch_math
 
 triton = pytest.importorskip("triton")

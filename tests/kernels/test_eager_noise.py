@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import mpmath as mp
-import oracle
 import pytest
 import torch
 from numerics import TOLERANCES, UNIFORMS, assert_within, grid, random_points, single
 
+from benchmarks.accuracy import oracle
 from bmrs_kernels.multiplicative_noise.eager import NUM_BUFFERS, Noise
 from bmrs_kernels.torch_math import normal_quantile
 

@@ -6,13 +6,13 @@ import itertools
 import math
 
 import mpmath as mp
-import oracle
 import pytest
 import torch
 from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import TOLERANCES, UNIFORMS, assert_within, grid, random_points, single
 from scipy import stats
 
+from benchmarks.accuracy import oracle
 from bmrs_kernels import backend, launch, multiply_noise, philox_uniform, sample_noise
 from bmrs_kernels.multiplicative_noise import reference
 

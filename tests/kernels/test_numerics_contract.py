@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import mpmath as mp
-import oracle
 import pytest
 import torch
 from numerics import (
@@ -20,6 +19,7 @@ from numerics import (
 )
 
 import bmrs_kernels
+from benchmarks.accuracy import oracle
 
 LN2 = math.log(2.0)
 POINTS = grid() + random_points(100)

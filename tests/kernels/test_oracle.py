@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import mpmath as mp
-import oracle
 import pytest
+
+from benchmarks.accuracy import oracle
 
 POINTS = [
     (0.0, -5.0),

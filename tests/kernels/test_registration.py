@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from scipy import stats
 
 import bmrs_kernels
+from benchmarks.accuracy import oracle
 from bmrs_kernels import delta_f_lognormal, delta_f_loguniform, kl_divergence, noise_mean, sample_noise
 from bmrs_kernels.torch_math import STRUCTURES_PER_TILE
 
