@@ -15,10 +15,12 @@ DIGITS = 150
 
 
 def survival(z):
+    """Return 1 - Φ(z)."""
     return mp.erfc(z / mp.sqrt(2)) / 2
 
 
 def density(z):
+    """Return φ(z)."""
     return mp.exp(-z * z / 2) / mp.sqrt(2 * mp.pi)
 
 
@@ -30,6 +32,8 @@ def mass(alpha, beta):
 
 
 class Quantities(NamedTuple):
+    """What depends on the posterior alone, with derivatives in μ and log σ."""
+
     kl: mp.mpf
     kl_grad_mu: mp.mpf
     kl_grad_log_sigma: mp.mpf
@@ -66,6 +70,7 @@ def moments(alpha, beta):
 
 @_at_precision
 def quantities(mu, log_sigma, lower=-20, upper=0) -> Quantities:
+    """Return KL in nats, E[θ], the SNR, and the derivatives of the first two."""
     mu, sigma, alpha, beta = _standardised(mu, log_sigma, lower, upper)
     z = mass(alpha, beta)
     first, second, third, fourth = moments(alpha, beta)
@@ -127,6 +132,8 @@ def delta_f_loguniform(mu, log_sigma, reduced_lower, reduced_upper, lower=-20, u
 
 
 class Sample(NamedTuple):
+    """x = log θ at a uniform, and its derivatives at fixed uniform."""
+
     log_theta: mp.mpf
     grad_mu: mp.mpf
     grad_log_sigma: mp.mpf
