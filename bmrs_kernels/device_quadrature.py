@@ -29,6 +29,7 @@ STRUCTURES_PER_PROGRAM = 4
 WINDOW_EXPONENT = tl.constexpr(torch_math.WINDOW_EXPONENT)
 NODES_PER_SIDE = tl.constexpr(torch_math.NODES_PER_SIDE)
 UNIT_NODES, UNIT_WEIGHTS = (tl.constexpr(tuple(part.tolist())) for part in torch_math.gauss_legendre())
+NEARLY_CONSTANT = tl.constexpr(torch_math.NEARLY_CONSTANT)
 # Below this magnitude exp(x) - 1 has lost more than a bit, and 14 terms of the series leave less than 5e-17.
 EXPM1_SERIES_LIMIT = tl.constexpr(0.5)
 EXPM1_SERIES_TERMS = tl.constexpr(14)
@@ -233,6 +234,17 @@ def log_mass_ratio(posterior, other, other_anchor, rule, WITH_GRADIENTS: tl.cons
         + (ratio * ratio * second_moment(other_quadrature) - second_moment(quadrature))
     )
     return Differentiable(value, grad_mu, grad_log_sigma)
+
+
+@triton.jit
+def with_precise_grad_mu(expectation, posterior, quadrature, log_factor):
+    """Replace d/dμ of the log of a factor's expectation where the factor is nearly constant over the posterior."""
+    relative = expm1(minimum(log_factor, NEARLY_CONSTANT))
+    covariance = window_covariance(quadrature, relative, quadrature.distance)
+    covariance = covariance / (1.0 + window_mean(quadrature, relative))
+    nearly_constant = tl.max(tl.abs(log_factor), axis=0) < NEARLY_CONSTANT
+    grad_mu = tl.where(nearly_constant, covariance / posterior.scale, expectation.grad_mu)
+    return Differentiable(expectation.value, grad_mu, expectation.grad_log_sigma)
 
 
 @triton.jit

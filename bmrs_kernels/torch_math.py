@@ -31,6 +31,8 @@ NODES_PER_SIDE = 32
 WINDOW_EXPONENT = 44.0
 # A tile of structures x nodes stays in a core's cache, and memory does not grow with the number of structures.
 STRUCTURES_PER_TILE = 4096
+# A factor whose logarithm changes by less than this over the window moves the mean by a small part of σ.
+NEARLY_CONSTANT = 1.0
 
 SQRT2 = math.sqrt(2.0)
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -259,6 +261,27 @@ def log_mass_ratio(
         + (ratio * ratio * second_moment(other_quadrature) - second_moment(quadrature))
     )
     return Differentiable(value, grad_mu, grad_log_sigma)
+
+
+def with_precise_grad_mu(
+    expectation: Differentiable, posterior: Gaussian, quadrature: Window, log_factor: Tensor
+) -> Differentiable:
+    """Replace d/dμ of the log of a factor's expectation where the factor is nearly constant over the posterior.
+
+    There ``log_mass_ratio`` divides a difference of two nearly equal means by σ. The covariance of the factor and the
+    score is the same derivative without a difference.
+
+    Args:
+        expectation: what ``log_mass_ratio`` returned.
+        posterior: q before normalisation.
+        quadrature: the window of ``posterior``.
+        log_factor: log factor(x) - log factor(anchor) at the window's nodes.
+    """
+    relative = torch.expm1(log_factor.clamp(max=NEARLY_CONSTANT))
+    covariance = quadrature.covariance(relative, quadrature.distance) / (1.0 + quadrature.mean(relative))
+    nearly_constant = log_factor.abs().amax(-1) < NEARLY_CONSTANT
+    grad_mu = torch.where(nearly_constant, covariance / posterior.scale, expectation.grad_mu)
+    return expectation._replace(grad_mu=grad_mu)
 
 
 def exponential_tilt(posterior: Gaussian, power: float) -> tuple[Gaussian, Tensor]:

@@ -24,6 +24,8 @@ from bmrs_kernels.device_quadrature import (
     log_mass_ratio,
     program_structures,
     store_results,
+    window,
+    with_precise_grad_mu,
 )
 from bmrs_kernels.evidence_change import reference
 from bmrs_kernels.torch_math import Differentiable, Gaussian
@@ -204,6 +206,12 @@ def compute_delta_f_lognormal(
     mean_shift = prior_weight * (PRIOR_MEAN - mu)
     anchor = minimum(maximum(mean_shift, -posterior.below), posterior.above)
     expectation = log_mass_ratio(posterior, product, anchor, rule, WITH_GRADIENTS)
+    if WITH_GRADIENTS:
+        quadrature = window(posterior, rule)
+        offset = sigma[None, :] * quadrature.distance
+        from_mean = (mu + gaussian_anchor(posterior) - PRIOR_MEAN)[None, :]
+        log_factor = -0.5 * (offset / PRIOR_STD) * ((offset + 2.0 * from_mean) / PRIOR_STD)
+        expectation = with_precise_grad_mu(expectation, posterior, quadrature, log_factor)
 
     # x - μ̃p at the product's anchor x: at an end, or μ̃p plus its share of the way to μ.
     from_prior_mean = tl.where(

@@ -66,6 +66,12 @@ def delta_f_lognormal(
         mean_shift = prior_weight * (prior_mean - mu)
         anchor = torch.minimum(torch.maximum(mean_shift, -posterior.below), posterior.above)
         expectation = torch_math.log_mass_ratio(posterior, product, anchor, with_gradients=with_gradients)
+        if with_gradients:
+            quadrature = torch_math.window(posterior)
+            offset = sigma.unsqueeze(-1) * quadrature.distance
+            from_mean = (mu + posterior.anchor - prior_mean).unsqueeze(-1)
+            log_factor = -0.5 * (offset / prior_std) * ((offset + 2.0 * from_mean) / prior_std)
+            expectation = torch_math.with_precise_grad_mu(expectation, posterior, quadrature, log_factor)
 
         # x - μ̃p at the product's anchor x: at an end, or μ̃p plus its share of the way to μ.
         from_prior_mean = torch.where(

@@ -27,6 +27,7 @@ from bmrs_kernels.device_quadrature import (
     window,
     window_covariance,
     window_mean,
+    with_precise_grad_mu,
     without_gradients,
 )
 from bmrs_kernels.noise_moments import reference
@@ -125,6 +126,9 @@ def compute_noise_mean(
     value = tl.exp(expectation.value + (mu + anchor))
     if not WITH_GRADIENTS:
         return without_gradients(value)
+    quadrature = window(posterior, rule)
+    log_factor = posterior.scale[None, :] * quadrature.distance
+    expectation = with_precise_grad_mu(expectation, posterior, quadrature, log_factor)
     grad_log_sigma = value * expectation.grad_log_sigma * log_sigma_in_range(log_sigma)
     return Differentiable(value, value * expectation.grad_mu, grad_log_sigma)
 
