@@ -156,6 +156,12 @@ def sample(mu, log_sigma, y, lower=-20, upper=0) -> Sample:
     return Sample(mu + sign * sigma * z, grad_mu, sign * grad_log_sigma)
 
 
+@_at_precision
+def exponential(x):
+    """Return eˣ."""
+    return mp.exp(x)
+
+
 def inverse_survival(target):
     """Solve survival(z) = target by Newton on log survival, which is concave: monotone from the right."""
     if target > mp.mpf(1) / 2:

@@ -1,0 +1,192 @@
+"""Every public quantity and gradient: as the project computes it, as the plain formulas do, and as it truly is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import bmrs_kernels
+from benchmarks import plain
+from benchmarks.accuracy import oracle
+from benchmarks.accuracy.contract import LOWER, UPPER
+from bmrs_kernels.multiplicative_noise import eager
+
+LN2 = math.log(2.0)
+VALUE, GRAD_MU, GRAD_LOG_SIGMA = "value", "d/dμ", "d/dlog σ"
+WITH_GRADIENTS = (VALUE, GRAD_MU, GRAD_LOG_SIGMA)
+REDUCED_LOWER = -23.0 * LN2
+
+# Tensors of one shape in, a tensor per output: (μ, log σ) or (μ, log σ, uniform).
+Evaluation = Callable[..., Sequence[Tensor]]
+
+
+class Decision(NamedTuple):
+    """A structure is pruned where the value is on this side of the border, or on it."""
+
+    border: float
+    above: bool
+
+    def margin(self, value: Any) -> Any:
+        """Return how far values, an array or a number, lie on the side that is pruned."""
+        return value - self.border if self.above else self.border - value
+
+
+class Quantity(NamedTuple):
+    """One public function at one set of options."""
+
+    name: str
+    outputs: tuple[str, ...]
+    bounds: tuple[str, ...]  # of the value and of the gradients: keys of the contract's table
+    project: Callable[[str], Evaluation]  # takes the backend
+    plain: Evaluation
+    reference: Callable[..., Sequence[Any]]  # mpmath numbers from Python numbers
+    decision: Decision | None = None
+    at_uniforms: bool = False
+
+    def bound_of(self, output: str) -> str:
+        """Return the name of the bound that applies to an output."""
+        return self.bounds[output != VALUE]
+
+
+def differentiated(function: Callable[..., Tensor]) -> Evaluation:
+    """Return value and gradients in μ and log σ of a per-structure function."""
+
+    def evaluate(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, ...]:
+        leaves = (mu.clone().requires_grad_(), log_sigma.clone().requires_grad_())
+        value = function(*leaves)
+        return (value.detach(), *torch.autograd.grad(value.sum(), leaves))
+
+    return evaluate
+
+
+def undifferentiated(function: Callable[..., Tensor]) -> Evaluation:
+    """Return a value alone."""
+    return lambda mu, log_sigma: (function(mu, log_sigma).detach(),)
+
+
+def log_differentiated(function: Callable[..., Tensor]) -> Evaluation:
+    """Return θ at given uniforms and the gradients of log θ, which are those of θ over θ, in float64."""
+
+    def evaluate(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+        leaves = (mu.clone().requires_grad_(), log_sigma.clone().requires_grad_())
+        theta = function(*leaves, uniform)
+        gradients = torch.autograd.grad(theta.sum(), leaves)
+        theta = theta.detach()
+        return (theta, *(gradient.double() / theta.double() for gradient in gradients))
+
+    return evaluate
+
+
+def inside_multiply_noise(backend: str) -> Evaluation:
+    """Return the noise that ``multiply_noise`` draws, at uniforms of our choice instead of Philox's."""
+    if backend == "triton":
+        from benchmarks.accuracy.noise_kernels import log_noise
+
+        def evaluate_kernel(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+            value, *gradients = log_noise(mu, log_sigma, uniform)
+            return (value.double().exp(), *gradients)
+
+        return evaluate_kernel
+
+    def evaluate(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+        x = torch.ones(1, len(mu), dtype=mu.dtype, device=mu.device)
+        arguments = (x, mu, log_sigma, None, uniform[None], 1, None, LOWER, UPPER)
+        theta = eager.multiply_noise(*arguments)[0]
+        _, *gradients = eager.multiply_noise_backward(x, *arguments)
+        return (theta, *(gradient.double() / theta.double() for gradient in gradients))
+
+    return evaluate
+
+
+def _public(
+    function: Callable[..., Tensor], wrap: Callable[..., Evaluation], **options: float
+) -> Callable[[str], Evaluation]:
+    return lambda backend: wrap(partial(function, backend=backend, **options))
+
+
+def _loguniform(p1: int) -> Quantity:
+    reduced_upper = -p1 * LN2
+    return Quantity(
+        f"delta_f_loguniform, p1 = {p1}",
+        WITH_GRADIENTS,
+        ("log evidence", "gradient of ΔF"),
+        _public(
+            bmrs_kernels.delta_f_loguniform,
+            differentiated,
+            reduced_lower=REDUCED_LOWER,
+            reduced_upper=reduced_upper,
+        ),
+        differentiated(
+            partial(plain.delta_f_loguniform, reduced_lower=REDUCED_LOWER, reduced_upper=reduced_upper)
+        ),
+        lambda mu, log_sigma: oracle.delta_f_loguniform(mu, log_sigma, REDUCED_LOWER, reduced_upper),
+        Decision(0.0, above=True),
+    )
+
+
+def _sample_reference(mu: float, log_sigma: float, y: float) -> tuple[Any, ...]:
+    sample = oracle.sample(mu, log_sigma, y)
+    return oracle.exponential(sample.log_theta), sample.grad_mu, sample.grad_log_sigma
+
+
+QUANTITIES = (
+    Quantity(
+        "kl_divergence",
+        WITH_GRADIENTS,
+        ("log evidence", "gradient of KL"),
+        _public(bmrs_kernels.kl_divergence, differentiated),
+        differentiated(plain.kl_divergence),
+        lambda mu, log_sigma: oracle.quantities(mu, log_sigma)[:3],
+    ),
+    Quantity(
+        "delta_f_lognormal",
+        WITH_GRADIENTS,
+        ("log evidence", "gradient of ΔF"),
+        _public(bmrs_kernels.delta_f_lognormal, differentiated),
+        differentiated(plain.delta_f_lognormal),
+        oracle.delta_f_lognormal,
+        Decision(0.0, above=True),
+    ),
+    _loguniform(8),
+    _loguniform(4),
+    Quantity(
+        "noise_mean",
+        WITH_GRADIENTS,
+        ("factor", "gradient of E[θ]"),
+        _public(bmrs_kernels.noise_mean, differentiated),
+        differentiated(plain.noise_mean),
+        lambda mu, log_sigma: oracle.quantities(mu, log_sigma)[3:6],
+    ),
+    Quantity(
+        "noise_snr",
+        (VALUE,),
+        ("factor",),
+        _public(bmrs_kernels.noise_snr, undifferentiated),
+        undifferentiated(plain.noise_snr),
+        lambda mu, log_sigma: oracle.quantities(mu, log_sigma)[6:],
+        Decision(1.0, above=False),
+    ),
+    Quantity(
+        "sample_noise",
+        WITH_GRADIENTS,
+        ("factor", "gradient of log θ"),
+        _public(bmrs_kernels.sample_noise, log_differentiated),
+        log_differentiated(plain.sample_noise),
+        _sample_reference,
+        at_uniforms=True,
+    ),
+    Quantity(
+        "multiply_noise",
+        WITH_GRADIENTS,
+        ("factor", "gradient of log θ"),
+        inside_multiply_noise,
+        log_differentiated(plain.sample_noise),
+        _sample_reference,
+        at_uniforms=True,
+    ),
+)

@@ -1,0 +1,165 @@
+"""The reference's values at the points, kept in ``reference.npz``; ``python -m benchmarks.accuracy.table`` makes it.
+
+Values are pairs of a float64 and what it lacks as a float32: 23 digits, so that float64 results can be judged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import mpmath as mp
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.accuracy import oracle, points
+from benchmarks.accuracy.points import KINDS, Points
+from benchmarks.accuracy.progress import progress
+from benchmarks.accuracy.quantities import QUANTITIES, Quantity
+
+TABLE_FILE = Path(__file__).with_name("reference.npz")
+CHUNK = 32
+
+
+class Values(NamedTuple):
+    """True values of a quantity's outputs, shape (points, outputs): the sum of both arrays."""
+
+    rounded: NDArray[np.float64]
+    rest: NDArray[np.float32]
+
+    def __getitem__(self, index: object) -> Values:  # type: ignore[override]
+        """Return the values at some points."""
+        return Values(self.rounded[index], self.rest[index])  # type: ignore[index]
+
+
+class Judged(NamedTuple):
+    """Points, what each is for, and the true values there."""
+
+    points: Points
+    kinds: NDArray[np.uint8]  # indices into KINDS
+    values: Values
+
+    def of_kind(self, *kinds: str) -> Judged:
+        """Return the points of some kinds."""
+        return self.where(np.isin(self.kinds, [KINDS.index(kind) for kind in kinds]))
+
+    def where(self, chosen: NDArray[np.bool_]) -> Judged:
+        """Return the points that a mask chooses."""
+        return Judged(self.points[chosen], self.kinds[chosen], self.values[chosen])
+
+
+def compute(quantity: Quantity, where: Points, *, jobs: int = 1, title: str = "") -> Values:
+    """Return a quantity's true values at points, computed now; about 5 ms each."""
+    chunks = [where[start : start + CHUNK].tolist() for start in range(0, len(where), CHUNK)]
+    name = quantity.name
+    with progress(title or f"reference of {name}", len(chunks)) as advance:
+        parts = []
+        for part in _map(name, chunks, jobs):
+            parts.append(part)
+            advance()
+    shape = (0, len(quantity.outputs))
+    rounded = np.concatenate([np.empty(shape), *(part[0] for part in parts)])
+    rest = np.concatenate([np.empty(shape, np.float32), *(part[1] for part in parts)])
+    return Values(rounded, rest)
+
+
+def judged(quantity: Quantity, domain_points: int = points.DOMAIN_POINTS, *, jobs: int = 1) -> Judged:
+    """Return the points of a quantity with the true values, most of them from the table.
+
+    Args:
+        quantity: what is judged.
+        domain_points: size of the set over the domain; beyond the table's own it is computed now.
+        jobs: processes to compute with.
+    """
+    table = _read()
+    prefix = _prefix(quantity)
+    where, kinds = table[f"{prefix} points"], table[f"{prefix} kinds"]
+    name = _reference_name(quantity)
+    kept = Judged(where, kinds, Values(table[f"{name} rounded"], table[f"{name} rest"]))
+    in_domain_set = kinds == KINDS.index("domain")
+    position = np.cumsum(in_domain_set)
+    parts = [kept.where(~in_domain_set | (position <= domain_points))]
+    if domain_points > points.DOMAIN_POINTS:
+        dimensions = where.shape[1]
+        more = points.over_domain(points.sobol(dimensions, domain_points))[points.DOMAIN_POINTS :]
+        parts.append(_judge(quantity, more, "domain", jobs))
+    parts.append(_judge(quantity, points.found(quantity), "found", 1))
+    rounded, rest = zip(*(part.values for part in parts), strict=True)
+    return Judged(
+        np.concatenate([part.points for part in parts]),
+        np.concatenate([part.kinds for part in parts]),
+        Values(np.concatenate(rounded), np.concatenate(rest)),
+    )
+
+
+def make(jobs: int) -> None:
+    """Write the table anew."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for dimensions, adversarial in ((2, points.adversarial_structures), (3, points.adversarial_draws)):
+        sets = [
+            points.over_domain(points.sobol(dimensions, points.DOMAIN_POINTS)),
+            points.near_ends(points.sobol(dimensions, points.ENDS_POINTS)),
+            adversarial(),
+        ]
+        where = np.concatenate(sets)
+        quantities = [quantity for quantity in QUANTITIES if quantity.at_uniforms == (dimensions == 3)]
+        arrays[f"{_prefix(quantities[0])} points"] = where
+        arrays[f"{_prefix(quantities[0])} kinds"] = np.repeat(
+            np.arange(len(sets), dtype=np.uint8), [len(part) for part in sets]
+        )
+        for name, quantity in {_reference_name(quantity): quantity for quantity in quantities}.items():
+            arrays[f"{name} rounded"], arrays[f"{name} rest"] = compute(quantity, where, jobs=jobs)
+    np.savez_compressed(TABLE_FILE, **arrays)  # type: ignore[arg-type]
+
+
+def _judge(quantity: Quantity, where: Points, kind: str, jobs: int) -> Judged:
+    kinds = np.full(len(where), KINDS.index(kind), np.uint8)
+    return Judged(where, kinds, compute(quantity, where, jobs=jobs))
+
+
+@functools.cache
+def _read() -> dict[str, NDArray[np.generic]]:
+    with np.load(TABLE_FILE) as table:
+        return dict(table)
+
+
+def _prefix(quantity: Quantity) -> str:
+    return "draws" if quantity.at_uniforms else "structures"
+
+
+def _reference_name(quantity: Quantity) -> str:
+    """Return the first quantity with the same reference: both ways to draw noise have one."""
+    return next(other.name for other in QUANTITIES if other.reference is quantity.reference)
+
+
+def _map(
+    name: str, chunks: Sequence[list[list[float]]], jobs: int
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float32]]]:
+    if jobs == 1 or len(chunks) <= 1:
+        yield from (_compute_chunk(name, chunk) for chunk in chunks)
+        return
+    # torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compute_chunk, [name] * len(chunks), chunks)
+
+
+def _compute_chunk(name: str, chunk: list[list[float]]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    quantity = next(quantity for quantity in QUANTITIES if quantity.name == name)
+    exact = [list(quantity.reference(*point)) for point in chunk]
+    rounded = np.array([[float(value) for value in row] for row in exact])
+    with mp.workdps(oracle.DIGITS):
+        rest = [
+            [float(value - mp.mpf(near)) for value, near in zip(row, nearest, strict=True)]
+            for row, nearest in zip(exact, rounded.tolist(), strict=True)
+        ]
+    return rounded, np.array(rest, np.float32)
+
+
+if __name__ == "__main__":
+    import os
+
+    make(os.cpu_count() or 1)
