@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 # Each module has ``main(arguments) -> exit code`` and parses its own options; imported only when it is asked for.
 COMMANDS = {
+    "finite-training": (
+        "benchmarks.finite_training",
+        "train with the functions here and with the plain formulas, and look for NaN",
+    ),
     "gpu-check": ("benchmarks.gpu_check", "test and time the kernels on this machine's GPU"),
     "machine-code": ("benchmarks.machine_code.command", "compile the kernels and read their machine code"),
 }

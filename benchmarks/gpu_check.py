@@ -7,11 +7,7 @@ usable GPU; a target that is missed is reported and does not count as a failure.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import platform
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import processes
+from benchmarks.environment import environment
 from benchmarks.gpu_report import Report
 from bmrs_kernels import backend
 
@@ -43,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # An end from outside also ends the programs that were started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = Report(parsed.output, environment(parsed.commit))
+    report = Report(parsed.output, environment(parsed.commit, "cuda"))
     try:
         check(report, torch.device("cuda", torch.cuda.current_device()), 60.0 * parsed.minutes)
     finally:
@@ -158,40 +155,3 @@ def time_cases(
         f", {len(skipped)} left out for time" if skipped else ""
     )
     return {"summary": summary, "failures": failures, "left_out": skipped}
-
-
-def environment(commit: str | None) -> dict[str, Any]:
-    """Return what ran where."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    import triton
-
-    return {
-        "GPU": properties.name,
-        "GPU memory": f"{properties.total_memory / 2**30:.0f} GiB",
-        "multiprocessors": properties.multi_processor_count,
-        "L2 cache": f"{properties.L2_cache_size / 2**20:.0f} MiB",
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "CUDA": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit or git_commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def git_commit() -> str:
-    """Return the commit of the working tree, with a mark if files differ from it."""
-    commit = output_of("git", "rev-parse", "HEAD")
-    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return commit if "unknown" in (commit, changed) or not changed else f"{commit} with changes"
-
-
-def output_of(*command: str) -> str:
-    """Return the first line that a program prints, "unknown" if it cannot be run."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        finished = subprocess.run(
-            command, cwd=processes.ROOT, capture_output=True, text=True, timeout=20, check=True
-        )
-        return finished.stdout.partition("\n")[0].strip()
-    return "unknown"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import subprocess
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import git_commit
 from benchmarks.machine_code import sass
 from benchmarks.machine_code.measure import FLOOR_TARGET, H100, TYPICAL_PATH, Measurement, PathCost
 
@@ -20,7 +19,7 @@ def environment(triton: str) -> dict[str, str]:
     """Return what the measurements belong to."""
     return {
         "triton": triton,
-        "commit": _commit(),
+        "commit": git_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -159,15 +158,3 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
