@@ -138,6 +138,12 @@ def expm1(x):
 
 
 @triton.jit
+def gaussian_on(LOWER: tl.constexpr, UPPER: tl.constexpr, mean, scale):
+    """Return a Gaussian on an interval."""
+    return Gaussian(mean - LOWER, UPPER - mean, scale, full_like(mean, UPPER - LOWER))
+
+
+@triton.jit
 def gaussian_anchor(gaussian):
     """Return the signed distance from the mean to the nearest point of the interval; 0 where the mean is inside."""
     return minimum(gaussian.above, 0.0) - minimum(gaussian.below, 0.0)
@@ -152,13 +158,13 @@ def gaussian_outside(gaussian):
 @triton.jit
 def gaussian_left(gaussian):
     """Return the length of the interval to the left of the anchor, in units of the scale."""
-    return minimum(maximum(gaussian.below, 0.0), gaussian.below + gaussian.above) / gaussian.scale
+    return minimum(maximum(gaussian.below, 0.0), gaussian.width) / gaussian.scale
 
 
 @triton.jit
 def gaussian_right(gaussian):
     """Return the length of the interval to the right of the anchor, in units of the scale."""
-    return minimum(maximum(gaussian.above, 0.0), gaussian.below + gaussian.above) / gaussian.scale
+    return minimum(maximum(gaussian.above, 0.0), gaussian.width) / gaussian.scale
 
 
 @triton.jit
@@ -251,7 +257,7 @@ def with_precise_grad_mu(expectation, posterior, quadrature, log_factor):
 def exponential_tilt(posterior, POWER: tl.constexpr):
     """Return q · exp(power · x) before normalisation, and x - μ at its anchor."""
     shift = POWER * posterior.scale * posterior.scale
-    tilted = Gaussian(posterior.below + shift, posterior.above - shift, posterior.scale)
+    tilted = Gaussian(posterior.below + shift, posterior.above - shift, posterior.scale, posterior.width)
     return tilted, minimum(maximum(shift, -posterior.below), posterior.above)
 
 

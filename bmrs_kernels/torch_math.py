@@ -44,6 +44,7 @@ class Gaussian(NamedTuple):
     below: Tensor  # mean - lower end
     above: Tensor  # upper end - mean
     scale: Tensor
+    width: Tensor  # upper end - lower end, of which below + above would lose digits
 
     @property
     def anchor(self) -> Tensor:
@@ -58,14 +59,12 @@ class Gaussian(NamedTuple):
     @property
     def left(self) -> Tensor:
         """Length of the interval to the left of the anchor, in units of the scale."""
-        width = self.below + self.above
-        return torch.minimum(self.below.clamp(min=0.0), width) / self.scale
+        return torch.minimum(self.below.clamp(min=0.0), self.width) / self.scale
 
     @property
     def right(self) -> Tensor:
         """Length of the interval to the right of the anchor, in units of the scale."""
-        width = self.below + self.above
-        return torch.minimum(self.above.clamp(min=0.0), width) / self.scale
+        return torch.minimum(self.above.clamp(min=0.0), self.width) / self.scale
 
 
 class Window(NamedTuple):
@@ -85,6 +84,11 @@ class Window(NamedTuple):
         first = first - self.mean(first).unsqueeze(-1)
         second = second - self.mean(second).unsqueeze(-1)
         return self.mean(first * second)
+
+
+def gaussian_on(lower: float, upper: float, mean: Tensor, scale: Tensor) -> Gaussian:
+    """Return a Gaussian on an interval."""
+    return Gaussian(mean - lower, upper - mean, scale, mean.new_full((), upper - lower))
 
 
 def normal_cdf(z: Tensor) -> Tensor:
@@ -287,7 +291,7 @@ def with_precise_grad_mu(
 def exponential_tilt(posterior: Gaussian, power: float) -> tuple[Gaussian, Tensor]:
     """Return q · exp(power · x) before normalisation, and x - μ at its anchor."""
     shift = power * posterior.scale * posterior.scale
-    tilted = Gaussian(posterior.below + shift, posterior.above - shift, posterior.scale)
+    tilted = Gaussian(posterior.below + shift, posterior.above - shift, posterior.scale, posterior.width)
     anchor = torch.minimum(torch.maximum(shift, -posterior.below), posterior.above)
     return tilted, anchor
 

@@ -18,6 +18,7 @@ from bmrs_kernels.device_quadrature import (
     full_like,
     gauss_legendre,
     gaussian_anchor,
+    gaussian_on,
     hypot,
     launch_structures,
     load_structures,
@@ -194,7 +195,7 @@ def compute_delta_f_lognormal(
 ):
     """Return ΔF for a truncated log-normal reduced prior and its gradients."""
     sigma = sigma_from_log(log_sigma)
-    posterior = Gaussian(mu - LOWER, UPPER - mu, sigma)
+    posterior = gaussian_on(LOWER, UPPER, mu, sigma)
     total_std = hypot(sigma, full_like(sigma, PRIOR_STD))
     posterior_share, prior_share = PRIOR_STD / total_std, sigma / total_std
     posterior_weight, prior_weight = posterior_share * posterior_share, prior_share * prior_share
@@ -202,6 +203,7 @@ def compute_delta_f_lognormal(
         posterior_weight * posterior.below + prior_weight * (PRIOR_MEAN - LOWER),
         posterior_weight * posterior.above + prior_weight * (UPPER - PRIOR_MEAN),
         sigma * posterior_share,
+        posterior.width,
     )
     mean_shift = prior_weight * (PRIOR_MEAN - mu)
     anchor = minimum(maximum(mean_shift, -posterior.below), posterior.above)
@@ -245,8 +247,8 @@ def compute_delta_f_loguniform(
 ):
     """Return ΔF for a log-uniform reduced prior and its gradients."""
     sigma = sigma_from_log(log_sigma)
-    posterior = Gaussian(mu - LOWER, UPPER - mu, sigma)
-    restricted = Gaussian(mu - REDUCED_LOWER, REDUCED_UPPER - mu, sigma)
+    posterior = gaussian_on(LOWER, UPPER, mu, sigma)
+    restricted = gaussian_on(REDUCED_LOWER, REDUCED_UPPER, mu, sigma)
     expectation = log_mass_ratio(posterior, restricted, gaussian_anchor(restricted), rule, WITH_GRADIENTS)
     return with_clamp(expectation.value + LOG_DENSITY_GAIN, expectation, log_sigma)
 

@@ -28,8 +28,8 @@ class ReducedNormal(NamedTuple):
 @functools.lru_cache
 def reduced_normal(prior_mean: float, prior_std: float, lower: float, upper: float) -> ReducedNormal:
     """Return the reduced prior's constants."""
-    ends = (prior_mean - lower, upper - prior_mean, prior_std)
-    prior = Gaussian(*(torch.tensor(part, dtype=torch.float64, device="cpu") for part in ends))
+    mean, std = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in (prior_mean, prior_std))
+    prior = torch_math.gaussian_on(lower, upper, mean, std)
     log_mass = float(torch_math.window(prior).log_mass) - HALF_LOG_2PI
     return ReducedNormal(float(prior.anchor), math.log(upper - lower) - log_mass)
 
@@ -54,7 +54,7 @@ def delta_f_lognormal(
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = Gaussian(mu - lower, upper - mu, sigma)
+        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
         # q times p̃: a Gaussian whose mean lies between μ and the reduced prior's, weighted by precision.
         total_std = torch.hypot(sigma, sigma.new_full((), prior_std))
         posterior_weight, prior_weight = (prior_std / total_std) ** 2, (sigma / total_std) ** 2
@@ -62,6 +62,7 @@ def delta_f_lognormal(
             posterior_weight * posterior.below + prior_weight * (prior_mean - lower),
             posterior_weight * posterior.above + prior_weight * (upper - prior_mean),
             sigma * (prior_std / total_std),
+            posterior.width,
         )
         mean_shift = prior_weight * (prior_mean - mu)
         anchor = torch.minimum(torch.maximum(mean_shift, -posterior.below), posterior.above)
@@ -108,8 +109,8 @@ def delta_f_loguniform(
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = Gaussian(mu - lower, upper - mu, sigma)
-        restricted = Gaussian(mu - reduced_lower, reduced_upper - mu, sigma)
+        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
+        restricted = torch_math.gaussian_on(reduced_lower, reduced_upper, mu, sigma)
         expectation = torch_math.log_mass_ratio(
             posterior, restricted, restricted.anchor, with_gradients=with_gradients
         )

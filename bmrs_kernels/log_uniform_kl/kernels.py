@@ -16,6 +16,7 @@ from bmrs_kernels.device_quadrature import (
     boundary_terms,
     empty_results,
     gauss_legendre,
+    gaussian_on,
     gaussian_outside,
     launch_structures,
     load_structures,
@@ -26,7 +27,7 @@ from bmrs_kernels.device_quadrature import (
     window_mean,
     without_gradients,
 )
-from bmrs_kernels.torch_math import Differentiable, Gaussian
+from bmrs_kernels.torch_math import Differentiable
 
 
 def kl_divergence(
@@ -91,7 +92,7 @@ def compute_kl_divergence(
 ):
     """Return the divergence and its gradients, dKL/dμ = -Cov(u, v)/σ and dKL/dlog σ = -2 Var(u)."""
     sigma = sigma_from_log(log_sigma)
-    posterior = Gaussian(mu - LOWER, UPPER - mu, sigma)
+    posterior = gaussian_on(LOWER, UPPER, mu, sigma)
     quadrature = window(posterior, rule)
     value = LOG_WIDTH - tl.log(sigma) - quadrature.log_mass - window_mean(quadrature, quadrature.exponent)
     if not WITH_GRADIENTS:

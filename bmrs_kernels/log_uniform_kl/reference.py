@@ -22,7 +22,7 @@ def kl_divergence(
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = Gaussian(mu - lower, upper - mu, sigma)
+        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
         quadrature = torch_math.window(posterior)
         value = (
             math.log(upper - lower) - sigma.log() - quadrature.log_mass - quadrature.mean(quadrature.exponent)

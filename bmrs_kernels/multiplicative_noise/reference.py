@@ -16,7 +16,7 @@ from bmrs_kernels import torch_math
 from bmrs_kernels.torch_math import SQRT2
 
 # Below this tail probability erfinv's argument is too close to ±1, and z is taken from the smaller tail instead.
-RARE = 1e-3
+RARE = 0.02
 # Beyond this many σ outside, v = z - α is solved for instead of z, which would lose digits.
 TAIL = 5.0
 TAIL_ITERATIONS = 3

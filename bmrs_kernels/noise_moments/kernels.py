@@ -18,6 +18,7 @@ from bmrs_kernels.device_quadrature import (
     expm1,
     exponential_tilt,
     gauss_legendre,
+    gaussian_on,
     gaussian_outside,
     launch_structures,
     load_structures,
@@ -31,7 +32,7 @@ from bmrs_kernels.device_quadrature import (
     without_gradients,
 )
 from bmrs_kernels.noise_moments import reference
-from bmrs_kernels.torch_math import Differentiable, Gaussian
+from bmrs_kernels.torch_math import Differentiable
 
 NARROW = tl.constexpr(reference.NARROW)
 
@@ -120,7 +121,7 @@ def compute_noise_mean(
     mu, log_sigma, rule, LOWER: tl.constexpr, UPPER: tl.constexpr, WITH_GRADIENTS: tl.constexpr
 ):
     """Return E[θ] and its gradients."""
-    posterior = Gaussian(mu - LOWER, UPPER - mu, sigma_from_log(log_sigma))
+    posterior = gaussian_on(LOWER, UPPER, mu, sigma_from_log(log_sigma))
     tilted, anchor = exponential_tilt(posterior, 1.0)
     expectation = log_mass_ratio(posterior, tilted, anchor, rule, WITH_GRADIENTS)
     value = tl.exp(expectation.value + (mu + anchor))
@@ -136,9 +137,8 @@ def compute_noise_mean(
 @triton.jit
 def compute_noise_snr(mu, log_sigma, rule, LOWER: tl.constexpr, UPPER: tl.constexpr):
     """Return E[θ]/sd(θ)."""
-    posterior = Gaussian(mu - LOWER, UPPER - mu, sigma_from_log(log_sigma))
-    width = posterior.below + posterior.above
-    spread = minimum(posterior.scale / maximum(gaussian_outside(posterior), 1.0), width)
+    posterior = gaussian_on(LOWER, UPPER, mu, sigma_from_log(log_sigma))
+    spread = minimum(posterior.scale / maximum(gaussian_outside(posterior), 1.0), posterior.width)
     return tl.where(spread < NARROW, narrow_snr(posterior, rule), wide_snr(posterior, rule))
 
 

@@ -20,7 +20,7 @@ def noise_mean(
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = Gaussian(mu - lower, upper - mu, sigma)
+        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
         tilted, anchor = torch_math.exponential_tilt(posterior, 1.0)
         expectation = torch_math.log_mass_ratio(posterior, tilted, anchor, with_gradients=with_gradients)
         value = torch.exp(expectation.value + (mu + anchor))
@@ -43,8 +43,8 @@ def noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tens
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
         sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = Gaussian(mu - lower, upper - mu, sigma)
-        spread = torch.minimum(sigma / posterior.outside.clamp(min=1.0), posterior.below + posterior.above)
+        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
+        spread = torch.minimum(sigma / posterior.outside.clamp(min=1.0), posterior.width)
         snr = torch.where(spread < NARROW, _narrow_snr(posterior), _wide_snr(posterior))
         return torch_math.without_gradients(snr)
 
