@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import table
+
 MIB = 1 << 20
 # The targets are for activations that no cache holds, on an H100.
 TARGET_BYTES = 64 * MIB
@@ -249,14 +251,6 @@ def spread(ratio: dict[str, float] | None, factor: float, unit: str) -> str:
     value, low, high = (factor * ratio[key] for key in ("value", "low", "high"))
     digits = 0 if factor > 1 or value >= 20 else 2 if value < 3 else 1
     return f"{value:.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
 
 
 def one_line(text: str) -> str:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import mpmath as mp
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.accuracy import oracle
 from benchmarks.accuracy.contract import BOUNDS, DECISION_MARGIN
 from benchmarks.accuracy.points import KINDS, Points
-from benchmarks.accuracy.quantities import GRAD_LOG_SIGMA, GRAD_MU, VALUE, Evaluation, Quantity
+from benchmarks.accuracy.quantities import VALUE, Evaluation, Quantity
 from benchmarks.accuracy.table import Judged, Values
 from bmrs_kernels.backend import INTERPRETING
 
 WORST_POINTS = 3
+# More points than these beyond a bound are a defect, whatever the inputs determine.
+MOST_UNDETERMINED = 20
 
 
 class Setting(NamedTuple):
@@ -29,7 +34,9 @@ class Setting(NamedTuple):
 
     def __str__(self) -> str:
         """Return a name that serves as a file's."""
-        return f"{self.backend}-{dtype_name(self.dtype)}"
+        how = "-interpreted" if self.backend == "triton" and INTERPRETING else ""
+        where = "" if self.device == "cpu" else f"-{self.device}"
+        return f"{self.backend}{how}{where}-{dtype_name(self.dtype)}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -45,19 +52,23 @@ class Worst(NamedTuple):
     got: float
     true: float
     error: float
-    # What moving the inputs by half a unit in their last place does to the value, as an error; None for gradients.
-    input_rounding: float | None
+    input_rounding: float
 
 
 class Summary(NamedTuple):
     """Errors of one output over all points, as fractions of the contract's scale."""
 
     non_finite: int
+    non_finite_share: float  # among the points spread evenly over the domain, as is the next share
+    wrong_share: float | None
     largest: float  # a result that is not finite counts as infinitely wrong
     largest_finite: float
     percentile_99: float
     wrong_decisions: int | None  # None where the output decides nothing
     worst: list[Worst]
+    undetermined: list[
+        Worst
+    ]  # points beyond the bound, where the inputs do not determine the value; not in the rest
 
 
 class Measured(NamedTuple):
@@ -124,92 +135,117 @@ def errors(got: NDArray[np.float64], true: Values, floor: float) -> NDArray[np.f
     return np.where(np.isfinite(got), scaled, np.inf)
 
 
+def run_both(quantity: Quantity, judged: Judged, setting: Setting) -> list[NDArray[np.float64]]:
+    """Return the outputs of the project's function and of the plain formulas."""
+    ways = (quantity.project(setting.backend), quantity.plain)
+    return [run(evaluate, judged.points, setting.dtype, setting.device) for evaluate in ways]
+
+
 def measure(quantity: Quantity, judged: Judged, setting: Setting) -> list[Measured]:
     """Return the errors of every output of a quantity."""
-    ways = [
-        run(evaluate, judged.points, setting.dtype, setting.device)
-        for evaluate in (quantity.project(setting.backend), quantity.plain)
-    ]
-    measured = []
-    for index, output in enumerate(quantity.outputs):
-        bound_name = quantity.bound_of(output)
-        project, plain = (_summarise(quantity, index, got, judged, setting.dtype) for got in ways)
-        bound = BOUNDS[bound_name].of(setting.dtype)
-        measured.append(
-            Measured(quantity.name, output, bound_name, bound, len(judged.points), project, plain)
+    project, plain = run_both(quantity, judged, setting)
+    return [
+        Measured(
+            quantity.name,
+            output,
+            quantity.bound_of(output),
+            BOUNDS[quantity.bound_of(output)].of(setting.dtype),
+            len(judged.points),
+            _summarise(quantity, index, project[index], judged, setting.dtype, excuse=True),
+            _summarise(quantity, index, plain[index], judged, setting.dtype, excuse=False),
         )
-    return measured
+        for index, output in enumerate(quantity.outputs)
+    ]
 
 
-def error_maps(
+def errors_of_both(
     quantity: Quantity, judged: Judged, setting: Setting
 ) -> list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
     """Return, for every output, its name and the errors of the project's function and of the plain formulas."""
-    maps = []
-    project, plain = (
-        run(evaluate, judged.points, setting.dtype, setting.device)
-        for evaluate in (quantity.project(setting.backend), quantity.plain)
-    )
+    project, plain = run_both(quantity, judged, setting)
+    found = []
     for index, output in enumerate(quantity.outputs):
         floor = BOUNDS[quantity.bound_of(output)].floor
         true = judged.values[:, index]
-        maps.append((output, errors(project[index], true, floor), errors(plain[index], true, floor)))
-    return maps
+        found.append((output, errors(project[index], true, floor), errors(plain[index], true, floor)))
+    return found
+
+
+def input_rounding(quantity: Quantity, index: int, point: Sequence[float], dtype: torch.dtype) -> float:
+    """Return the error that an output has by itself where the inputs have been rounded to a dtype: its condition.
+
+    The change of the true value, as an error, when each coordinate moves by half a unit in its last place.
+    """
+    with mp.workdps(oracle.DIGITS):
+        true = quantity.reference(*point)[index]
+        change = mp.mpf(0)
+        for axis, coordinate in enumerate(point):
+            moved = [mp.mpf(other) for other in point]
+            moved[axis] += mp.mpf(coordinate) * torch.finfo(dtype).eps / 2
+            change += abs(quantity.reference(*moved)[index] - true)
+        return float(change / max(abs(true), BOUNDS[quantity.bound_of(quantity.outputs[index])].floor))
 
 
 def _summarise(
-    quantity: Quantity, index: int, outputs: NDArray[np.float64], judged: Judged, dtype: torch.dtype
+    quantity: Quantity,
+    index: int,
+    got: NDArray[np.float64],
+    judged: Judged,
+    dtype: torch.dtype,
+    *,
+    excuse: bool,
 ) -> Summary:
     output = quantity.outputs[index]
-    floor = BOUNDS[quantity.bound_of(output)].floor
-    got, true = outputs[index], judged.values[:, index]
-    error = errors(got, true, floor)
+    contract = BOUNDS[quantity.bound_of(output)]
+    true = judged.values[:, index]
+    error = errors(got, true, contract.floor)
     finite = np.isfinite(got)
-    order = np.argsort(-error, kind="stable")[:WORST_POINTS]
-    rounding = _input_rounding(quantity, judged, dtype, floor) if output == VALUE else None
+    wrong = _wrong_decisions(quantity, got, true) if output == VALUE else None
+
+    def describe(place: int) -> Worst:
+        point = judged.points[place].tolist()
+        return Worst(
+            point=point,
+            kind=KINDS[judged.kinds[place]],
+            got=float(got[place]),
+            true=float(true.rounded[place]),
+            error=float(error[place]),
+            input_rounding=input_rounding(quantity, index, point, dtype) if excuse else math.nan,
+        )
+
+    beyond = np.flatnonzero(error > contract.of(dtype)) if excuse else np.empty(0, int)
+    described = [(place, describe(place)) for place in beyond[: MOST_UNDETERMINED + 1]]
+    undetermined = {place: worst for place, worst in described if worst.error <= worst.input_rounding}
+    if len(undetermined) > MOST_UNDETERMINED:
+        undetermined = {}
+    spread = judged.kinds == KINDS.index("domain")
+    kept = np.ones(len(error), bool)
+    kept[list(undetermined)] = False
+    order = [place for place in np.argsort(-error, kind="stable") if kept[place]][:WORST_POINTS]
     return Summary(
         non_finite=int((~finite).sum()),
-        largest=float(error.max(initial=0.0)),
-        largest_finite=float(error[finite].max(initial=0.0)),
-        percentile_99=float(np.quantile(error, 0.99, method="higher")) if len(error) else 0.0,
-        wrong_decisions=_wrong_decisions(quantity, got, true) if output == VALUE else None,
-        worst=[
-            Worst(
-                point=judged.points[place].tolist(),
-                kind=KINDS[judged.kinds[place]],
-                got=float(got[place]),
-                true=float(true.rounded[place]),
-                error=float(error[place]),
-                input_rounding=None if rounding is None else float(rounding[place]),
-            )
-            for place in order
-        ],
+        non_finite_share=_share(~finite[spread]),
+        wrong_share=None if wrong is None else _share(wrong[spread]),
+        largest=float(error[kept].max(initial=0.0)),
+        largest_finite=float(error[finite & kept].max(initial=0.0)),
+        percentile_99=float(np.quantile(error[kept], 0.99, method="higher")) if kept.any() else 0.0,
+        wrong_decisions=None if wrong is None else int(wrong.sum()),
+        worst=[describe(place) for place in order],
+        undetermined=list(undetermined.values()),
     )
 
 
-def _wrong_decisions(quantity: Quantity, got: NDArray[np.float64], true: Values) -> int | None:
-    """Count the decisions that differ from the reference's where that is clear; a NaN decides nothing and is wrong."""
+def _share(chosen: NDArray[np.bool_]) -> float:
+    return float(chosen.mean()) if len(chosen) else 0.0
+
+
+def _wrong_decisions(quantity: Quantity, got: NDArray[np.float64], true: Values) -> NDArray[np.bool_] | None:
+    """Return where decisions differ from clear ones of the reference; a NaN decides nothing and is wrong."""
     if quantity.decision is None:
         return None
     margin = quantity.decision.margin(true.rounded)
     wrong = (quantity.decision.margin(got) >= 0.0) != (margin >= 0.0)
-    return int(((wrong | np.isnan(got)) & (np.abs(margin) > DECISION_MARGIN)).sum())
-
-
-def _input_rounding(
-    quantity: Quantity, judged: Judged, dtype: torch.dtype, floor: float
-) -> NDArray[np.float64] | None:
-    """Return the error that rounding μ and log σ to ``dtype`` would cause by itself: the value's condition."""
-    if GRAD_MU not in quantity.outputs:
-        return None
-    true = judged.values.rounded
-    relative = 0.5 * torch.finfo(dtype).eps
-    inputs = judged.points[:, :2].astype(np.float64)
-    gradients = true[:, [quantity.outputs.index(output) for output in (GRAD_MU, GRAD_LOG_SIGMA)]]
-    change = (np.abs(gradients * inputs) * relative).sum(1)
-    value = np.abs(true[:, 0])
-    # The gradients of draws are those of log θ.
-    return np.asarray(change if quantity.at_uniforms else change / np.maximum(value, floor))
+    return np.asarray((wrong | np.isnan(got)) & (np.abs(margin) > DECISION_MARGIN))
 
 
 def failures(measured: Sequence[Measured]) -> list[str]:
@@ -222,5 +258,7 @@ def as_record(measured: Measured) -> dict[str, Any]:
     record = measured._asdict()
     for way in ("project", "plain"):
         summary = record[way]._asdict()
-        record[way] = summary | {"worst": [worst._asdict() for worst in summary["worst"]]}
+        for points in ("worst", "undetermined"):
+            summary[points] = [worst._asdict() for worst in summary[points]]
+        record[way] = summary
     return record

@@ -6,8 +6,7 @@ Values are pairs of a float64 and what it lacks as a float32: 23 digits, so that
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -52,42 +51,50 @@ class Judged(NamedTuple):
         return Judged(self.points[chosen], self.kinds[chosen], self.values[chosen])
 
 
-def compute(quantity: Quantity, where: Points, *, jobs: int = 1, title: str = "") -> Values:
-    """Return a quantity's true values at points, computed now; about 5 ms each."""
+def reference_pool(jobs: int) -> Executor:
+    """Return processes that compute reference values; a context manager."""
+    # torch's threads do not survive a fork.
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+
+
+def compute(quantity: Quantity, where: Points, pool: Executor | None = None) -> Values:
+    """Return a quantity's true values at points, computed now; about 5 ms each.
+
+    Args:
+        quantity: what is computed.
+        where: points, shape (points, 2 or 3).
+        pool: processes to do it; without any, this one does.
+    """
     chunks = [where[start : start + CHUNK].tolist() for start in range(0, len(where), CHUNK)]
-    name = quantity.name
-    with progress(title or f"reference of {name}", len(chunks)) as advance:
-        parts = []
-        for part in _map(name, chunks, jobs):
-            parts.append(part)
+    parts = (pool.map if pool else map)(_compute_chunk, [quantity.name] * len(chunks), chunks)
+    rounded = [np.empty((0, len(quantity.outputs)))]
+    rest = [np.empty((0, len(quantity.outputs)), np.float32)]
+    with progress(f"reference of {quantity.name}", len(chunks) if pool else 0) as advance:
+        for part in parts:
+            rounded.append(part.rounded)
+            rest.append(part.rest)
             advance()
-    shape = (0, len(quantity.outputs))
-    rounded = np.concatenate([np.empty(shape), *(part[0] for part in parts)])
-    rest = np.concatenate([np.empty(shape, np.float32), *(part[1] for part in parts)])
-    return Values(rounded, rest)
+    return Values(np.concatenate(rounded), np.concatenate(rest))
 
 
-def judged(quantity: Quantity, domain_points: int = points.DOMAIN_POINTS, *, jobs: int = 1) -> Judged:
+def judged(
+    quantity: Quantity, domain_points: int = points.DOMAIN_POINTS, pool: Executor | None = None
+) -> Judged:
     """Return the points of a quantity with the true values, most of them from the table.
 
     Args:
         quantity: what is judged.
-        domain_points: size of the set over the domain; beyond the table's own it is computed now.
-        jobs: processes to compute with.
+        domain_points: size of the set over the domain; what the table does not have is computed now.
+        pool: processes to compute with.
     """
     table = _read()
-    prefix = _prefix(quantity)
-    where, kinds = table[f"{prefix} points"], table[f"{prefix} kinds"]
+    where, kinds = table[f"{_prefix(quantity)} points"], table[f"{_prefix(quantity)} kinds"]
     name = _reference_name(quantity)
     kept = Judged(where, kinds, Values(table[f"{name} rounded"], table[f"{name} rest"]))
     in_domain_set = kinds == KINDS.index("domain")
-    position = np.cumsum(in_domain_set)
-    parts = [kept.where(~in_domain_set | (position <= domain_points))]
-    if domain_points > points.DOMAIN_POINTS:
-        dimensions = where.shape[1]
-        more = points.over_domain(points.sobol(dimensions, domain_points))[points.DOMAIN_POINTS :]
-        parts.append(_judge(quantity, more, "domain", jobs))
-    parts.append(_judge(quantity, points.found(quantity), "found", 1))
+    parts = [kept.where(~in_domain_set | (np.cumsum(in_domain_set) <= domain_points))]
+    more = points.over_domain(points.sobol(where.shape[1], domain_points))[points.DOMAIN_POINTS :]
+    parts += [_judge(quantity, more, "domain", pool), _judge(quantity, points.found(quantity), "found")]
     rounded, rest = zip(*(part.values for part in parts), strict=True)
     return Judged(
         np.concatenate([part.points for part in parts]),
@@ -99,26 +106,27 @@ def judged(quantity: Quantity, domain_points: int = points.DOMAIN_POINTS, *, job
 def make(jobs: int) -> None:
     """Write the table anew."""
     arrays: dict[str, NDArray[np.generic]] = {}
-    for dimensions, adversarial in ((2, points.adversarial_structures), (3, points.adversarial_draws)):
-        sets = [
-            points.over_domain(points.sobol(dimensions, points.DOMAIN_POINTS)),
-            points.near_ends(points.sobol(dimensions, points.ENDS_POINTS)),
-            adversarial(),
-        ]
-        where = np.concatenate(sets)
-        quantities = [quantity for quantity in QUANTITIES if quantity.at_uniforms == (dimensions == 3)]
-        arrays[f"{_prefix(quantities[0])} points"] = where
-        arrays[f"{_prefix(quantities[0])} kinds"] = np.repeat(
-            np.arange(len(sets), dtype=np.uint8), [len(part) for part in sets]
-        )
-        for name, quantity in {_reference_name(quantity): quantity for quantity in quantities}.items():
-            arrays[f"{name} rounded"], arrays[f"{name} rest"] = compute(quantity, where, jobs=jobs)
+    with reference_pool(jobs) as pool:
+        for dimensions, adversarial in ((2, points.adversarial_structures), (3, points.adversarial_draws)):
+            sets = [
+                points.over_domain(points.sobol(dimensions, points.DOMAIN_POINTS)),
+                points.near_ends(points.sobol(dimensions, points.ENDS_POINTS)),
+                adversarial(),
+            ]
+            where = np.concatenate(sets)
+            quantities = [quantity for quantity in QUANTITIES if quantity.at_uniforms == (dimensions == 3)]
+            arrays[f"{_prefix(quantities[0])} points"] = where
+            arrays[f"{_prefix(quantities[0])} kinds"] = np.repeat(
+                np.arange(len(sets), dtype=np.uint8), [len(part) for part in sets]
+            )
+            for name, quantity in {_reference_name(quantity): quantity for quantity in quantities}.items():
+                arrays[f"{name} rounded"], arrays[f"{name} rest"] = compute(quantity, where, pool)
     np.savez_compressed(TABLE_FILE, **arrays)  # type: ignore[arg-type]
 
 
-def _judge(quantity: Quantity, where: Points, kind: str, jobs: int) -> Judged:
+def _judge(quantity: Quantity, where: Points, kind: str, pool: Executor | None = None) -> Judged:
     kinds = np.full(len(where), KINDS.index(kind), np.uint8)
-    return Judged(where, kinds, compute(quantity, where, jobs=jobs))
+    return Judged(where, kinds, compute(quantity, where, pool))
 
 
 @functools.cache
@@ -136,18 +144,7 @@ def _reference_name(quantity: Quantity) -> str:
     return next(other.name for other in QUANTITIES if other.reference is quantity.reference)
 
 
-def _map(
-    name: str, chunks: Sequence[list[list[float]]], jobs: int
-) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float32]]]:
-    if jobs == 1 or len(chunks) <= 1:
-        yield from (_compute_chunk(name, chunk) for chunk in chunks)
-        return
-    # torch's threads do not survive a fork.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_compute_chunk, [name] * len(chunks), chunks)
-
-
-def _compute_chunk(name: str, chunk: list[list[float]]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+def _compute_chunk(name: str, chunk: list[list[float]]) -> Values:
     quantity = next(quantity for quantity in QUANTITIES if quantity.name == name)
     exact = [list(quantity.reference(*point)) for point in chunk]
     rounded = np.array([[float(value) for value in row] for row in exact])
@@ -156,7 +153,7 @@ def _compute_chunk(name: str, chunk: list[list[float]]) -> tuple[NDArray[np.floa
             [float(value - mp.mpf(near)) for value, near in zip(row, nearest, strict=True)]
             for row, nearest in zip(exact, rounded.tolist(), strict=True)
         ]
-    return rounded, np.array(rest, np.float32)
+    return Values(rounded, np.array(rest, np.float32))
 
 
 if __name__ == "__main__":

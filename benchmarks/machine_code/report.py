@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.environment import git_commit
 from benchmarks.machine_code import sass
 from benchmarks.machine_code.measure import FLOOR_TARGET, H100, TYPICAL_PATH, Measurement, PathCost
+from benchmarks.markdown import table
 
 _SHORT_CLASSES = ("fp32", "fp64", "int", "convert", "special", "load", "store", "spill", "shared", "control")
 
@@ -63,7 +64,7 @@ def as_markdown(measurements: Sequence[Measurement], failures: Sequence[str], ab
         "Warps: those of a multiprocessor that registers have room for. Accesses: number and bytes of a lane's loads "
         "and stores of what is as large as x, in the code and not per path; others are constants and sums.",
         "",
-        *_table(
+        table(
             ("target", "case", "kernel", "programs", "registers", "warps", "spills", "shared", "x and alike"),
             (_kernel_row(measurement) for measurement in measurements),
         ),
@@ -82,7 +83,7 @@ def as_markdown(measurements: Sequence[Measurement], failures: Sequence[str], ab
             "TB/s, what a device copy reaches. Copy: time of the same bytes in a copy over the largest bound, the "
             "share of the copy's rate that the kernel can at most reach.",
             "",
-            *_table(
+            table(
                 (
                     *("case", "kernel", "path", "per element", *_SHORT_CLASSES),
                     *("issue µs", "unit µs", "memory µs", "floor µs", "copy"),
@@ -95,7 +96,7 @@ def as_markdown(measurements: Sequence[Measurement], failures: Sequence[str], ab
             f'All launches of a call one after the other, each on its path "{TYPICAL_PATH}" if it has one and on its '
             "longest otherwise; without the time between launches. Copy: as above, for the bytes of x and alike.",
             "",
-            *_table(("case", "stage", "launches", "per element", "floor µs", "copy"), _call_rows(timed)),
+            table(("case", "stage", "launches", "per element", "floor µs", "copy"), _call_rows(timed)),
         ]
     return "\n".join(lines) + "\n"
 
@@ -150,10 +151,6 @@ def _call_rows(measurements: Iterable[Measurement]) -> Iterable[tuple[str, ...]]
             _number(floor),
             f"{memory / floor:.0%}",
         )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _number(value: float) -> str:
