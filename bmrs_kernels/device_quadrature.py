@@ -131,10 +131,16 @@ def hypot(x, y):
 @triton.jit
 def expm1(x):
     """Return exp(x) - 1 to a relative error of 5e-16."""
+    return tl.where(tl.abs(x) < EXPM1_SERIES_LIMIT, expm1_near_zero(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def expm1_near_zero(x):
+    """Return exp(x) - 1 for |x| below EXPM1_SERIES_LIMIT."""
     series = full_like(x, 1.0)
     for term in tl.static_range(EXPM1_SERIES_TERMS - 1):
         series = 1.0 + series * x * (1.0 / (EXPM1_SERIES_TERMS - term))
-    return tl.where(tl.abs(x) < EXPM1_SERIES_LIMIT, x * series, tl.exp(x) - 1.0)
+    return x * series
 
 
 @triton.jit
@@ -245,7 +251,8 @@ def log_mass_ratio(posterior, other, other_anchor, rule, WITH_GRADIENTS: tl.cons
 @triton.jit
 def with_precise_grad_mu(expectation, posterior, quadrature, log_factor):
     """Replace d/dμ of the log of a factor's expectation where the factor is nearly constant over the posterior."""
-    relative = expm1(minimum(log_factor, NEARLY_CONSTANT))
+    tl.static_assert(NEARLY_CONSTANT <= EXPM1_SERIES_LIMIT)
+    relative = expm1_near_zero(log_factor)
     covariance = window_covariance(quadrature, relative, quadrature.distance)
     covariance = covariance / (1.0 + window_mean(quadrature, relative))
     nearly_constant = tl.max(tl.abs(log_factor), axis=0) < NEARLY_CONSTANT

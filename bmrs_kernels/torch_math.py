@@ -32,7 +32,7 @@ WINDOW_EXPONENT = 44.0
 # A tile of structures x nodes stays in a core's cache, and memory does not grow with the number of structures.
 STRUCTURES_PER_TILE = 4096
 # A factor whose logarithm changes by less than this over the window moves the mean by a small part of σ.
-NEARLY_CONSTANT = 1.0
+NEARLY_CONSTANT = 0.5
 
 SQRT2 = math.sqrt(2.0)
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -281,7 +281,7 @@ def with_precise_grad_mu(
         quadrature: the window of ``posterior``.
         log_factor: log factor(x) - log factor(anchor) at the window's nodes.
     """
-    relative = torch.expm1(log_factor.clamp(max=NEARLY_CONSTANT))
+    relative = torch.expm1(log_factor)
     covariance = quadrature.covariance(relative, quadrature.distance) / (1.0 + quadrature.mean(relative))
     nearly_constant = log_factor.abs().amax(-1) < NEARLY_CONSTANT
     grad_mu = torch.where(nearly_constant, covariance / posterior.scale, expectation.grad_mu)

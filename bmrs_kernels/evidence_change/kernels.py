@@ -212,7 +212,8 @@ def compute_delta_f_lognormal(
         quadrature = window(posterior, rule)
         offset = sigma[None, :] * quadrature.distance
         from_mean = (mu + gaussian_anchor(posterior) - PRIOR_MEAN)[None, :]
-        log_factor = -0.5 * (offset / PRIOR_STD) * ((offset + 2.0 * from_mean) / PRIOR_STD)
+        inverse_std: tl.constexpr = 1.0 / PRIOR_STD
+        log_factor = offset * inverse_std * ((offset + 2.0 * from_mean) * (-0.5 * inverse_std))
         expectation = with_precise_grad_mu(expectation, posterior, quadrature, log_factor)
 
     # x - μ̃p at the product's anchor x: at an end, or μ̃p plus its share of the way to μ.

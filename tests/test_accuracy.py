@@ -1,0 +1,311 @@
+"""The accuracy gate: every quantity and gradient within the contract, and no worse than the committed report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+from kernel_device import DEVICE, RUNS_KERNELS
+
+from benchmarks.__main__ import main
+from benchmarks.accuracy import attack, command, oracle, points, report, table
+from benchmarks.accuracy.contract import ALLOWED_LOSS, BOUNDS, LOG_SIGMA_RANGE, MU_RANGE
+from benchmarks.accuracy.heat_map import cell_errors
+from benchmarks.accuracy.measure import Setting, errors, failures, input_rounding, measure
+from benchmarks.accuracy.quantities import QUANTITIES
+from benchmarks.accuracy.table import Judged, Values
+
+BY_NAME = {quantity.name: quantity for quantity in QUANTITIES}
+KL, SNR = BY_NAME["kl_divergence"], BY_NAME["noise_snr"]
+DELTA_F = BY_NAME["delta_f_lognormal"]
+FLOAT32 = Setting("torch", torch.float32)
+
+
+def assert_meets_the_contract(setting):
+    measured = [one for quantity in QUANTITIES for one in measure(quantity, table.judged(quantity), setting)]
+    objections = failures(measured) + report.regressions(measured, setting)
+    assert not objections, "\n".join(objections)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_torch_path_meets_the_contract(dtype):
+    assert (report.RESULTS / f"{Setting('torch', dtype)}.json").exists()
+    assert_meets_the_contract(Setting("torch", dtype))
+
+
+class TestKernels:
+    pytestmark = RUNS_KERNELS
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_kernels_meet_the_contract(self, dtype):
+        assert_meets_the_contract(Setting("triton", dtype, DEVICE))
+
+
+def few(quantity, count=200):
+    """Return some judged points of a quantity."""
+    judged = table.judged(quantity)
+    chosen = np.random.default_rng(0).permutation(len(judged.points)) < count
+    return judged.where(chosen)
+
+
+def with_result(quantity, change):
+    """Return a quantity whose project function has its outputs changed."""
+
+    def project(backend):
+        evaluate = quantity.project(backend)
+        return lambda *inputs: [change(output.clone()) for output in evaluate(*inputs)]
+
+    return quantity._replace(project=project)
+
+
+def spoil(place, value):
+    def change(output):
+        output[place] = value
+        return output
+
+    return change
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES, ids=lambda quantity: quantity.name)
+def test_the_table_holds_the_reference(quantity):
+    judged = table.judged(quantity).of_kind("domain", "ends", "adversarial")
+    chosen = judged.where(np.arange(len(judged.points)) % 419 == 0)
+    computed = table.compute(quantity, chosen.points)
+    np.testing.assert_array_equal(chosen.values.rounded, computed.rounded)
+    np.testing.assert_array_equal(chosen.values.rest, computed.rest)
+
+
+def test_values_are_kept_with_more_digits_than_float64_has():
+    judged = few(KL, 5)
+    for point, rounded, rest in zip(judged.points.tolist(), *judged.values, strict=True):
+        with mp.workdps(oracle.DIGITS):
+            exact = oracle.quantities(*point).kl
+            assert abs(mp.mpf(rounded[0].item()) + mp.mpf(rest[0].item()) - exact) < mp.mpf("1e-22") * exact
+
+
+def test_points_cover_the_domain_and_are_the_tables():
+    structures, draws = table.judged(KL), table.judged(BY_NAME["sample_noise"])
+    for judged, dimensions in ((structures, 2), (draws, 3)):
+        where = judged.points
+        for axis, (low, high) in enumerate(
+            (MU_RANGE, LOG_SIGMA_RANGE, (2.0**-24, 1 - 2.0**-24))[:dimensions]
+        ):
+            assert low <= where[:, axis].min()
+            assert where[:, axis].max() <= high
+        assert len(np.unique(where, axis=0)) > 0.99 * len(where)
+        spread = judged.of_kind("domain")
+        unit = points.sobol(dimensions, points.DOMAIN_POINTS)
+        np.testing.assert_array_equal(spread.points, points.over_domain(unit))
+        np.testing.assert_array_equal(
+            judged.of_kind("ends").points, points.near_ends(points.sobol(dimensions, points.ENDS_POINTS))
+        )
+    cells = cell_errors(structures.of_kind("domain").points, np.zeros(points.DOMAIN_POINTS), 64)
+    assert not np.isnan(cells).any(), "every cell of the map has its point"
+    outside = structures.points[np.isin(structures.kinds, [1, 2]), 0]
+    assert (np.abs(outside) < 1e-6).sum() > 100, "posteriors at the very end"
+
+
+def test_borders_of_decisions_are_on_both_sides():
+    for name in ("delta_f_lognormal", "delta_f_loguniform, p1 = 8", "noise_snr"):
+        quantity = BY_NAME[name]
+        judged = table.judged(quantity).of_kind("adversarial")
+        margin = quantity.decision.margin(judged.values.rounded[:, 0])
+        close = np.abs(margin) < 1e-3
+        assert (margin[close] >= 0).sum() >= 10
+        assert (margin[close] < 0).sum() >= 10
+
+
+def test_fewer_points_are_a_part_and_more_are_computed(monkeypatch):
+    whole, part = table.judged(KL), table.judged(KL, 100)
+    spread = part.of_kind("domain")
+    assert len(spread.points) == 100
+    np.testing.assert_array_equal(spread.points, whole.of_kind("domain").points[:100])
+    assert len(whole.points) - len(part.points) == points.DOMAIN_POINTS - 100
+    computed = []
+    monkeypatch.setattr(
+        table, "compute", lambda quantity, where, pool: computed.append(where) or nothing(where)
+    )
+    assert (
+        len(table.judged(KL, points.DOMAIN_POINTS + 5).of_kind("domain").points) == points.DOMAIN_POINTS + 5
+    )
+    assert len(computed[0]) == 5
+
+
+def nothing(where):
+    return Values(np.zeros((len(where), 3)), np.zeros((len(where), 3), np.float32))
+
+
+def test_neighbours_are_one_step_apart():
+    below, above = sorted(points.neighbours(0.0))[0], sorted(points.neighbours(0.0))[-1]
+    assert -below == above == 2.0**-149
+    assert sorted(points.neighbours(1.0, 2)) == [1 - 2.0**-23, 1 - 2.0**-24, 1.0, 1 + 2.0**-23, 1 + 2.0**-22]
+
+
+def test_errors_are_scaled_and_infinite_where_nothing_was_computed():
+    true = Values(np.array([0.5, 100.0, 1e-3, 1.0]), np.array([0.0, 0.0, 0.0, 1e-17], np.float32))
+    got = np.array([0.6, 101.0, math.nan, 1.0])
+    assert errors(got, true, 1.0).tolist() == pytest.approx([0.1, 0.01, math.inf, 1e-17])
+    assert errors(got, true, 0.0).tolist() == pytest.approx([0.2, 0.01, math.inf, 1e-17])
+    assert errors(np.array([-math.inf]), Values(np.zeros(1), np.zeros(1, np.float32)), 1.0) == math.inf
+
+
+def test_one_result_that_is_not_finite_fails_with_its_point():
+    judged = few(KL)
+    value, *gradients = measure(with_result(KL, spoil(17, math.nan)), judged, FLOAT32)
+    assert value.project.non_finite == 1
+    assert value.project.largest == math.inf
+    for one in (value, *gradients):
+        assert str(judged.points[17].tolist()) in one.failure()
+        assert "got nan" in one.failure()
+
+
+def test_one_error_beyond_the_bound_fails_with_its_point():
+    judged = few(KL)
+    place = int(np.argmax(judged.values.rounded[:, 0]))
+    wrong = float(np.float32(judged.values.rounded[place, 0] * (1 + 3e-6)))
+    value = measure(with_result(KL, spoil(place, wrong)), judged, FLOAT32)[0]
+    assert f"{judged.points[place].tolist()}: got {wrong}" in value.failure()
+    assert re.search(r"error (2\.9|3\.?)\d*e-06 with a bound of 2e-06", value.failure())
+    assert measure(KL, judged, FLOAT32)[0].failure() is None
+
+
+@pytest.mark.parametrize("wrong_value", ["other side", math.nan])
+@pytest.mark.parametrize("quantity", [DELTA_F, SNR], ids=lambda quantity: quantity.name)
+def test_wrong_decisions_are_counted(quantity, wrong_value):
+    judged = few(quantity)
+    true = judged.values.rounded[:, 0]
+    margin = quantity.decision.margin(true)
+    place = int(np.argmin(np.where(np.abs(margin) > 1e-5, np.abs(margin), np.inf)))
+    wrong = 2 * quantity.decision.border - true[place] if wrong_value == "other side" else wrong_value
+    measured = measure(with_result(quantity, spoil(place, wrong)), judged, FLOAT32)[0]
+    assert measured.project.wrong_decisions == 1
+    assert "1 wrong decision" in measured.failure()
+    assert measure(quantity, judged, FLOAT32)[0].project.wrong_decisions == 0
+
+
+def test_the_plain_formulas_fail_where_the_project_does_not():
+    measured = measure(KL, few(KL, 1000), FLOAT32)[0]
+    assert measured.project.non_finite_share == 0.0
+    assert 0.3 < measured.plain.non_finite_share < 0.7
+
+
+def test_a_point_whose_inputs_do_not_determine_the_value_is_listed_and_not_counted():
+    point = [15.823951721191406, -13.93261432647705]
+    index = DELTA_F.outputs.index("d/dlog σ")
+    condition = input_rounding(DELTA_F, index, point, torch.float64)
+    assert condition > 1e-9
+    where = np.array([point], np.float32)
+    judged = Judged(where, np.zeros(1, np.uint8), table.compute(DELTA_F, where))
+    true = float(judged.values.rounded[0, index])
+    for factor, excused in ((0.5, True), (2.0, False)):
+        got = true * (1 + factor * condition)
+        measured = measure(with_result(DELTA_F, spoil(0, got)), judged, Setting("torch", torch.float64))[
+            index
+        ]
+        assert (measured.failure() is None) == excused
+        assert len(measured.project.undetermined) == excused
+        assert (measured.project.largest == 0.0) == excused
+
+
+def test_input_rounding_is_the_derivative_times_half_a_unit():
+    # E[θ] is eᵘ well inside the interval, so that rounding μ = -8 to float32 changes it by 8 · 2⁻²⁴.
+    rounding = input_rounding(BY_NAME["noise_mean"], 0, (-8.0, -12.0), torch.float32)
+    assert rounding == pytest.approx(8 * 2.0**-24, rel=1e-5)
+
+
+def test_a_change_for_the_worse_is_found(tmp_path, monkeypatch):
+    measured = measure(KL, few(KL), FLOAT32)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.regressions(measured, FLOAT32) == []
+    (tmp_path / f"{FLOAT32}.json").write_text(report.as_json(measured, [], {}), "utf-8")
+    assert report.regressions(measured, FLOAT32) == []
+    worse = [
+        one._replace(project=one.project._replace(largest=1.01 * ALLOWED_LOSS * one.project.largest))
+        for one in measured
+    ]
+    found = report.regressions(worse, FLOAT32)
+    assert len(found) == len(measured)
+    assert "kl_divergence: value" in found[0]
+    assert str(measured[0].project.worst[0].point) in found[0]
+
+
+def test_the_command_writes_its_report(tmp_path, capsys):
+    assert main(["accuracy", "--points", "64", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "torch-float32.md").read_text("utf-8") in printed
+    assert "## Objections\n\nNone." in printed
+    data = json.loads((tmp_path / "torch-float32.json").read_text("utf-8"))
+    assert data["environment"]["setting"] == "torch-float32"
+    assert len(data["measured"]) == sum(len(quantity.outputs) for quantity in QUANTITIES)
+    for record in data["measured"]:
+        assert record["project"]["largest"] <= record["bound"] == BOUNDS[record["bound_name"]].float32
+        assert record["project"]["worst"][0]["error"] == record["project"]["largest"]
+    pictures = list(tmp_path.glob("*.png"))
+    assert len(pictures) == len(QUANTITIES)
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_the_command_fails_if_the_contract_is_missed(monkeypatch, capsys):
+    broken = with_result(KL, spoil(0, math.inf))
+    monkeypatch.setattr(command, "QUANTITIES", (broken,))
+    assert main(["accuracy", "--points", "64"]) == 1
+    assert "- kl_divergence: value: error inf" in capsys.readouterr().out
+
+
+def test_the_command_says_why_a_backend_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(command.backend, "TRITON_IS_INSTALLED", False)
+    assert main(["accuracy", "--backend", "triton", "--device", "cpu"]) == 2
+    assert "Triton is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(command.backend, "TRITON_IS_INSTALLED", True)
+    monkeypatch.setattr(command.backend, "INTERPRETING", False)
+    assert main(["accuracy", "--backend", "triton", "--device", "cpu"]) == 2
+    assert "only with TRITON_INTERPRET=1" in capsys.readouterr().err
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    assert main(["accuracy", "--backend", "triton"]) == 2
+    assert "no GPU that torch can use was found; TRITON_INTERPRET=1" in capsys.readouterr().err
+    assert main(["accuracy", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "accuracy: no GPU that torch can use was found\n"
+    with pytest.raises(SystemExit):
+        main(["accuracy", "--points", "0"])
+    assert "must be at least 1, was 0" in capsys.readouterr().err
+
+
+def test_an_attack_finds_what_the_points_missed(tmp_path, monkeypatch):
+    """An error that is planted away from the points, and grows towards its middle."""
+    middle = torch.tensor([-5.25, 0.75])
+
+    def planted(backend):
+        evaluate = KL.project(backend)
+
+        def spoiled(mu, log_sigma):
+            value, *gradients = evaluate(mu, log_sigma)
+            distance = torch.hypot(mu - middle[0], log_sigma - middle[1])
+            return value + 1e-3 * torch.exp(-4 * distance), *gradients
+
+        return spoiled
+
+    broken = KL._replace(project=planted)
+    monkeypatch.setattr(attack, "QUANTITIES", (broken,))
+    judged = few(KL, 300)
+    judged = judged.where(np.hypot(*(judged.points - middle.numpy()).T) > 3)
+    measured = measure(broken, judged, FLOAT32)[:1]
+    assert measured[0].failure() is None
+    (found,) = attack.attack(measured, FLOAT32, 12.0, None)
+    assert found.breaks_the_contract
+    assert found.error > 1e-5
+    assert math.dist(found.point, middle.tolist()) < 1.2
+    monkeypatch.setattr(points, "FOUND_FILE", tmp_path / "found.json")
+    assert attack.keep([found], measured) == 1
+    assert attack.keep([found], measured) == 0
+    assert points.found(KL).tolist() == [found.point]
+    assert table.judged(KL).of_kind("found").points.tolist() == [found.point]
+    assert points.found(SNR).shape == (0, 2)
