@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import mpmath as mp
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from kernel_device import DEVICE, RUNS_KERNELS
 
 from benchmarks.__main__ import main

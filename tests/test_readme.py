@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import readme
+from benchmarks.__main__ import COMMANDS
+from benchmarks.__main__ import main as benchmarks
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -56,3 +60,34 @@ def test_every_public_name_is_described(blocks):
     text = README.read_text("utf-8")
     for name in bmrs_kernels.__all__:
         assert f"`{name}`" in text
+
+
+def test_tables_are_those_of_the_committed_results(tmp_path, monkeypatch, capsys):
+    assert benchmarks(["readme", "--check"]) == 0
+    changed = tmp_path / "README.md"
+    changed.write_text(README.read_text("utf-8").replace("| `kl_divergence` |", "| `kl` |"), "utf-8")
+    monkeypatch.setattr(readme, "README", changed)
+    assert benchmarks(["readme", "--check"]) == 1
+    assert "run python -m benchmarks readme" in capsys.readouterr().err
+    assert benchmarks(["readme"]) == 0
+    assert changed.read_text("utf-8") == README.read_text("utf-8")
+
+
+def test_a_table_of_no_results_is_an_error(tmp_path):
+    with pytest.raises(KeyError, match="unknown-table"):
+        readme.with_results("<!-- results: unknown-table -->\n<!-- end -->", tmp_path)
+
+
+def test_commands_of_the_benchmarks_exist(blocks):
+    commands = re.findall(r"python -m benchmarks ([\w-]+)", README.read_text("utf-8"))
+    assert {"accuracy", "gpu-check", "machine-code"} <= set(commands) <= set(COMMANDS)
+
+
+def test_links_lead_somewhere():
+    text = README.read_text("utf-8")
+    headings = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.M)
+    }
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert link[1:] in headings if link.startswith("#") else (README.parent / link).exists(), link

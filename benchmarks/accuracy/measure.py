@@ -254,11 +254,12 @@ def failures(measured: Sequence[Measured]) -> list[str]:
 
 
 def as_record(measured: Measured) -> dict[str, Any]:
-    """Return plain data for JSON."""
+    """Return plain data for JSON; of the plain formulas the figures alone."""
     record = measured._asdict()
     for way in ("project", "plain"):
         summary = record[way]._asdict()
         for points in ("worst", "undetermined"):
             summary[points] = [worst._asdict() for worst in summary[points]]
         record[way] = summary
+    del record["plain"]["worst"], record["plain"]["undetermined"]
     return record

@@ -1,0 +1,81 @@
+"""Write the README's tables from the committed results: ``python -m benchmarks readme``.
+
+With --check nothing is written, and the exit code is 1 if the README says something else than the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import table
+from benchmarks.processes import ROOT
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    options = parser.parse_args(arguments)
+    before = README.read_text("utf-8")
+    after = with_results(before, RESULTS)
+    if options.check:
+        if before != after:
+            print("README.md differs from the results: run python -m benchmarks readme", file=sys.stderr)
+        return int(before != after)
+    README.write_text(after, "utf-8")
+    return 0
+
+
+def with_results(text: str, results: Path) -> str:
+    """Return a text with its marked blocks made from the results in a folder.
+
+    Raises:
+        KeyError: a block has an unknown name.
+    """
+    return BLOCK.sub(lambda found: f"{found[1]}\n{BLOCKS[found['name']](results)}\n\n{found[3]}", text)
+
+
+def accuracy(results: Path) -> str:
+    """Return the table of errors in float32."""
+    data = json.loads((results / "accuracy" / "torch-float32.json").read_text("utf-8"))
+    records: dict[str, list[Mapping[str, Any]]] = {}
+    for record in data["measured"]:
+        records.setdefault(record["quantity"], []).append(record)
+    rows = []
+    for quantity, (value, *gradients) in records.items():
+        plain = [record["plain"] for record in (value, *gradients)]
+        not_finite = max(summary["non_finite_share"] for summary in plain)
+        wrong = value["plain"]["wrong_share"]
+        rows.append(
+            (
+                f"`{quantity}`",
+                _number(value["project"]["largest"]),
+                _number(max(record["project"]["largest"] for record in gradients)) if gradients else "",
+                f"{not_finite:.0%}",
+                "" if wrong is None else f"{wrong:.0%}",
+            )
+        )
+    return table(
+        (
+            *("function", "largest error", "of its gradients"),
+            *("plain formulas: NaN or infinite", "wrong prune decisions"),
+        ),
+        rows,
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"accuracy": accuracy}
