@@ -8,10 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels.device_math import (
-    log_sigma_in_range,
-    sigma_from_log,
-)
+from bmrs_kernels.device_math import log_sigma_in_range, maximum, sigma_from_log
 from bmrs_kernels.device_quadrature import (
     boundary_terms,
     empty_results,
@@ -95,6 +92,7 @@ def compute_kl_divergence(
     posterior = gaussian_on(LOWER, UPPER, mu, sigma)
     quadrature = window(posterior, rule)
     value = LOG_WIDTH - tl.log(sigma) - quadrature.log_mass - window_mean(quadrature, quadrature.exponent)
+    value = maximum(value, 0.0)
     if not WITH_GRADIENTS:
         return without_gradients(value)
     grad_mu = -tl.where(

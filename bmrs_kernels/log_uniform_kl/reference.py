@@ -27,6 +27,7 @@ def kl_divergence(
         value = (
             math.log(upper - lower) - sigma.log() - quadrature.log_mass - quadrature.mean(quadrature.exponent)
         )
+        value = value.clamp(min=0.0)  # rounding leaves less where σ is much longer than the interval
         if not with_gradients:
             return torch_math.without_gradients(value)
         grad_mu = -torch.where(
