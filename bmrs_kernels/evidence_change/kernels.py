@@ -211,9 +211,15 @@ def compute_delta_f_lognormal(
     if WITH_GRADIENTS:
         quadrature = window(posterior, rule)
         offset = sigma[None, :] * quadrature.distance
-        from_mean = (mu + gaussian_anchor(posterior) - PRIOR_MEAN)[None, :]
+        anchor_from_mean = tl.where(
+            posterior.below < 0.0,
+            LOWER - PRIOR_MEAN,
+            tl.where(posterior.above < 0.0, UPPER - PRIOR_MEAN, mu - PRIOR_MEAN),
+        )
         inverse_std: tl.constexpr = 1.0 / PRIOR_STD
-        log_factor = offset * inverse_std * ((offset + 2.0 * from_mean) * (-0.5 * inverse_std))
+        log_factor = (
+            offset * inverse_std * ((offset + 2.0 * anchor_from_mean[None, :]) * (-0.5 * inverse_std))
+        )
         expectation = with_precise_grad_mu(expectation, posterior, quadrature, log_factor)
 
     # x - μ̃p at the product's anchor x: at an end, or μ̃p plus its share of the way to μ.

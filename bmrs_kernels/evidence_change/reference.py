@@ -69,9 +69,16 @@ def delta_f_lognormal(
         expectation = torch_math.log_mass_ratio(posterior, product, anchor, with_gradients=with_gradients)
         if with_gradients:
             quadrature = torch_math.window(posterior)
+            # x - μ̃p at the posterior's anchor x: μ, or an end, whose distance must not be rounded by way of μ.
+            anchor_from_mean = torch.where(
+                posterior.below < 0,
+                lower - prior_mean,
+                torch.where(posterior.above < 0, upper - prior_mean, mu - prior_mean),
+            )
             offset = sigma.unsqueeze(-1) * quadrature.distance
-            from_mean = (mu + posterior.anchor - prior_mean).unsqueeze(-1)
-            log_factor = -0.5 * (offset / prior_std) * ((offset + 2.0 * from_mean) / prior_std)
+            log_factor = (
+                -0.5 * (offset / prior_std) * ((offset + 2.0 * anchor_from_mean.unsqueeze(-1)) / prior_std)
+            )
             expectation = torch_math.with_precise_grad_mu(expectation, posterior, quadrature, log_factor)
 
         # x - μ̃p at the product's anchor x: at an end, or μ̃p plus its share of the way to μ.

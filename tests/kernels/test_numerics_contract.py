@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 from numerics import (
@@ -112,6 +113,35 @@ def test_other_intervals(lower, upper):
         with mp.workdps(50):
             reference = [mp.exp(oracle.sample(*p, y, lower, upper).log_theta) for p in points]
         assert_within(theta, reference, points, bound["relative"], scale=0)
+
+
+@pytest.mark.parametrize("prior_std", [1e-6, 1e-9])
+@pytest.mark.parametrize(("lower", "upper"), [(-5.3, 0.0), (-8.1, 2.0), (3.0, 3.5), (-0.25, 0.0)])
+def test_gradients_on_other_intervals(lower, upper, prior_std):
+    generator = np.random.default_rng(5)
+    log_sigma = generator.uniform(-20, 2, 60)
+    ends = generator.choice([lower, upper], 60)
+    mu = ends + generator.uniform(-15, 15, 60) * np.exp(log_sigma)
+    mu[::3] = generator.uniform(lower - 20, upper + 20, 20)
+    points = list(zip(mu.tolist(), log_sigma.tolist(), strict=True))
+    options = {"lower": lower, "upper": upper}
+
+    def delta_f(mu, log_sigma):
+        return bmrs_kernels.delta_f_lognormal(mu, log_sigma, prior_std=prior_std, **options)
+
+    def log_mean(mu, log_sigma):
+        return bmrs_kernels.noise_mean(mu, log_sigma, **options).log()
+
+    cases = [
+        (delta_f, [oracle.delta_f_lognormal(*point, None, prior_std, lower, upper)[1] for point in points]),
+        (
+            log_mean,
+            [(q := oracle.quantities(*point, lower, upper)).mean_grad_mu / q.mean for point in points],
+        ),
+    ]
+    for function, expected in cases:
+        _, grad_mu, _ = value_and_gradients(function, points, torch.float64)
+        assert_within(grad_mu, expected, points, 1e-12)
 
 
 def test_log_sigma_is_clamped_with_zero_gradient_outside():
