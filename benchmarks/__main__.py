@@ -9,18 +9,20 @@ from collections.abc import Sequence
 
 # Each module has ``main(arguments) -> exit code`` and parses its own options; imported only when it is asked for.
 COMMANDS = {
+    "accuracy": ("benchmarks.accuracy.command", "measure the error of every quantity against the reference"),
     "finite-training": (
         "benchmarks.finite_training",
         "train with the functions here and with the plain formulas, and look for NaN",
     ),
     "gpu-check": ("benchmarks.gpu_check", "test and time the kernels on this machine's GPU"),
+    "readme": ("benchmarks.readme", "write the README's tables from the committed results"),
     "machine-code": ("benchmarks.machine_code.command", "compile the kernels and read their machine code"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name and return its exit code."""
-    commands = "\n".join(f"  {name:<14}{description}" for name, (_, description) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<17}{description}" for name, (_, description) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"commands:\n{commands}",

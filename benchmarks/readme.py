@@ -68,9 +68,35 @@ def accuracy(results: Path) -> str:
     return table(
         (
             *("function", "largest error", "of its gradients"),
-            *("plain formulas: NaN or infinite", "wrong prune decisions"),
+            *("plain formulas: NaN or infinite", "prune decisions wrong or NaN"),
         ),
         rows,
+    )
+
+
+def finite_training(results: Path) -> str:
+    """Return how many trainings stayed finite, on the embedded data and with the KL weight of the whole data set."""
+    rows = []
+    for folder in (results / "finite_training", results / "finite_training" / "dataset_size_48000"):
+        data = json.loads((folder / "finite_training.json").read_text("utf-8"))
+        examples = data["conditions"]["elbo divides by"]
+        groups: dict[tuple[str, str, float], dict[str, list[Mapping[str, Any]]]] = {}
+        for run in data["runs"]:
+            group = groups.setdefault((run["model"], run["kl_weight"], run["learning_rate"]), {})
+            group.setdefault(run["formulas"], []).append(run)
+        for (model, weight, rate), ways in groups.items():
+            steps = [run["non_finite_step"] for run in ways["plain"] if not run["finite"]]
+            rows.append(
+                (
+                    {"mlp": "MLP", "lenet5": "LeNet-5"}[model],
+                    f"1/{examples:,}" if weight == "elbo" else weight,
+                    f"{rate:g}",
+                    *(f"{sum(run['finite'] for run in runs)} of {len(runs)}" for runs in ways.values()),
+                    " to ".join(str(step) for step in sorted({min(steps), max(steps)})) if steps else "",
+                )
+            )
+    return table(
+        ("network", "KL weight", "learning rate", "project: finite", "plain: finite", "NaN at step"), rows
     )
 
 
@@ -78,4 +104,4 @@ def _number(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-")
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"accuracy": accuracy}
+BLOCKS: dict[str, Callable[[Path], str]] = {"accuracy": accuracy, "finite-training": finite_training}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 
 import mpmath as mp
 import numpy as np
@@ -34,7 +35,6 @@ def assert_meets_the_contract(setting):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_torch_path_meets_the_contract(dtype):
-    assert (report.RESULTS / f"{Setting('torch', dtype)}.json").exists()
     assert_meets_the_contract(Setting("torch", dtype))
 
 
@@ -101,6 +101,8 @@ def test_points_cover_the_domain_and_are_the_tables():
         spread = judged.of_kind("domain")
         unit = points.sobol(dimensions, points.DOMAIN_POINTS)
         np.testing.assert_array_equal(spread.points, points.over_domain(unit))
+        adversarial = points.adversarial_structures if dimensions == 2 else points.adversarial_draws
+        np.testing.assert_array_equal(judged.of_kind("adversarial").points, adversarial())
         np.testing.assert_array_equal(
             judged.of_kind("ends").points, points.near_ends(points.sobol(dimensions, points.ENDS_POINTS))
         )
@@ -184,7 +186,7 @@ def test_wrong_decisions_are_counted(quantity, wrong_value):
     wrong = 2 * quantity.decision.border - true[place] if wrong_value == "other side" else wrong_value
     measured = measure(with_result(quantity, spoil(place, wrong)), judged, FLOAT32)[0]
     assert measured.project.wrong_decisions == 1
-    assert "1 wrong decision" in measured.failure()
+    assert f"1 wrong decisions; at {judged.points[place].tolist()}" in measured.failure()
     assert measure(quantity, judged, FLOAT32)[0].project.wrong_decisions == 0
 
 
@@ -212,16 +214,31 @@ def test_a_point_whose_inputs_do_not_determine_the_value_is_listed_and_not_count
         assert (measured.project.largest == 0.0) == excused
 
 
+def test_float32_results_are_never_excused():
+    point = [15.823951721191406, -13.93261432647705]
+    where = np.array([point], np.float32)
+    judged = Judged(where, np.zeros(1, np.uint8), table.compute(DELTA_F, where))
+    index = DELTA_F.outputs.index("d/dlog σ")
+    assert input_rounding(DELTA_F, index, point, torch.float32) > 0.1
+    got = float(judged.values.rounded[0, index]) * 1.01
+    assert measure(with_result(DELTA_F, spoil(0, got)), judged, FLOAT32)[index].failure() is not None
+
+
 def test_input_rounding_is_the_derivative_times_half_a_unit():
     # E[θ] is eᵘ well inside the interval, so that rounding μ = -8 to float32 changes it by 8 · 2⁻²⁴.
     rounding = input_rounding(BY_NAME["noise_mean"], 0, (-8.0, -12.0), torch.float32)
     assert rounding == pytest.approx(8 * 2.0**-24, rel=1e-5)
+    # θ is nearly y-independent at the lower end, and as much so at the upper: y is moved alike near 0 and near 1.
+    sample = BY_NAME["sample_noise"]
+    low, high = (input_rounding(sample, 0, (-10.0, 0.0, y), torch.float64) for y in (2.0**-24, 1 - 2.0**-24))
+    assert low == pytest.approx(high, rel=1e-3)
 
 
 def test_a_change_for_the_worse_is_found(tmp_path, monkeypatch):
     measured = measure(KL, few(KL), FLOAT32)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.regressions(measured, FLOAT32) == []
+    with pytest.raises(FileNotFoundError):
+        report.regressions(measured, FLOAT32)
     (tmp_path / f"{FLOAT32}.json").write_text(report.as_json(measured, [], {}), "utf-8")
     assert report.regressions(measured, FLOAT32) == []
     worse = [
@@ -232,6 +249,14 @@ def test_a_change_for_the_worse_is_found(tmp_path, monkeypatch):
     assert len(found) == len(measured)
     assert "kl_divergence: value" in found[0]
     assert str(measured[0].project.worst[0].point) in found[0]
+    many = measured[0]._replace(project=measured[0].project._replace(percentile_99=1e-6))
+    assert "error of all but 1 %" in report.regressions([many], FLOAT32)[0]
+    excused = measured[0]._replace(
+        project=measured[0].project._replace(undetermined=measured[0].project.worst[:1])
+    )
+    assert "which the inputs do not determine" in report.regressions([excused], FLOAT32)[0]
+    renamed = measured[0]._replace(quantity="entropy")
+    assert report.regressions([renamed], FLOAT32) == ["entropy: value is not in the committed report"]
 
 
 def test_the_command_writes_its_report(tmp_path, capsys):
@@ -270,9 +295,34 @@ def test_the_command_says_why_a_backend_cannot_run(monkeypatch, capsys):
     assert "no GPU that torch can use was found; TRITON_INTERPRET=1" in capsys.readouterr().err
     assert main(["accuracy", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == "accuracy: no GPU that torch can use was found\n"
-    with pytest.raises(SystemExit):
-        main(["accuracy", "--points", "0"])
-    assert "must be at least 1, was 0" in capsys.readouterr().err
+    for options, message in (
+        (["--points", "0"], "must be at least 1, was 0"),
+        (["--keep"], "--keep needs --attack"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["accuracy", *options])
+        assert message in capsys.readouterr().err
+
+
+def test_a_report_with_objections_does_not_replace_the_committed_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "QUANTITIES", (KL,))
+    options = ["accuracy", "--points", "64", "--no-maps", "--output", str(tmp_path)]
+    assert main(options) == 0
+    assert "no committed report of torch-float32" in capsys.readouterr().out
+    before = (tmp_path / "torch-float32.json").read_text("utf-8")
+    monkeypatch.setattr(command, "QUANTITIES", (with_result(KL, spoil(0, math.inf)),))
+    assert main(options) == 1
+    assert (tmp_path / "torch-float32.json").read_text("utf-8") == before
+
+
+def test_without_matplotlib_there_are_no_maps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(command, "QUANTITIES", (SNR,))
+    assert main(["accuracy", "--points", "64", "--output", str(tmp_path)]) == 0
+    assert "no heat maps, as matplotlib.figure is missing" in capsys.readouterr().err
+    assert (tmp_path / "torch-float32.json").exists()
 
 
 def test_an_attack_finds_what_the_points_missed(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.accuracy import points
@@ -49,7 +50,12 @@ class Attacked(NamedTuple):
 
 
 def attack(
-    measured: Sequence[Measured], setting: Setting, seconds: float, pool: Executor | None
+    measured: Sequence[Measured],
+    setting: Setting,
+    seconds: float,
+    pool: Executor | None = None,
+    *,
+    seed: int = 0,
 ) -> list[Attacked]:
     """Search for larger errors than those measured, for so many seconds shared by all outputs.
 
@@ -61,6 +67,7 @@ def attack(
         setting: how the functions are run.
         seconds: time in all.
         pool: processes that compute the reference.
+        seed: of the search; another one finds other points.
     """
     quantities = {quantity.name: quantity for quantity in QUANTITIES}
     attacked = []
@@ -68,7 +75,7 @@ def attack(
     with progress("attack", len(measured)) as advance:
         for one in measured:
             deadline += seconds / len(measured)
-            attacked.append(_attack_output(quantities[one.quantity], one, setting, deadline, pool))
+            attacked.append(_attack_output(quantities[one.quantity], one, setting, deadline, pool, seed))
             advance()
     return attacked
 
@@ -87,7 +94,12 @@ def keep(attacked: Sequence[Attacked], measured: Sequence[Measured]) -> int:
 
 
 def _attack_output(
-    quantity: Quantity, one: Measured, setting: Setting, deadline: float, pool: Executor | None
+    quantity: Quantity,
+    one: Measured,
+    setting: Setting,
+    deadline: float,
+    pool: Executor | None,
+    seed: int,
 ) -> Attacked:
     from scipy.optimize import differential_evolution
 
@@ -104,6 +116,11 @@ def _attack_output(
             got = run(evaluate, where, setting.dtype, setting.device)[index]
             found = errors(got, compute(quantity, where, pool)[:, index], floor)
             tried += len(where)
+            # What the inputs do not determine is no target: the search would stay there.
+            for place in np.flatnonzero(found > one.bound):
+                rounding = input_rounding(quantity, index, where[place].tolist(), setting.dtype)
+                if setting.dtype == torch.float64 and found[place] <= rounding:
+                    found[place] = 0.0
             largest = int(found.argmax())
             if found[largest] > best:
                 best, best_point = float(found[largest]), where[largest].tolist()
@@ -116,6 +133,8 @@ def _attack_output(
     start = time.monotonic()
     for turn, chart in enumerate(charts, start=1):
         until = start + (deadline - start) * turn / len(charts)
+        if time.monotonic() > until:
+            continue
         differential_evolution(
             error_on(chart),
             [(0.0, 1.0)] * dimensions,
@@ -126,7 +145,7 @@ def _attack_output(
             polish=False,
             vectorized=True,
             updating="deferred",
-            seed=0,
+            seed=seed,
             callback=lambda *_, until=until, **__: time.monotonic() > until,
         )
     rounding = input_rounding(quantity, index, best_point, setting.dtype)

@@ -2,7 +2,7 @@
 
 Over the whole domain of the numerics contract, against 150-digit arithmetic, beside the paper's formulas evaluated as
 printed. The exit code is 0, or 1 if the contract or the committed report's figures are missed, or 2 if the backend
-cannot run.
+cannot run. A report that misses them does not replace the committed one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.attack import attack, keep
+from benchmarks.accuracy.heat_map import draw
 from benchmarks.accuracy.measure import Setting, failures, measure
 from benchmarks.accuracy.points import DOMAIN_POINTS
 from benchmarks.accuracy.progress import progress
 from benchmarks.accuracy.quantities import QUANTITIES
-from benchmarks.accuracy.report import as_json, as_markdown, regressions
-from benchmarks.accuracy.table import judged, reference_pool
+from benchmarks.accuracy.report import RESULTS, as_json, as_markdown, committed_report, regressions
+from benchmarks.accuracy.table import Judged, judged, reference_pool
 from benchmarks.environment import environment
 from bmrs_kernels import backend
 
@@ -32,6 +33,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
     options = parse(arguments)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
     device = options.device or default_device(options.backend)
     if obstacle := why_not(options.backend, device):
         print(f"accuracy: {obstacle}", file=sys.stderr)
@@ -46,24 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for quantity, points in zip(QUANTITIES, table, strict=True):
                 measured += measure(quantity, points, setting)
                 advance()
-        attacked = attack(measured, setting, options.attack, pool) if options.attack > 0 else []
+        attacked = []
+        if options.attack > 0:
+            attacked = attack(measured, setting, options.attack, pool, seed=options.seed)
     broken = [
         f"{one.name}: the attack found an error of {one.error:.3g} with a bound of {one.bound:.3g} at {one.point}"
         for one in attacked
         if one.breaks_the_contract
     ]
-    objections = [*failures(measured), *regressions(measured, setting), *broken]
+    compared = committed_report(setting).exists()
+    objections = [*failures(measured), *(regressions(measured, setting) if compared else []), *broken]
     about = {"setting": str(setting), **environment(options.commit, device)}
     markdown = as_markdown(measured, attacked, objections, about)
-    print(markdown)
-    if options.keep:
-        print(f"{keep(attacked, measured)} points added to those that were found before")
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
+    if options.output is not None and not (objections and options.output.resolve() == RESULTS.resolve()):
         (options.output / f"{setting}.md").write_text(markdown, "utf-8")
         (options.output / f"{setting}.json").write_text(as_json(measured, attacked, about), "utf-8")
         if not options.no_maps:
             draw_maps(table, setting, options.output)
+    print(markdown)
+    if not compared:
+        print(f"There is no committed report of {setting} to compare with.")
+    if options.keep:
+        print(f"{keep(attacked, measured)} points added to those that were found before")
     return 1 if objections else 0
 
 
@@ -91,6 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--attack", type=float, default=0.0, metavar="SECONDS", help="search so long for larger errors"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the attack (default: 0)")
     parser.add_argument(
         "--keep", action="store_true", help="add what the attack found to the adversarial points"
     )
@@ -101,7 +109,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--jobs", type=positive, default=os.cpu_count() or 1, help="processes for the reference"
     )
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.keep and options.attack <= 0:
+        parser.error("--keep needs --attack")
+    return options
 
 
 def positive(text: str) -> int:
@@ -128,15 +139,14 @@ def why_not(name: str, device: str) -> str | None:
     return None
 
 
-def draw_maps(table: Sequence[object], setting: Setting, folder: Path) -> None:
+def draw_maps(table: Sequence[Judged], setting: Setting, folder: Path) -> None:
     """Draw a heat map for every quantity, where matplotlib is installed."""
-    try:
-        from benchmarks.accuracy.heat_map import draw
-    except ModuleNotFoundError as error:
-        print(f"accuracy: no heat maps, as {error.name} is missing", file=sys.stderr)
-        return
     with progress("heat maps", len(QUANTITIES)) as advance:
         for quantity, points in zip(QUANTITIES, table, strict=True):
             name = quantity.name.replace(", p1 = ", "_p1_")
-            draw(quantity, points, setting, folder / f"{setting}-{name}.png")  # type: ignore[arg-type]
+            try:
+                draw(quantity, points, setting, folder / f"{setting}-{name}.png")
+            except ModuleNotFoundError as error:
+                print(f"accuracy: no heat maps, as {error.name} is missing", file=sys.stderr)
+                return
             advance()

@@ -14,7 +14,7 @@ LOG_SIGMA_RANGE = (-20.0, 5.0)
 SMALLEST_UNIFORM = 2.0**-24
 
 # A prune decision may differ from the reference's only where ΔF (in nats) or SNR - 1 is smaller than this.
-DECISION_MARGIN = 1e-5
+DECISION_MARGINS = {torch.float32: 1e-5, torch.float64: 1e-11}
 
 # A change may not make an error larger than what the committed report achieved, times this.
 ALLOWED_LOSS = 2.0
@@ -37,7 +37,7 @@ BOUNDS = {
     "gradient of KL": Bound(1e-5, 1e-12),
     "gradient of ΔF": Bound(1e-6, 1e-12),
     "factor": Bound(1e-5, 1e-12, floor=0.0),  # θ, E[θ], SNR
-    "gradient of E[θ]": Bound(1e-6, 1e-12),
+    "gradient of log E[θ]": Bound(1e-6, 1e-12),
     # Their σ-free scale is 1: a shift of μ, or of σ's share in log θ, by one unit.
     "gradient of log θ": Bound(1e-5, 1e-12),
 }

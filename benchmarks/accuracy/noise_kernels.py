@@ -11,14 +11,16 @@ from torch import Tensor
 
 from benchmarks.accuracy.contract import LOWER, UPPER
 from bmrs_kernels.backend import INTERPRETING
+from bmrs_kernels.launch import launch
 from bmrs_kernels.multiplicative_noise import device_noise
+from bmrs_kernels.multiplicative_noise.device_tiles import exponential
 
 # An interpreted program takes tens of milliseconds, whatever its size.
 BLOCK = 4096 if INTERPRETING else 64
 
 
 @triton.jit
-def log_noise_kernel(
+def noise_kernel(
     mu_ptr,
     log_sigma_ptr,
     uniform_ptr,
@@ -29,20 +31,21 @@ def log_noise_kernel(
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write log θ and its derivatives in μ and log σ, out [3, draws]; a program owns BLOCK draws."""
+    """Write θ and the derivatives of log θ in μ and log σ, out [3, draws]; a program owns BLOCK draws."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < num_draws
     mu = tl.load(mu_ptr + index, mask=valid, other=0.0)
     log_sigma = tl.load(log_sigma_ptr + index, mask=valid, other=0.0)
     posterior = device_noise.posterior_constants(mu, log_sigma, LOWER, UPPER)
     uniform = tl.load(uniform_ptr + index, mask=valid, other=0.5)
-    noise = device_noise.tile_log_noise(uniform, posterior, LOWER, UPPER, EXACT, True)
-    for part in tl.static_range(3):
-        tl.store(out_ptr + part * num_draws + index, noise[part], mask=valid)
+    x, grad_mu, grad_log_sigma = device_noise.tile_log_noise(uniform, posterior, LOWER, UPPER, EXACT, True)
+    tl.store(out_ptr + index, exponential(x, EXACT), mask=valid)
+    tl.store(out_ptr + num_draws + index, grad_mu, mask=valid)
+    tl.store(out_ptr + 2 * num_draws + index, grad_log_sigma, mask=valid)
 
 
-def log_noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> Tensor:
-    """Return log θ and its derivatives in μ and log σ, shape (3, draws), in the dtype of μ, float32 or float64.
+def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> Tensor:
+    """Return θ and the derivatives of log θ in μ and log σ, shape (3, draws), in μ's dtype, float32 or float64.
 
     Args:
         mu: location μ, shape (draws,).
@@ -51,6 +54,17 @@ def log_noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> Tensor:
     """
     out = torch.full((3, len(mu)), math.nan, dtype=mu.dtype, device=mu.device)
     exact = mu.dtype == torch.float64
-    grid = (triton.cdiv(len(mu), BLOCK),)
-    log_noise_kernel[grid](mu, log_sigma, uniform, out, len(mu), LOWER, UPPER, exact, BLOCK)
+    launch(
+        noise_kernel,
+        (triton.cdiv(len(mu), BLOCK),),
+        mu,
+        log_sigma,
+        uniform,
+        out,
+        len(mu),
+        LOWER=LOWER,
+        UPPER=UPPER,
+        EXACT=exact,
+        BLOCK=BLOCK,
+    )
     return out

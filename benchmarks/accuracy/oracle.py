@@ -162,6 +162,12 @@ def exponential(x):
     return mp.exp(x)
 
 
+@_at_precision
+def quotient(first, second):
+    """Return first / second."""
+    return first / second
+
+
 def inverse_survival(target):
     """Solve survival(z) = target by Newton on log survival, which is concave: monotone from the right."""
     if target > mp.mpf(1) / 2:

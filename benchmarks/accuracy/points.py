@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.accuracy.contract import LOG_SIGMA_RANGE, LOWER, MU_RANGE, SMALLEST_UNIFORM, UPPER
-from benchmarks.accuracy.quantities import QUANTITIES, Quantity
+from benchmarks.accuracy.quantities import LN2, QUANTITIES, REDUCED_LOWER, Quantity
 from bmrs_kernels.multiplicative_noise import eager, reference
 from bmrs_kernels.noise_moments.reference import NARROW
+from bmrs_kernels.torch_math import NEARLY_CONSTANT, WINDOW_EXPONENT
 
 # What a set is for, in the order in which sets lie in the table.
 KINDS = ("domain", "ends", "adversarial", "found")
@@ -107,7 +108,7 @@ def random_points(count: int, seed: int = 0) -> list[tuple[float, float]]:
 
 
 def regime_borders() -> Iterator[tuple[float, float]]:
-    """Yield posteriors to either side of every place where the code changes its formula."""
+    """Yield posteriors to either side of the places where the code changes its formula from one to the other."""
     log_sigmas = np.linspace(*LOG_SIGMA_RANGE, 26)
     for log_sigma, outside in itertools.product(log_sigmas, (0.0, eager.MAX_OUTSIDE, reference.TAIL)):
         step = outside * math.exp(single(log_sigma))
@@ -118,13 +119,21 @@ def regime_borders() -> Iterator[tuple[float, float]]:
             yield mu, log_sigma
     # Outside the interval the spread is σ divided by the distance in σ.
     for log_sigma in log_sigmas:
-        for mu in neighbours(UPPER + math.exp(2.0 * single(log_sigma)) / NARROW):
+        distance = math.exp(2.0 * single(log_sigma)) / NARROW
+        for mu in (*neighbours(UPPER + distance), *neighbours(LOWER - distance)):
             yield mu, single(log_sigma)
+    # Inside it the logarithm of θ changes by this much over the quadrature's window.
+    for log_sigma in neighbours(math.log(NEARLY_CONSTANT / math.sqrt(2.0 * WINDOW_EXPONENT))):
+        for mu in (-15, -10, -5):
+            yield mu, log_sigma
+    for end, log_sigma in itertools.product((REDUCED_LOWER, -8.0 * LN2, -4.0 * LN2), LOG_SIGMAS):
+        for mu in neighbours(end):
+            yield mu, log_sigma
 
 
 def decision_borders() -> Iterator[tuple[float, float]]:
     """Yield posteriors to either side of every change of a prune decision along μ."""
-    mu = torch.linspace(*MU_RANGE, 6001, dtype=torch.float64)
+    mu = torch.linspace(*MU_RANGE, 1501, dtype=torch.float64)
     for quantity in QUANTITIES:
         if quantity.decision is None:
             continue

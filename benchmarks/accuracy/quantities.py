@@ -70,11 +70,11 @@ def undifferentiated(function: Callable[..., Tensor]) -> Evaluation:
 
 
 def log_differentiated(function: Callable[..., Tensor]) -> Evaluation:
-    """Return θ at given uniforms and the gradients of log θ, which are those of θ over θ, in float64."""
+    """Return a positive value and the gradients of its logarithm: those of the value over it, in float64."""
 
-    def evaluate(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
+    def evaluate(mu: Tensor, log_sigma: Tensor, *uniform: Tensor) -> tuple[Tensor, ...]:
         leaves = (mu.clone().requires_grad_(), log_sigma.clone().requires_grad_())
-        theta = function(*leaves, uniform)
+        theta = function(*leaves, *uniform)
         gradients = torch.autograd.grad(theta.sum(), leaves)
         theta = theta.detach()
         return (theta, *(gradient.double() / theta.double() for gradient in gradients))
@@ -85,11 +85,10 @@ def log_differentiated(function: Callable[..., Tensor]) -> Evaluation:
 def inside_multiply_noise(backend: str) -> Evaluation:
     """Return the noise that ``multiply_noise`` draws, at uniforms of our choice instead of Philox's."""
     if backend == "triton":
-        from benchmarks.accuracy.noise_kernels import log_noise
+        from benchmarks.accuracy.noise_kernels import noise
 
         def evaluate_kernel(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
-            value, *gradients = log_noise(mu, log_sigma, uniform)
-            return (value.double().exp(), *gradients)
+            return tuple(noise(mu, log_sigma, uniform))
 
         return evaluate_kernel
 
@@ -129,6 +128,11 @@ def _loguniform(p1: int) -> Quantity:
     )
 
 
+def _mean_reference(mu: float, log_sigma: float) -> tuple[Any, ...]:
+    _, _, _, mean, grad_mu, grad_log_sigma, _ = oracle.quantities(mu, log_sigma)
+    return mean, oracle.quotient(grad_mu, mean), oracle.quotient(grad_log_sigma, mean)
+
+
 def _sample_reference(mu: float, log_sigma: float, y: float) -> tuple[Any, ...]:
     sample = oracle.sample(mu, log_sigma, y)
     return oracle.exponential(sample.log_theta), sample.grad_mu, sample.grad_log_sigma
@@ -157,10 +161,10 @@ QUANTITIES = (
     Quantity(
         "noise_mean",
         WITH_GRADIENTS,
-        ("factor", "gradient of E[θ]"),
-        _public(bmrs_kernels.noise_mean, differentiated),
-        differentiated(plain.noise_mean),
-        lambda mu, log_sigma: oracle.quantities(mu, log_sigma)[3:6],
+        ("factor", "gradient of log E[θ]"),
+        _public(bmrs_kernels.noise_mean, log_differentiated),
+        log_differentiated(plain.noise_mean),
+        _mean_reference,
     ),
     Quantity(
         "noise_snr",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -57,19 +58,23 @@ def reference_pool(jobs: int) -> Executor:
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
-def compute(quantity: Quantity, where: Points, pool: Executor | None = None) -> Values:
+def compute(
+    quantity: Quantity, where: Points, pool: Executor | None = None, *, title: str | None = None
+) -> Values:
     """Return a quantity's true values at points, computed now; about 5 ms each.
 
     Args:
         quantity: what is computed.
         where: points, shape (points, 2 or 3).
         pool: processes to do it; without any, this one does.
+        title: of a progress bar, if there shall be one.
     """
     chunks = [where[start : start + CHUNK].tolist() for start in range(0, len(where), CHUNK)]
     parts = (pool.map if pool else map)(_compute_chunk, [quantity.name] * len(chunks), chunks)
     rounded = [np.empty((0, len(quantity.outputs)))]
     rest = [np.empty((0, len(quantity.outputs)), np.float32)]
-    with progress(f"reference of {quantity.name}", len(chunks) if pool else 0) as advance:
+    with ExitStack() as stack:
+        advance = stack.enter_context(progress(title, len(chunks))) if title else lambda: None
         for part in parts:
             rounded.append(part.rounded)
             rest.append(part.rest)
@@ -120,13 +125,16 @@ def make(jobs: int) -> None:
                 np.arange(len(sets), dtype=np.uint8), [len(part) for part in sets]
             )
             for name, quantity in {_reference_name(quantity): quantity for quantity in quantities}.items():
-                arrays[f"{name} rounded"], arrays[f"{name} rest"] = compute(quantity, where, pool)
+                arrays[f"{name} rounded"], arrays[f"{name} rest"] = compute(
+                    quantity, where, pool, title=f"reference of {name}"
+                )
     np.savez_compressed(TABLE_FILE, **arrays)  # type: ignore[arg-type]
 
 
 def _judge(quantity: Quantity, where: Points, kind: str, pool: Executor | None = None) -> Judged:
     kinds = np.full(len(where), KINDS.index(kind), np.uint8)
-    return Judged(where, kinds, compute(quantity, where, pool))
+    title = f"reference of {quantity.name}" if pool else None
+    return Judged(where, kinds, compute(quantity, where, pool, title=title))
 
 
 @functools.cache
