@@ -313,9 +313,9 @@ NOTE = f"""\
 Each run starts from the same weights for the same seed and sees the same batches and the same uniforms, whichever the
 functions; Adam trains all parameters at the one learning rate. Loss, gradients and parameters are checked at every
 step, and a run ends at its first NaN or infinity. *Loss* is the mean over the last {FINAL_STEPS} steps in nats, KL
-term included, of the runs that stayed finite; rounding alone makes trajectories part, so that small differences mean
-nothing. *(μ - b)/σ* is the largest of any structure up to a run's end: by how many σ a mode passed the upper end of
-log θ. Ranges are over the seeds."""
+term included, of the runs that stayed finite; rounding alone makes trajectories part, so that the losses do not say
+which functions train better. *(μ - b)/σ* is the largest of any structure up to a run's end: by how many σ a mode passed
+the upper end of log θ. Ranges are over the seeds."""
 
 
 def as_markdown(results: Sequence[tuple[Run, Outcome]], about: dict[str, Any]) -> str:

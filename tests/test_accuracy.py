@@ -130,7 +130,7 @@ def test_fewer_points_are_a_part_and_more_are_computed(monkeypatch):
     assert len(whole.points) - len(part.points) == points.DOMAIN_POINTS - 100
     computed = []
     monkeypatch.setattr(
-        table, "compute", lambda quantity, where, pool: computed.append(where) or nothing(where)
+        table, "compute", lambda quantity, where, pool, title: computed.append(where) or nothing(where)
     )
     assert (
         len(table.judged(KL, points.DOMAIN_POINTS + 5).of_kind("domain").points) == points.DOMAIN_POINTS + 5
