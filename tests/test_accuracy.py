@@ -176,6 +176,20 @@ def test_one_error_beyond_the_bound_fails_with_its_point():
     assert measure(KL, judged, FLOAT32)[0].failure() is None
 
 
+def test_the_attack_passes_by_what_the_inputs_do_not_determine(monkeypatch):
+    index = DELTA_F.outputs.index("d/dlog σ")
+    centre = [15.823951721191406, -13.93261432647705]
+    setting = Setting("torch", torch.float64)
+    where = np.array([centre], np.float32)
+    judged = Judged(where, np.zeros(1, np.uint8), table.compute(DELTA_F, where))
+    one = measure(DELTA_F, judged, setting)[index]
+    assert len(one.project.undetermined) == 1
+    one = one._replace(project=one.project._replace(worst=one.project.undetermined))
+    (found,) = attack.attack([one], setting, 3.0)
+    assert not found.breaks_the_contract
+    assert found.tried > 0
+
+
 @pytest.mark.parametrize("wrong_value", ["other side", math.nan])
 @pytest.mark.parametrize("quantity", [DELTA_F, SNR], ids=lambda quantity: quantity.name)
 def test_wrong_decisions_are_counted(quantity, wrong_value):

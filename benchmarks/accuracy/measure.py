@@ -190,9 +190,9 @@ def input_rounding(quantity: Quantity, index: int, point: Sequence[float], dtype
         return float(change / max(abs(true), BOUNDS[quantity.bound_of(quantity.outputs[index])].floor))
 
 
-def is_undetermined(worst: Worst) -> bool:
-    """Return whether the inputs, rounded to float64, do not determine a value better than it was computed."""
-    return worst.error <= min(worst.input_rounding, LARGEST_UNDETERMINED)
+def is_undetermined(error: float, rounding: float, dtype: torch.dtype) -> bool:
+    """Return whether the inputs, rounded to float64, determine a value no better than it was computed."""
+    return dtype == torch.float64 and error <= min(rounding, LARGEST_UNDETERMINED)
 
 
 def _summarise(
@@ -224,9 +224,13 @@ def _summarise(
 
     undetermined: dict[int, Worst] = {}
     beyond = np.flatnonzero(error > contract.of(dtype))
-    if describe_inputs and dtype == torch.float64 and len(beyond) <= MOST_UNDETERMINED:
+    if describe_inputs and len(beyond) <= MOST_UNDETERMINED:
         described = [(place, describe(place)) for place in beyond]
-        undetermined = {place: worst for place, worst in described if is_undetermined(worst)}
+        undetermined = {
+            place: worst
+            for place, worst in described
+            if is_undetermined(worst.error, worst.input_rounding, dtype)
+        }
     spread = judged.kinds == KINDS.index("domain")
     kept = np.ones(len(error), bool)
     kept[list(undetermined)] = False

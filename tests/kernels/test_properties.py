@@ -654,10 +654,13 @@ def test_gradients_of_kl_are_central_differences(point):
 @given(point=drawn(anywhere))
 @SETTINGS
 def test_gradients_of_noise_mean_are_central_differences(point):
-    def reference(*at, **interval):
-        return oracle.quantities(*at, **interval).mean
+    def log_mean(mu, log_sigma, **interval):
+        return bmrs_kernels.noise_mean(mu, log_sigma, **interval).log()
 
-    assert_gradients(bmrs_kernels.noise_mean, reference, point, "gradient of log E[θ]")
+    def reference(*at, **interval):
+        return mp.log(oracle.quantities(*at, **interval).mean)
+
+    assert_gradients(log_mean, reference, point, "gradient of log E[θ]")
 
 
 @given(point=drawn(anywhere), prior_std=prior_stds | st.just(1e-6))
@@ -694,19 +697,16 @@ def test_gradients_of_delta_f_loguniform_are_central_differences(point, shares):
 @SETTINGS
 def test_gradients_of_log_theta_are_central_differences(points):
     for point in points:
-        mu, log_sigma, y, (lower, upper) = point
+        y = point[2]
 
-        def reference(*at, y=y, lower=lower, upper=upper):
-            return oracle.sample(*at, y, lower, upper).log_theta
+        def log_theta(mu, log_sigma, y=y, **interval):
+            uniform = torch.tensor(y, dtype=mu.dtype)
+            return bmrs_kernels.sample_noise(mu, log_sigma, uniform, **interval).log()
 
-        expected = central_differences(reference, mu, log_sigma)
-        for dtype in (torch.float32, torch.float64):
-            uniform = torch.tensor(y, dtype=dtype)
-            function = partial(bmrs_kernels.sample_noise, uniform=uniform, lower=lower, upper=upper)
-            theta, *gradients = with_gradients(function, *tensors([(mu, log_sigma)], dtype))
-            for actual, derivative in zip(gradients, expected, strict=True):
-                log_gradient = actual.double() / theta.double()
-                assert_within(log_gradient, [derivative], [point], BOUNDS["gradient of log θ"].of(dtype))
+        def reference(*at, y=y, **interval):
+            return oracle.sample(*at, y, **interval).log_theta
+
+        assert_gradients(log_theta, reference, point, "gradient of log θ")
 
 
 # Structures do not see each other, and their ΔF add up.
@@ -732,8 +732,11 @@ def test_structures_do_not_depend_on_their_neighbours(dtype, name, points, count
     together = function(mu, log_sigma)
 
     def assert_same(arranged: torch.Tensor, arrangement: str) -> None:
-        # Not bitwise: torch's exponentials of few numbers and of many differ in the last bit.
-        assert_equal(arranged, together, [(arrangement, *point) for point in points])
+        where = [(arrangement, *point) for point in points]
+        if name == "delta_f_lognormal":  # the last bit of torch.hypot depends on the place in the tensor
+            assert_equal(arranged, together, where)
+        else:
+            assert_everywhere(arranged == together, torch.stack([arranged, together], 1), where)
 
     alone = [function(*one) for one in zip(mu.split(1), log_sigma.split(1), strict=True)]
     assert_same(torch.cat(alone), "alone")
