@@ -15,11 +15,16 @@ __all__ = [
     "TOLERANCES",
     "UNIFORMS",
     "UPPER",
+    "assert_ascending",
+    "assert_close",
+    "assert_equal",
+    "assert_everywhere",
     "assert_within",
     "columns",
     "grid",
     "random_points",
     "single",
+    "slack",
     "worst",
 ]
 
@@ -65,3 +70,41 @@ def assert_within(
     """Assert the contract's bound at every point; the message names the worst one."""
     error, where = worst(actual, expected, points, scale)
     assert error <= tolerance, f"error {error:.3g} exceeds {tolerance:.3g} {where}"
+
+
+# What rounding may do to order and equality.
+
+
+def slack(value: torch.Tensor, floor: float) -> torch.Tensor:
+    """Every result is computed in float64 within the contract's bound, then rounded once to its dtype."""
+    size = value.abs().double()
+    return BOUNDS["log evidence"].float64 * size.clamp(min=floor) + torch.finfo(value.dtype).eps / 2 * size
+
+
+def assert_ascending(
+    low: torch.Tensor, high: torch.Tensor, points: list, *, floor: float = 1.0, shift: float = 0.0
+) -> None:
+    """Assert low <= high + shift, up to the rounding of both."""
+    low, high = low.detach(), high.detach()
+    allowed = slack(low, floor) + slack(high, floor)
+    holds = low.double() - high.double() - shift <= allowed
+    assert_everywhere(holds, torch.stack([low, high], 1), points)
+
+
+def assert_equal(first: torch.Tensor, second: torch.Tensor, points: list) -> None:
+    """Assert equality up to the rounding of both."""
+    assert_ascending(first, second, points)
+    assert_ascending(second, first, points)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound, points: list, *, floor=1.0) -> None:
+    """Assert |actual - expected| <= bound · max(floor, |expected|)."""
+    actual = actual.detach().double()
+    holds = (actual - expected).abs() <= bound * expected.abs().clamp(min=floor)
+    assert_everywhere(holds, torch.stack([actual, expected], 1), points)
+
+
+def assert_everywhere(holds: torch.Tensor, values: torch.Tensor, points: list) -> None:
+    """Assert that a comparison holds, which it does not for NaN; the message names a point where it does not."""
+    failures = (~holds).nonzero().flatten().tolist()
+    assert not failures, f"{values[failures[0]].tolist()!r} at {points[failures[0]]!r}"
