@@ -29,6 +29,7 @@ def environment(commit: str | None = None, device: torch.device | str = "cpu") -
         **machine,
         "torch": torch.__version__,
         "triton": version_of("triton"),
+        "numba": version_of("numba"),
         "numpy": version_of("numpy"),
         "python": platform.python_version(),
         "commit": commit or git_commit(),
