@@ -18,7 +18,7 @@ import bmrs_kernels
 
 Granularity: TypeAlias = Literal["element", "sample", "batch"]
 Activation: TypeAlias = Literal["relu", "tanh"]
-Backend: TypeAlias = Literal["auto", "torch", "triton"]
+Backend: TypeAlias = Literal["auto", "torch", "triton", "numba"]
 Where: TypeAlias = "type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]"
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
@@ -43,7 +43,7 @@ class NoiseLayer(nn.Module):
         upper: upper bound of log θ, in nats.
         initial_mu: value that ``mu`` starts from.
         initial_log_sigma: value that ``log_sigma`` starts from.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``; see ``bmrs_kernels``.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``; see ``bmrs_kernels``.
         device: device of the parameters and the mask.
         dtype: dtype of the parameters; 16-bit dtypes give float32 ones.
 
@@ -248,7 +248,7 @@ def add_noise(
         upper: upper bound of log θ, in nats.
         initial_mu: value that ``mu`` starts from.
         initial_log_sigma: value that ``log_sigma`` starts from.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``.
 
     Returns:
         The same model.

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
+import warnings
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "triton", "numba"]
 
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
 # Triton reads it once, when it defines the kernels, and then runs them on CPU tensors.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def resolve_backend(backend: Backend, tensor: Tensor) -> str:
-    """Return the name of the implementation that serves ``tensor``: "torch" or "triton".
+    """Return the name of the implementation that serves ``tensor``: "torch", "triton" or "numba".
 
-    "auto" takes Triton for GPU tensors, if it is installed, and torch elsewhere.
+    "auto" takes Triton for GPU tensors and numba for CPU tensors, where they are installed, and torch elsewhere.
 
     Raises:
-        ValueError: ``backend`` is not one of "auto", "torch" and "triton".
-        RuntimeError: ``backend`` is "triton" and Triton cannot serve the tensor.
+        ValueError: ``backend`` is not one of "auto", "torch", "triton" and "numba".
+        RuntimeError: ``backend`` is "triton" or "numba" and cannot serve the tensor.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
     # torch's name for CUDA and ROCm devices alike.
     on_gpu = tensor.device.type == "cuda"
+    on_cpu = tensor.device.type == "cpu"
     if backend == "auto":
-        return "triton" if on_gpu and TRITON_IS_INSTALLED else "torch"
+        if on_gpu:
+            return "triton" if TRITON_IS_INSTALLED else "torch"
+        return "numba" if on_cpu and numba_is_usable() else "torch"
     if backend == "torch":
         return "torch"
+    if backend == "numba":
+        if not NUMBA_IS_INSTALLED:
+            raise RuntimeError(
+                'backend="numba" needs numba, which is not installed: pip install "bmrs-kernels[cpu]", or use '
+                'backend="torch"'
+            )
+        if not on_cpu:
+            raise RuntimeError(
+                f'backend="numba" needs a CPU tensor, got one on {tensor.device}: move it with .to("cpu"), or use '
+                'backend="auto"'
+            )
+        return "numba"
     if not TRITON_IS_INSTALLED:
         raise RuntimeError(
             'backend="triton" needs Triton, which is not installed: pip install "bmrs-kernels[triton]", or use '
@@ -43,3 +63,23 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> str:
             'backend="torch" or "auto", or start Python with TRITON_INTERPRET=1 to interpret the kernels'
         )
     return "triton"
+
+
+def numba_is_usable() -> bool:
+    """Return whether numba is installed and can be imported."""
+    # An import cannot be traced: torch.compile takes what is installed.
+    return NUMBA_IS_INSTALLED and (torch.compiler.is_compiling() or _numba_can_be_imported())
+
+
+@functools.cache
+def _numba_can_be_imported() -> bool:
+    """Return whether the import succeeds, and warn if it does not: some versions refuse a newer NumPy or Python."""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        warnings.warn(
+            f"numba is installed but cannot be imported, so that CPU tensors take torch: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bmrs_kernels.backend import resolve_backend
+from bmrs_kernels.registration import dispatcher_is_needed
+
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -122,4 +125,9 @@ def philox_uniform(seed: Tensor | int, shape: Sequence[int], *, device: torch.de
     """
     # An empty tensor resolves "cuda" to the device that it stands for at present.
     seed = seed_tensor(seed, torch.empty(0, device=device).device)
-    return uniform_stream(seed, math.prod(shape)).reshape(tuple(shape))
+    count = math.prod(shape)
+    if not dispatcher_is_needed(seed) and resolve_backend("auto", seed) == "numba":
+        from bmrs_kernels.multiplicative_noise import compiled
+
+        return compiled.uniform_stream(seed, count).reshape(tuple(shape))
+    return uniform_stream(seed, count).reshape(tuple(shape))

@@ -15,6 +15,24 @@ from torch import Tensor
 StructureOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+def dispatcher_is_needed(*tensors: Tensor | None) -> bool:
+    """Return whether torch has to meet operators by name: while it traces, under modes and transforms, for subclasses.
+
+    Otherwise a plain ``torch.autograd.Function`` around the same computation does, and costs a fifth of the dispatch,
+    which for small layers is more than the computation.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+
+
 @torch.library.custom_op("bmrs_kernels::multiply_derivatives", mutates_args=())
 def multiply_derivatives(grad: Tensor, grad_mu: Tensor, grad_log_sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chain rule's products.
@@ -66,9 +84,34 @@ def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[.
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=setup_context)
 
+    class Direct(torch.autograd.Function):
+        """The same without the dispatcher."""
+
+        @staticmethod
+        def forward(ctx: Any, mu: Tensor, log_sigma: Tensor, *arguments: Any) -> Tensor:
+            value, *gradients = body(mu, log_sigma, *arguments, True)
+            ctx.save_for_backward(mu, log_sigma, *gradients)
+            ctx.arguments = arguments
+            return value
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            mu, log_sigma, grad_mu, grad_log_sigma = ctx.saved_tensors
+            nothing = [None] * len(ctx.arguments)
+            if torch.is_grad_enabled():  # a second derivative may follow, which only the operators forbid
+                _, *gradients = operator(mu, log_sigma, *ctx.arguments, True)
+                return *multiply_derivatives(grad, *gradients), *nothing
+            return grad * grad_mu, grad * grad_log_sigma, *nothing
+
     def call(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> Tensor:
         with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
-        value: Tensor = operator(mu, log_sigma, *arguments, with_gradients)[0]
+        value: Tensor
+        if dispatcher_is_needed(mu, log_sigma):
+            value = operator(mu, log_sigma, *arguments, with_gradients)[0]
+        elif with_gradients:
+            value = Direct.apply(mu, log_sigma, *arguments)
+        else:
+            value = body(mu, log_sigma, *arguments, False)[0]
         return value
 
     return call

@@ -95,8 +95,8 @@ def inside_multiply_noise(backend: str) -> Evaluation:
     def evaluate(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
         x = torch.ones(1, len(mu), dtype=mu.dtype, device=mu.device)
         arguments = (x, mu, log_sigma, None, uniform[None], 1, None, LOWER, UPPER)
-        theta = eager.multiply_noise(*arguments)[0]
-        _, *gradients = eager.multiply_noise_backward(x, *arguments)
+        theta = eager.multiply_noise_at(*arguments)[0]
+        _, *gradients = eager.multiply_noise_at_backward(x, *arguments)
         return (theta, *(gradient.double() / theta.double() for gradient in gradients))
 
     return evaluate

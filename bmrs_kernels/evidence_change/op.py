@@ -22,10 +22,15 @@ LN2 = math.log(2.0)
 
 
 def _implementation(backend: str) -> ModuleType:
+    # The only imports of Triton and numba.
     if backend == "triton":
-        from bmrs_kernels.evidence_change import kernels  # the only import of Triton
+        from bmrs_kernels.evidence_change import kernels
 
         return kernels
+    if backend == "numba":
+        from bmrs_kernels.evidence_change import loops
+
+        return loops
     return reference
 
 
@@ -94,7 +99,7 @@ def delta_f_lognormal(
         prior_std: σ̃p, its standard deviation before truncation.
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         Tensor of the shape and dtype of ``mu``, in nats.
@@ -136,7 +141,7 @@ def delta_f_loguniform(
         reduced_upper: b', upper end of the reduced prior.
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         Tensor of the shape and dtype of ``mu``, in nats; at most log((b-a)/(b'-a')).

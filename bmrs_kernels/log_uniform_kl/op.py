@@ -14,10 +14,15 @@ from bmrs_kernels.validation import check_interval, check_parameters
 
 
 def _implementation(backend: str) -> ModuleType:
+    # The only imports of Triton and numba.
     if backend == "triton":
-        from bmrs_kernels.log_uniform_kl import kernels  # the only import of Triton
+        from bmrs_kernels.log_uniform_kl import kernels
 
         return kernels
+    if backend == "numba":
+        from bmrs_kernels.log_uniform_kl import loops
+
+        return loops
     return reference
 
 
@@ -43,7 +48,7 @@ def kl_divergence(
         log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5], with zero gradient outside.
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         Tensor of the shape and dtype of ``mu``: non-negative, in nats.

@@ -6,13 +6,14 @@ activations, take the reference's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bmrs_kernels import torch_math
+from bmrs_kernels import philox, torch_math
 from bmrs_kernels.multiplicative_noise import reference
 from bmrs_kernels.multiplicative_noise.reference import LogNoise
 from bmrs_kernels.polynomials import TAIL_START
@@ -26,6 +27,9 @@ MAX_SIGMA = 4.0
 MAX_OUTSIDE = TAIL_START
 
 ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_}  # in place
+
+
+sample_noise = reference.sample_noise
 
 
 class Single(NamedTuple):
@@ -158,6 +162,46 @@ def multiply_noise(
     mu: Tensor,
     log_sigma: Tensor,
     mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+) -> Tensor:
+    """Return activation(x) · θ · mask for θ at a seed's uniforms."""
+    uniform = _uniforms(seed, x, dim, granularity)
+    return multiply_noise_at(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+
+
+def multiply_noise_backward(
+    grad: Tensor,
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``multiply_noise`` in x, μ and log σ."""
+    uniform = _uniforms(seed, x, dim, granularity)
+    return multiply_noise_at_backward(grad, x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+
+
+def _uniforms(seed: Tensor, x: Tensor, dim: int, granularity: str) -> Tensor:
+    shape = draw_shape(x, dim, granularity)
+    return philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
+
+
+def multiply_noise_at(
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
     uniform: Tensor,
     dim: int,
     activation: str | None,
@@ -188,7 +232,7 @@ def multiply_noise(
     return out
 
 
-def multiply_noise_backward(
+def multiply_noise_at_backward(
     grad: Tensor,
     x: Tensor,
     mu: Tensor,
@@ -200,7 +244,7 @@ def multiply_noise_backward(
     lower: float,
     upper: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``multiply_noise`` in x, μ and log σ; tiles are added up in order, in float64."""
+    """Return the gradients of ``multiply_noise_at`` in x, μ and log σ; tiles are added up in order, in float64."""
     noise = Noise(mu, log_sigma, x, dim, lower, upper)
     factor = None if mask is None else along(mask, x, dim)
     rows = rows_per_tile(x, dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,12 +10,25 @@ from torch import Tensor
 
 from bmrs_kernels import philox
 from bmrs_kernels.backend import Backend, resolve_backend
-from bmrs_kernels.multiplicative_noise import eager, reference
-from bmrs_kernels.registration import multiply_derivatives
+from bmrs_kernels.multiplicative_noise import eager
+from bmrs_kernels.registration import dispatcher_is_needed, multiply_derivatives
 from bmrs_kernels.validation import check_device, check_interval, check_parameters, check_uniform
 
 Granularity = Literal["element", "sample", "batch"]
 Activation = Literal["relu", "tanh"]
+
+
+def _implementation(backend: str) -> ModuleType:
+    # The only imports of Triton and numba.
+    if backend == "triton":
+        from bmrs_kernels.multiplicative_noise import fused
+
+        return fused
+    if backend == "numba":
+        from bmrs_kernels.multiplicative_noise import compiled
+
+        return compiled
+    return eager
 
 
 @torch.library.custom_op("bmrs_kernels::sample_noise", mutates_args=())
@@ -28,11 +41,9 @@ def _sample_noise(
     backend: str,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        from bmrs_kernels.multiplicative_noise import fused
-
-        return fused.sample_noise(mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients)
-    return reference.sample_noise(mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients)
+    return _implementation(backend).sample_noise(
+        mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients
+    )
 
 
 @_sample_noise.register_fake
@@ -78,13 +89,9 @@ def _multiply_noise(
     upper: float,
     backend: str,
 ) -> Tensor:
-    if backend == "triton":
-        from bmrs_kernels.multiplicative_noise import fused
-
-        return fused.multiply_noise(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
-    shape = eager.draw_shape(x, dim, granularity)
-    uniform = philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
-    return eager.multiply_noise(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+    return _implementation(backend).multiply_noise(
+        x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper
+    )
 
 
 @_multiply_noise.register_fake
@@ -107,15 +114,9 @@ def _multiply_noise_backward(
     upper: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        from bmrs_kernels.multiplicative_noise import fused
-
-        return fused.multiply_noise_backward(
-            grad, x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper
-        )
-    shape = eager.draw_shape(x, dim, granularity)
-    uniform = philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
-    return eager.multiply_noise_backward(grad, x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+    return _implementation(backend).multiply_noise_backward(
+        grad, x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper
+    )
 
 
 @_multiply_noise_backward.register_fake
@@ -134,6 +135,26 @@ def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs)
+
+
+class _MultiplyNoise(torch.autograd.Function):
+    """``_multiply_noise`` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5:]
+        *arguments, backend = inputs
+        out: Tensor = _implementation(backend).multiply_noise(*arguments)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *options, backend = ctx.options
+        if torch.is_grad_enabled():  # a second derivative may follow, which only the operator forbids
+            return _multiply_backward(ctx, grad)
+        grads = _implementation(backend).multiply_noise_backward(grad, *ctx.saved_tensors, *options)
+        return (*grads, *[None] * (2 + len(ctx.options)))
 
 
 def sample_noise(
@@ -156,7 +177,7 @@ def sample_noise(
         uniform: y in (0, 1), floating point, broadcasts with ``mu``.
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         Tensor of the broadcast shape and the dtype of ``mu``, in [e^lower, e^upper].
@@ -207,7 +228,7 @@ def multiply_noise(
         seed: int or int64 tensor with one element; by default drawn from torch's generator on x's device.
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         Tensor of the shape and dtype of ``x``.
@@ -225,19 +246,13 @@ def multiply_noise(
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
         seed = philox.seed_tensor(seed, x.device)
-    result: Tensor = _multiply_noise(
-        x,
-        mu,
-        log_sigma,
-        mask,
-        seed,
-        dim,
-        granularity,
-        activation,
-        lower,
-        upper,
-        resolve_backend(backend, x),
-    )
+    chosen = resolve_backend(backend, x)
+    inputs = (x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
+    result: Tensor
+    if dispatcher_is_needed(x, mu, log_sigma, mask, seed):
+        result = _multiply_noise(*inputs, chosen)
+    else:
+        result = _MultiplyNoise.apply(*inputs, chosen)
     return result
 
 

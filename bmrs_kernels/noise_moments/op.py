@@ -15,10 +15,15 @@ from bmrs_kernels.validation import check_interval, check_parameters
 
 
 def _implementation(backend: str) -> ModuleType:
+    # The only imports of Triton and numba.
     if backend == "triton":
-        from bmrs_kernels.noise_moments import kernels  # the only import of Triton
+        from bmrs_kernels.noise_moments import kernels
 
         return kernels
+    if backend == "numba":
+        from bmrs_kernels.noise_moments import loops
+
+        return loops
     return reference
 
 
@@ -53,7 +58,7 @@ def noise_mean(
         log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5], with zero gradient outside.
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         Tensor of the shape and dtype of ``mu``, in [e^lower, e^upper].
@@ -77,7 +82,7 @@ def noise_snr(
         log_sigma: log σ, shape and dtype of ``mu``; clamped to [-20, 5].
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         Tensor of the shape and dtype of ``mu``, positive, without gradient.

@@ -20,10 +20,15 @@ from bmrs_kernels.validation import (
 
 
 def _implementation(backend: str) -> ModuleType:
+    # The only imports of Triton and numba.
     if backend == "triton":
-        from bmrs_kernels.pruning_statistics import kernels  # the only import of Triton
+        from bmrs_kernels.pruning_statistics import kernels
 
         return kernels
+    if backend == "numba":
+        from bmrs_kernels.pruning_statistics import loops
+
+        return loops
     return reference
 
 
@@ -77,7 +82,7 @@ def pruning_statistics(
         reduced_upper: b', upper end of the log-uniform reduced prior.
         lower: a, lower end of log θ.
         upper: b, upper end of log θ.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton" or "numba".
 
     Returns:
         ``delta_f_lognormal`` and ``delta_f_loguniform`` in nats, ``mean`` in [e^lower, e^upper] and the positive

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
-from bmrs_kernels.evidence_change import reference as evidence_change
-from bmrs_kernels.noise_moments import reference as noise_moments
+from bmrs_kernels.evidence_change import reference as evidence_change_reference
+from bmrs_kernels.noise_moments import reference as noise_moments_reference
 
 
 class PruningStatistics(NamedTuple):
@@ -28,20 +29,19 @@ def pruning_statistics(
     reduced_upper: float,
     lower: float,
     upper: float,
+    *,
+    evidence_change: ModuleType = evidence_change_reference,
+    noise_moments: ModuleType = noise_moments_reference,
 ) -> PruningStatistics:
-    """Return ΔF for both reduced priors, E[θ] and the signal-to-noise ratio."""
-    return PruningStatistics(
-        *(
-            value.reshape(mu.shape)
-            for value in (
-                evidence_change.delta_f_lognormal(
-                    mu, log_sigma, prior_mean, prior_std, lower, upper, with_gradients=False
-                ).value,
-                evidence_change.delta_f_loguniform(
-                    mu, log_sigma, reduced_lower, reduced_upper, lower, upper, with_gradients=False
-                ).value,
-                noise_moments.noise_mean(mu, log_sigma, lower, upper, with_gradients=False).value,
-                noise_moments.noise_snr(mu, log_sigma, lower, upper),
-            )
-        )
+    """Return ΔF for both reduced priors, E[θ] and the signal-to-noise ratio, from two modules' functions."""
+    parts = (
+        evidence_change.delta_f_lognormal(
+            mu, log_sigma, prior_mean, prior_std, lower, upper, with_gradients=False
+        ).value,
+        evidence_change.delta_f_loguniform(
+            mu, log_sigma, reduced_lower, reduced_upper, lower, upper, with_gradients=False
+        ).value,
+        noise_moments.noise_mean(mu, log_sigma, lower, upper, with_gradients=False).value,
+        noise_moments.noise_snr(mu, log_sigma, lower, upper),
     )
+    return PruningStatistics(*(part.reshape(mu.shape) for part in parts))

@@ -1,0 +1,345 @@
+"""θ and the derivatives of log θ in compiled CPU loops, strip by strip: uniforms of one structure each.
+
+The regimes and formulas are those of device_noise, told apart by structure: *inside* and *tail* in float32, and both in
+float64 where σ is above WIDE. Each strip branches once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bmrs_kernels import polynomials
+from bmrs_kernels.loop_math import (
+    HALF_LOG_2PI,
+    QUANTILE_CENTRE,
+    QUANTILE_SHIFT,
+    compiled,
+    exp,
+    log2,
+    log_sigma_in_range,
+    mills_ratio,
+    normal_cdf,
+    normal_density,
+    polynomial,
+    sigma_from_log,
+)
+from bmrs_kernels.multiplicative_noise.eager import MAX_OUTSIDE, MAX_SIGMA
+
+WIDE = MAX_SIGMA
+TAIL_START = MAX_OUTSIDE
+TAIL_START_SQUARED = TAIL_START**2
+LN2 = math.log(2.0)
+# Keeps the logarithm finite where both tails underflow.
+SMALLEST_PRODUCT = 1e-30
+NAN = np.float32(math.nan)
+FLOAT64_BYTES = 8
+
+# Of the exact path: as in device_noise.
+HALLEY_STEPS = 3
+LARGEST_VARIABLE = (
+    polynomials.QUANTILE_LIMIT + polynomials.QUANTILE_SHIFT
+) ** 0.5 - polynomials.QUANTILE_CENTRE
+TINY = 1e-300
+
+TAIL_QUANTILE, TAIL_HAZARD = np.array(polynomials.TAIL_QUANTILE), np.array(polynomials.TAIL_HAZARD)
+
+# Columns of the table of constants.
+MU, SIGMA, ALPHA, BETA, IN_RANGE = range(5)
+BELOW, ABOVE, MASS, LOWER_DENSITY, UPPER_DENSITY = range(5, 10)
+DISTANCE, EPSILON, FAR_SURVIVAL, HAZARD_GAIN = range(10, 14)
+FIRST_OF_QUANTILE, FIRST_OF_HAZARD, NUM_CONSTANTS = 14, 22, 32
+
+
+class Inside(NamedTuple):
+    """Constants of a structure whose mode is inside the interval or not far outside; probabilities are doubled."""
+
+    mu: Any
+    sigma: Any
+    below: Any  # 2 Φ(α)
+    above: Any  # 2 (1 - Φ(β))
+    mass: Any  # 2 (Φ(β) - Φ(α))
+    lower_density: Any  # φ(α)
+    upper_density: Any  # φ(β)
+    from_lower: Any  # μ - lower
+    from_upper: Any  # μ - upper
+
+
+class Tail(NamedTuple):
+    """Constants of a structure whose mode is far outside; see ``device_noise.tail_constants``."""
+
+    reflected: Any  # whether the mode is above the interval
+    distance: Any
+    log_scale: Any  # 2 ε log 2
+    far_survival: Any
+    hazard_gain: Any
+    width: Any
+
+
+@compiled
+def structure_constants(mu, log_sigma, lower, upper, row):
+    """Fill a structure's row of the table of constants."""
+    sigma = sigma_from_log(log_sigma)
+    alpha, beta = -(mu - lower) / sigma, -(mu - upper) / sigma
+    row[MU], row[SIGMA], row[ALPHA], row[BETA] = mu, sigma, alpha, beta
+    row[IN_RANGE] = log_sigma_in_range(log_sigma)
+    near = max(alpha, -beta)
+    if near < TAIL_START:
+        below, above = normal_cdf(alpha), normal_cdf(-beta)
+        row[BELOW], row[ABOVE], row[MASS] = below, above, 1.0 - below - above
+        row[LOWER_DENSITY], row[UPPER_DENSITY] = normal_density(alpha), normal_density(beta)
+    else:
+        width = beta - alpha
+        epsilon = 1.0 / (near * near)
+        near_mills, far_mills = mills_ratio(near), mills_ratio(near + width)
+        row[DISTANCE], row[EPSILON] = near * sigma, epsilon
+        row[FAR_SURVIVAL] = math.exp(-width * (near + 0.5 * width)) * (far_mills / near_mills)
+        row[HAZARD_GAIN] = near_mills / far_mills - 1.0
+        tail_polynomials(epsilon * TAIL_START_SQUARED, row)
+
+
+@compiled
+def tail_polynomials(variable, row):
+    """Fill in the coefficients of the tail's polynomials, which are polynomials in ε themselves."""
+    for index in range(TAIL_QUANTILE.shape[0]):
+        value = 0.0
+        for power in range(TAIL_QUANTILE.shape[1]):
+            value = value * variable + TAIL_QUANTILE[index, power]
+        row[FIRST_OF_QUANTILE + index] = value
+    for index in range(TAIL_HAZARD.shape[0]):
+        value = 0.0
+        for power in range(TAIL_HAZARD.shape[1]):
+            value = value * variable + TAIL_HAZARD[index, power]
+        row[FIRST_OF_HAZARD + index] = value
+
+
+def inside_log_noise_in(real: type) -> Callable[..., Any]:
+    """Return the function for log θ and its derivatives where the mode is inside or not far outside, in a dtype.
+
+    z = Φ⁻¹(Φ(α) + y Z) from both tail probabilities, which are carried doubled.
+    """
+    one, smallest = real(1.0), real(SMALLEST_PRODUCT)
+    shift, centre = real(QUANTILE_SHIFT), real(QUANTILE_CENTRE)
+    quantile_ratio = polynomial(polynomials.QUANTILE, real)
+    inverse_density_ratio = polynomial(polynomials.INVERSE_DENSITY, real)
+
+    def evaluate(y, q, lower, upper):  # type: ignore[no-untyped-def]
+        y = real(y)
+        complement = one - y
+        below, above = q.below + q.mass * y, q.above + q.mass * complement
+        product = below * above + smallest
+        variable = np.sqrt(shift - real(log2(np.float32(product)))) - centre
+        offset = q.sigma * ((below - above) * quantile_ratio(variable))
+        x = min(max(q.mu + offset, lower), upper)
+        inverse_density = inverse_density_ratio(variable) / product
+        near_lower = complement * inverse_density * q.lower_density
+        near_upper = y * inverse_density * q.upper_density
+        grad_log_sigma = offset + q.from_lower * near_lower + q.from_upper * near_upper
+        return np.float32(x), np.float32(one - near_lower - near_upper), np.float32(grad_log_sigma)
+
+    return compiled(evaluate)
+
+
+def tail_log_noise_in(real: type) -> Callable[..., Any]:
+    """Return the function for log θ and its derivatives where the mode is far outside, in a dtype.
+
+    The survival at the quantile, relative to the end nearest to the mode, is m = 1 - y + y R; the quantile follows
+    from log m.
+    """
+    one = real(1.0)
+
+    def evaluate(y, q, quantile, hazard, lower, upper):  # type: ignore[no-untyped-def]
+        y = one - real(y) if q.reflected else real(y)
+        survival = (one - y) + y * q.far_survival
+        u = np.sqrt(one - q.log_scale * real(log2(np.float32(survival)))) - one
+        k0, k1, k2, k3, k4, k5, k6, k7 = quantile
+        value = (((((k7 * u + k6) * u + k5) * u + k4) * u + k3) * u + k2) * u + k1
+        step = q.distance * ((value * u + k0) * u)
+        x = min(max(upper - step if q.reflected else lower + step, lower), upper)
+        h0, h1, h2, h3, h4, h5, h6, h7, h8, h9 = hazard
+        value = (((((h9 * u + h8) * u + h7) * u + h6) * u + h5) * u + h4) * u + h3
+        one_less_ratio = (((value * u + h2) * u + h1) * u + h0) * u  # 1 - h(near end)/h(quantile)
+        share = (one - one_less_ratio) * (y * q.far_survival / survival)
+        gain = share * q.hazard_gain
+        grad_mu = one_less_ratio - gain
+        grad_log_sigma = q.distance * grad_mu + step - (share + gain) * q.width
+        signed = -grad_log_sigma if q.reflected else grad_log_sigma
+        return np.float32(x), np.float32(grad_mu), np.float32(signed)
+
+    return compiled(evaluate)
+
+
+def strip_noise_in(real: type) -> Callable[..., Any]:
+    """Return the function that writes θ and the derivatives of log θ at a strip of uniforms, computing in a dtype."""
+    inside_log_noise, tail_log_noise = inside_log_noise_in(real), tail_log_noise_in(real)
+
+    def evaluate(y, row, lower, upper, noise, with_gradients):  # type: ignore[no-untyped-def]
+        low, high = real(lower), real(upper)
+        theta, grad_mu, grad_log_sigma = noise
+        if math.isnan(row[ALPHA]):
+            for i in range(y.size):
+                theta[i], grad_mu[i], grad_log_sigma[i] = NAN, NAN, NAN
+            return
+        if max(row[ALPHA], -row[BETA]) < TAIL_START:
+            inside = Inside(
+                real(row[MU]),
+                real(row[SIGMA]),
+                real(2.0 * row[BELOW]),
+                real(2.0 * row[ABOVE]),
+                real(2.0 * row[MASS]),
+                real(row[LOWER_DENSITY]),
+                real(row[UPPER_DENSITY]),
+                real(row[MU] - lower),
+                real(row[MU] - upper),
+            )
+            if with_gradients:
+                for i in range(y.size):
+                    x, grad_mu[i], grad_log_sigma[i] = inside_log_noise(y[i], inside, low, high)
+                    theta[i] = exp(x)
+            else:
+                for i in range(y.size):
+                    theta[i] = exp(inside_log_noise(y[i], inside, low, high)[0])
+            return
+        tail = Tail(
+            row[BETA] < 0.0,
+            real(row[DISTANCE]),
+            real(2.0 * LN2 * row[EPSILON]),
+            real(row[FAR_SURVIVAL]),
+            real(row[HAZARD_GAIN]),
+            real(upper - lower),
+        )
+        quantile = (
+            real(row[FIRST_OF_QUANTILE + 0]),
+            real(row[FIRST_OF_QUANTILE + 1]),
+            real(row[FIRST_OF_QUANTILE + 2]),
+            real(row[FIRST_OF_QUANTILE + 3]),
+            real(row[FIRST_OF_QUANTILE + 4]),
+            real(row[FIRST_OF_QUANTILE + 5]),
+            real(row[FIRST_OF_QUANTILE + 6]),
+            real(row[FIRST_OF_QUANTILE + 7]),
+        )
+        hazard = (
+            real(row[FIRST_OF_HAZARD + 0]),
+            real(row[FIRST_OF_HAZARD + 1]),
+            real(row[FIRST_OF_HAZARD + 2]),
+            real(row[FIRST_OF_HAZARD + 3]),
+            real(row[FIRST_OF_HAZARD + 4]),
+            real(row[FIRST_OF_HAZARD + 5]),
+            real(row[FIRST_OF_HAZARD + 6]),
+            real(row[FIRST_OF_HAZARD + 7]),
+            real(row[FIRST_OF_HAZARD + 8]),
+            real(row[FIRST_OF_HAZARD + 9]),
+        )
+        if with_gradients:
+            for i in range(y.size):
+                x, grad_mu[i], grad_log_sigma[i] = tail_log_noise(y[i], tail, quantile, hazard, low, high)
+                theta[i] = exp(x)
+        else:
+            for i in range(y.size):
+                theta[i] = exp(tail_log_noise(y[i], tail, quantile, hazard, low, high)[0])
+
+    return compiled(evaluate, inline=False)
+
+
+quantile_ratio_float64 = polynomial(polynomials.QUANTILE, np.float64)
+
+
+@compiled
+def quantile_start(p, q):
+    """Return |Φ⁻¹(p)| to 1e-7, or to 1e-1 where the smaller of p and q = 1 - p is below 2e-10."""
+    level = -math.log(4.0 * p * q + TINY) / LN2
+    variable = math.sqrt(max(level, 0.0) + QUANTILE_SHIFT) - QUANTILE_CENTRE
+    if variable < LARGEST_VARIABLE:
+        return abs(2.0 * (p - q)) * quantile_ratio_float64(variable)
+    square = 2.0 * (max(level, 2.0) - 1.0) * LN2
+    return math.sqrt(square - math.log(square))
+
+
+@compiled
+def exact_log_noise(y, row, lower, upper):
+    """Return log θ and its derivatives in μ and log σ at a uniform, in float64 to full precision in every regime.
+
+    Halley steps on the logarithm of the smaller tail probability, or, where the mode is far outside, of the survival
+    relative to the end nearest to the mode.
+    """
+    alpha, beta, sigma = row[ALPHA], row[BETA], row[SIGMA]
+    complement = 1.0 - y
+    if max(alpha, -beta) < TAIL_START:
+        p, q = row[BELOW] + row[MASS] * y, row[ABOVE] + row[MASS] * complement
+        probability = min(p, q) + TINY
+        t = quantile_start(p, q)
+        for _ in range(HALLEY_STEPS):
+            mills = mills_ratio(t)
+            newton = (math.log(mills / probability) - 0.5 * t * t - HALF_LOG_2PI) * mills
+            t += newton / (1.0 + 0.5 * newton * (1.0 / mills - t))
+        z = -t if p < q else t
+        x = row[MU] + sigma * z
+        near_lower = complement * math.exp(0.5 * (z - alpha) * (z + alpha))
+        near_upper = y * math.exp(0.5 * (z - beta) * (z + beta))
+        grad_mu = 1.0 - near_lower - near_upper
+        grad_log_sigma = sigma * (z - alpha * near_lower - beta * near_upper)
+    else:
+        reflected = beta < 0.0
+        near, width = max(alpha, -beta), beta - alpha
+        tail_y, tail_complement = (complement, y) if reflected else (y, complement)
+        near_mills = mills_ratio(near)
+        level = -math.log(tail_complement + tail_y * row[FAR_SURVIVAL] + TINY)
+        hazard = 1.0 / near_mills
+        # The hazard at the end and its slope give the start.
+        v = 2.0 * level / (hazard + math.sqrt(hazard * hazard + 2.0 * hazard * (hazard - near) * level))
+        for _ in range(HALLEY_STEPS):
+            mills = mills_ratio(near + v)
+            newton = (v * (near + 0.5 * v) + math.log(near_mills / mills) - level) * mills
+            v -= newton / (1.0 - 0.5 * newton * (1.0 / mills - (near + v)))
+        step = sigma * min(max(v, 0.0), width)
+        x = upper - step if reflected else lower + step
+        gap = v * (near + 0.5 * v)
+        far = tail_y * math.exp(gap - width * (near + 0.5 * width))
+        grad_mu = 1.0 - tail_complement * math.exp(gap) - far
+        # z - α near - β far with z = α + v: α multiplies one small number.
+        grad_log_sigma = sigma * (near * grad_mu + v - width * far)
+        grad_log_sigma = -grad_log_sigma if reflected else grad_log_sigma
+    x = min(max(x, lower), upper)
+    if y <= 0.0:
+        x = lower
+    if y >= 1.0:
+        x = upper
+    return x, grad_mu, grad_log_sigma
+
+
+def _exact_strip_noise(y, row, lower, upper, noise, with_gradients):  # type: ignore[no-untyped-def]
+    """Do what ``strip_noise`` does in float64 to full precision."""
+    theta, grad_mu, grad_log_sigma = noise
+    for i in range(y.size):
+        x, slope_mu, slope_log_sigma = exact_log_noise(np.float64(y[i]), row, lower, upper)
+        theta[i] = math.exp(x)
+        if with_gradients:
+            grad_mu[i], grad_log_sigma[i] = slope_mu, slope_log_sigma
+
+
+exact_strip_noise = compiled(_exact_strip_noise, inline=False)
+strip_noise_float32, strip_noise_float64 = strip_noise_in(np.float32), strip_noise_in(np.float64)
+
+
+@compiled
+def strip_noise(y, row, lower, upper, noise, with_gradients):
+    """Write θ and, if asked for, the derivatives of log θ at a strip of uniforms, in the structure's regime.
+
+    Args:
+        y: the strip's uniforms, float32.
+        row: the structure's row of the table of constants.
+        lower: lower end of log θ.
+        upper: upper end of log θ.
+        noise: three arrays no shorter than ``y``, to be written: θ, d log θ / dμ and d log θ / d log σ; float32, or
+            float64 for full precision.
+        with_gradients: whether to write the last two.
+    """
+    if noise[0].itemsize == FLOAT64_BYTES:
+        exact_strip_noise(y, row, lower, upper, noise, with_gradients)
+    elif row[SIGMA] > WIDE:
+        strip_noise_float64(y, row, lower, upper, noise, with_gradients)
+    else:
+        strip_noise_float32(y, row, lower, upper, noise, with_gradients)
