@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bmrs_kernels import torch_math
-from bmrs_kernels.loop_math import REGROUPING, compiled, exp_float64
+from bmrs_kernels.loop_math import REGROUPING, compiled, exp_float64, use_widest_vectors
 from bmrs_kernels.loop_threads import in_threads
 from bmrs_kernels.torch_math import BoundaryTerms, Differentiable, Gaussian, Window
 
@@ -97,8 +97,9 @@ def gaussian_right(gaussian):
     return min(max(gaussian.above, 0.0), gaussian.width) / gaussian.scale
 
 
-def _window(gaussian, memory):  # type: ignore[no-untyped-def]
+def _window(gaussian, memory):
     """Integrate a Gaussian over its interval on Gauss–Legendre nodes to either side of the anchor."""
+    use_widest_vectors()
     distance, exponent, probability = memory
     outside = gaussian_outside(gaussian)
     reach = 2.0 * WINDOW_EXPONENT / (outside + math.sqrt(outside * outside + 2.0 * WINDOW_EXPONENT))
@@ -116,16 +117,18 @@ def _window(gaussian, memory):  # type: ignore[no-untyped-def]
     return Window(math.log(mass), distance, exponent, probability)
 
 
-def _window_mean(quadrature, values):  # type: ignore[no-untyped-def]
+def _window_mean(quadrature, values):
     """Return the expectation of values given at the nodes."""
+    use_widest_vectors()
     total = 0.0
     for i in range(NUM_NODES):
         total += quadrature.probability[i] * values[i]
     return total
 
 
-def _window_covariance(quadrature, first, second):  # type: ignore[no-untyped-def]
+def _window_covariance(quadrature, first, second):
     """Return the covariance of two quantities given at the nodes, as a sum of centred products."""
+    use_widest_vectors()
     first_mean, second_mean = window_mean(quadrature, first), window_mean(quadrature, second)
     total = 0.0
     for i in range(NUM_NODES):
@@ -156,8 +159,9 @@ def first_moment(gaussian, quadrature):
     return ends.lower_density - ends.upper_density
 
 
-def _second_moment(quadrature):  # type: ignore[no-untyped-def]
+def _second_moment(quadrature):
     """Return E[v²]."""
+    use_widest_vectors()
     total = 0.0
     for i in range(NUM_NODES):
         total += quadrature.probability[i] * (quadrature.distance[i] * quadrature.distance[i])

@@ -34,8 +34,9 @@ def assert_meets_the_contract(setting):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_torch_path_meets_the_contract(dtype):
-    assert_meets_the_contract(Setting("torch", dtype))
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_the_backends_of_a_cpu_meet_the_contract(backend, dtype):
+    assert_meets_the_contract(Setting(backend, dtype))
 
 
 class TestKernels:

@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--backend", choices=("torch", "triton"), default="torch")
+    parser.add_argument("--backend", choices=("torch", "triton", "numba"), default="torch")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the parameters (default: float32)"
     )
@@ -131,6 +131,10 @@ def why_not(name: str, device: str) -> str | None:
     """Return why a backend cannot run on a device here, or None."""
     if name == "triton" and not backend.TRITON_IS_INSTALLED:
         return "Triton is not installed"
+    if name == "numba" and not backend.NUMBA_IS_INSTALLED:
+        return "numba is not installed"
+    if name == "numba" and device != "cpu":
+        return "numba compiles loops for the CPU alone"
     if device == "cuda" and not torch.cuda.is_available():
         hint = "; TRITON_INTERPRET=1 interprets the kernels on the CPU" if name == "triton" else ""
         return f"no GPU that torch can use was found{hint}"

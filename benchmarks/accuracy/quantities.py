@@ -85,12 +85,13 @@ def log_differentiated(function: Callable[..., Tensor]) -> Evaluation:
 def inside_multiply_noise(backend: str) -> Evaluation:
     """Return the noise that ``multiply_noise`` draws, at uniforms of our choice instead of Philox's."""
     if backend == "triton":
-        from benchmarks.accuracy.noise_kernels import noise
+        from benchmarks.accuracy import noise_kernels
 
-        def evaluate_kernel(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
-            return tuple(noise(mu, log_sigma, uniform))
+        return noise_kernels.noise
+    if backend == "numba":
+        from benchmarks.accuracy import noise_loops
 
-        return evaluate_kernel
+        return noise_loops.noise
 
     def evaluate(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
         x = torch.ones(1, len(mu), dtype=mu.dtype, device=mu.device)

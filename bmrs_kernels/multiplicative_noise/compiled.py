@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from bmrs_kernels.multiplicative_noise.eager import draw_shape
 
 ACTIVATIONS = {None: loops.IDENTITY, "relu": loops.RELU, "tanh": loops.TANH}
 # Of one thread, for an element; for the number of threads, these need not be exact.
-FORWARD_SECONDS, BACKWARD_SECONDS, EXACT_SECONDS, UNIFORM_SECONDS = 9e-9, 13e-9, 3e-7, 1e-9
+FORWARD_SECONDS, BACKWARD_SECONDS, EXACT_SECONDS = 6e-9, 9e-9, 3e-7
+UNIFORM_SECONDS, SCALING_SECONDS = 1e-9, 1e-9
 
 
 class Noise:
-    """The noise of one call: constants of the structures, and tiles of an activation that each element's own θ meets.
+    """The noise of one call: constants of the structures, and tiles of an activation with a draw for every element.
 
     Args:
         shape: shape of the activation, in logical order.
@@ -28,7 +30,6 @@ class Noise:
         log_sigma: log σ.
         mask: factor per structure, or None.
         seed: int64 scalar tensor.
-        dtype: dtype of the activation, float32 or float64.
         lower: lower end of log θ.
         upper: upper end of log θ.
     """
@@ -41,58 +42,136 @@ class Noise:
         log_sigma: Tensor,
         mask: Tensor | None,
         seed: Tensor,
-        dtype: torch.dtype,
         lower: float,
         upper: float,
     ) -> None:
         self.lower, self.upper, self.seed = float(lower), float(upper), int(seed)
-        self.mu, self.log_sigma, self.dtype = mu, log_sigma, dtype
-        structures = mu.numel()
+        self.dtype = mu.dtype
+        in_float64 = mu.dtype != torch.float32
+        wide = [part.double().contiguous() if in_float64 else part.contiguous() for part in (mu, log_sigma)]
+        factors = None if mask is None else mask.float().contiguous()
         self.table = loops.constants_kernel(
-            _array(mu.double()), _array(log_sigma.double()), self.lower, self.upper
+            *(part.data_ptr() for part in wide),
+            in_float64,
+            0 if factors is None else factors.data_ptr(),
+            mu.numel(),
+            self.lower,
+            self.upper,
         )
-        self.mask = _array(mu.new_ones(structures, dtype=dtype) if mask is None else mask.to(dtype))
-        self.sizes = (math.prod(shape[:dim]), structures, math.prod(shape[dim + 1 :]))
+        self.sizes = (math.prod(shape[:dim]), mu.numel(), math.prod(shape[dim + 1 :]))
         self.tile = loops.tile_shape(*self.sizes)
         blocks = [-(-size // tile) for size, tile in zip(self.sizes, self.tile, strict=True)]
         self.num_sums, self.num_tiles = blocks[0] * blocks[2], math.prod(blocks)
 
     def multiply(self, x: Tensor, activation: str | None) -> Tensor:
-        """Return activation(x) · θ · mask, contiguous; x is contiguous and has the noise's dtype."""
+        """Return activation(x) · θ · mask, contiguous; x is float32 or float64."""
+        x = x.contiguous()
         out = torch.empty_like(x)
-        arguments = (_array(x), _array(out), self.table, self.mask, self.seed, self.sizes, self.tile)
+        kernel = loops.forward_kernels[x.element_size()]
+        source, target, number = x.data_ptr(), out.data_ptr(), ACTIVATIONS[activation]
+        sizes, tile, lower, upper = self.sizes, self.tile, self.lower, self.upper
 
         def call(first: int, last: int) -> None:
-            loops.forward_kernel(*arguments, ACTIVATIONS[activation], first, last, self.lower, self.upper)
+            kernel(source, target, self.table, self.seed, sizes, tile, number, first, last, lower, upper)
 
-        in_threads(call, self.num_tiles, seconds=self._seconds(x, FORWARD_SECONDS))
+        in_threads(call, self.num_tiles, seconds=_seconds(x, FORWARD_SECONDS))
+        return out
+
+    def gradients(self, grad: Tensor, x: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of ``multiply`` in x, μ and log σ; grad is of x's dtype."""
+        grad, x = grad.contiguous(), x.contiguous()
+        grad_x = torch.empty_like(x)
+        sums = np.empty((2, self.num_sums, self.sizes[1]))
+        kernel = loops.backward_kernels[x.element_size()]
+        addresses, number = [part.data_ptr() for part in (grad, x, grad_x)], ACTIVATIONS[activation]
+        options = (self.table, self.seed, self.sizes, self.tile, number)
+        lower, upper = self.lower, self.upper
+
+        def call(first: int, last: int) -> None:
+            kernel(*addresses, sums, *options, first, last, lower, upper)
+
+        in_threads(call, self.num_tiles, seconds=_seconds(x, BACKWARD_SECONDS))
+        in_float64 = self.dtype != torch.float32
+        dtype = torch.float64 if in_float64 else torch.float32
+        grad_mu, grad_log_sigma = (torch.empty(self.sizes[1], dtype=dtype) for _ in range(2))
+        loops.sum_kernel(sums, self.table, grad_mu.data_ptr(), grad_log_sigma.data_ptr(), in_float64)
+        return grad_x, grad_mu.to(self.dtype), grad_log_sigma.to(self.dtype)
+
+
+class SharedNoise:
+    """The noise of one call in which several elements share a draw.
+
+    Args:
+        x: the activation, float32 or float64.
+        draws: shape of the draws, which broadcasts with x.
+        dim: axis of the structures, non-negative.
+        posterior: μ, log σ, mask, seed, lower and upper, as `Noise` takes them.
+    """
+
+    def __init__(self, x: Tensor, draws: Sequence[int], dim: int, posterior: Sequence[Any]) -> None:
+        structures = x.shape[dim]
+        self.table_shape = (math.prod(draws) // structures, structures)
+        # The draws are a small activation themselves: of ones forward, of sums backward.
+        self.noise = Noise(self.table_shape, 1, *posterior)
+        self.theta = self.noise.multiply(torch.ones(self.table_shape, dtype=x.dtype), None)
+        self.draws, self.shared = draws, [axis for axis, size in enumerate(draws) if size != x.shape[axis]]
+        self.length = math.prod(x.shape[dim + 1 :])
+        rows = math.prod(x.shape[: dim + 1])
+        self.sizes = (rows, self.length, rows // self.theta.numel(), structures)
+
+    def multiply(self, x: Tensor, activation: str | None) -> Tensor:
+        """Return activation(x) · θ · mask."""
+        if not self._in_rows(x):
+            return _activated(x, activation) * self.theta.view(self.draws)
+        out = torch.empty_like(x)
+        kernel = loops.shared_forward_kernels[x.element_size()]
+        arguments = (
+            x.data_ptr(),
+            out.data_ptr(),
+            self.theta.data_ptr(),
+            *self.sizes,
+            ACTIVATIONS[activation],
+        )
+
+        def call(first: int, last: int) -> None:
+            kernel(*arguments, first, last)
+
+        in_threads(call, self.sizes[0], seconds=x.numel() * SCALING_SECONDS)
         return out
 
     def gradients(self, grad: Tensor, x: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of ``multiply`` in x, μ and log σ."""
-        grad_x = torch.empty_like(x)
-        sums = np.empty((2, self.num_sums, self.sizes[1]))
-        arguments = (_array(grad), _array(x), _array(grad_x), sums, self.table, self.mask, self.seed)
+        if self._in_rows(x):
+            grad_x, sums = self._gradients_in_rows(grad.contiguous(), x, activation)
+        else:
+            activated = _activated(x, activation)
+            if activation == "relu":
+                # Filled and not multiplied, since 0 times infinity is not 0.
+                grad = grad.masked_fill(x <= 0, 0.0)
+            sums = grad * activated
+            sums = sums.sum(self.shared) if self.shared else sums
+            grad_x = grad * self.theta.view(self.draws)
+            if activation == "tanh":
+                grad_x = grad_x * (1.0 - activated * activated)
+        sums = sums.reshape(self.table_shape).contiguous()
+        _, grad_mu, grad_log_sigma = self.noise.gradients(torch.ones_like(sums), sums, None)
+        return grad_x, grad_mu, grad_log_sigma
+
+    def _gradients_in_rows(self, grad: Tensor, x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
+        grad_x, sums = torch.empty_like(x), torch.empty(self.sizes[0], dtype=x.dtype)
+        kernel = loops.shared_backward_kernels[x.element_size()]
+        addresses = [part.data_ptr() for part in (grad, x, grad_x, sums, self.theta)]
 
         def call(first: int, last: int) -> None:
-            loops.backward_kernel(
-                *arguments,
-                self.sizes,
-                self.tile,
-                ACTIVATIONS[activation],
-                first,
-                last,
-                self.lower,
-                self.upper,
-            )
+            kernel(*addresses, *self.sizes, ACTIVATIONS[activation], first, last)
 
-        in_threads(call, self.num_tiles, seconds=self._seconds(x, BACKWARD_SECONDS))
-        grad_mu, grad_log_sigma = torch.empty(2, self.sizes[1], dtype=torch.float64)
-        loops.sum_kernel(sums, self.table, grad_mu.numpy(), grad_log_sigma.numpy())
-        return grad_x, grad_mu.to(self.mu.dtype), grad_log_sigma.to(self.log_sigma.dtype)
+        in_threads(call, self.sizes[0], seconds=x.numel() * SCALING_SECONDS)
+        groups, structures = self.table_shape
+        return grad_x, sums.view(groups, -1, structures).sum(1)
 
-    def _seconds(self, x: Tensor, for_an_element: float) -> float:
-        return x.numel() * (EXACT_SECONDS if self.dtype == torch.float64 else for_an_element)
+    def _in_rows(self, x: Tensor) -> bool:
+        """Return whether the elements of a structure lie together, in rows that are worth a loop."""
+        return self.length >= loops.SHORTEST_STRIP and x.is_contiguous()
 
 
 def multiply_noise(
@@ -106,18 +185,17 @@ def multiply_noise(
     activation: str | None,
     lower: float,
     upper: float,
+    *,
+    kept: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Return activation(x) · θ · mask in x's memory layout."""
+    """Return activation(x) · θ · mask in x's memory layout; what backward needs again is put into ``kept``."""
     if x.numel() == 0:
         return torch.empty_like(x)
     wide = _widened(x)
-    draws = draw_shape(x, dim, granularity)
-    posterior = mu, log_sigma, mask, seed, wide.dtype, lower, upper
-    if math.prod(draws) == x.numel():
-        return _laid_out(Noise(x.shape, dim, *posterior).multiply(wide.contiguous(), activation), x)
-    noise = Noise((math.prod(draws) // mu.numel(), mu.numel()), 1, *posterior)
-    theta = noise.multiply(wide.new_ones(noise.sizes[:2]), None).view(draws)
-    return _laid_out(_activated(wide, activation) * theta, x)
+    noise = _noise(wide, dim, granularity, (mu, log_sigma, mask, seed, lower, upper))
+    if kept is not None:
+        kept["noise"] = noise
+    return _laid_out(noise.multiply(wide, activation), x)
 
 
 def multiply_noise_backward(
@@ -132,31 +210,25 @@ def multiply_noise_backward(
     activation: str | None,
     lower: float,
     upper: float,
+    *,
+    kept: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise`` in x, μ and log σ; bitwise the same on every run."""
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(mu), torch.zeros_like(log_sigma)
-    wide, wide_grad = _widened(x), _widened(grad)
+    wide = _widened(x)
+    posterior = (mu, log_sigma, mask, seed, lower, upper)
+    noise = kept["noise"] if kept else _noise(wide, dim, granularity, posterior)
+    grad_x, grad_mu, grad_log_sigma = noise.gradients(_widened(grad), wide, activation)
+    return _laid_out(grad_x, x), grad_mu, grad_log_sigma
+
+
+def _noise(x: Tensor, dim: int, granularity: str, posterior: Sequence[Any]) -> Noise | SharedNoise:
+    """Return the noise of a call with x in the dtype of the arithmetic."""
     draws = draw_shape(x, dim, granularity)
-    posterior = mu, log_sigma, mask, seed, wide.dtype, lower, upper
     if math.prod(draws) == x.numel():
-        noise = Noise(x.shape, dim, *posterior)
-        grad_x, *gradients = noise.gradients(wide_grad.contiguous(), wide.contiguous(), activation)
-        return _laid_out(grad_x, x), gradients[0], gradients[1]
-    # What the draws share is summed first; of these sums, the noise is that of a small activation.
-    activated = _activated(wide, activation)
-    if activation == "relu":
-        dead = wide <= 0  # filled and not multiplied, since 0 times infinity is not 0
-        wide_grad = wide_grad.masked_fill(dead, 0.0)
-    weight = wide_grad * activated
-    shared = [axis for axis, size in enumerate(draws) if size != x.shape[axis]]
-    weight = weight.sum(shared).view(-1, mu.numel()) if shared else weight.view(-1, mu.numel())
-    noise = Noise(weight.shape, 1, *posterior)
-    theta, *gradients = noise.gradients(torch.ones_like(weight), weight.contiguous(), None)
-    grad_x = wide_grad * theta.view(draws)
-    if activation == "tanh":
-        grad_x = grad_x * (1.0 - activated * activated)
-    return _laid_out(grad_x, x), gradients[0], gradients[1]
+        return Noise(x.shape, dim, *posterior)
+    return SharedNoise(x, draws, dim, posterior)
 
 
 def sample_noise(
@@ -197,6 +269,11 @@ def _array(tensor: Tensor) -> np.ndarray:
     """Return a contiguous tensor's memory as a vector."""
     array: np.ndarray = tensor.detach().view(-1).numpy()
     return array
+
+
+def _seconds(x: Tensor, for_an_element: float) -> float:
+    """Return about how long one thread takes for an activation."""
+    return x.numel() * (EXACT_SECONDS if x.dtype == torch.float64 else for_an_element)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,8 +168,10 @@ def multiply_noise(
     activation: str | None,
     lower: float,
     upper: float,
+    *,
+    kept: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Return activation(x) · θ · mask for θ at a seed's uniforms."""
+    """Return activation(x) · θ · mask for θ at a seed's uniforms; nothing is kept for backward."""
     uniform = _uniforms(seed, x, dim, granularity)
     return multiply_noise_at(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
 
@@ -186,6 +188,8 @@ def multiply_noise_backward(
     activation: str | None,
     lower: float,
     upper: float,
+    *,
+    kept: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise`` in x, μ and log σ."""
     uniform = _uniforms(seed, x, dim, granularity)

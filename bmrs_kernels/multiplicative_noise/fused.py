@@ -103,14 +103,18 @@ def multiply_noise(
     activation: str | None,
     lower: float,
     upper: float,
+    *,
+    kept: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Return activation(x) · θ · mask in x's memory layout."""
+    """Return activation(x) · θ · mask in x's memory layout; what backward needs again is put into ``kept``."""
     out = torch.empty_like(x)
     layout = layout_of(x, dim)
     if layout is None or x.stride() != out.stride():
         dense = x.contiguous()
         return out.copy_(
-            multiply_noise(dense, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
+            multiply_noise(
+                dense, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper, kept=kept
+            )
         )
     if x.numel() == 0:
         return out
@@ -144,6 +148,8 @@ def multiply_noise(
         grid, arguments, tile = _rows(x, layout, backward=False)
         options |= noise.options | tile
         constants = _constants(noise)
+        if kept is not None:
+            kept["constants"] = constants
         tensors = (x, out, constants, noise.mask, noise.seed)
         launch(kernels.multiply_rows_forward_kernel, grid, *tensors, *arguments, **options)
     return out
@@ -161,6 +167,8 @@ def multiply_noise_backward(
     activation: str | None,
     lower: float,
     upper: float,
+    *,
+    kept: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise`` in x, μ and log σ; bitwise the same on every run."""
     grad_x = torch.empty_like(x)
@@ -178,6 +186,7 @@ def multiply_noise_backward(
             activation,
             lower,
             upper,
+            kept=kept,
         )
         return grad_x.copy_(dense), gradients[0], gradients[1]
     if x.numel() == 0:
@@ -207,7 +216,8 @@ def multiply_noise_backward(
     else:
         grid, arguments, tile = _rows(x, layout, backward=True)
         num_partials = grid[0] // layout.num_structures * grid[1]
-        posterior = (_constants(noise), noise.mask, noise.seed)
+        constants = kept["constants"] if kept else _constants(noise)
+        posterior = (constants, noise.mask, noise.seed)
         kernel = kernels.multiply_rows_backward_kernel
     options |= noise.options | tile
     # One program's sums are the gradients themselves.

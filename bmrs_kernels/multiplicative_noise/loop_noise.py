@@ -14,6 +14,8 @@ import numpy as np
 
 from bmrs_kernels import polynomials
 from bmrs_kernels.loop_math import (
+    EXP_HIGHEST,
+    EXP_LOWEST,
     HALF_LOG_2PI,
     QUANTILE_CENTRE,
     QUANTILE_SHIFT,
@@ -26,6 +28,8 @@ from bmrs_kernels.loop_math import (
     normal_density,
     polynomial,
     sigma_from_log,
+    use_widest_vectors,
+    wide_exp,
 )
 from bmrs_kernels.multiplicative_noise.eager import MAX_OUTSIDE, MAX_SIGMA
 
@@ -51,7 +55,7 @@ TAIL_QUANTILE, TAIL_HAZARD = np.array(polynomials.TAIL_QUANTILE), np.array(polyn
 MU, SIGMA, ALPHA, BETA, IN_RANGE = range(5)
 BELOW, ABOVE, MASS, LOWER_DENSITY, UPPER_DENSITY = range(5, 10)
 DISTANCE, EPSILON, FAR_SURVIVAL, HAZARD_GAIN = range(10, 14)
-FIRST_OF_QUANTILE, FIRST_OF_HAZARD, NUM_CONSTANTS = 14, 22, 32
+FIRST_OF_QUANTILE, FIRST_OF_HAZARD, FACTOR, NUM_CONSTANTS = 14, 22, 32, 33
 
 
 class Inside(NamedTuple):
@@ -126,7 +130,7 @@ def inside_log_noise_in(real: type) -> Callable[..., Any]:
     quantile_ratio = polynomial(polynomials.QUANTILE, real)
     inverse_density_ratio = polynomial(polynomials.INVERSE_DENSITY, real)
 
-    def evaluate(y, q, lower, upper):  # type: ignore[no-untyped-def]
+    def evaluate(y, q, lower, upper):
         y = real(y)
         complement = one - y
         below, above = q.below + q.mass * y, q.above + q.mass * complement
@@ -151,9 +155,10 @@ def tail_log_noise_in(real: type) -> Callable[..., Any]:
     """
     one = real(1.0)
 
-    def evaluate(y, q, quantile, hazard, lower, upper):  # type: ignore[no-untyped-def]
-        y = one - real(y) if q.reflected else real(y)
-        survival = (one - y) + y * q.far_survival
+    def evaluate(y, q, quantile, hazard, lower, upper):
+        uniform, rest = real(y), one - real(y)
+        y, complement = (rest, uniform) if q.reflected else (uniform, rest)
+        survival = complement + y * q.far_survival
         u = np.sqrt(one - q.log_scale * real(log2(np.float32(survival)))) - one
         k0, k1, k2, k3, k4, k5, k6, k7 = quantile
         value = (((((k7 * u + k6) * u + k5) * u + k4) * u + k3) * u + k2) * u + k1
@@ -172,37 +177,65 @@ def tail_log_noise_in(real: type) -> Callable[..., Any]:
     return compiled(evaluate)
 
 
-def strip_noise_in(real: type) -> Callable[..., Any]:
-    """Return the function that writes θ and the derivatives of log θ at a strip of uniforms, computing in a dtype."""
-    inside_log_noise, tail_log_noise = inside_log_noise_in(real), tail_log_noise_in(real)
+def _exponentiate(values, count, lower, upper):
+    """Replace the first numbers, which lie in [lower, upper], by their exponentials.
 
-    def evaluate(y, row, lower, upper, noise, with_gradients):  # type: ignore[no-untyped-def]
-        low, high = real(lower), real(upper)
-        theta, grad_mu, grad_log_sigma = noise
-        if math.isnan(row[ALPHA]):
-            for i in range(y.size):
-                theta[i], grad_mu[i], grad_log_sigma[i] = NAN, NAN, NAN
-            return
-        if max(row[ALPHA], -row[BETA]) < TAIL_START:
-            inside = Inside(
-                real(row[MU]),
-                real(row[SIGMA]),
-                real(2.0 * row[BELOW]),
-                real(2.0 * row[ABOVE]),
-                real(2.0 * row[MASS]),
-                real(row[LOWER_DENSITY]),
-                real(row[UPPER_DENSITY]),
-                real(row[MU] - lower),
-                real(row[MU] - upper),
-            )
-            if with_gradients:
-                for i in range(y.size):
-                    x, grad_mu[i], grad_log_sigma[i] = inside_log_noise(y[i], inside, low, high)
-                    theta[i] = exp(x)
-            else:
-                for i in range(y.size):
-                    theta[i] = exp(inside_log_noise(y[i], inside, low, high)[0])
-            return
+    In a loop of its own: together with what computes the numbers, the constants would not fit into registers.
+    """
+    use_widest_vectors()
+    if lower >= EXP_LOWEST and upper <= EXP_HIGHEST:
+        for i in range(count):
+            values[i] = exp(values[i])
+    else:
+        for i in range(count):
+            values[i] = wide_exp(values[i])
+
+
+exponentiate = compiled(_exponentiate, inline=False)
+
+
+def inside_strips_in(real: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the functions that write log θ, and log θ with its derivatives, of a strip inside, computed in a dtype.
+
+    Functions of their own, since the setting up of a large one costs more than a short strip.
+    """
+    inside_log_noise = inside_log_noise_in(real)
+
+    def constants(row, lower, upper):
+        return Inside(
+            real(row[MU]),
+            real(row[SIGMA]),
+            real(2.0 * row[BELOW]),
+            real(2.0 * row[ABOVE]),
+            real(2.0 * row[MASS]),
+            real(row[LOWER_DENSITY]),
+            real(row[UPPER_DENSITY]),
+            real(row[MU] - lower),
+            real(row[MU] - upper),
+        )
+
+    constants_of = compiled(constants)
+
+    def values(y, row, lower, upper, value):
+        use_widest_vectors()
+        q, low, high = constants_of(row, lower, upper), real(lower), real(upper)
+        for i in range(y.size):
+            value[i] = inside_log_noise(y[i], q, low, high)[0]
+
+    def gradients(y, row, lower, upper, value, grad_mu, grad_log_sigma):
+        use_widest_vectors()
+        q, low, high = constants_of(row, lower, upper), real(lower), real(upper)
+        for i in range(y.size):
+            value[i], grad_mu[i], grad_log_sigma[i] = inside_log_noise(y[i], q, low, high)
+
+    return compiled(values, inline=False), compiled(gradients, inline=False)
+
+
+def tail_strips_in(real: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return what ``inside_strips_in`` does for strips of the tail regime."""
+    tail_log_noise = tail_log_noise_in(real)
+
+    def constants(row, lower, upper):
         tail = Tail(
             row[BETA] < 0.0,
             real(row[DISTANCE]),
@@ -233,15 +266,25 @@ def strip_noise_in(real: type) -> Callable[..., Any]:
             real(row[FIRST_OF_HAZARD + 8]),
             real(row[FIRST_OF_HAZARD + 9]),
         )
-        if with_gradients:
-            for i in range(y.size):
-                x, grad_mu[i], grad_log_sigma[i] = tail_log_noise(y[i], tail, quantile, hazard, low, high)
-                theta[i] = exp(x)
-        else:
-            for i in range(y.size):
-                theta[i] = exp(tail_log_noise(y[i], tail, quantile, hazard, low, high)[0])
+        return tail, quantile, hazard
 
-    return compiled(evaluate, inline=False)
+    constants_of = compiled(constants)
+
+    def values(y, row, lower, upper, value):
+        use_widest_vectors()
+        low, high = real(lower), real(upper)
+        q, quantile, hazard = constants_of(row, lower, upper)
+        for i in range(y.size):
+            value[i] = tail_log_noise(y[i], q, quantile, hazard, low, high)[0]
+
+    def gradients(y, row, lower, upper, value, grad_mu, grad_log_sigma):
+        use_widest_vectors()
+        low, high = real(lower), real(upper)
+        q, quantile, hazard = constants_of(row, lower, upper)
+        for i in range(y.size):
+            value[i], grad_mu[i], grad_log_sigma[i] = tail_log_noise(y[i], q, quantile, hazard, low, high)
+
+    return compiled(values, inline=False), compiled(gradients, inline=False)
 
 
 quantile_ratio_float64 = polynomial(polynomials.QUANTILE, np.float64)
@@ -310,7 +353,7 @@ def exact_log_noise(y, row, lower, upper):
     return x, grad_mu, grad_log_sigma
 
 
-def _exact_strip_noise(y, row, lower, upper, noise, with_gradients):  # type: ignore[no-untyped-def]
+def _exact_strip_noise(y, row, lower, upper, noise, with_gradients):
     """Do what ``strip_noise`` does in float64 to full precision."""
     theta, grad_mu, grad_log_sigma = noise
     for i in range(y.size):
@@ -321,7 +364,10 @@ def _exact_strip_noise(y, row, lower, upper, noise, with_gradients):  # type: ig
 
 
 exact_strip_noise = compiled(_exact_strip_noise, inline=False)
-strip_noise_float32, strip_noise_float64 = strip_noise_in(np.float32), strip_noise_in(np.float64)
+inside_values, inside_gradients = inside_strips_in(np.float32)
+wide_inside_values, wide_inside_gradients = inside_strips_in(np.float64)
+tail_values, tail_gradients = tail_strips_in(np.float32)
+wide_tail_values, wide_tail_gradients = tail_strips_in(np.float64)
 
 
 @compiled
@@ -337,9 +383,39 @@ def strip_noise(y, row, lower, upper, noise, with_gradients):
             float64 for full precision.
         with_gradients: whether to write the last two.
     """
-    if noise[0].itemsize == FLOAT64_BYTES:
+    theta, grad_mu, grad_log_sigma = noise
+    in_tail, wide = max(row[ALPHA], -row[BETA]) >= TAIL_START, row[SIGMA] > WIDE
+    if math.isnan(row[ALPHA]):
+        fill_with_nan(y.size, theta, grad_mu, grad_log_sigma)
+        return
+    if theta.itemsize == FLOAT64_BYTES:
         exact_strip_noise(y, row, lower, upper, noise, with_gradients)
-    elif row[SIGMA] > WIDE:
-        strip_noise_float64(y, row, lower, upper, noise, with_gradients)
+        return
+    if with_gradients:
+        if in_tail and wide:
+            wide_tail_gradients(y, row, lower, upper, theta, grad_mu, grad_log_sigma)
+        elif in_tail:
+            tail_gradients(y, row, lower, upper, theta, grad_mu, grad_log_sigma)
+        elif wide:
+            wide_inside_gradients(y, row, lower, upper, theta, grad_mu, grad_log_sigma)
+        else:
+            inside_gradients(y, row, lower, upper, theta, grad_mu, grad_log_sigma)
+    elif in_tail and wide:
+        wide_tail_values(y, row, lower, upper, theta)
+    elif in_tail:
+        tail_values(y, row, lower, upper, theta)
+    elif wide:
+        wide_inside_values(y, row, lower, upper, theta)
     else:
-        strip_noise_float32(y, row, lower, upper, noise, with_gradients)
+        inside_values(y, row, lower, upper, theta)
+    exponentiate(theta, y.size, lower, upper)
+
+
+def _fill_with_nan(count, *results):
+    """Make the noise of a structure NaN, whose μ or log σ is."""
+    for result in results:
+        for i in range(count):
+            result[i] = NAN
+
+
+fill_with_nan = compiled(_fill_with_nan, inline=False)

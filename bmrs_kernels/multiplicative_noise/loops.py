@@ -9,11 +9,25 @@ results do not depend on which thread computes which tiles.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from bmrs_kernels.loop_math import LANES, ONE, REGROUPING, compiled, fill_uniform, kernel, tanh
+from bmrs_kernels.loop_math import (
+    LANES,
+    ONE,
+    REGROUPING,
+    compiled,
+    fill_uniform,
+    kernel,
+    tanh,
+    unmanaged,
+    use_widest_vectors,
+    vector_at,
+)
 from bmrs_kernels.multiplicative_noise.loop_noise import (
+    FACTOR,
+    FLOAT64_BYTES,
     IN_RANGE,
     NUM_CONSTANTS,
     exact_log_noise,
@@ -24,8 +38,9 @@ from bmrs_kernels.multiplicative_noise.loop_noise import (
 # Activations by number.
 IDENTITY, RELU, TANH = range(3)
 ZERO = np.float32(0.0)
-# Whole counters are drawn: up to this many uniforms more than a row of a tile has.
-SLACK = 2 * LANES
+ELEMENTS_PER_VECTOR = 16
+# Whole counters are drawn, and whole vectors computed: room beyond the uniforms of a tile's row.
+SLACK = 2 * LANES + ELEMENTS_PER_VECTOR
 
 # Elements of a tile whose strips lie in memory as they are, and rows and elements a row of one whose strips do not.
 ELEMENTS_PER_TILE = 1024
@@ -41,139 +56,248 @@ def tile_shape(outer: int, structures: int, inner: int) -> tuple[int, int, int]:
 
 
 @kernel
-def constants_kernel(mu, log_sigma, lower, upper):
-    """Return the table of constants, float64 [structures, NUM_CONSTANTS]."""
-    table = np.zeros((mu.size, NUM_CONSTANTS))
-    for structure in range(mu.size):
-        structure_constants(
-            np.float64(mu[structure]), np.float64(log_sigma[structure]), lower, upper, table[structure]
-        )
+def constants_kernel(mu, log_sigma, in_float64, mask, structures, lower, upper):
+    """Return the table of constants, float64 [structures, NUM_CONSTANTS].
+
+    Args:
+        mu: address of float32 or float64.
+        log_sigma: address of the same dtype.
+        in_float64: whether they are float64.
+        mask: address of a float32 factor per structure, 0 for none.
+        structures: their number.
+        lower: lower end of log θ.
+        upper: upper end of log θ.
+    """
+    table = np.zeros((structures, NUM_CONSTANTS))
+    narrow_mu, wide_mu = vector_at(mu, structures, np.float32), vector_at(mu, structures, np.float64)
+    narrow_scale = vector_at(log_sigma, structures, np.float32)
+    wide_scale = vector_at(log_sigma, structures, np.float64)
+    factors = vector_at(mask, structures, np.float32)
+    for structure in range(structures):
+        row = table[structure]
+        if in_float64:
+            structure_constants(wide_mu[structure], wide_scale[structure], lower, upper, row)
+        else:
+            location, scale = np.float64(narrow_mu[structure]), np.float64(narrow_scale[structure])
+            structure_constants(location, scale, lower, upper, row)
+        row[FACTOR] = factors[structure] if mask != 0 else 1.0
     return table
 
 
+def forward_kernel_in(real: type) -> Callable[..., None]:
+    """Return the kernel for activations of a dtype."""
+
+    @kernel
+    def forward_kernel(x, out, table, seed, sizes, tile_sizes, activation, first, last, lower, upper):
+        """Write activation(x) · θ · mask for the tiles from ``first`` to before ``last``.
+
+        Args:
+            x: address of the activation, contiguous.
+            out: address of the result, to be written.
+            table: constants of the structures.
+            seed: int64.
+            sizes: (outer, structures, inner).
+            tile_sizes: the same of a tile.
+            activation: its number.
+            first: see above.
+            last: see above.
+            lower: lower end of log θ.
+            upper: upper end of log θ.
+        """
+        use_widest_vectors()
+        elements = sizes[0] * sizes[1] * sizes[2]
+        x, out, rows_of = vector_at(x, elements, real), vector_at(out, elements, real), unmanaged(table)
+        longest = padded(tile_sizes[0] * tile_sizes[2])
+        # Zeros, since strips are computed to the end of a vector: what lies there must be a number.
+        memory, uniform_memory = np.zeros((3, longest), real), np.zeros((2, room(tile_sizes)), np.float32)
+        strip_x, strip_out, theta = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
+        uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
+        starts = np.empty(tile_sizes[0], np.int64)
+        noise = (theta, theta, theta)
+        stride = sizes[1] * sizes[2]
+        for number in range(first, last):
+            begin, end = tile_bounds(number, sizes, tile_sizes)
+            fill_tile(seed, begin, end, sizes, uniform, starts)
+            rows, length = end[0] - begin[0], end[2] - begin[2]
+            count = rows * length
+            for structure in range(begin[1], end[1]):
+                offset = (structure - begin[1]) * length
+                origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
+                if rows == 1:
+                    y, strip, target = uniform[starts[0] + offset :], x[origin:], out[origin:]
+                else:
+                    y, strip, target = strip_y, strip_x, strip_out
+                    gather_uniform(uniform[offset:], starts, rows, length, y)
+                    gather(x[origin:], stride, rows, length, strip)
+                row = rows_of[structure]
+                factor = real(row[FACTOR])
+                if factor != ZERO:
+                    strip_noise(y[: computed(count, theta)], row, lower, upper, noise, False)
+                forward_strip(strip[:count], target, theta, factor, activation)
+                if rows > 1:
+                    scatter(target, stride, rows, length, out[origin:])
+        # Up to here they are alive.
+        memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
+
+    return forward_kernel
+
+
+def backward_kernel_in(real: type) -> Callable[..., None]:
+    """Return the kernel for activations of a dtype."""
+
+    @kernel
+    def backward_kernel(
+        grad, x, grad_x, sums, table, seed, sizes, tile_sizes, activation, first, last, lower, upper
+    ):
+        """Write the gradient in x, and each tile's sums of the gradients in μ and log σ.
+
+        Args:
+            grad: address of the gradient of the result, contiguous.
+            x: address of the activation, contiguous.
+            grad_x: address of its gradient, to be written.
+            sums: float64 [2, tiles of one structure, structures], to be written.
+            table: constants of the structures.
+            seed: int64.
+            sizes: (outer, structures, inner).
+            tile_sizes: the same of a tile.
+            activation: its number.
+            first: number of the first tile.
+            last: number after that of the last tile.
+            lower: lower end of log θ.
+            upper: upper end of log θ.
+        """
+        use_widest_vectors()
+        elements = sizes[0] * sizes[1] * sizes[2]
+        grad, x = vector_at(grad, elements, real), vector_at(x, elements, real)
+        grad_x, rows_of = vector_at(grad_x, elements, real), unmanaged(table)
+        longest = padded(tile_sizes[0] * tile_sizes[2])
+        memory, uniform_memory = np.zeros((6, longest), real), np.zeros((2, room(tile_sizes)), np.float32)
+        strip_x, strip_grad, strip_out = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
+        theta, grad_mu, grad_log_sigma = unmanaged(memory[3]), unmanaged(memory[4]), unmanaged(memory[5])
+        uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
+        starts = np.empty(tile_sizes[0], np.int64)
+        noise = (theta, grad_mu, grad_log_sigma)
+        stride = sizes[1] * sizes[2]
+        tiles_across = -(-sizes[1] // tile_sizes[1])
+        for number in range(first, last):
+            begin, end = tile_bounds(number, sizes, tile_sizes)
+            fill_tile(seed, begin, end, sizes, uniform, starts)
+            rows, length = end[0] - begin[0], end[2] - begin[2]
+            count = rows * length
+            block = number // tiles_across
+            for structure in range(begin[1], end[1]):
+                offset = (structure - begin[1]) * length
+                origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
+                if rows == 1:
+                    y, strip = uniform[starts[0] + offset :], x[origin:]
+                    upstream, target = grad[origin:], grad_x[origin:]
+                else:
+                    y, strip, upstream, target = strip_y, strip_x, strip_grad, strip_out
+                    gather_uniform(uniform[offset:], starts, rows, length, y)
+                    gather(x[origin:], stride, rows, length, strip)
+                    gather(grad[origin:], stride, rows, length, upstream)
+                row = rows_of[structure]
+                factor = real(row[FACTOR])
+                alive = factor != ZERO
+                if alive:
+                    strip_noise(y[: computed(count, theta)], row, lower, upper, noise, True)
+                backward_strip(upstream[:count], strip, target, theta, factor, activation)
+                if rows > 1:
+                    scatter(target, stride, rows, length, grad_x[origin:])
+                # A pruned structure takes no part, whatever its activations are.
+                sums[0, block, structure] = dot(theta[:count], grad_mu) if alive else 0.0
+                sums[1, block, structure] = dot(theta[:count], grad_log_sigma) if alive else 0.0
+        memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
+
+    return backward_kernel
+
+
+def shared_forward_kernel_in(real: type) -> Callable[..., None]:
+    """Return the kernel for activations of a dtype in which the elements of a row share their draw."""
+
+    @kernel
+    def shared_forward_kernel(x, out, theta, rows, length, rows_of_draw, structures, activation, first, last):
+        """Write activation(x) · θ for rows ``first`` to ``last - 1``.
+
+        Args:
+            x: address of the activation [rows, length], contiguous, structures varying fastest along the rows.
+            out: address of the result, to be written.
+            theta: address of θ · mask [draws of a structure, structures].
+            rows: see above.
+            length: see above.
+            rows_of_draw: how many of a structure's rows in succession share a draw.
+            structures: their number.
+            activation: its number.
+            first: see above.
+            last: see above.
+        """
+        x, out = vector_at(x, rows * length, real), vector_at(out, rows * length, real)
+        theta = vector_at(theta, rows // rows_of_draw, real)
+        for row in range(first, last):
+            factor = theta[row // structures // rows_of_draw * structures + row % structures]
+            scale_strip(x[row * length :][:length], out[row * length :], factor, activation)
+
+    return shared_forward_kernel
+
+
+def shared_backward_kernel_in(real: type) -> Callable[..., None]:
+    """Return the kernel for activations of a dtype in which the elements of a row share their draw."""
+
+    @kernel
+    def shared_backward_kernel(
+        grad, x, grad_x, sums, theta, rows, length, rows_of_draw, structures, activation, first, last
+    ):
+        """Write the gradient in x, and each row's sum of grad · activation(x).
+
+        Args:
+            grad: address of the gradient of the result [rows, length], contiguous.
+            x: address of the activation.
+            grad_x: address of its gradient, to be written.
+            sums: address of [rows], to be written.
+            theta: address of θ · mask [draws of a structure, structures].
+            rows: see above.
+            length: see above.
+            rows_of_draw: how many of a structure's rows in succession share a draw.
+            structures: their number.
+            activation: its number.
+            first: number of the first row to compute.
+            last: number after that of the last one.
+        """
+        grad, x = vector_at(grad, rows * length, real), vector_at(x, rows * length, real)
+        grad_x, sums = vector_at(grad_x, rows * length, real), vector_at(sums, rows, real)
+        theta = vector_at(theta, rows // rows_of_draw, real)
+        for row in range(first, last):
+            factor = theta[row // structures // rows_of_draw * structures + row % structures]
+            start = row * length
+            sums[row] = unscale_strip(grad[start:][:length], x[start:], grad_x[start:], factor, activation)
+
+    return shared_backward_kernel
+
+
 @kernel
-def forward_kernel(x, out, table, mask, seed, sizes, tile_sizes, activation, first, last, lower, upper):
-    """Write activation(x) · θ · mask for the tiles from ``first`` to before ``last``.
+def sum_kernel(sums, table, grad_mu, grad_log_sigma, in_float64):
+    """Add up the tiles' sums in their order; log σ has no gradient where it is clamped.
 
     Args:
-        x: float32 or float64, flat.
-        out: the same dtype, flat, to be written.
+        sums: what ``backward_kernel`` wrote.
         table: constants of the structures.
-        mask: factor per structure, in x's dtype.
-        seed: int64.
-        sizes: (outer, structures, inner).
-        tile_sizes: the same of a tile.
-        activation: its number.
-        first: see above.
-        last: see above.
-        lower: lower end of log θ.
-        upper: upper end of log θ.
+        grad_mu: address of the result, to be written.
+        grad_log_sigma: address of the result, to be written.
+        in_float64: whether the results are float64 and not float32.
     """
-    uniform, starts = tile_memory(tile_sizes)
-    # Each its own: where memory may overlap, loops are not vectorised.
-    strip_y, strip_x = strip_memory(tile_sizes, np.float32), strip_memory(tile_sizes, x.dtype)
-    strip_out, theta = strip_memory(tile_sizes, x.dtype), strip_memory(tile_sizes, x.dtype)
-    noise = (theta, theta, theta)
-    stride = sizes[1] * sizes[2]
-    for number in range(first, last):
-        begin, end = tile_bounds(number, sizes, tile_sizes)
-        fill_tile(seed, begin, end, sizes, uniform, starts)
-        rows, length = end[0] - begin[0], end[2] - begin[2]
-        count = rows * length
-        for structure in range(begin[1], end[1]):
-            offset = (structure - begin[1]) * length
-            origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
-            if rows == 1:
-                y, strip, target = uniform[starts[0] + offset :], x[origin:], out[origin:]
-            else:
-                y, strip, target = strip_y, strip_x, strip_out
-                gather_uniform(uniform[offset:], starts, rows, length, y)
-                gather(x[origin:], stride, rows, length, strip)
-            if mask[structure] != ZERO:
-                strip_noise(y[:count], table[structure], lower, upper, noise, False)
-            forward_strip(strip[:count], target, theta, mask[structure], activation)
-            if rows > 1:
-                scatter(target, stride, rows, length, out[origin:])
-
-
-@kernel
-def backward_kernel(
-    grad, x, grad_x, sums, table, mask, seed, sizes, tile_sizes, activation, first, last, lower, upper
-):
-    """Write the gradient in x, and each tile's sums of the gradients in μ and log σ.
-
-    Args:
-        grad: gradient of the result, flat, in x's dtype.
-        x: float32 or float64, flat.
-        grad_x: flat, to be written, in x's dtype.
-        sums: float64 [2, tiles of one structure, structures], to be written.
-        table: constants of the structures.
-        mask: factor per structure, in x's dtype.
-        seed: int64.
-        sizes: (outer, structures, inner).
-        tile_sizes: the same of a tile.
-        activation: its number.
-        first: number of the first tile.
-        last: number after that of the last tile.
-        lower: lower end of log θ.
-        upper: upper end of log θ.
-    """
-    uniform, starts = tile_memory(tile_sizes)
-    strip_y, strip_x = strip_memory(tile_sizes, np.float32), strip_memory(tile_sizes, x.dtype)
-    strip_grad, strip_out = strip_memory(tile_sizes, x.dtype), strip_memory(tile_sizes, x.dtype)
-    noise = (
-        strip_memory(tile_sizes, x.dtype),
-        strip_memory(tile_sizes, x.dtype),
-        strip_memory(tile_sizes, x.dtype),
-    )
-    theta, grad_mu, grad_log_sigma = noise
-    stride = sizes[1] * sizes[2]
-    tiles_across = -(-sizes[1] // tile_sizes[1])
-    for number in range(first, last):
-        begin, end = tile_bounds(number, sizes, tile_sizes)
-        fill_tile(seed, begin, end, sizes, uniform, starts)
-        rows, length = end[0] - begin[0], end[2] - begin[2]
-        count = rows * length
-        block = number // tiles_across
-        for structure in range(begin[1], end[1]):
-            offset = (structure - begin[1]) * length
-            origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
-            if rows == 1:
-                y, strip = uniform[starts[0] + offset :], x[origin:]
-                upstream, target = grad[origin:], grad_x[origin:]
-            else:
-                y, strip, upstream, target = strip_y, strip_x, strip_grad, strip_out
-                gather_uniform(uniform[offset:], starts, rows, length, y)
-                gather(x[origin:], stride, rows, length, strip)
-                gather(grad[origin:], stride, rows, length, upstream)
-            alive = mask[structure] != ZERO
-            if alive:
-                strip_noise(y[:count], table[structure], lower, upper, noise, True)
-            backward_strip(upstream[:count], strip, target, theta, mask[structure], activation)
-            if rows > 1:
-                scatter(target, stride, rows, length, grad_x[origin:])
-            # A pruned structure takes no part, whatever its activations are.
-            sums[0, block, structure] = dot(theta[:count], grad_mu) if alive else 0.0
-            sums[1, block, structure] = dot(theta[:count], grad_log_sigma) if alive else 0.0
-
-
-@kernel
-def sum_kernel(sums, table, grad_mu, grad_log_sigma):
-    """Add up the tiles' sums in their order; log σ has no gradient where it is clamped."""
-    for structure in range(table.shape[0]):
+    structures = table.shape[0]
+    for structure in range(structures):
         total_mu, total_log_sigma = 0.0, 0.0
-        for across in range(sums.shape[1]):
-            total_mu += sums[0, across, structure]
-            total_log_sigma += sums[1, across, structure]
-        grad_mu[structure] = total_mu
-        grad_log_sigma[structure] = total_log_sigma if table[structure, IN_RANGE] != 0.0 else 0.0
-
-
-@compiled
-def tile_memory(tile_sizes):
-    """Return memory for the uniforms of a tile and for the place of each row's first."""
-    row = tile_sizes[1] * tile_sizes[2] + SLACK
-    return np.empty(tile_sizes[0] * row, np.float32), np.empty(tile_sizes[0], np.int64)
+        for block in range(sums.shape[1]):
+            total_mu += sums[0, block, structure]
+            total_log_sigma += sums[1, block, structure]
+        total_log_sigma = total_log_sigma if table[structure, IN_RANGE] != 0.0 else 0.0
+        if in_float64:
+            vector_at(grad_mu, structures, np.float64)[structure] = total_mu
+            vector_at(grad_log_sigma, structures, np.float64)[structure] = total_log_sigma
+        else:
+            vector_at(grad_mu, structures, np.float32)[structure] = total_mu
+            vector_at(grad_log_sigma, structures, np.float32)[structure] = total_log_sigma
 
 
 @kernel
@@ -202,9 +326,22 @@ def uniform_kernel(seed, out, first, last):
 
 
 @compiled
-def strip_memory(tile_sizes, dtype):
-    """Return memory for a number for each element of a strip."""
-    return np.empty(tile_sizes[0] * tile_sizes[2], dtype)
+def padded(count):
+    """Return a number of elements that fills whole vectors: the rest of a loop would take one element at a time."""
+    return -(-count // ELEMENTS_PER_VECTOR) * ELEMENTS_PER_VECTOR
+
+
+@compiled
+def computed(count, theta):
+    """Return for how many elements of a strip noise is computed: for whole vectors, where vectors are used."""
+    return count if theta.itemsize == FLOAT64_BYTES else padded(count)
+
+
+@compiled
+def room(tile_sizes):
+    """Return how much memory the uniforms of a tile need, as rows and as strips."""
+    row = tile_sizes[1] * tile_sizes[2] + SLACK
+    return max(tile_sizes[0] * row, padded(tile_sizes[0] * tile_sizes[2]))
 
 
 @compiled
@@ -272,8 +409,9 @@ def scatter(strip, stride, rows, length, target):
             target[row * stride + i] = strip[row * length + i]
 
 
-def _forward_strip(x, out, theta, factor, activation):  # type: ignore[no-untyped-def]
+def _forward_strip(x, out, theta, factor, activation):
     """Write activation(x) · θ · factor of a strip; θ need not be known where the factor is 0."""
+    use_widest_vectors()
     if factor == ZERO:
         theta[: x.size] = ONE
     if activation == RELU:
@@ -289,8 +427,9 @@ def _forward_strip(x, out, theta, factor, activation):  # type: ignore[no-untype
             out[i] = x[i] * (theta[i] * factor)
 
 
-def _backward_strip(grad, x, grad_x, theta, factor, activation):  # type: ignore[no-untyped-def]
+def _backward_strip(grad, x, grad_x, theta, factor, activation):
     """Write the gradient in x of a strip, and in place of θ the products grad · activation(x) · θ · factor."""
+    use_widest_vectors()
     if factor == ZERO:
         theta[: grad.size] = ONE
     if activation == RELU:
@@ -312,8 +451,45 @@ def _backward_strip(grad, x, grad_x, theta, factor, activation):  # type: ignore
             theta[i] = upstream * value * scale
 
 
-def _dot(first, second):  # type: ignore[no-untyped-def]
+def _scale_strip(x, out, factor, activation):
+    """Write activation(x) · factor."""
+    use_widest_vectors()
+    if activation == RELU:
+        for i in range(x.size):
+            value = ZERO if x[i] <= ZERO else x[i]
+            out[i] = value * factor
+    elif activation == TANH:
+        for i in range(x.size):
+            out[i] = tanh(x[i]) * factor
+    else:
+        for i in range(x.size):
+            out[i] = x[i] * factor
+
+
+def _unscale_strip(grad, x, grad_x, factor, activation):
+    """Write the gradient in x of activation(x) · factor, and return the sum of grad · activation(x)."""
+    use_widest_vectors()
+    total = factor - factor
+    if activation == RELU:
+        for i in range(grad.size):
+            dead = x[i] <= ZERO
+            grad_x[i] = ZERO if dead else grad[i] * factor
+            total += ZERO if dead else grad[i] * x[i]
+    elif activation == TANH:
+        for i in range(grad.size):
+            value = tanh(x[i])
+            grad_x[i] = grad[i] * (ONE - value * value) * factor
+            total += grad[i] * value
+    else:
+        for i in range(grad.size):
+            grad_x[i] = grad[i] * factor
+            total += grad[i] * x[i]
+    return total
+
+
+def _dot(first, second):
     """Return the sum of products over the length of ``first``; the order of float32 additions depends on it alone."""
+    use_widest_vectors()
     total = ZERO
     for i in range(first.size):
         total += first[i] * second[i]
@@ -325,3 +501,11 @@ forward_strip, backward_strip = (
     compiled(_backward_strip, inline=False),
 )
 dot = compiled(_dot, inline=False, fastmath=REGROUPING)
+scale_strip = compiled(_scale_strip, inline=False)
+unscale_strip = compiled(_unscale_strip, inline=False, fastmath=REGROUPING)
+
+# By the number of an activation's bytes.
+forward_kernels = {4: forward_kernel_in(np.float32), 8: forward_kernel_in(np.float64)}
+backward_kernels = {4: backward_kernel_in(np.float32), 8: backward_kernel_in(np.float64)}
+shared_forward_kernels = {4: shared_forward_kernel_in(np.float32), 8: shared_forward_kernel_in(np.float64)}
+shared_backward_kernels = {4: shared_backward_kernel_in(np.float32), 8: shared_backward_kernel_in(np.float64)}

@@ -145,7 +145,8 @@ class _MultiplyNoise(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:5])
         ctx.options = inputs[5:]
         *arguments, backend = inputs
-        out: Tensor = _implementation(backend).multiply_noise(*arguments)
+        ctx.kept = {}
+        out: Tensor = _implementation(backend).multiply_noise(*arguments, kept=ctx.kept)
         return out
 
     @staticmethod
@@ -153,7 +154,9 @@ class _MultiplyNoise(torch.autograd.Function):
         *options, backend = ctx.options
         if torch.is_grad_enabled():  # a second derivative may follow, which only the operator forbids
             return _multiply_backward(ctx, grad)
-        grads = _implementation(backend).multiply_noise_backward(grad, *ctx.saved_tensors, *options)
+        grads = _implementation(backend).multiply_noise_backward(
+            grad, *ctx.saved_tensors, *options, kept=ctx.kept
+        )
         return (*grads, *[None] * (2 + len(ctx.options)))
 
 
