@@ -15,7 +15,10 @@ COMMANDS = {
         "train with the functions here and with the plain formulas, and look for NaN",
     ),
     "gpu-check": ("benchmarks.gpu_check", "test and time the kernels on this machine's GPU"),
+    "scaling": ("benchmarks.scaling", "time everything against its size, and fit the slopes"),
     "readme": ("benchmarks.readme", "write the README's tables from the committed results"),
+    "step": ("benchmarks.step", "time training steps with noise against the same network without"),
+    "pruning": ("benchmarks.pruning", "time pruning decisions, compaction and the compacted networks"),
     "machine-code": ("benchmarks.machine_code.command", "compile the kernels and read their machine code"),
 }
 

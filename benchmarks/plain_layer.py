@@ -13,26 +13,28 @@ from benchmarks import plain
 from bmrs import NoiseLayer
 
 KLWeight: TypeAlias = Literal["elbo", "mean"]
+Uniforms: TypeAlias = Literal["philox", "torch"]
 
 _ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 
 
 class PlainNoiseLayer(nn.Module):
-    """The training mode of a noise layer with the plain formulas, at the same uniforms; it has no mask.
-
-    A call takes one seed from torch's generator, as a call of `bmrs.NoiseLayer` does, and draws the uniforms that
-    belong to it: after the same ``torch.manual_seed`` both layers meet identical uniforms.
+    """The training mode of a noise layer with the plain formulas; it has no mask.
 
     Args:
         layer: the layer whose options, μ and log σ are taken over; it shares no memory with this one.
+        uniforms: ``"philox"`` takes one seed from torch's generator, as a call of `bmrs.NoiseLayer` does, and draws
+            the uniforms that belong to it: after the same ``torch.manual_seed`` both layers meet identical uniforms.
+            ``"torch"`` draws them with ``torch.rand``: faster, and what one would write without that aim.
 
     Attributes:
         mu: parameter of shape (structures,).
         log_sigma: parameter of the same shape.
     """
 
-    def __init__(self, layer: NoiseLayer) -> None:
+    def __init__(self, layer: NoiseLayer, *, uniforms: Uniforms = "philox") -> None:
         super().__init__()
+        self.uniforms = uniforms
         self.dim, self.granularity, self.activation = layer.dim, layer.granularity, layer.activation
         self.lower, self.upper = layer.lower, layer.upper
         self.mu = nn.Parameter(layer.mu.detach().clone())
@@ -40,27 +42,36 @@ class PlainNoiseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``activation(x) · θ`` in the shape of x, which has the structures along ``dim``."""
-        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
         dim = self.dim % x.dim()
-        kept = {"element": range(x.dim()), "sample": (0, dim), "batch": (dim,)}[self.granularity]
-        shape = [size if axis in kept else 1 for axis, size in enumerate(x.shape)]
         return plain.multiply_noise(
             x if self.activation is None else _ACTIVATIONS[self.activation](x),
             self.mu,
             self.log_sigma,
             dim=dim,
-            uniform=bmrs_kernels.philox_uniform(seed, shape, device=x.device),
+            granularity=self.granularity,
+            uniform=self._seeded_uniforms(x, dim) if self.uniforms == "philox" else None,
             lower=self.lower,
             upper=self.upper,
-        )
+        ).to(x.dtype)
+
+    def _seeded_uniforms(self, x: Tensor, dim: int) -> Tensor:
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
+        kept = {"element": range(x.dim()), "sample": (0, dim), "batch": (dim,)}[self.granularity]
+        shape = [size if axis in kept else 1 for axis, size in enumerate(x.shape)]
+        return bmrs_kernels.philox_uniform(seed, shape, device=x.device)
 
 
-def use_plain_formulas(model: nn.Module) -> nn.Module:
-    """Replace every noise layer below a model by a plain one with the same values, in place, and return the model."""
+def use_plain_formulas(model: nn.Module, *, uniforms: Uniforms = "philox") -> nn.Module:
+    """Replace every noise layer below a model by a plain one with the same values, in place, and return the model.
+
+    Args:
+        model: a model with noise layers.
+        uniforms: see `PlainNoiseLayer`.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, NoiseLayer):
-                setattr(parent, name, PlainNoiseLayer(child))
+                setattr(parent, name, PlainNoiseLayer(child, uniforms=uniforms))
     return model
 
 

@@ -1,6 +1,6 @@
-"""Write the README's tables from the committed results: ``python -m benchmarks readme``.
+"""Write the README's tables and the plots from the committed results: ``python -m benchmarks readme``.
 
-With --check nothing is written, and the exit code is 1 if the README says something else than the results.
+With --check nothing is written, and the exit code is 1 if the README or a plot says something else than the results.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots, speed_tables
 from benchmarks.markdown import table
 from benchmarks.processes import ROOT
 
@@ -29,10 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = README.read_text("utf-8")
     after = with_results(before, RESULTS)
     if options.check:
-        if before != after:
-            print("README.md differs from the results: run python -m benchmarks readme", file=sys.stderr)
-        return int(before != after)
+        wrong = [*(["README.md"] if before != after else []), *map(str, plots.stale_files(RESULTS))]
+        if wrong:
+            names = ", ".join(wrong)
+            print(f"{names}: not from these results: run python -m benchmarks readme", file=sys.stderr)
+        return int(bool(wrong))
     README.write_text(after, "utf-8")
+    plots.write(RESULTS)
     return 0
 
 
@@ -104,4 +108,11 @@ def _number(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-")
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"accuracy": accuracy, "finite-training": finite_training}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "accuracy": accuracy,
+    "finite-training": finite_training,
+    "functions": speed_tables.functions,
+    "step": speed_tables.step,
+    "pruning": speed_tables.pruning,
+    "scaling": speed_tables.scaling,
+}

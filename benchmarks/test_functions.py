@@ -1,68 +1,61 @@
-"""Time of every function, forward and backward: ``python -m pytest benchmarks --benchmark-only``.
+"""Time of every function against its competitors: ``python -m pytest benchmarks --benchmark-only``.
 
-Each group holds the project's function, the plain formulas and, where x is read and written, a copy of x as the floor.
+The competitors of a case take turns, so that a machine whose speed drifts is fair to all of them. ``--help`` lists the
+options under "function benchmarks".
 """
 
 from __future__ import annotations
 
+import functools
+import time
+
 import pytest
 import torch
 
-import bmrs_kernels
-from benchmarks import plain
+from benchmarks.competitors import Contest, competitors_of
+from benchmarks.conftest import MEASUREMENTS, device_of
+from benchmarks.function_cases import cases
+from benchmarks.function_results import Item
 
-# Activations of the paper's networks: MLP, LeNet-5's first and second convolution.
-SHAPES = {"mlp": (128, 100), "lenet5-conv1": (64, 6, 28, 28), "lenet5-conv2": (64, 16, 10, 10)}
-STRUCTURES = 800
-NOISE = {"project": bmrs_kernels.multiply_noise, "plain": plain.multiply_noise}
-KL = {"project": bmrs_kernels.kl_divergence, "plain": plain.kl_divergence}
+TURNS = 3
+GPU_ROUND_SECONDS = 1e-3  # many launches between two waits for the GPU
 
-
-def parameters(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return leaf tensors inside the interval, where the plain formulas hold too."""
-    mu = torch.linspace(-3.0, -1.0, count).requires_grad_()
-    return mu, torch.full((count,), -1.0).requires_grad_()
+# Only one, since the tensors of a case may fill much of a GPU; its competitors follow each other.
+contest_of = functools.lru_cache(maxsize=1)(Contest)
 
 
-@pytest.mark.parametrize("implementation", NOISE)
-@pytest.mark.parametrize("granularity", ["element", "sample", "batch"])
-@pytest.mark.parametrize("network", SHAPES)
-def test_multiply_noise(benchmark, network, granularity, implementation):
-    shape = SHAPES[network]
-    benchmark.group = f"multiply_noise {network} {granularity}"
-    x = torch.ones(shape, requires_grad=True)
-    mu, log_sigma = parameters(shape[1])
-    function = NOISE[implementation]
-    noise = function(x.detach(), mu, log_sigma, granularity=granularity)
-    expected = bmrs_kernels.noise_mean(mu, log_sigma).mean()
-    assert (noise > 0).all()
-    assert (noise <= 1).all()
-    assert abs(noise.mean() - expected) < expected
-
-    def step():
-        function(x, mu, log_sigma, granularity=granularity).sum().backward()
-
-    benchmark(step)
-
-
-@pytest.mark.parametrize("network", SHAPES)
-def test_copy(benchmark, network):
-    x = torch.ones(SHAPES[network])
-    target = torch.empty_like(x)
-    benchmark.group = f"multiply_noise {network} element"
-    benchmark(target.copy_, x)
-    assert torch.equal(target, x)
-
-
-@pytest.mark.parametrize("implementation", KL)
-def test_kl_divergence(benchmark, implementation):
-    benchmark.group = f"kl_divergence {STRUCTURES}"
-    mu, log_sigma = parameters(STRUCTURES)
-    torch.testing.assert_close(
-        KL[implementation](mu, log_sigma), bmrs_kernels.kl_divergence(mu, log_sigma), rtol=1e-4, atol=1e-4
+def pytest_generate_tests(metafunc):
+    config = metafunc.config
+    device = device_of(config)
+    only_once = config.getoption("benchmark_disable")
+    large = device.type == "cuda" or config.getoption("large")
+    options = {"min_rounds": 2, "max_time": config.getoption("turn_seconds")}
+    if device.type == "cuda":
+        options |= {"min_time": GPU_ROUND_SECONDS, "timer": synchronized_time}
+    items = [
+        Item(case, direction, turn, competitor)
+        for case in cases(device, large=large, only_small=only_once)
+        for direction in case.directions
+        for turn in range(1 if only_once else TURNS)
+        for competitor in competitors_of(case, device)
+    ]
+    metafunc.parametrize(
+        "item",
+        [
+            pytest.param(item, id=item.name, marks=pytest.mark.benchmark(group=item.group, **options))
+            for item in items
+        ],
     )
 
-    def step():
-        KL[implementation](mu, log_sigma).sum().backward()
 
-    benchmark(step)
+def synchronized_time():
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def test_function(benchmark, item, pytestconfig):
+    contest = contest_of(item.case, device_of(pytestconfig))
+    benchmark(contest.call(item.competitor, item.direction))
+    if benchmark.stats is not None:
+        seconds = benchmark.stats.stats.data
+        pytestconfig.stash[MEASUREMENTS].add(item, [1e3 * each for each in seconds], contest)

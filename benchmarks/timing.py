@@ -21,17 +21,13 @@ from torch import Tensor
 import bmrs_kernels
 from benchmarks import plain, processes
 from benchmarks.activations import CHANNELS_LAST, LARGE, LINEAR, TOKENS, Activation
+from benchmarks.competitors import Compiler, compiler, copy_of, directions_of
+from benchmarks.function_cases import DIRECTIONS, DTYPES, GRANULARITIES, STRUCTURES, TENSORS_MOVED
 from benchmarks.measure import Plan, Stopwatch, capture, ratio, summary
 from bmrs_kernels.pruning_statistics.op import pruning_statistics
 
 ROUNDS = 3
-DIRECTIONS = ("forward", "backward", "both")
 RIVALS = ("eager", "compiled")
-# What a direction has to read and write at least, in units of x: x → out; grad, x → grad_x.
-TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
-GRANULARITIES = ("element", "sample", "batch")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-STRUCTURES = 26_560  # of a ResNet-50
 
 
 class Case(NamedTuple):
@@ -49,7 +45,7 @@ class Case(NamedTuple):
 
     def bytes_moved(self, direction: str) -> int:
         """Bytes that the direction reads and writes at least."""
-        return TENSORS_MOVED[direction] * self.x_bytes
+        return TENSORS_MOVED["multiply_noise"][direction] * self.x_bytes
 
     @property
     def name(self) -> str:
@@ -124,19 +120,6 @@ def inputs_of(case: Case, device: torch.device) -> tuple[tuple[Tensor, Tensor, T
     return (x.requires_grad_(), *posteriors(case.activation.structures, device)), grad
 
 
-Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
-
-
-def compiler() -> Compiler:
-    """Return torch.compile for one shape, with gradients that can be computed again and again."""
-    import torch._functorch.config
-
-    # Otherwise the compiled backward overwrites what it saved, and cannot be repeated to be timed.
-    torch._functorch.config.donated_buffer = False
-    torch.compiler.reset()
-    return functools.partial(torch.compile, dynamic=False)
-
-
 def implementations(case: Case, compile_function: Compiler | None) -> dict[str, Callable[..., Tensor]]:
     """Return the functions of (x, μ, log σ) that compete."""
     found: dict[str, Callable[..., Tensor]] = {
@@ -148,28 +131,9 @@ def implementations(case: Case, compile_function: Compiler | None) -> dict[str, 
     return found
 
 
-def directions_of(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
-) -> dict[str, Callable[[], Any]]:
-    """Return calls for forward, backward and both; runs forward once."""
-    out = function(*inputs)
-    return {
-        "forward": lambda: function(*inputs),
-        "backward": lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True),
-        "both": lambda: torch.autograd.grad(function(*inputs), inputs, grad),
-    }
-
-
 def copies(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Return copies that move the bytes of each direction: half of them read, half written."""
-    largest = -(-case.bytes_moved("both") // 2)
-    source = torch.randn(-(-largest // 4), device=device).view(torch.uint8)
-    target = torch.empty_like(source)
-    calls = {}
-    for direction in DIRECTIONS:
-        size = case.bytes_moved(direction) // 2
-        calls[direction] = functools.partial(target[:size].copy_, source[:size])
-    return calls
+    return {direction: copy_of(case.bytes_moved(direction), device) for direction in DIRECTIONS}
 
 
 def warm_up(case: Case, device: torch.device) -> None:
@@ -249,7 +213,7 @@ def time_tiny(stopwatch: Stopwatch, activation: Activation = TINY, repeats: int 
 
 
 def time_structures(
-    stopwatch: Stopwatch, count: int = STRUCTURES, rounds: int = ROUNDS, repeats: int = 10
+    stopwatch: Stopwatch, count: int = STRUCTURES["ResNet-50"], rounds: int = ROUNDS, repeats: int = 10
 ) -> list[dict[str, Any]]:
     """Return times of what a training step and a pruning decision compute for all structures of a network."""
     parameters = posteriors(count, stopwatch.device)

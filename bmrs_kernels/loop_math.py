@@ -66,7 +66,7 @@ def compiled(
     return made
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function that Python calls: without the interpreter's lock, and kept on disk for the next process."""
     made: Any = numba.njit(function, fastmath=ROUNDING_AS_WRITTEN, error_model="numpy", nogil=True)
     # Where no folder can be written, every process compiles anew.
@@ -77,7 +77,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Cache(FunctionCache):
-    """numba's cache on disk, which would not notice a change in a function that a kernel calls."""
+    """numba's cache on disk, which would not notice a change in a function that a loop calls."""
 
     def _index_key(self, signature: Any, code_generator: Any) -> tuple[Any, ...]:
         return (*super()._index_key(signature, code_generator), _fingerprint())
@@ -85,7 +85,7 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def _fingerprint() -> str:
-    """Return a hash of everything that kernels are compiled from."""
+    """Return a hash of everything that loops are compiled from."""
     folder = Path(__file__).parent
     sources = sorted([*folder.rglob("loop*.py"), folder / "polynomials.py"])
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

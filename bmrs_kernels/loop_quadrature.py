@@ -29,17 +29,17 @@ SECONDS_PER_STRUCTURE = 0.5e-6
 
 
 def compute_structures(
-    kernel: Callable[..., Any],
+    loop: Callable[..., Any],
     mu: Tensor,
     log_sigma: Tensor,
     options: tuple[float, ...],
     *,
     with_gradients: bool,
 ) -> Differentiable:
-    """Run a kernel over all structures and return flat results in μ's dtype.
+    """Run a loop over all structures and return flat results in μ's dtype.
 
     Args:
-        kernel: takes μ, log σ and the three results, flat and float64, the options, whether to write the derivatives,
+        loop: takes μ, log σ and the three results, flat and float64, the options, whether to write the derivatives,
             and the range of structures to compute.
         mu: location μ, any shape.
         log_sigma: log σ, shape of ``mu``.
@@ -55,7 +55,7 @@ def compute_structures(
     arrays = [result.numpy() for result in results]
 
     def call(first: int, last: int) -> None:
-        kernel(*arguments, *arrays, options, with_gradients, first, last)
+        loop(*arguments, *arrays, options, with_gradients, first, last)
 
     in_threads(call, count, seconds=count * SECONDS_PER_STRUCTURE)
     return Differentiable(*(result.to(mu.dtype) for result in results))

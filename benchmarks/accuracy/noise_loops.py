@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.contract import LOWER, UPPER
-from bmrs_kernels.loop_math import kernel
+from bmrs_kernels.loop_math import loop
 from bmrs_kernels.multiplicative_noise.loop_noise import (
     IN_RANGE,
     NUM_CONSTANTS,
@@ -20,12 +20,12 @@ def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, Tenso
     """Return θ and the derivatives of log θ, in the dtype that activations of μ's dtype are computed in."""
     results = [torch.empty_like(mu) for _ in range(3)]
     inputs = [part.detach().double().numpy() for part in (mu, log_sigma)]
-    noise_kernel(*inputs, uniform.numpy(), LOWER, UPPER, *(result.numpy() for result in results))
+    noise_loop(*inputs, uniform.numpy(), LOWER, UPPER, *(result.numpy() for result in results))
     return results[0], results[1], results[2]
 
 
-@kernel
-def noise_kernel(mu, log_sigma, uniform, lower, upper, theta, grad_mu, grad_log_sigma):  # type: ignore[no-untyped-def]
+@loop
+def noise_loop(mu, log_sigma, uniform, lower, upper, theta, grad_mu, grad_log_sigma):  # type: ignore[no-untyped-def]
     """Write the noise of strips of one element."""
     row = np.zeros(NUM_CONSTANTS)
     for i in range(mu.size):

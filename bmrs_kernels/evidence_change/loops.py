@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from bmrs_kernels.evidence_change.reference import log_density_gain, reduced_normal
-from bmrs_kernels.loop_math import HALF_LOG_2PI, compiled, kernel, log_sigma_in_range, sigma_from_log
+from bmrs_kernels.loop_math import HALF_LOG_2PI, compiled, log_sigma_in_range, loop, sigma_from_log
 from bmrs_kernels.loop_quadrature import (
     compute_structures,
     gaussian_anchor,
@@ -33,7 +33,7 @@ def delta_f_lognormal(
     """Return ΔF for a reduced prior that is a truncated log-normal (Eq. 8), and its gradients."""
     prior = reduced_normal(prior_mean, prior_std, lower, upper)
     options = tuple(float(part) for part in (prior_mean, prior_std, *prior, lower, upper))
-    return compute_structures(delta_f_lognormal_kernel, mu, log_sigma, options, with_gradients=with_gradients)
+    return compute_structures(delta_f_lognormal_loop, mu, log_sigma, options, with_gradients=with_gradients)
 
 
 def delta_f_loguniform(
@@ -49,13 +49,11 @@ def delta_f_loguniform(
     """Return ΔF for a reduced prior that is log-uniform on a smaller interval, and its gradients."""
     gain = log_density_gain(reduced_lower, reduced_upper, lower, upper)
     options = tuple(float(part) for part in (reduced_lower, reduced_upper, gain, lower, upper))
-    return compute_structures(
-        delta_f_loguniform_kernel, mu, log_sigma, options, with_gradients=with_gradients
-    )
+    return compute_structures(delta_f_loguniform_loop, mu, log_sigma, options, with_gradients=with_gradients)
 
 
-@kernel
-def delta_f_lognormal_kernel(
+@loop
+def delta_f_lognormal_loop(
     mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last
 ):
     """Compute Eq. 8; options are (prior mean, prior std, ``ReducedNormal``'s fields, lower, upper)."""
@@ -95,8 +93,8 @@ def delta_f_lognormal_kernel(
             grad_log_sigma[i] = expectation.grad_log_sigma * log_sigma_in_range(log_sigma[i])
 
 
-@kernel
-def delta_f_loguniform_kernel(
+@loop
+def delta_f_loguniform_loop(
     mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last
 ):
     """Compute log Q of the reduced interval; options are (its ends, log gain of the density, lower, upper)."""

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from bmrs_kernels.loop_math import compiled, kernel, log_sigma_in_range, sigma_from_log
+from bmrs_kernels.loop_math import compiled, log_sigma_in_range, loop, sigma_from_log
 from bmrs_kernels.loop_quadrature import (
     boundary_terms,
     compute_structures,
@@ -25,11 +25,11 @@ def kl_divergence(
 ) -> Differentiable:
     """Return the KL divergence in nats and its gradients in μ and log σ."""
     options = (float(lower), float(upper), math.log(upper - lower))
-    return compute_structures(kl_divergence_kernel, mu, log_sigma, options, with_gradients=with_gradients)
+    return compute_structures(kl_divergence_loop, mu, log_sigma, options, with_gradients=with_gradients)
 
 
-@kernel
-def kl_divergence_kernel(mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last):
+@loop
+def kl_divergence_loop(mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last):
     """KL = log(b-a) - log σ - log ∫ exp(-u) dv - E[u], Eq. 3; options are (lower, upper, log(upper - lower))."""
     lower, upper, log_width = options
     memory = node_memory()

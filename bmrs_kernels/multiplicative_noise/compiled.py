@@ -50,7 +50,7 @@ class Noise:
         in_float64 = mu.dtype != torch.float32
         wide = [part.double().contiguous() if in_float64 else part.contiguous() for part in (mu, log_sigma)]
         factors = None if mask is None else mask.float().contiguous()
-        self.table = loops.constants_kernel(
+        self.table = loops.constants_loop(
             *(part.data_ptr() for part in wide),
             in_float64,
             0 if factors is None else factors.data_ptr(),
@@ -67,12 +67,12 @@ class Noise:
         """Return activation(x) · θ · mask, contiguous; x is float32 or float64."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        kernel = loops.forward_kernels[x.element_size()]
+        loop = loops.forward_loops[x.element_size()]
         source, target, number = x.data_ptr(), out.data_ptr(), ACTIVATIONS[activation]
         sizes, tile, lower, upper = self.sizes, self.tile, self.lower, self.upper
 
         def call(first: int, last: int) -> None:
-            kernel(source, target, self.table, self.seed, sizes, tile, number, first, last, lower, upper)
+            loop(source, target, self.table, self.seed, sizes, tile, number, first, last, lower, upper)
 
         in_threads(call, self.num_tiles, seconds=_seconds(x, FORWARD_SECONDS))
         return out
@@ -82,19 +82,19 @@ class Noise:
         grad, x = grad.contiguous(), x.contiguous()
         grad_x = torch.empty_like(x)
         sums = np.empty((2, self.num_sums, self.sizes[1]))
-        kernel = loops.backward_kernels[x.element_size()]
+        loop = loops.backward_loops[x.element_size()]
         addresses, number = [part.data_ptr() for part in (grad, x, grad_x)], ACTIVATIONS[activation]
         options = (self.table, self.seed, self.sizes, self.tile, number)
         lower, upper = self.lower, self.upper
 
         def call(first: int, last: int) -> None:
-            kernel(*addresses, sums, *options, first, last, lower, upper)
+            loop(*addresses, sums, *options, first, last, lower, upper)
 
         in_threads(call, self.num_tiles, seconds=_seconds(x, BACKWARD_SECONDS))
         in_float64 = self.dtype != torch.float32
         dtype = torch.float64 if in_float64 else torch.float32
         grad_mu, grad_log_sigma = (torch.empty(self.sizes[1], dtype=dtype) for _ in range(2))
-        loops.sum_kernel(sums, self.table, grad_mu.data_ptr(), grad_log_sigma.data_ptr(), in_float64)
+        loops.sum_loop(sums, self.table, grad_mu.data_ptr(), grad_log_sigma.data_ptr(), in_float64)
         return grad_x, grad_mu.to(self.dtype), grad_log_sigma.to(self.dtype)
 
 
@@ -124,7 +124,7 @@ class SharedNoise:
         if not self._in_rows(x):
             return _activated(x, activation) * self.theta.view(self.draws)
         out = torch.empty_like(x)
-        kernel = loops.shared_forward_kernels[x.element_size()]
+        loop = loops.shared_forward_loops[x.element_size()]
         arguments = (
             x.data_ptr(),
             out.data_ptr(),
@@ -134,7 +134,7 @@ class SharedNoise:
         )
 
         def call(first: int, last: int) -> None:
-            kernel(*arguments, first, last)
+            loop(*arguments, first, last)
 
         in_threads(call, self.sizes[0], seconds=x.numel() * SCALING_SECONDS)
         return out
@@ -159,11 +159,11 @@ class SharedNoise:
 
     def _gradients_in_rows(self, grad: Tensor, x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
         grad_x, sums = torch.empty_like(x), torch.empty(self.sizes[0], dtype=x.dtype)
-        kernel = loops.shared_backward_kernels[x.element_size()]
+        loop = loops.shared_backward_loops[x.element_size()]
         addresses = [part.data_ptr() for part in (grad, x, grad_x, sums, self.theta)]
 
         def call(first: int, last: int) -> None:
-            kernel(*addresses, *self.sizes, ACTIVATIONS[activation], first, last)
+            loop(*addresses, *self.sizes, ACTIVATIONS[activation], first, last)
 
         in_threads(call, self.sizes[0], seconds=x.numel() * SCALING_SECONDS)
         groups, structures = self.table_shape
@@ -244,7 +244,7 @@ def sample_noise(
     outputs = [_array(result) for result in results]
 
     def call(first: int, last: int) -> None:
-        loops.sample_kernel(*inputs, float(lower), float(upper), *outputs, with_gradients, first, last)
+        loops.sample_loop(*inputs, float(lower), float(upper), *outputs, with_gradients, first, last)
 
     in_threads(call, count, seconds=count * EXACT_SECONDS)
     theta, *gradients = (result.to(mu.dtype) for result in results)
@@ -259,7 +259,7 @@ def uniform_stream(seed: Tensor, count: int) -> Tensor:
     number, array = int(seed), _array(out)
 
     def call(first: int, last: int) -> None:
-        loops.uniform_kernel(number, array, first, last)
+        loops.uniform_loop(number, array, first, last)
 
     in_threads(call, count, seconds=count * UNIFORM_SECONDS)
     return out

@@ -19,7 +19,7 @@ from bmrs_kernels.loop_math import (
     REGROUPING,
     compiled,
     fill_uniform,
-    kernel,
+    loop,
     tanh,
     unmanaged,
     use_widest_vectors,
@@ -55,8 +55,8 @@ def tile_shape(outer: int, structures: int, inner: int) -> tuple[int, int, int]:
     return min(outer, GATHERED_ROWS), min(structures, GATHERED_ROW // inner), inner
 
 
-@kernel
-def constants_kernel(mu, log_sigma, in_float64, mask, structures, lower, upper):
+@loop
+def constants_loop(mu, log_sigma, in_float64, mask, structures, lower, upper):
     """Return the table of constants, float64 [structures, NUM_CONSTANTS].
 
     Args:
@@ -84,11 +84,11 @@ def constants_kernel(mu, log_sigma, in_float64, mask, structures, lower, upper):
     return table
 
 
-def forward_kernel_in(real: type) -> Callable[..., None]:
-    """Return the kernel for activations of a dtype."""
+def forward_loop_in(real: type) -> Callable[..., None]:
+    """Return the loop for activations of a dtype."""
 
-    @kernel
-    def forward_kernel(x, out, table, seed, sizes, tile_sizes, activation, first, last, lower, upper):
+    @loop
+    def forward_loop(x, out, table, seed, sizes, tile_sizes, activation, first, last, lower, upper):
         """Write activation(x) · θ · mask for the tiles from ``first`` to before ``last``.
 
         Args:
@@ -139,14 +139,14 @@ def forward_kernel_in(real: type) -> Callable[..., None]:
         # Up to here they are alive.
         memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
 
-    return forward_kernel
+    return forward_loop
 
 
-def backward_kernel_in(real: type) -> Callable[..., None]:
-    """Return the kernel for activations of a dtype."""
+def backward_loop_in(real: type) -> Callable[..., None]:
+    """Return the loop for activations of a dtype."""
 
-    @kernel
-    def backward_kernel(
+    @loop
+    def backward_loop(
         grad, x, grad_x, sums, table, seed, sizes, tile_sizes, activation, first, last, lower, upper
     ):
         """Write the gradient in x, and each tile's sums of the gradients in μ and log σ.
@@ -209,14 +209,14 @@ def backward_kernel_in(real: type) -> Callable[..., None]:
                 sums[1, block, structure] = dot(theta[:count], grad_log_sigma) if alive else 0.0
         memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
 
-    return backward_kernel
+    return backward_loop
 
 
-def shared_forward_kernel_in(real: type) -> Callable[..., None]:
-    """Return the kernel for activations of a dtype in which the elements of a row share their draw."""
+def shared_forward_loop_in(real: type) -> Callable[..., None]:
+    """Return the loop for activations of a dtype in which the elements of a row share their draw."""
 
-    @kernel
-    def shared_forward_kernel(x, out, theta, rows, length, rows_of_draw, structures, activation, first, last):
+    @loop
+    def shared_forward_loop(x, out, theta, rows, length, rows_of_draw, structures, activation, first, last):
         """Write activation(x) · θ for rows ``first`` to ``last - 1``.
 
         Args:
@@ -237,14 +237,14 @@ def shared_forward_kernel_in(real: type) -> Callable[..., None]:
             factor = theta[row // structures // rows_of_draw * structures + row % structures]
             scale_strip(x[row * length :][:length], out[row * length :], factor, activation)
 
-    return shared_forward_kernel
+    return shared_forward_loop
 
 
-def shared_backward_kernel_in(real: type) -> Callable[..., None]:
-    """Return the kernel for activations of a dtype in which the elements of a row share their draw."""
+def shared_backward_loop_in(real: type) -> Callable[..., None]:
+    """Return the loop for activations of a dtype in which the elements of a row share their draw."""
 
-    @kernel
-    def shared_backward_kernel(
+    @loop
+    def shared_backward_loop(
         grad, x, grad_x, sums, theta, rows, length, rows_of_draw, structures, activation, first, last
     ):
         """Write the gradient in x, and each row's sum of grad · activation(x).
@@ -271,15 +271,15 @@ def shared_backward_kernel_in(real: type) -> Callable[..., None]:
             start = row * length
             sums[row] = unscale_strip(grad[start:][:length], x[start:], grad_x[start:], factor, activation)
 
-    return shared_backward_kernel
+    return shared_backward_loop
 
 
-@kernel
-def sum_kernel(sums, table, grad_mu, grad_log_sigma, in_float64):
+@loop
+def sum_loop(sums, table, grad_mu, grad_log_sigma, in_float64):
     """Add up the tiles' sums in their order; log σ has no gradient where it is clamped.
 
     Args:
-        sums: what ``backward_kernel`` wrote.
+        sums: what ``backward_loop`` wrote.
         table: constants of the structures.
         grad_mu: address of the result, to be written.
         grad_log_sigma: address of the result, to be written.
@@ -300,8 +300,8 @@ def sum_kernel(sums, table, grad_mu, grad_log_sigma, in_float64):
             vector_at(grad_log_sigma, structures, np.float32)[structure] = total_log_sigma
 
 
-@kernel
-def sample_kernel(
+@loop
+def sample_loop(
     mu, log_sigma, uniform, lower, upper, theta, grad_mu, grad_log_sigma, with_gradients, first, last
 ):
     """Write θ at given float64 uniforms and its derivatives, float64; all arrays are flat and of one length."""
@@ -315,8 +315,8 @@ def sample_kernel(
             grad_log_sigma[i] = theta[i] * slope_log_sigma * row[IN_RANGE]
 
 
-@kernel
-def uniform_kernel(seed, out, first, last):
+@loop
+def uniform_loop(seed, out, first, last):
     """Write the uniforms number ``first`` to ``last - 1`` of a seed to their places."""
     memory = np.empty(ELEMENTS_PER_TILE + SLACK, np.float32)
     for start in range(first, last, ELEMENTS_PER_TILE):
@@ -505,7 +505,7 @@ scale_strip = compiled(_scale_strip, inline=False)
 unscale_strip = compiled(_unscale_strip, inline=False, fastmath=REGROUPING)
 
 # By the number of an activation's bytes.
-forward_kernels = {4: forward_kernel_in(np.float32), 8: forward_kernel_in(np.float64)}
-backward_kernels = {4: backward_kernel_in(np.float32), 8: backward_kernel_in(np.float64)}
-shared_forward_kernels = {4: shared_forward_kernel_in(np.float32), 8: shared_forward_kernel_in(np.float64)}
-shared_backward_kernels = {4: shared_backward_kernel_in(np.float32), 8: shared_backward_kernel_in(np.float64)}
+forward_loops = {4: forward_loop_in(np.float32), 8: forward_loop_in(np.float64)}
+backward_loops = {4: backward_loop_in(np.float32), 8: backward_loop_in(np.float64)}
+shared_forward_loops = {4: shared_forward_loop_in(np.float32), 8: shared_forward_loop_in(np.float64)}
+shared_backward_loops = {4: shared_backward_loop_in(np.float32), 8: shared_backward_loop_in(np.float64)}

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from bmrs_kernels.loop_math import compiled, kernel, log_sigma_in_range, sigma_from_log
+from bmrs_kernels.loop_math import compiled, log_sigma_in_range, loop, sigma_from_log
 from bmrs_kernels.loop_quadrature import (
     compute_structures,
     exponential_tilt,
@@ -29,18 +29,18 @@ def noise_mean(
 ) -> Differentiable:
     """Return E[θ] and its gradients in μ and log σ."""
     options = (float(lower), float(upper))
-    return compute_structures(noise_mean_kernel, mu, log_sigma, options, with_gradients=with_gradients)
+    return compute_structures(noise_mean_loop, mu, log_sigma, options, with_gradients=with_gradients)
 
 
 def noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tensor:
     """Return E[θ]/sd(θ)."""
     options = (float(lower), float(upper))
-    snr = compute_structures(noise_snr_kernel, mu, log_sigma, options, with_gradients=False).value
+    snr = compute_structures(noise_snr_loop, mu, log_sigma, options, with_gradients=False).value
     return snr.reshape(mu.shape)
 
 
-@kernel
-def noise_mean_kernel(mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last):
+@loop
+def noise_mean_loop(mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last):
     """Compute E[θ] as a ratio of masses; options are (lower, upper)."""
     lower, upper = options
     memory, tilted_memory = node_memory(), node_memory()
@@ -60,8 +60,8 @@ def noise_mean_kernel(mu, log_sigma, value, grad_mu, grad_log_sigma, options, wi
             grad_log_sigma[i] = mean * expectation.grad_log_sigma * log_sigma_in_range(log_sigma[i])
 
 
-@kernel
-def noise_snr_kernel(mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last):
+@loop
+def noise_snr_loop(mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_gradients, first, last):
     """Compute E[θ]/sd(θ), narrow posteriors by their variance; options are (lower, upper)."""
     lower, upper = options
     memory, tilted_memory = node_memory(), node_memory()

@@ -1,0 +1,244 @@
+"""The paper's networks, as the benchmarks of training and pruning build them, and stand-ins that a CPU can train."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bmrs
+from bmrs.noise_layer import Backend, Granularity, Where
+
+NUM_CLASSES = 10
+IMAGENET_CLASSES = 1000
+
+Builder = Callable[[Granularity | None, Backend], nn.Module]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with the setting that it is measured in.
+
+    Attributes:
+        name: for people; a stand-in's name says what it leaves out.
+        batch: examples of a training step.
+        input_shape: shape of one example.
+        build: makes the network from the granularity of its noise, None for no noise layers, and their backend.
+        classes: number of its outputs.
+        paper_ratio: time of a training step with noise over one without, from Tables 3 and 4 of arXiv 2406.01345;
+            None if the paper has none.
+        stand_in: whether it is smaller than the network of its name.
+    """
+
+    name: str
+    batch: int
+    input_shape: tuple[int, ...]
+    build: Builder
+    classes: int = NUM_CLASSES
+    paper_ratio: float | None = None
+    stand_in: bool = False
+
+    def inputs(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return random examples of shape (batch, *input_shape)."""
+        return torch.randn(batch, *self.input_shape, device=device)
+
+    def labels(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return random classes of shape (batch,)."""
+        return torch.randint(self.classes, (batch,), device=device)
+
+
+class Bottleneck(nn.Module):
+    """A residual block of ResNet-50, version 1.5: its stride is in the 3×3 convolution.
+
+    Args:
+        channels: channels of the input.
+        width: channels of the 3×3 convolution; the output has four times as many.
+        stride: 2 halves the image.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != 4 * width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for images of shape (N, channels, height, width)."""
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x), inplace=True)
+
+
+class ResNet50(nn.Sequential):
+    """ResNet-50, version 1.5 (arXiv 1512.03385), for images of shape (N, 3, height, width).
+
+    Args:
+        num_classes: number of outputs (logits).
+    """
+
+    def __init__(self, num_classes: int = IMAGENET_CLASSES) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv=nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
+            bn=nn.BatchNorm2d(64),
+            relu=nn.ReLU(inplace=True),
+            pool=nn.MaxPool2d(3, 2, padding=1),
+        )
+        channels = 64
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            width = 64 * 2**stage
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                layers[f"stage{stage + 1}_block{block + 1}"] = Bottleneck(channels, width, stride)
+                channels = 4 * width
+        layers |= OrderedDict(
+            average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classes=nn.Linear(channels, num_classes)
+        )
+        super().__init__(layers)
+
+
+class VisionTransformer(nn.Module):
+    """ViT-B/16 (arXiv 2010.11929) for images of shape (N, 3, 224, 224): 768 features, 12 heads.
+
+    Args:
+        num_blocks: number of encoder blocks; ViT-B has 12.
+        num_classes: number of outputs (logits).
+    """
+
+    def __init__(self, num_blocks: int = 12, num_classes: int = IMAGENET_CLASSES) -> None:
+        super().__init__()
+        features, patch, tokens = 768, 16, 1 + (224 // 16) ** 2
+        self.patches = nn.Conv2d(3, features, patch, patch)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, features))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, tokens, features))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    features, 12, 4 * features, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True
+                )
+                for _ in range(num_blocks)
+            )
+        )
+        self.norm = nn.LayerNorm(features, eps=1e-6)
+        self.classes = nn.Linear(features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of shape (N, num_classes)."""
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1) + self.positions
+        return self.classes(self.norm(self.blocks(tokens))[:, 0])
+
+
+def convolution_chain(num_classes: int = NUM_CLASSES) -> nn.Sequential:
+    """Return the 13 convolutions of VGG-16 (arXiv 1409.1556) with one linear layer behind, for 32×32 images."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def with_noise_behind(make: Callable[[], nn.Module], where: Where) -> Builder:
+    """Return the builder of a network that gets its noise from `bmrs.add_noise`.
+
+    Args:
+        make: returns the network without noise.
+        where: the layers that get noise.
+    """
+
+    def build(granularity: Granularity | None, backend: Backend) -> nn.Module:
+        network = make()
+        if granularity is None:
+            return network
+        return bmrs.add_noise(network, where=where, granularity=granularity, backend=backend)
+
+    return build
+
+
+def with_noise_inside(make: Callable[..., nn.Module]) -> Builder:
+    """Return the builder of a network of `bmrs.models`, whose noise layers hold their activations too."""
+
+    def build(granularity: Granularity | None, backend: Backend) -> nn.Module:
+        if granularity is None:
+            return make(noise=False)
+        return make(granularity=granularity, backend=backend)
+
+    return build
+
+
+MLP = Network(
+    name="MLP",
+    batch=128,
+    input_shape=(1, 32, 32),
+    build=with_noise_inside(
+        functools.partial(bmrs.models.MLP, in_features=32 * 32, num_blocks=7, hidden=100)
+    ),
+    paper_ratio=8.3,
+)
+LENET5 = Network(
+    name="LeNet-5, batch 32",
+    batch=32,
+    input_shape=(1, 32, 32),
+    build=with_noise_inside(bmrs.models.LeNet5),
+    paper_ratio=4.9,
+)
+LENET5_BATCH_128 = replace(LENET5, name="LeNet-5, batch 128", batch=128)
+RESNET50 = Network(
+    name="ResNet-50",
+    batch=32,
+    input_shape=(3, 224, 224),
+    build=with_noise_behind(ResNet50, nn.BatchNorm2d),
+    classes=IMAGENET_CLASSES,
+    paper_ratio=6.9,
+)
+VIT = Network(
+    name="ViT-B/16",
+    batch=32,
+    input_shape=(3, 224, 224),
+    build=with_noise_behind(VisionTransformer, "blocks.*.linear2"),
+    classes=IMAGENET_CLASSES,
+    paper_ratio=1.35,
+)
+CONVOLUTION_CHAIN = Network(
+    name="chain of VGG-16's convolutions",
+    batch=128,
+    input_shape=(3, 32, 32),
+    build=with_noise_behind(convolution_chain, nn.Conv2d),
+)
+SMALL_RESNET50 = replace(
+    RESNET50, name="ResNet-50, batch 4, 64²", batch=4, input_shape=(3, 64, 64), stand_in=True
+)
+SMALL_VIT = replace(
+    VIT,
+    name="ViT of 3 blocks, batch 2",
+    batch=2,
+    build=with_noise_behind(functools.partial(VisionTransformer, 3), "blocks.*.linear2"),
+    stand_in=True,
+)
+
+
+def trained_networks(device: torch.device) -> dict[str, Network]:
+    """Return the networks whose training steps are timed on a device, by the names that commands take."""
+    on_gpu = device.type == "cuda"
+    return {
+        "mlp": MLP,
+        "lenet5": LENET5,
+        "lenet5-batch128": LENET5_BATCH_128,
+        "resnet50": RESNET50 if on_gpu else SMALL_RESNET50,
+        "vit": VIT if on_gpu else SMALL_VIT,
+    }

@@ -1,0 +1,191 @@
+"""The function benchmarks: what they time, that wrong competitors are caught, and what a run records."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bmrs_kernels
+from benchmarks import competitors, conftest, plain
+from benchmarks.activations import Activation
+from benchmarks.competitors import Contest, competitors_of, project_backends
+from benchmarks.function_cases import DIRECTIONS, Case, cases
+from benchmarks.function_results import Item, Measurements, results_table
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+MAPS = Activation((4, 6, 5, 5))
+TOKENS = Activation((3, 5, 8), dim=2)
+STRUCTURES = Activation((20,), dim=0)
+TINY = [
+    *(Case("multiply_noise", MAPS, granularity) for granularity in ("element", "sample", "batch")),
+    Case("multiply_noise", TOKENS, "sample", "bfloat16"),
+    Case("sample_noise", TOKENS),
+    Case("philox_uniform", MAPS),
+    *(Case(function, STRUCTURES) for function in ("kl_divergence", "delta_f_lognormal", "noise_snr")),
+    *(Case(function, STRUCTURES) for function in ("delta_f_loguniform", "noise_mean")),
+]
+
+
+def test_every_public_function_is_timed_in_the_directions_that_it_has():
+    timed = {case.function: case for case in cases(CPU, large=False, only_small=True)}
+    assert set(timed) == set(bmrs_kernels.__all__)
+    for case in TINY:
+        out = Contest(case, CPU).call(competitors_of(case, CPU)[0], "forward")()
+        assert (case.directions == DIRECTIONS) == out.requires_grad, case.name
+    assert {case.function for case in TINY} == set(timed)
+
+
+def test_shapes_by_device_and_option():
+    on_cpu, small = cases(CPU, large=False), cases(CPU, large=False, only_small=True)
+    with_large, on_gpu = cases(CPU, large=True), cases(torch.device("cuda"), large=True)
+    for found in (on_cpu, small, with_large, on_gpu):
+        assert len({case.name for case in found}) == len(found)
+    assert max(case.elements for case in small) <= 120_000
+    assert max(case.elements for case in on_cpu) <= 8_000_000
+    assert max(case.tensor_bytes for case in with_large) >= 64 << 20
+    assert [case for case in with_large if not case.large] == on_cpu
+    assert not any(case.compiled for case in small)
+    assert 1 <= sum(case.compiled for case in on_cpu) <= 4
+    assert sum(case.compiled for case in on_gpu) > 4
+    assert {case.dtype for case in on_gpu} == {"float32", "bfloat16"}
+    shapes = {case.activation.shape for case in with_large}
+    assert {(128, 50), (32, 6, 28, 28), (32, 2048, 7, 7), (32, 197, 768), (226,), (800,), (26_560,)} <= shapes
+    # Of a matrix, element and sample are the same.
+    assert not any(case.granularity == "sample" and len(case.activation.shape) == 2 for case in on_gpu)
+
+
+def test_bytes_that_have_to_move():
+    case = Case("multiply_noise", Activation((2, 3)), "element", "bfloat16")
+    assert [case.bytes_moved(direction) for direction in DIRECTIONS] == [24, 36, 60]
+    assert Case("noise_snr", STRUCTURES).bytes_moved("forward") == 240
+    copy = Contest(case, CPU).call("copy", "backward")
+    assert copy().nbytes == 18
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_competitors_are_right_and_run(case):
+    contest = Contest(case, CPU)
+    for competitor in competitors_of(case, CPU):
+        for direction in case.directions:
+            contest.call(competitor, direction)()
+        assert contest.peak_memory(competitor, "forward") is None
+
+
+def test_project_backends_start_with_what_auto_takes():
+    first, *_, last = (*project_backends(CPU), "torch")
+    assert bmrs_kernels.kl_divergence(torch.zeros(1), torch.zeros(1), backend=first).isfinite().all()
+    assert last == "torch"
+    assert project_backends(torch.device("cuda"))[-1] == "torch"
+
+
+@pytest.mark.parametrize("function", ["multiply_noise", "kl_divergence", "noise_mean", "delta_f_lognormal"])
+def test_wrong_plain_formulas_are_caught(function, monkeypatch):
+    right = getattr(plain, function)
+    monkeypatch.setattr(plain, function, lambda *inputs, **options: 1.01 * right(*inputs, **options))
+    case = next(case for case in TINY if case.function == function)
+    contest = Contest(case, CPU)
+    contest.call("torch", "forward")
+    with pytest.raises(AssertionError, match=re.escape(f"{case.name}, plain, output: differs by")):
+        contest.call("plain", "forward")
+
+
+def test_wrong_gradients_are_caught(monkeypatch):
+    right = plain.kl_divergence
+
+    def without_gradient_of_mu(mu, log_sigma):
+        return right(mu.detach(), log_sigma) + 0.0 * mu
+
+    monkeypatch.setattr(plain, "kl_divergence", without_gradient_of_mu)
+    with pytest.raises(AssertionError, match="gradient 1"):
+        Contest(Case("kl_divergence", STRUCTURES), CPU).call("plain", "both")
+
+
+def test_compiled_noise_is_checked_by_its_mean(monkeypatch):
+    monkeypatch.setattr(competitors, "compiler", lambda: lambda function: function)
+    case = Case("multiply_noise", Activation((200, 50)), "element", compiled=True)
+    assert "compiled" in competitors_of(case, CPU)
+    Contest(case, CPU).call("compiled", "both")()
+    monkeypatch.setattr(
+        competitors, "compiler", lambda: lambda function: lambda *inputs: 2 * function(*inputs)
+    )
+    with pytest.raises(AssertionError, match="compiled: mean"):
+        Contest(case, CPU).call("compiled", "forward")
+    monkeypatch.setattr(
+        competitors, "compiler", lambda: lambda function: lambda *inputs: function(*inputs) / 0.0
+    )
+    with pytest.raises(AssertionError, match="compiled: not finite"):
+        Contest(case, CPU).call("compiled", "forward")
+
+
+def test_memory_that_forward_keeps():
+    contest = Contest(Case("multiply_noise", Activation((64, 50)), "element"), CPU)
+    project, eager = (contest.saved_for_backward(name) for name in ("torch", "plain"))
+    small = 2 * 50 / (64 * 50)
+    assert 1.0 <= project["inputs"] <= 1.0 + small
+    assert project["others"] <= small
+    assert eager["others"] > 1.0
+
+
+def test_rows_have_ratios_between_turns():
+    case = TINY[0]
+    contest = Contest(case, CPU)
+    measurements = Measurements()
+    for turn, (ours, theirs, copy) in enumerate([(1.0, 2.0, 0.5), (2.0, 2.0, 0.5), (3.0, 12.0, 0.5)]):
+        for competitor, time in (("torch", ours), ("plain", theirs), ("copy", copy)):
+            measurements.add(Item(case, "both", turn, competitor), [time] * 3, contest)
+    torch_row, plain_row, copy_row = measurements.rows()
+    assert torch_row["milliseconds"] == {"median": 2.0, "p20": 1.0, "p80": 3.0}
+    assert torch_row["turns"] == [1.0, 2.0, 3.0]
+    assert torch_row["ratio_to_plain"] == {"value": 0.5, "low": 0.25, "high": 1.0}
+    assert torch_row["share_of_copy"] == {"value": 0.25, "low": pytest.approx(1 / 6), "high": 0.5}
+    assert torch_row["bytes_moved"] == 5 * 4 * 600
+    assert torch_row["gb_per_s"] == pytest.approx(12_000 / 2e-3 / 1e9)
+    assert plain_row["saved_for_backward"]["others"] > 0
+    assert copy_row["saved_for_backward"] is None
+    assert len(results_table(measurements.rows()).splitlines()) == 2 + 3
+
+
+@pytest.mark.slow
+def test_a_run_records_alternated_turns(tmp_path):
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--verbose"),
+            *("-p", "no:cacheprovider", "-k", "noise_snr-226", "--device", "cpu"),
+            *("--turn-seconds", "0.01", "--record", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    order = re.findall(r"noise_snr-226-dim-0-forward-turn-(\d)-(\w+)\]", finished.stdout)
+    names = competitors_of(Case("noise_snr", Activation((226,), dim=0)), CPU)
+    assert order == [(str(turn), name) for turn in (1, 2, 3) for name in names]
+    (path,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [row["competitor"] for row in rows] == list(names)
+    for row in rows:
+        assert row["suite"] == "functions"
+        assert (row["function"], row["shape"], row["direction"]) == ("noise_snr", [226], "forward")
+        assert len(row["turns"]) == 3
+        assert row["share_of_copy"]["low"] <= row["share_of_copy"]["high"]
+    assert "| noise_snr | 226 |" in finished.stdout
+    assert "left out: --large" in finished.stdout
+
+
+def test_a_run_without_times_cannot_be_recorded():
+    config = SimpleNamespace(getoption=lambda name: True)
+    with pytest.raises(pytest.UsageError, match="--benchmark-disable"):
+        conftest.pytest_configure(config)
