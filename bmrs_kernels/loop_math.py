@@ -281,8 +281,8 @@ def sigma_from_log(log_sigma):
 
 @compiled
 def log_sigma_in_range(log_sigma):
-    """Return 1 where log σ has a gradient and 0 where it is clamped."""
-    return 1.0 if LOG_SIGMA_MIN <= log_sigma <= LOG_SIGMA_MAX else 0.0
+    """Return 1 where log σ has a gradient, or is NaN, and 0 where it is clamped."""
+    return 0.0 if log_sigma < LOG_SIGMA_MIN or log_sigma > LOG_SIGMA_MAX else 1.0
 
 
 @compiled

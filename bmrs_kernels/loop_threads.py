@@ -67,7 +67,7 @@ def _in_openmp_threads(
 @functools.cache
 def _openmp() -> ctypes.CDLL | None:
     """Return the OpenMP library that torch has loaded for everybody, if it is GNU's or behaves as it."""
-    if "gomp" not in torch.__config__.parallel_info().lower() and not torch.backends.openmp.is_available():
+    if not torch.backends.openmp.is_available():
         return None
     try:
         library = ctypes.CDLL(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from scipy import stats
@@ -14,7 +16,12 @@ from bmrs_kernels.torch_math import STRUCTURES_PER_TILE
 POINTS = torch.tensor(
     [[-1.0, -1.0], [-10.0, 1.0], [0.3, -0.5], [-19.5, 0.0], [-21.0, -0.5], [4.0, 2.0]], dtype=torch.float64
 )
-DIFFERENTIABLE = [kl_divergence, delta_f_lognormal, delta_f_loguniform, noise_mean]
+FUNCTIONS = [kl_divergence, delta_f_lognormal, delta_f_loguniform, noise_mean]
+DIFFERENTIABLE = [
+    pytest.param(partial(function, backend=backend), id=f"{function.__name__}-{backend}")
+    for function in FUNCTIONS
+    for backend in ("numba", "torch")
+]
 INTERVAL = (-20.0, 0.0, "torch")
 OPERATORS = {
     "kl_divergence": INTERVAL,

@@ -203,7 +203,11 @@ class TestErrors:
                 ValueError,
                 "activation must be one of None, 'relu', 'tanh', was 'gelu'",
             ),
-            ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'torch', 'triton', 'numba', was 'cuda'"),
+            (
+                {"backend": "cuda"},
+                ValueError,
+                "backend must be one of 'auto', 'torch', 'triton', 'numba', was 'cuda'",
+            ),
             ({"lower": 0.0}, ValueError, "lower must be less than upper, were 0.0 and 0.0"),
             ({"lower": -float("inf")}, ValueError, "lower must be finite, was -inf"),
             ({"initial_mu": float("nan")}, ValueError, "initial_mu must be finite, was nan"),

@@ -1,0 +1,227 @@
+"""The compiled loops: against the torch path in float64 on the same noise, and what is particular to them."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+import torch
+from numerics import TOLERANCES
+
+from bmrs_kernels import loop_math, multiply_noise, philox, sample_noise
+from bmrs_kernels.multiplicative_noise import compiled, loops
+
+SEED = 77
+# (shape, axis of the structures), one for each way through the loops.
+SHAPES = {
+    "one gathered tile": ((9, 5), 1),
+    "several gathered tiles in both directions": ((130, 300), 1),
+    "gathered strips of five": ((70, 7, 5), 1),
+    "strips of one vector": ((2, 6, 4, 4), 1),
+    "strips longer than a tile": ((2, 3, 37, 31), 1),
+    "several structures in a tile": ((1, 100, 17), 1),
+    "structures first": ((6, 40), 0),
+    "structures last": ((4, 11, 33), 2),
+}
+MU = (-3.0, -25.0, 0.02, 7.0, -10.0, -20.5, 3.0)
+LOG_SIGMA = (-1.0, 1.0, -5.0, 2.5, 3.0, -2.0, 0.5)
+
+
+def posterior(count):
+    """Return μ and log σ of every regime, in turn."""
+    chosen = torch.arange(count) % len(MU)
+    return tuple(torch.tensor(part)[chosen].requires_grad_() for part in (MU, LOG_SIGMA))
+
+
+def results(x, mu, log_sigma, upstream, **options):
+    """Return output and gradients."""
+    out = multiply_noise(x, mu, log_sigma, seed=SEED, **options)
+    return out.detach(), *torch.autograd.grad(out, (x, mu, log_sigma), upstream)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+@pytest.mark.parametrize("granularity", ["element", "sample", "batch"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_agrees_with_the_torch_path(case, granularity, activation):
+    shape, dim = SHAPES[case]
+    if granularity == "sample" and dim == 0:
+        pytest.skip("axis 0 counts the examples")
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(shape, generator=generator) for _ in range(2))
+    mu, log_sigma = posterior(shape[dim])
+    mask = (torch.arange(shape[dim]) % 5 != 3).float()
+    options = {"dim": dim, "granularity": granularity, "activation": activation, "mask": mask}
+    leaves = [part.detach().requires_grad_() for part in (x, mu, log_sigma)]
+    actual = results(*leaves, upstream, backend="numba", **options)
+    wide = [part.detach().double().requires_grad_() for part in (x, mu, log_sigma)]
+    expected = results(*wide, upstream.double(), backend="torch", **options)
+    bound = TOLERANCES[torch.float32]["relative"] + torch.finfo(torch.float32).eps
+    assert ((actual[0] - expected[0]).abs() <= bound * expected[0].abs() + 1e-30).all()
+    # The slope of tanh is a difference from 1.
+    steepest = (upstream * expected[0] / (torch.tanh(x) if activation == "tanh" else x)).abs()
+    assert ((actual[1] - expected[1]).abs() <= bound * steepest + 1e-30).all()
+    others = [axis for axis in range(len(shape)) if axis != dim]
+    terms = (upstream * expected[0]).abs().sum(others)
+    # What log σ does to log θ is up to its distance from μ.
+    for got, wanted, size in zip(actual[2:], expected[2:], (1.0, 25.0), strict=True):
+        assert ((got - wanted).abs() <= bound * size * terms + 1e-30).all()
+        assert (got[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("granularity", ["element", "sample"])
+@pytest.mark.parametrize("case", ["several gathered tiles in both directions", "strips longer than a tile"])
+def test_the_number_of_threads_changes_no_bit(case, granularity, monkeypatch):
+    monkeypatch.setattr("bmrs_kernels.loop_threads.WORTH_A_THREAD", 1e-12)
+    shape, dim = SHAPES[case]
+    x, upstream = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    mu, log_sigma = posterior(shape[dim])
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(
+                results(x, mu, log_sigma, upstream, dim=dim, granularity=granularity, backend="numba")
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**40 + 3, 2**63 - 1, -1])
+def test_uniforms_are_those_of_the_torch_path(seed):
+    seed = torch.tensor(seed)
+    for count in (0, 1, 5, 1023, 1024, 1025, 70_001):
+        assert torch.equal(compiled.uniform_stream(seed, count), philox.uniform_stream(seed, count))
+
+
+@pytest.mark.parametrize("shape", [(40, 4), (3, 4, 20)])
+def test_a_structure_whose_parameters_are_nan_is_nan_and_no_other(shape):
+    x = torch.randn(shape, requires_grad=True)
+    for position, name in ((1, "mu"), (2, "log_sigma")):
+        parameters = {"mu": torch.full((4,), -1.0), "log_sigma": torch.zeros(4)}
+        parameters[name][position] = torch.nan
+        leaves = [part.requires_grad_() for part in parameters.values()]
+        found = results(x, *leaves, torch.ones(shape), backend="numba")
+        for result, axis in zip(found, (1, 1, 0, 0), strict=True):
+            spoiled = result.isnan().movedim(axis, 0)
+            assert spoiled[position].all()
+            assert not spoiled[[index for index in range(4) if index != position]].any()
+
+
+@pytest.mark.parametrize("granularity", ["element", "sample"])
+def test_nan_in_an_activation_stays_behind_relu_and_tanh(granularity):
+    x = torch.randn(2, 3, 17)
+    x[0, 1, 5] = torch.nan
+    for activation in ("relu", "tanh"):
+        options = {"activation": activation, "granularity": granularity, "backend": "numba"}
+        out = multiply_noise(x, *posterior(3), **options)
+        assert torch.equal(out.isnan(), x.isnan())
+
+
+def test_a_pruned_structure_takes_no_part_even_where_it_is_infinite():
+    x = torch.full((40, 2), torch.inf, requires_grad=True)
+    mu, log_sigma = posterior(2)
+    mask = torch.tensor([True, False])
+    _, _, grad_mu, grad_log_sigma = results(x, mu, log_sigma, torch.ones(40, 2), mask=mask, backend="numba")
+    assert grad_mu[1] == grad_log_sigma[1] == 0
+
+
+def test_intervals_beyond_the_range_of_float32s_exponent():
+    mu, log_sigma = torch.tensor([-110.0, -95.0, 0.0, 95.0]), torch.full((4,), 0.5)
+    options = {"lower": -120.0, "upper": 100.0, "seed": SEED}
+    actual = multiply_noise(torch.ones(300, 4), mu, log_sigma, backend="numba", **options)
+    exact = multiply_noise(
+        torch.ones(300, 4, dtype=torch.float64), mu.double(), log_sigma.double(), backend="torch", **options
+    )
+    smallest = torch.finfo(torch.float32).smallest_normal
+    normal = (exact >= smallest) & (exact < torch.finfo(torch.float32).max)
+    # The float32 logarithm of θ, up to 100 in magnitude, is all that its exponential can know.
+    torch.testing.assert_close(actual.double()[normal], exact[normal], rtol=2e-5, atol=0)
+    assert (actual[exact > 3.5e38] == torch.inf).all()
+    assert (actual[exact < smallest] <= 2 * smallest).all()
+    assert normal[:, 2].all()
+    assert not normal[:, 0].any()
+
+
+def test_backward_can_be_repeated_and_notices_a_change_of_parameters():
+    x = torch.randn(8, 3, requires_grad=True)
+    mu, log_sigma = posterior(3)
+    out = multiply_noise(x, mu, log_sigma, backend="numba")
+    first, second = (torch.autograd.grad(out.sum(), (x, mu), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with torch.no_grad():
+        mu.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), (x, mu))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_of_16_bits_give_gradients_of_16_bits(dtype):
+    mu, log_sigma = (part.detach().to(dtype).requires_grad_() for part in posterior(3))
+    x = torch.randn(8, 3, requires_grad=True)
+    found = results(x, mu, log_sigma, torch.ones(8, 3), backend="numba")
+    assert [part.dtype for part in found] == [torch.float32, torch.float32, dtype, dtype]
+    theta = sample_noise(mu, log_sigma, torch.full((8, 3), 0.5), backend="numba")
+    assert theta.dtype == dtype
+
+
+class TestMath:
+    """Functions of compiled loops against float64."""
+
+    @staticmethod
+    def applied(function, x):
+        @numba.njit
+        def run(x):
+            out = np.empty_like(x)
+            for i in range(x.size):
+                out[i] = function(x[i])
+            return out
+
+        return run(x)
+
+    @pytest.mark.parametrize(
+        ("function", "exact", "low", "high", "relative", "absolute"),
+        [
+            (loop_math.log2, np.log2, 1e-30, 1.0, 1.2e-7, 1.2e-7),
+            (loop_math.exp, np.exp, -87.0, 88.0, 1.2e-7, 0.0),
+            (loop_math.tanh_float32, np.tanh, -12.0, 12.0, 4e-7, 0.0),
+        ],
+    )
+    def test_float32(self, function, exact, low, high, relative, absolute):
+        x = np.linspace(low, high, 100_001).astype(np.float32)
+        wanted = exact(x.astype(np.float64))
+        error = np.abs(self.applied(function, x) - wanted)
+        assert (error <= relative * np.abs(wanted) + absolute).all()
+
+    def test_exp_of_any_float32(self):
+        x = np.array([-np.inf, -200.0, -103.0, -95.0, -87.5, 0.0, 88.5, 89.5, 1e30, np.inf], np.float32)
+        with np.errstate(over="ignore"):
+            wanted = np.exp(x)
+        np.testing.assert_allclose(self.applied(loop_math.wide_exp, x), wanted, rtol=1.2e-7, atol=1.5e-45)
+
+    def test_exp_in_float64(self):
+        x = np.linspace(-699.0, 0.0, 100_001)
+        np.testing.assert_allclose(self.applied(loop_math.exp_float64, x), np.exp(x), rtol=5e-16, atol=0)
+
+
+class TestCache:
+    """Compiled loops on disk."""
+
+    def test_a_change_of_any_source_is_noticed(self, monkeypatch):
+        cache = loops.sum_loop._cache
+        signature = loops.sum_loop.signatures[0] if loops.sum_loop.signatures else ()
+        generator = numba.core.registry.cpu_target.target_context.codegen()
+        before = cache._index_key(signature, generator)
+        assert cache._index_key(signature, generator) == before
+        monkeypatch.setattr(loop_math, "_fingerprint", lambda: "other sources")
+        assert cache._index_key(signature, generator) != before
+
+    def test_without_a_folder_loops_are_compiled_all_the_same(self, monkeypatch):
+        def no_folder(function):
+            raise RuntimeError("cannot cache function: no locator available")
+
+        monkeypatch.setattr(loop_math, "_Cache", no_folder)
+        doubled = loop_math.loop(lambda x: x + x)
+        assert doubled(21) == 42
