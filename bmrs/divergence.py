@@ -50,9 +50,11 @@ def _group_divergence(group: list[NoiseLayer], *, average: bool) -> Tensor:
         upper=group[0].upper,
         backend=group[0].backend,
     )
-    # All structures, not the kept ones: these would otherwise pay more with each one pruned, until none is left.
-    shares = torch.cat([layer.mask / (layer.num_structures if average else 1) for layer in group])
-    return torch.dot(divergence, shares.to(divergence.dtype))
+    divergence = divergence.where(torch.cat([layer.mask for layer in group]), 0.0)
+    if average:
+        # All structures, not the kept ones: these would otherwise pay more with each one pruned, until none is left.
+        divergence = divergence / torch.cat([torch.full_like(layer.mu, len(layer.mu)) for layer in group])
+    return divergence.sum()
 
 
 def _scale(weight: KLWeight, dataset_size: int | None, num_layers: int) -> float:

@@ -66,19 +66,23 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> str:
 
 
 def numba_is_usable() -> bool:
-    """Return whether numba is installed and can be imported."""
+    """Return whether numba is installed and can compile the loops."""
     # An import cannot be traced: torch.compile takes what is installed.
-    return NUMBA_IS_INSTALLED and (torch.compiler.is_compiling() or _numba_can_be_imported())
+    return NUMBA_IS_INSTALLED and (torch.compiler.is_compiling() or _numba_compiles())
 
 
 @functools.cache
-def _numba_can_be_imported() -> bool:
-    """Return whether the import succeeds, and warn if it does not: some versions refuse a newer NumPy or Python."""
+def _numba_compiles() -> bool:
+    """Return whether the loops can be compiled, and warn if not: some versions of numba refuse a newer NumPy."""
     try:
-        importlib.import_module("numba")
-    except ImportError as error:
+        importlib.import_module("bmrs_kernels.loop_math")
+        if importlib.import_module("numba").config.DISABLE_JIT:
+            raise RuntimeError("NUMBA_DISABLE_JIT is set")
+    except (
+        Exception
+    ) as error:  # a library that cannot be loaded raises OSError, other mismatches what they like
         warnings.warn(
-            f"numba is installed but cannot be imported, so that CPU tensors take torch: {error}",
+            f"numba is installed but cannot be used, so that CPU tensors take torch: {error}",
             stacklevel=2,
         )
         return False

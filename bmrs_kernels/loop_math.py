@@ -20,7 +20,7 @@ import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from bmrs_kernels import philox, polynomials, torch_math
 
@@ -67,7 +67,7 @@ def compiled(
 
 
 def loop(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function that Python calls: without the interpreter's lock, and kept on disk for the next process."""
+    """Compile a function that Python calls; the interpreter's lock is free while it runs, its code is kept on disk."""
     made: Any = numba.njit(function, fastmath=ROUNDING_AS_WRITTEN, error_model="numpy", nogil=True)
     # Where no folder can be written, every process compiles anew.
     with contextlib.suppress(RuntimeError):
@@ -85,9 +85,9 @@ class _Cache(FunctionCache):
 
 @functools.cache
 def _fingerprint() -> str:
-    """Return a hash of everything that loops are compiled from."""
+    """Return a hash of the package: loops hold the numbers and functions that they were compiled with."""
     folder = Path(__file__).parent
-    sources = sorted([*folder.rglob("loop*.py"), folder / "polynomials.py"])
+    sources = sorted(folder.rglob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
@@ -118,9 +118,10 @@ def unmanaged(array):
 
 @intrinsic
 def use_widest_vectors(typing_context):
-    """Have LLVM take 512-bit vectors in the function that calls this, where there are any: 1.7 times as fast here.
+    """Have LLVM take 512-bit vectors in the function that calls this, where there are any.
 
-    By default it takes half as wide ones on such processors, for the sake of code around that uses none.
+    By default it takes half as wide ones on such processors, for the sake of code around that uses none. On a Cascade
+    Lake Xeon the loops over noise run 1.7 times as fast.
     """
 
     def generate(context, builder, signature, arguments):
@@ -249,21 +250,9 @@ def power_of_two(exponent):
     return np.int32(np.int32(exponent + EXPONENT_BIAS) << FRACTION_BITS).view(np.float32)
 
 
-def tanh(x):
-    """Return tanh x in x's dtype, with full relative precision near 0."""
-    raise NotImplementedError("only compiled functions call it")
-
-
-@overload(tanh, jit_options={"forceinline": True})
-def _tanh_of_type(x):
-    if x == numba.float64:
-        return lambda x: math.tanh(x)
-    return lambda x: tanh_float32(x)
-
-
 @compiled
-def tanh_float32(x):
-    """Return tanh x in float32."""
+def tanh(x):
+    """Return tanh x in float32, with full relative precision near 0."""
     square = min(x * x, ONE)
     small = x * tanh_numerator(square) / tanh_denominator(square)
     magnitude = abs(x)

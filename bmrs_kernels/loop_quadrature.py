@@ -46,10 +46,11 @@ def compute_structures(
         options: numbers that all structures share.
         with_gradients: whether to compute the derivatives.
     """
-    arguments = [part.detach().double().reshape(-1).numpy() for part in (mu, log_sigma)]
+    # Contiguous, since numba would compile strided arrays to other code, whose last bits differ.
+    arguments = [part.detach().double().contiguous().view(-1).numpy() for part in (mu, log_sigma)]
     count = arguments[0].size
     results = [
-        torch.empty(count if wanted else 0, dtype=torch.float64)
+        torch.empty(count if wanted else 0, dtype=torch.float64, device="cpu")
         for wanted in (True, with_gradients, with_gradients)
     ]
     arrays = [result.numpy() for result in results]

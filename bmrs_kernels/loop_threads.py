@@ -38,6 +38,7 @@ def in_threads(call: Callable[[int, int], None], count: int, *, seconds: float) 
         return
     bounds = [count * part // threads for part in range(threads + 1)]
     ranges = list(itertools.pairwise(bounds))
+    call(0, 0)  # compiles what is called for the first time: other threads may lack the stack for it
     openmp = _openmp()
     if openmp is None:
         list(_pool().map(lambda part: call(*part), ranges))
@@ -60,6 +61,10 @@ def _in_openmp_threads(
             errors.append(error)
 
     openmp.GOMP_parallel(_Body(body), None, len(ranges), 0)
+    if errors:
+        raise errors[0]
+    # An interrupt at the very start of a thread's part is lost, and the part with it.
+    body(None)
     if errors:
         raise errors[0]
 

@@ -98,7 +98,8 @@ def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[.
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             mu, log_sigma, grad_mu, grad_log_sigma = ctx.saved_tensors
             nothing = [None] * len(ctx.arguments)
-            if torch.is_grad_enabled():  # a second derivative may follow, which only the operators forbid
+            # A second derivative may follow, which only the operators forbid.
+            if torch.is_grad_enabled():
                 _, *gradients = operator(mu, log_sigma, *ctx.arguments, True)
                 return *multiply_derivatives(grad, *gradients), *nothing
             return grad * grad_mu, grad * grad_log_sigma, *nothing

@@ -17,7 +17,7 @@ from bmrs_kernels.multiplicative_noise.loop_noise import (
 
 
 def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return θ and the derivatives of log θ, in the dtype that activations of μ's dtype are computed in."""
+    """Return θ and the derivatives of log θ for float32 activations; all arguments are float32."""
     results = [torch.empty_like(mu) for _ in range(3)]
     inputs = [part.detach().double().numpy() for part in (mu, log_sigma)]
     noise_loop(*inputs, uniform.numpy(), LOWER, UPPER, *(result.numpy() for result in results))

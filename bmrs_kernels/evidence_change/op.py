@@ -22,7 +22,7 @@ LN2 = math.log(2.0)
 
 
 def _implementation(backend: str) -> ModuleType:
-    # The only imports of Triton and numba.
+    # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
         from bmrs_kernels.evidence_change import kernels
 

@@ -1,4 +1,8 @@
-"""Noise multiplied onto an activation by compiled CPU loops: the arrays and tiles that ``loops`` are called with."""
+"""Noise multiplied onto an activation by compiled CPU loops: the arrays and tiles that ``loops`` are called with.
+
+float64 activations and noise at given uniforms, which are float64 too, are left to tensor operations: in float64 these
+are faster than loops over scalar special functions.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ import torch
 from torch import Tensor
 
 from bmrs_kernels.loop_threads import in_threads
-from bmrs_kernels.multiplicative_noise import loops
+from bmrs_kernels.multiplicative_noise import eager, loops
 from bmrs_kernels.multiplicative_noise.eager import draw_shape
+
+sample_noise = eager.sample_noise
 
 ACTIVATIONS = {None: loops.IDENTITY, "relu": loops.RELU, "tanh": loops.TANH}
 # Of one thread, for an element; for the number of threads, these need not be exact.
-FORWARD_SECONDS, BACKWARD_SECONDS, EXACT_SECONDS = 6e-9, 9e-9, 3e-7
-UNIFORM_SECONDS, SCALING_SECONDS = 1e-9, 1e-9
+FORWARD_SECONDS, BACKWARD_SECONDS, UNIFORM_SECONDS, SCALING_SECONDS = 6e-9, 9e-9, 1e-9, 1e-9
 
 
 class Noise:
@@ -49,7 +54,7 @@ class Noise:
         self.dtype = mu.dtype
         in_float64 = mu.dtype != torch.float32
         wide = [part.double().contiguous() if in_float64 else part.contiguous() for part in (mu, log_sigma)]
-        factors = None if mask is None else mask.float().contiguous()
+        factors = None if mask is None else mask.double().contiguous()
         self.table = loops.constants_loop(
             *(part.data_ptr() for part in wide),
             in_float64,
@@ -64,25 +69,25 @@ class Noise:
         self.num_sums, self.num_tiles = blocks[0] * blocks[2], math.prod(blocks)
 
     def multiply(self, x: Tensor, activation: str | None) -> Tensor:
-        """Return activation(x) · θ · mask, contiguous; x is float32 or float64."""
+        """Return activation(x) · θ · mask, contiguous; x is float32."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        loop = loops.forward_loops[x.element_size()]
+        loop = loops.forward_loop
         source, target, number = x.data_ptr(), out.data_ptr(), ACTIVATIONS[activation]
         sizes, tile, lower, upper = self.sizes, self.tile, self.lower, self.upper
 
         def call(first: int, last: int) -> None:
             loop(source, target, self.table, self.seed, sizes, tile, number, first, last, lower, upper)
 
-        in_threads(call, self.num_tiles, seconds=_seconds(x, FORWARD_SECONDS))
+        in_threads(call, self.num_tiles, seconds=x.numel() * FORWARD_SECONDS)
         return out
 
     def gradients(self, grad: Tensor, x: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of ``multiply`` in x, μ and log σ; grad is of x's dtype."""
+        """Return the gradients of ``multiply`` in x, μ and log σ; both are float32."""
         grad, x = grad.contiguous(), x.contiguous()
         grad_x = torch.empty_like(x)
         sums = np.empty((2, self.num_sums, self.sizes[1]))
-        loop = loops.backward_loops[x.element_size()]
+        loop = loops.backward_loop
         addresses, number = [part.data_ptr() for part in (grad, x, grad_x)], ACTIVATIONS[activation]
         options = (self.table, self.seed, self.sizes, self.tile, number)
         lower, upper = self.lower, self.upper
@@ -90,10 +95,10 @@ class Noise:
         def call(first: int, last: int) -> None:
             loop(*addresses, sums, *options, first, last, lower, upper)
 
-        in_threads(call, self.num_tiles, seconds=_seconds(x, BACKWARD_SECONDS))
+        in_threads(call, self.num_tiles, seconds=x.numel() * BACKWARD_SECONDS)
         in_float64 = self.dtype != torch.float32
         dtype = torch.float64 if in_float64 else torch.float32
-        grad_mu, grad_log_sigma = (torch.empty(self.sizes[1], dtype=dtype) for _ in range(2))
+        grad_mu, grad_log_sigma = (torch.empty(self.sizes[1], dtype=dtype, device="cpu") for _ in range(2))
         loops.sum_loop(sums, self.table, grad_mu.data_ptr(), grad_log_sigma.data_ptr(), in_float64)
         return grad_x, grad_mu.to(self.dtype), grad_log_sigma.to(self.dtype)
 
@@ -102,7 +107,7 @@ class SharedNoise:
     """The noise of one call in which several elements share a draw.
 
     Args:
-        x: the activation, float32 or float64.
+        x: the activation, float32.
         draws: shape of the draws, which broadcasts with x.
         dim: axis of the structures, non-negative.
         posterior: μ, log σ, mask, seed, lower and upper, as `Noise` takes them.
@@ -113,7 +118,7 @@ class SharedNoise:
         self.table_shape = (math.prod(draws) // structures, structures)
         # The draws are a small activation themselves: of ones forward, of sums backward.
         self.noise = Noise(self.table_shape, 1, *posterior)
-        self.theta = self.noise.multiply(torch.ones(self.table_shape, dtype=x.dtype), None)
+        self.theta = self.noise.multiply(torch.ones(self.table_shape, dtype=x.dtype, device="cpu"), None)
         self.draws, self.shared = draws, [axis for axis, size in enumerate(draws) if size != x.shape[axis]]
         self.length = math.prod(x.shape[dim + 1 :])
         rows = math.prod(x.shape[: dim + 1])
@@ -124,7 +129,7 @@ class SharedNoise:
         if not self._in_rows(x):
             return _activated(x, activation) * self.theta.view(self.draws)
         out = torch.empty_like(x)
-        loop = loops.shared_forward_loops[x.element_size()]
+        loop = loops.shared_forward_loop
         arguments = (
             x.data_ptr(),
             out.data_ptr(),
@@ -158,8 +163,8 @@ class SharedNoise:
         return grad_x, grad_mu, grad_log_sigma
 
     def _gradients_in_rows(self, grad: Tensor, x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
-        grad_x, sums = torch.empty_like(x), torch.empty(self.sizes[0], dtype=x.dtype)
-        loop = loops.shared_backward_loops[x.element_size()]
+        grad_x, sums = torch.empty_like(x), torch.empty(self.sizes[0], dtype=torch.float64, device="cpu")
+        loop = loops.shared_backward_loop
         addresses = [part.data_ptr() for part in (grad, x, grad_x, sums, self.theta)]
 
         def call(first: int, last: int) -> None:
@@ -167,7 +172,7 @@ class SharedNoise:
 
         in_threads(call, self.sizes[0], seconds=x.numel() * SCALING_SECONDS)
         groups, structures = self.table_shape
-        return grad_x, sums.view(groups, -1, structures).sum(1)
+        return grad_x, sums.view(groups, -1, structures).sum(1).to(x.dtype)
 
     def _in_rows(self, x: Tensor) -> bool:
         """Return whether the elements of a structure lie together, in rows that are worth a loop."""
@@ -189,6 +194,9 @@ def multiply_noise(
     kept: dict[str, Any] | None = None,
 ) -> Tensor:
     """Return activation(x) · θ · mask in x's memory layout; what backward needs again is put into ``kept``."""
+    if x.dtype == torch.float64:
+        arguments = (x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
+        return eager.multiply_noise(*arguments, kept=kept)
     if x.numel() == 0:
         return torch.empty_like(x)
     wide = _widened(x)
@@ -214,6 +222,9 @@ def multiply_noise_backward(
     kept: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise`` in x, μ and log σ; bitwise the same on every run."""
+    if x.dtype == torch.float64:
+        arguments = (grad, x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
+        return eager.multiply_noise_backward(*arguments, kept=kept)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(mu), torch.zeros_like(log_sigma)
     wide = _widened(x)
@@ -231,31 +242,9 @@ def _noise(x: Tensor, dim: int, granularity: str, posterior: Sequence[Any]) -> N
     return SharedNoise(x, draws, dim, posterior)
 
 
-def sample_noise(
-    mu: Tensor, log_sigma: Tensor, uniform: Tensor, lower: float, upper: float, *, with_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return θ at given uniforms and its derivatives in μ and log σ, in the broadcast shape and μ's dtype."""
-    shape = torch.broadcast_shapes(mu.shape, uniform.shape)
-    inputs = [_array(part.double().expand(shape).contiguous()) for part in (mu, log_sigma, uniform)]
-    count = inputs[0].size
-    results = [
-        torch.empty(count if wanted else 0, dtype=torch.float64) for wanted in (True, *[with_gradients] * 2)
-    ]
-    outputs = [_array(result) for result in results]
-
-    def call(first: int, last: int) -> None:
-        loops.sample_loop(*inputs, float(lower), float(upper), *outputs, with_gradients, first, last)
-
-    in_threads(call, count, seconds=count * EXACT_SECONDS)
-    theta, *gradients = (result.to(mu.dtype) for result in results)
-    if with_gradients:
-        gradients = [gradient.view(shape) for gradient in gradients]
-    return theta.view(shape), gradients[0], gradients[1]
-
-
 def uniform_stream(seed: Tensor, count: int) -> Tensor:
     """Return the first ``count`` uniforms of a seed as a float32 vector; ``seed`` is an int64 scalar tensor."""
-    out = torch.empty(count, dtype=torch.float32)
+    out = torch.empty(count, dtype=torch.float32, device="cpu")
     number, array = int(seed), _array(out)
 
     def call(first: int, last: int) -> None:
@@ -271,14 +260,9 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array
 
 
-def _seconds(x: Tensor, for_an_element: float) -> float:
-    """Return about how long one thread takes for an activation."""
-    return x.numel() * (EXACT_SECONDS if x.dtype == torch.float64 else for_an_element)
-
-
 def _widened(x: Tensor) -> Tensor:
     """Return a tensor in the dtype of the arithmetic."""
-    return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.detach().to(torch.float32)
 
 
 def _activated(x: Tensor, activation: str | None) -> Tensor:
@@ -288,9 +272,7 @@ def _activated(x: Tensor, activation: str | None) -> Tensor:
 
 def _laid_out(value: Tensor, x: Tensor) -> Tensor:
     """Return a result in x's dtype and memory layout."""
-    out = torch.empty_like(x) if value.dtype != x.dtype or not x.is_contiguous() else None
-    return (
-        value
-        if out is None or (out.dtype, out.stride()) == (value.dtype, value.stride())
-        else out.copy_(value)
-    )
+    if value.dtype == x.dtype and value.is_contiguous() and x.is_contiguous():
+        return value
+    out = torch.empty_like(x)
+    return value if (out.dtype, out.stride()) == (value.dtype, value.stride()) else out.copy_(value)

@@ -16,7 +16,6 @@ from bmrs_kernels import polynomials
 from bmrs_kernels.loop_math import (
     EXP_HIGHEST,
     EXP_LOWEST,
-    HALF_LOG_2PI,
     QUANTILE_CENTRE,
     QUANTILE_SHIFT,
     compiled,
@@ -40,14 +39,6 @@ LN2 = math.log(2.0)
 # Keeps the logarithm finite where both tails underflow.
 SMALLEST_PRODUCT = 1e-30
 NAN = np.float32(math.nan)
-FLOAT64_BYTES = 8
-
-# Of the exact path: as in device_noise.
-HALLEY_STEPS = 3
-LARGEST_VARIABLE = (
-    polynomials.QUANTILE_LIMIT + polynomials.QUANTILE_SHIFT
-) ** 0.5 - polynomials.QUANTILE_CENTRE
-TINY = 1e-300
 
 TAIL_QUANTILE, TAIL_HAZARD = np.array(polynomials.TAIL_QUANTILE), np.array(polynomials.TAIL_HAZARD)
 
@@ -287,83 +278,6 @@ def tail_strips_in(real: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return compiled(values, inline=False), compiled(gradients, inline=False)
 
 
-quantile_ratio_float64 = polynomial(polynomials.QUANTILE, np.float64)
-
-
-@compiled
-def quantile_start(p, q):
-    """Return |Φ⁻¹(p)| to 1e-7, or to 1e-1 where the smaller of p and q = 1 - p is below 2e-10."""
-    level = -math.log(4.0 * p * q + TINY) / LN2
-    variable = math.sqrt(max(level, 0.0) + QUANTILE_SHIFT) - QUANTILE_CENTRE
-    if variable < LARGEST_VARIABLE:
-        return abs(2.0 * (p - q)) * quantile_ratio_float64(variable)
-    square = 2.0 * (max(level, 2.0) - 1.0) * LN2
-    return math.sqrt(square - math.log(square))
-
-
-@compiled
-def exact_log_noise(y, row, lower, upper):
-    """Return log θ and its derivatives in μ and log σ at a uniform, in float64 to full precision in every regime.
-
-    Halley steps on the logarithm of the smaller tail probability, or, where the mode is far outside, of the survival
-    relative to the end nearest to the mode.
-    """
-    alpha, beta, sigma = row[ALPHA], row[BETA], row[SIGMA]
-    complement = 1.0 - y
-    if max(alpha, -beta) < TAIL_START:
-        p, q = row[BELOW] + row[MASS] * y, row[ABOVE] + row[MASS] * complement
-        probability = min(p, q) + TINY
-        t = quantile_start(p, q)
-        for _ in range(HALLEY_STEPS):
-            mills = mills_ratio(t)
-            newton = (math.log(mills / probability) - 0.5 * t * t - HALF_LOG_2PI) * mills
-            t += newton / (1.0 + 0.5 * newton * (1.0 / mills - t))
-        z = -t if p < q else t
-        x = row[MU] + sigma * z
-        near_lower = complement * math.exp(0.5 * (z - alpha) * (z + alpha))
-        near_upper = y * math.exp(0.5 * (z - beta) * (z + beta))
-        grad_mu = 1.0 - near_lower - near_upper
-        grad_log_sigma = sigma * (z - alpha * near_lower - beta * near_upper)
-    else:
-        reflected = beta < 0.0
-        near, width = max(alpha, -beta), beta - alpha
-        tail_y, tail_complement = (complement, y) if reflected else (y, complement)
-        near_mills = mills_ratio(near)
-        level = -math.log(tail_complement + tail_y * row[FAR_SURVIVAL] + TINY)
-        hazard = 1.0 / near_mills
-        # The hazard at the end and its slope give the start.
-        v = 2.0 * level / (hazard + math.sqrt(hazard * hazard + 2.0 * hazard * (hazard - near) * level))
-        for _ in range(HALLEY_STEPS):
-            mills = mills_ratio(near + v)
-            newton = (v * (near + 0.5 * v) + math.log(near_mills / mills) - level) * mills
-            v -= newton / (1.0 - 0.5 * newton * (1.0 / mills - (near + v)))
-        step = sigma * min(max(v, 0.0), width)
-        x = upper - step if reflected else lower + step
-        gap = v * (near + 0.5 * v)
-        far = tail_y * math.exp(gap - width * (near + 0.5 * width))
-        grad_mu = 1.0 - tail_complement * math.exp(gap) - far
-        # z - α near - β far with z = α + v: α multiplies one small number.
-        grad_log_sigma = sigma * (near * grad_mu + v - width * far)
-        grad_log_sigma = -grad_log_sigma if reflected else grad_log_sigma
-    x = min(max(x, lower), upper)
-    if y <= 0.0:
-        x = lower
-    if y >= 1.0:
-        x = upper
-    return x, grad_mu, grad_log_sigma
-
-
-def _exact_strip_noise(y, row, lower, upper, noise, with_gradients):
-    """Do what ``strip_noise`` does in float64 to full precision."""
-    theta, grad_mu, grad_log_sigma = noise
-    for i in range(y.size):
-        x, slope_mu, slope_log_sigma = exact_log_noise(np.float64(y[i]), row, lower, upper)
-        theta[i] = math.exp(x)
-        if with_gradients:
-            grad_mu[i], grad_log_sigma[i] = slope_mu, slope_log_sigma
-
-
-exact_strip_noise = compiled(_exact_strip_noise, inline=False)
 inside_values, inside_gradients = inside_strips_in(np.float32)
 wide_inside_values, wide_inside_gradients = inside_strips_in(np.float64)
 tail_values, tail_gradients = tail_strips_in(np.float32)
@@ -379,17 +293,14 @@ def strip_noise(y, row, lower, upper, noise, with_gradients):
         row: the structure's row of the table of constants.
         lower: lower end of log θ.
         upper: upper end of log θ.
-        noise: three arrays no shorter than ``y``, to be written: θ, d log θ / dμ and d log θ / d log σ; float32, or
-            float64 for full precision.
+        noise: three arrays no shorter than ``y``, to be written: θ, d log θ / dμ and
+            d log θ / d log σ; float32.
         with_gradients: whether to write the last two.
     """
     theta, grad_mu, grad_log_sigma = noise
     in_tail, wide = max(row[ALPHA], -row[BETA]) >= TAIL_START, row[SIGMA] > WIDE
     if math.isnan(row[ALPHA]):
         fill_with_nan(y.size, theta, grad_mu, grad_log_sigma)
-        return
-    if theta.itemsize == FLOAT64_BYTES:
-        exact_strip_noise(y, row, lower, upper, noise, with_gradients)
         return
     if with_gradients:
         if in_tail and wide:

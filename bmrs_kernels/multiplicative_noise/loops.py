@@ -1,4 +1,4 @@
-"""Compiled CPU loops that multiply noise onto activations, forward and backward, in one pass.
+"""Compiled CPU loops that multiply noise onto float32 activations, forward and backward, in one pass.
 
 The activation is seen as [outer, structures, inner] in logical order and cut into tiles that stay in a core's cache:
 the uniforms of a tile are drawn at once, then each of its structures is a strip. Where ``inner`` is short, the elements
@@ -7,9 +7,6 @@ results do not depend on which thread computes which tiles.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -27,10 +24,8 @@ from bmrs_kernels.loop_math import (
 )
 from bmrs_kernels.multiplicative_noise.loop_noise import (
     FACTOR,
-    FLOAT64_BYTES,
     IN_RANGE,
     NUM_CONSTANTS,
-    exact_log_noise,
     strip_noise,
     structure_constants,
 )
@@ -63,7 +58,7 @@ def constants_loop(mu, log_sigma, in_float64, mask, structures, lower, upper):
         mu: address of float32 or float64.
         log_sigma: address of the same dtype.
         in_float64: whether they are float64.
-        mask: address of a float32 factor per structure, 0 for none.
+        mask: address of a float64 factor per structure, 0 for none.
         structures: their number.
         lower: lower end of log θ.
         upper: upper end of log θ.
@@ -72,7 +67,7 @@ def constants_loop(mu, log_sigma, in_float64, mask, structures, lower, upper):
     narrow_mu, wide_mu = vector_at(mu, structures, np.float32), vector_at(mu, structures, np.float64)
     narrow_scale = vector_at(log_sigma, structures, np.float32)
     wide_scale = vector_at(log_sigma, structures, np.float64)
-    factors = vector_at(mask, structures, np.float32)
+    factors = vector_at(mask, structures, np.float64)
     for structure in range(structures):
         row = table[structure]
         if in_float64:
@@ -84,194 +79,182 @@ def constants_loop(mu, log_sigma, in_float64, mask, structures, lower, upper):
     return table
 
 
-def forward_loop_in(real: type) -> Callable[..., None]:
-    """Return the loop for activations of a dtype."""
+@loop
+def forward_loop(x, out, table, seed, sizes, tile_sizes, activation, first, last, lower, upper):
+    """Write activation(x) · θ · mask for the tiles from ``first`` to before ``last``.
 
-    @loop
-    def forward_loop(x, out, table, seed, sizes, tile_sizes, activation, first, last, lower, upper):
-        """Write activation(x) · θ · mask for the tiles from ``first`` to before ``last``.
-
-        Args:
-            x: address of the activation, contiguous.
-            out: address of the result, to be written.
-            table: constants of the structures.
-            seed: int64.
-            sizes: (outer, structures, inner).
-            tile_sizes: the same of a tile.
-            activation: its number.
-            first: see above.
-            last: see above.
-            lower: lower end of log θ.
-            upper: upper end of log θ.
-        """
-        use_widest_vectors()
-        elements = sizes[0] * sizes[1] * sizes[2]
-        x, out, rows_of = vector_at(x, elements, real), vector_at(out, elements, real), unmanaged(table)
-        longest = padded(tile_sizes[0] * tile_sizes[2])
-        # Zeros, since strips are computed to the end of a vector: what lies there must be a number.
-        memory, uniform_memory = np.zeros((3, longest), real), np.zeros((2, room(tile_sizes)), np.float32)
-        strip_x, strip_out, theta = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
-        uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
-        starts = np.empty(tile_sizes[0], np.int64)
-        noise = (theta, theta, theta)
-        stride = sizes[1] * sizes[2]
-        for number in range(first, last):
-            begin, end = tile_bounds(number, sizes, tile_sizes)
-            fill_tile(seed, begin, end, sizes, uniform, starts)
-            rows, length = end[0] - begin[0], end[2] - begin[2]
-            count = rows * length
-            for structure in range(begin[1], end[1]):
-                offset = (structure - begin[1]) * length
-                origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
-                if rows == 1:
-                    y, strip, target = uniform[starts[0] + offset :], x[origin:], out[origin:]
-                else:
-                    y, strip, target = strip_y, strip_x, strip_out
-                    gather_uniform(uniform[offset:], starts, rows, length, y)
-                    gather(x[origin:], stride, rows, length, strip)
-                row = rows_of[structure]
-                factor = real(row[FACTOR])
-                if factor != ZERO:
-                    strip_noise(y[: computed(count, theta)], row, lower, upper, noise, False)
-                forward_strip(strip[:count], target, theta, factor, activation)
-                if rows > 1:
-                    scatter(target, stride, rows, length, out[origin:])
-        # Up to here they are alive.
-        memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
-
-    return forward_loop
-
-
-def backward_loop_in(real: type) -> Callable[..., None]:
-    """Return the loop for activations of a dtype."""
-
-    @loop
-    def backward_loop(
-        grad, x, grad_x, sums, table, seed, sizes, tile_sizes, activation, first, last, lower, upper
-    ):
-        """Write the gradient in x, and each tile's sums of the gradients in μ and log σ.
-
-        Args:
-            grad: address of the gradient of the result, contiguous.
-            x: address of the activation, contiguous.
-            grad_x: address of its gradient, to be written.
-            sums: float64 [2, tiles of one structure, structures], to be written.
-            table: constants of the structures.
-            seed: int64.
-            sizes: (outer, structures, inner).
-            tile_sizes: the same of a tile.
-            activation: its number.
-            first: number of the first tile.
-            last: number after that of the last tile.
-            lower: lower end of log θ.
-            upper: upper end of log θ.
-        """
-        use_widest_vectors()
-        elements = sizes[0] * sizes[1] * sizes[2]
-        grad, x = vector_at(grad, elements, real), vector_at(x, elements, real)
-        grad_x, rows_of = vector_at(grad_x, elements, real), unmanaged(table)
-        longest = padded(tile_sizes[0] * tile_sizes[2])
-        memory, uniform_memory = np.zeros((6, longest), real), np.zeros((2, room(tile_sizes)), np.float32)
-        strip_x, strip_grad, strip_out = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
-        theta, grad_mu, grad_log_sigma = unmanaged(memory[3]), unmanaged(memory[4]), unmanaged(memory[5])
-        uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
-        starts = np.empty(tile_sizes[0], np.int64)
-        noise = (theta, grad_mu, grad_log_sigma)
-        stride = sizes[1] * sizes[2]
-        tiles_across = -(-sizes[1] // tile_sizes[1])
-        for number in range(first, last):
-            begin, end = tile_bounds(number, sizes, tile_sizes)
-            fill_tile(seed, begin, end, sizes, uniform, starts)
-            rows, length = end[0] - begin[0], end[2] - begin[2]
-            count = rows * length
-            block = number // tiles_across
-            for structure in range(begin[1], end[1]):
-                offset = (structure - begin[1]) * length
-                origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
-                if rows == 1:
-                    y, strip = uniform[starts[0] + offset :], x[origin:]
-                    upstream, target = grad[origin:], grad_x[origin:]
-                else:
-                    y, strip, upstream, target = strip_y, strip_x, strip_grad, strip_out
-                    gather_uniform(uniform[offset:], starts, rows, length, y)
-                    gather(x[origin:], stride, rows, length, strip)
-                    gather(grad[origin:], stride, rows, length, upstream)
-                row = rows_of[structure]
-                factor = real(row[FACTOR])
-                alive = factor != ZERO
-                if alive:
-                    strip_noise(y[: computed(count, theta)], row, lower, upper, noise, True)
-                backward_strip(upstream[:count], strip, target, theta, factor, activation)
-                if rows > 1:
-                    scatter(target, stride, rows, length, grad_x[origin:])
-                # A pruned structure takes no part, whatever its activations are.
-                sums[0, block, structure] = dot(theta[:count], grad_mu) if alive else 0.0
-                sums[1, block, structure] = dot(theta[:count], grad_log_sigma) if alive else 0.0
-        memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
-
-    return backward_loop
+    Args:
+        x: address of the activation, contiguous.
+        out: address of the result, to be written.
+        table: constants of the structures.
+        seed: int64.
+        sizes: (outer, structures, inner).
+        tile_sizes: the same of a tile.
+        activation: its number.
+        first: see above.
+        last: see above.
+        lower: lower end of log θ.
+        upper: upper end of log θ.
+    """
+    use_widest_vectors()
+    elements = sizes[0] * sizes[1] * sizes[2]
+    x, out, rows_of = (
+        vector_at(x, elements, np.float32),
+        vector_at(out, elements, np.float32),
+        unmanaged(table),
+    )
+    longest = padded(tile_sizes[0] * tile_sizes[2])
+    # Zeros, since strips are computed to the end of a vector: what lies there must be a number.
+    memory, uniform_memory = np.zeros((3, longest), np.float32), np.zeros((2, room(tile_sizes)), np.float32)
+    strip_x, strip_out, theta = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
+    uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
+    starts = np.empty(tile_sizes[0], np.int64)
+    noise = (theta, theta, theta)
+    stride = sizes[1] * sizes[2]
+    for number in range(first, last):
+        begin, end = tile_bounds(number, sizes, tile_sizes)
+        fill_tile(seed, begin, end, sizes, uniform, starts)
+        rows, length = end[0] - begin[0], end[2] - begin[2]
+        count = rows * length
+        for structure in range(begin[1], end[1]):
+            offset = (structure - begin[1]) * length
+            origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
+            if rows == 1:
+                y, strip, target = uniform[starts[0] + offset :], x[origin:], out[origin:]
+            else:
+                y, strip, target = strip_y, strip_x, strip_out
+                gather_uniform(uniform[offset:], starts, rows, length, y)
+                gather(x[origin:], stride, rows, length, strip)
+            row = rows_of[structure]
+            factor = np.float32(row[FACTOR])
+            if factor != ZERO:
+                strip_noise(y[: padded(count)], row, lower, upper, noise, False)
+            forward_strip(strip[:count], target, theta, factor, activation)
+            if rows > 1:
+                scatter(target, stride, rows, length, out[origin:])
+    # Up to here they are alive.
+    memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
 
 
-def shared_forward_loop_in(real: type) -> Callable[..., None]:
-    """Return the loop for activations of a dtype in which the elements of a row share their draw."""
+@loop
+def backward_loop(
+    grad, x, grad_x, sums, table, seed, sizes, tile_sizes, activation, first, last, lower, upper
+):
+    """Write the gradient in x, and each tile's sums of the gradients in μ and log σ.
 
-    @loop
-    def shared_forward_loop(x, out, theta, rows, length, rows_of_draw, structures, activation, first, last):
-        """Write activation(x) · θ for rows ``first`` to ``last - 1``.
+    Args:
+        grad: address of the gradient of the result, contiguous.
+        x: address of the activation, contiguous.
+        grad_x: address of its gradient, to be written.
+        sums: float64 [2, tiles of one structure, structures], to be written.
+        table: constants of the structures.
+        seed: int64.
+        sizes: (outer, structures, inner).
+        tile_sizes: the same of a tile.
+        activation: its number.
+        first: number of the first tile.
+        last: number after that of the last tile.
+        lower: lower end of log θ.
+        upper: upper end of log θ.
+    """
+    use_widest_vectors()
+    elements = sizes[0] * sizes[1] * sizes[2]
+    grad, x = vector_at(grad, elements, np.float32), vector_at(x, elements, np.float32)
+    grad_x, rows_of = vector_at(grad_x, elements, np.float32), unmanaged(table)
+    longest = padded(tile_sizes[0] * tile_sizes[2])
+    memory, uniform_memory = np.zeros((6, longest), np.float32), np.zeros((2, room(tile_sizes)), np.float32)
+    strip_x, strip_grad, strip_out = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
+    theta, grad_mu, grad_log_sigma = unmanaged(memory[3]), unmanaged(memory[4]), unmanaged(memory[5])
+    uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
+    starts = np.empty(tile_sizes[0], np.int64)
+    noise = (theta, grad_mu, grad_log_sigma)
+    stride = sizes[1] * sizes[2]
+    tiles_across = -(-sizes[1] // tile_sizes[1])
+    for number in range(first, last):
+        begin, end = tile_bounds(number, sizes, tile_sizes)
+        fill_tile(seed, begin, end, sizes, uniform, starts)
+        rows, length = end[0] - begin[0], end[2] - begin[2]
+        count = rows * length
+        block = number // tiles_across
+        for structure in range(begin[1], end[1]):
+            offset = (structure - begin[1]) * length
+            origin = (begin[0] * sizes[1] + structure) * sizes[2] + begin[2]
+            if rows == 1:
+                y, strip = uniform[starts[0] + offset :], x[origin:]
+                upstream, target = grad[origin:], grad_x[origin:]
+            else:
+                y, strip, upstream, target = strip_y, strip_x, strip_grad, strip_out
+                gather_uniform(uniform[offset:], starts, rows, length, y)
+                gather(x[origin:], stride, rows, length, strip)
+                gather(grad[origin:], stride, rows, length, upstream)
+            row = rows_of[structure]
+            factor = np.float32(row[FACTOR])
+            alive = factor != ZERO
+            if alive:
+                strip_noise(y[: padded(count)], row, lower, upper, noise, True)
+            backward_strip(upstream[:count], strip, target, theta, factor, activation)
+            if rows > 1:
+                scatter(target, stride, rows, length, grad_x[origin:])
+            # A pruned structure takes no part, whatever its activations are.
+            sums[0, block, structure] = dot(theta[:count], grad_mu) if alive else 0.0
+            sums[1, block, structure] = dot(theta[:count], grad_log_sigma) if alive else 0.0
+    memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
 
-        Args:
-            x: address of the activation [rows, length], contiguous, structures varying fastest along the rows.
-            out: address of the result, to be written.
-            theta: address of θ · mask [draws of a structure, structures].
-            rows: see above.
-            length: see above.
-            rows_of_draw: how many of a structure's rows in succession share a draw.
-            structures: their number.
-            activation: its number.
-            first: see above.
-            last: see above.
-        """
-        x, out = vector_at(x, rows * length, real), vector_at(out, rows * length, real)
-        theta = vector_at(theta, rows // rows_of_draw, real)
-        for row in range(first, last):
-            factor = theta[row // structures // rows_of_draw * structures + row % structures]
-            scale_strip(x[row * length :][:length], out[row * length :], factor, activation)
 
-    return shared_forward_loop
+@loop
+def shared_forward_loop(x, out, theta, rows, length, rows_of_draw, structures, activation, first, last):
+    """Write activation(x) · θ for rows ``first`` to ``last - 1``.
+
+    Args:
+        x: address of the activation [rows, length], contiguous, structures varying fastest along the rows.
+        out: address of the result, to be written.
+        theta: address of θ · mask [draws of a structure, structures].
+        rows: see above.
+        length: see above.
+        rows_of_draw: how many of a structure's rows in succession share a draw.
+        structures: their number.
+        activation: its number.
+        first: see above.
+        last: see above.
+    """
+    x, out = vector_at(x, rows * length, np.float32), vector_at(out, rows * length, np.float32)
+    theta = vector_at(theta, rows // rows_of_draw, np.float32)
+    for row in range(first, last):
+        factor = theta[row // structures // rows_of_draw * structures + row % structures]
+        scale_strip(x[row * length :][:length], out[row * length :], factor, activation)
 
 
-def shared_backward_loop_in(real: type) -> Callable[..., None]:
-    """Return the loop for activations of a dtype in which the elements of a row share their draw."""
+@loop
+def shared_backward_loop(
+    grad, x, grad_x, sums, theta, rows, length, rows_of_draw, structures, activation, first, last
+):
+    """Write the gradient in x, and each row's sum of grad · activation(x).
 
-    @loop
-    def shared_backward_loop(
-        grad, x, grad_x, sums, theta, rows, length, rows_of_draw, structures, activation, first, last
-    ):
-        """Write the gradient in x, and each row's sum of grad · activation(x).
-
-        Args:
-            grad: address of the gradient of the result [rows, length], contiguous.
-            x: address of the activation.
-            grad_x: address of its gradient, to be written.
-            sums: address of [rows], to be written.
-            theta: address of θ · mask [draws of a structure, structures].
-            rows: see above.
-            length: see above.
-            rows_of_draw: how many of a structure's rows in succession share a draw.
-            structures: their number.
-            activation: its number.
-            first: number of the first row to compute.
-            last: number after that of the last one.
-        """
-        grad, x = vector_at(grad, rows * length, real), vector_at(x, rows * length, real)
-        grad_x, sums = vector_at(grad_x, rows * length, real), vector_at(sums, rows, real)
-        theta = vector_at(theta, rows // rows_of_draw, real)
-        for row in range(first, last):
-            factor = theta[row // structures // rows_of_draw * structures + row % structures]
-            start = row * length
-            sums[row] = unscale_strip(grad[start:][:length], x[start:], grad_x[start:], factor, activation)
-
-    return shared_backward_loop
+    Args:
+        grad: address of the gradient of the result [rows, length], contiguous.
+        x: address of the activation.
+        grad_x: address of its gradient, to be written.
+        sums: address of float64 [rows], to be written.
+        theta: address of θ · mask [draws of a structure, structures].
+        rows: see above.
+        length: see above.
+        rows_of_draw: how many of a structure's rows in succession share a draw.
+        structures: their number.
+        activation: its number.
+        first: number of the first row to compute.
+        last: number after that of the last one.
+    """
+    grad, x = vector_at(grad, rows * length, np.float32), vector_at(x, rows * length, np.float32)
+    grad_x, sums = vector_at(grad_x, rows * length, np.float32), vector_at(sums, rows, np.float64)
+    theta = vector_at(theta, rows // rows_of_draw, np.float32)
+    for row in range(first, last):
+        factor = theta[row // structures // rows_of_draw * structures + row % structures]
+        # In pieces, since float32 sums of many terms lose their last ones.
+        total = 0.0
+        for begin in range(row * length, (row + 1) * length, ELEMENTS_PER_TILE):
+            piece = min(ELEMENTS_PER_TILE, (row + 1) * length - begin)
+            total += unscale_strip(grad[begin:][:piece], x[begin:], grad_x[begin:], factor, activation)
+        sums[row] = total
 
 
 @loop
@@ -301,21 +284,6 @@ def sum_loop(sums, table, grad_mu, grad_log_sigma, in_float64):
 
 
 @loop
-def sample_loop(
-    mu, log_sigma, uniform, lower, upper, theta, grad_mu, grad_log_sigma, with_gradients, first, last
-):
-    """Write θ at given float64 uniforms and its derivatives, float64; all arrays are flat and of one length."""
-    row = np.zeros(NUM_CONSTANTS)
-    for i in range(first, last):
-        structure_constants(mu[i], log_sigma[i], lower, upper, row)
-        x, slope_mu, slope_log_sigma = exact_log_noise(uniform[i], row, lower, upper)
-        theta[i] = math.exp(x)
-        if with_gradients:
-            grad_mu[i] = theta[i] * slope_mu
-            grad_log_sigma[i] = theta[i] * slope_log_sigma * row[IN_RANGE]
-
-
-@loop
 def uniform_loop(seed, out, first, last):
     """Write the uniforms number ``first`` to ``last - 1`` of a seed to their places."""
     memory = np.empty(ELEMENTS_PER_TILE + SLACK, np.float32)
@@ -329,12 +297,6 @@ def uniform_loop(seed, out, first, last):
 def padded(count):
     """Return a number of elements that fills whole vectors: the rest of a loop would take one element at a time."""
     return -(-count // ELEMENTS_PER_VECTOR) * ELEMENTS_PER_VECTOR
-
-
-@compiled
-def computed(count, theta):
-    """Return for how many elements of a strip noise is computed: for whole vectors, where vectors are used."""
-    return count if theta.itemsize == FLOAT64_BYTES else padded(count)
 
 
 @compiled
@@ -469,7 +431,7 @@ def _scale_strip(x, out, factor, activation):
 def _unscale_strip(grad, x, grad_x, factor, activation):
     """Write the gradient in x of activation(x) · factor, and return the sum of grad · activation(x)."""
     use_widest_vectors()
-    total = factor - factor
+    total = ZERO
     if activation == RELU:
         for i in range(grad.size):
             dead = x[i] <= ZERO
@@ -484,7 +446,7 @@ def _unscale_strip(grad, x, grad_x, factor, activation):
         for i in range(grad.size):
             grad_x[i] = grad[i] * factor
             total += grad[i] * x[i]
-    return total
+    return np.float64(total)
 
 
 def _dot(first, second):
@@ -503,9 +465,3 @@ forward_strip, backward_strip = (
 dot = compiled(_dot, inline=False, fastmath=REGROUPING)
 scale_strip = compiled(_scale_strip, inline=False)
 unscale_strip = compiled(_unscale_strip, inline=False, fastmath=REGROUPING)
-
-# By the number of an activation's bytes.
-forward_loops = {4: forward_loop_in(np.float32), 8: forward_loop_in(np.float64)}
-backward_loops = {4: backward_loop_in(np.float32), 8: backward_loop_in(np.float64)}
-shared_forward_loops = {4: shared_forward_loop_in(np.float32), 8: shared_forward_loop_in(np.float64)}
-shared_backward_loops = {4: shared_backward_loop_in(np.float32), 8: shared_backward_loop_in(np.float64)}

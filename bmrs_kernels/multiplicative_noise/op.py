@@ -19,7 +19,7 @@ Activation = Literal["relu", "tanh"]
 
 
 def _implementation(backend: str) -> ModuleType:
-    # The only imports of Triton and numba.
+    # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
         from bmrs_kernels.multiplicative_noise import fused
 
@@ -152,7 +152,8 @@ class _MultiplyNoise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *options, backend = ctx.options
-        if torch.is_grad_enabled():  # a second derivative may follow, which only the operator forbids
+        # A second derivative may follow, which only the operator forbids, or the gradient may be no plain tensor.
+        if torch.is_grad_enabled() or dispatcher_is_needed(grad):
             return _multiply_backward(ctx, grad)
         grads = _implementation(backend).multiply_noise_backward(
             grad, *ctx.saved_tensors, *options, kept=ctx.kept
@@ -216,7 +217,7 @@ def multiply_noise(
     """Return ``activation(x) * θ * mask`` with θ drawn from each structure's posterior (Eq. 1).
 
     Differentiable in x, μ and log σ. The uniforms are those of ``philox_uniform(seed, ...)``, so that a seed fixes
-    the noise whatever the memory format; backward draws them again, and only x is kept for it.
+    the noise whatever the memory format; backward draws them again, and of x's size only x is kept.
 
     Args:
         x: activations of 1 or more dimensions, floating point; narrow dtypes are widened for the arithmetic.

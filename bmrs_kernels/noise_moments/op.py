@@ -15,7 +15,7 @@ from bmrs_kernels.validation import check_interval, check_parameters
 
 
 def _implementation(backend: str) -> ModuleType:
-    # The only imports of Triton and numba.
+    # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
         from bmrs_kernels.noise_moments import kernels
 

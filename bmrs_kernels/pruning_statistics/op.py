@@ -20,7 +20,7 @@ from bmrs_kernels.validation import (
 
 
 def _implementation(backend: str) -> ModuleType:
-    # The only imports of Triton and numba.
+    # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
         from bmrs_kernels.pruning_statistics import kernels
 

@@ -44,16 +44,16 @@ class TestResolution:
         def refuse(name):
             raise ImportError("Numba needs NumPy 2.3 or less. Got NumPy 2.4.")
 
-        backend._numba_can_be_imported.cache_clear()
+        backend._numba_compiles.cache_clear()
         monkeypatch.setattr(importlib, "import_module", refuse)
         try:
-            with pytest.warns(UserWarning, match=r"cannot be imported.*Numba needs NumPy 2\.3 or less"):
+            with pytest.warns(UserWarning, match=r"cannot be used.*Numba needs NumPy 2\.3 or less"):
                 assert resolve_backend("auto", ON_CPU) == "torch"
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 assert resolve_backend("auto", ON_CPU) == "torch"
         finally:
-            backend._numba_can_be_imported.cache_clear()
+            backend._numba_compiles.cache_clear()
 
 
 class TestDispatcher:

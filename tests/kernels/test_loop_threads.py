@@ -36,7 +36,7 @@ def ranges_of(count, seconds):
     """Return the ranges that were called, in order."""
     found = []
     in_threads(lambda first, last: found.append((first, last)), count, seconds=seconds)
-    return sorted(found)
+    return sorted(part for part in found if part != (0, 0))
 
 
 def test_every_part_is_done_once(threads):

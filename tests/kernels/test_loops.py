@@ -167,6 +167,62 @@ def test_parameters_of_16_bits_give_gradients_of_16_bits(dtype):
     assert theta.dtype == dtype
 
 
+def test_long_rows_that_share_a_draw_lose_no_terms():
+    x = torch.full((2, 1, 3_000_000), 0.1, requires_grad=True)
+    mu, log_sigma = torch.tensor([-1.0], requires_grad=True), torch.tensor([-2.0], requires_grad=True)
+    narrow = results(x, mu, log_sigma, torch.ones_like(x), granularity="batch", backend="numba")
+    wide = [part.detach().double().requires_grad_() for part in (x, mu, log_sigma)]
+    exact = results(*wide, torch.ones_like(wide[0]), granularity="batch", backend="torch")
+    for got, wanted in zip(narrow[2:], exact[2:], strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_float64_masks_keep_their_digits():
+    leaves = [
+        part.double().requires_grad_() for part in (torch.randn(4, 2), *map(torch.detach, posterior(2)))
+    ]
+    mask = torch.tensor([0.1, 1e-50], dtype=torch.float64)
+    found, expected = (
+        results(*leaves, torch.ones(4, 2).double(), mask=mask, backend=backend)
+        for backend in ("numba", "torch")
+    )
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["element", "sample", "batch"])
+def test_tensors_stay_on_the_cpu_whatever_the_default_device(granularity):
+    x = torch.randn(4, 3, 17, requires_grad=True)
+    mu, log_sigma = posterior(3)
+    expected = results(x, mu, log_sigma, torch.ones_like(x), granularity=granularity, backend="numba")
+    seed, upstream = torch.tensor(SEED), torch.ones_like(x)
+    with torch.device("meta"):
+        out = multiply_noise(x, mu, log_sigma, seed=seed, granularity=granularity, backend="numba")
+        actual = out.detach(), *torch.autograd.grad(out, (x, mu, log_sigma), upstream)
+        theta = sample_noise(mu, log_sigma, mu.detach().sigmoid())
+    assert all(torch.equal(got, wanted) for got, wanted in zip(actual, expected, strict=True))
+    assert theta.device.type == "cpu"
+
+
+def test_gradients_of_a_batch_of_upstream_gradients():
+    x = torch.randn(4, 3, requires_grad=True)
+    mu, log_sigma = posterior(3)
+    out = multiply_noise(x, mu, log_sigma, seed=SEED, backend="numba")
+    upstream = torch.randn(5, 4, 3)
+    together = torch.autograd.grad(out, (x, mu), upstream, is_grads_batched=True, retain_graph=True)
+    for index, one in enumerate(upstream):
+        alone = torch.autograd.grad(out, (x, mu), one, retain_graph=True)
+        assert all(torch.equal(batch[index], single) for batch, single in zip(together, alone, strict=True))
+
+
+def test_gradients_lie_in_memory_as_their_activation_does():
+    x = torch.randn(8, 16, 3, 3, requires_grad=True)
+    upstream = torch.randn(8, 16, 3, 3).to(memory_format=torch.channels_last)
+    for granularity in ("element", "batch"):
+        _, grad_x, _, _ = results(x, *posterior(16), upstream, granularity=granularity, backend="numba")
+        assert grad_x.stride() == x.stride()
+
+
 class TestMath:
     """Functions of compiled loops against float64."""
 
@@ -186,7 +242,7 @@ class TestMath:
         [
             (loop_math.log2, np.log2, 1e-30, 1.0, 1.2e-7, 1.2e-7),
             (loop_math.exp, np.exp, -87.0, 88.0, 1.2e-7, 0.0),
-            (loop_math.tanh_float32, np.tanh, -12.0, 12.0, 4e-7, 0.0),
+            (loop_math.tanh, np.tanh, -12.0, 12.0, 4e-7, 0.0),
         ],
     )
     def test_float32(self, function, exact, low, high, relative, absolute):
