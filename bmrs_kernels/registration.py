@@ -26,10 +26,15 @@ def dispatcher_is_needed(*tensors: Tensor | None) -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+        or any(
+            type(tensor) not in _PLAIN_TYPES or (tensor is not None and _is_batched(tensor))
+            for tensor in tensors
+        )
     )
 
 
+# What autograd hands to backward for is_grads_batched=True; its type is Tensor all the same.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
 
 
