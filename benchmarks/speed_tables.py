@@ -131,7 +131,7 @@ def _step_table(rows: Sequence[Row]) -> str:
         )
     columns = (
         *("network", "mode", "granularity", "without noise, ms"),
-        *("with noise: project", "plain formulas", "the paper's code"),
+        *("with noise: project", "plain formulas", "the paper's code (a GPU)"),
     )
     return table(columns, lines)
 
