@@ -30,6 +30,7 @@ import bmrs
 from benchmarks import plain_layer
 from benchmarks.environment import environment
 from benchmarks.markdown import table
+from benchmarks.options import positive
 from benchmarks.plain_layer import KLWeight
 from bmrs.data import EMBEDDED, Split, load_dataset, preprocess
 from bmrs.noise_layer import Granularity
@@ -83,8 +84,8 @@ class Outcome(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks finite-training", description=__doc__)
-    parser.add_argument("--steps", type=_positive, default=300, help="steps of each run (default: 300)")
-    parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds, from 0 (default: 3)")
+    parser.add_argument("--steps", type=positive, default=300, help="steps of each run (default: 300)")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds, from 0 (default: 3)")
     parser.add_argument(
         "--models", default=",".join(NETWORKS), help="networks, separated by commas (default: all)"
     )
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--dataset-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="training examples that elbo divides by (default: the 4,800 there are; all of Fashion-MNIST: 48,000)",
     )
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for finite_training.md and finite_training.json"
     )
-    parser.add_argument("--jobs", type=_positive, default=2, help="processes (default: 2)")
+    parser.add_argument("--jobs", type=positive, default=2, help="processes (default: 2)")
     options = parser.parse_args(arguments)
     models, kl_weights = options.models.split(","), options.kl_weights.split(",")
     for flag, given, known in (("models", models, NETWORKS), ("kl-weights", kl_weights, get_args(KLWeight))):
@@ -128,13 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.output / "finite_training.md").write_text(markdown, "utf-8")
         (options.output / "finite_training.json").write_text(as_json(results, about), "utf-8")
     return 0 if all(outcome.finite for run, outcome in results if run.formulas == "project") else 1
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, was {number}")
-    return number
 
 
 def all_runs(models: Iterable[str], kl_weights: Iterable[str], seeds: int) -> list[Run]:

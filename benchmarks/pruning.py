@@ -22,7 +22,7 @@ from benchmarks.environment import environment, one_line
 from benchmarks.markdown import table
 from benchmarks.measure import Call, Plan, Round, Stopwatch, ratio, summary
 from benchmarks.networks import CONVOLUTION_CHAIN, LENET5, MLP, RESNET50, Network
-from benchmarks.step import add_common_options, positive
+from benchmarks.options import add_device_and_record, positive
 from bmrs.criteria import Criterion
 from bmrs.noise_layer import noise_layers
 
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=positive, default=ROUNDS, help="turns of each competitor (%(default)s)"
     )
-    add_common_options(parser)
+    add_device_and_record(parser)
     options = parser.parse_args(arguments)
     stopwatch = Stopwatch(torch.device(options.device))
     about = environment(device=options.device)

@@ -14,7 +14,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from benchmarks.competitors import posteriors, project_backends
 from benchmarks.environment import environment, one_line
 from benchmarks.markdown import table
 from benchmarks.measure import Call, Stopwatch, summary
+from benchmarks.options import add_device_and_record, positive
 
 ROUNDS = 3
 STEEPEST = 1.1
@@ -61,21 +61,13 @@ class Sweep:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--structures", type=_size, default=10**6, help="largest number; default: 1e6")
     parser.add_argument(
         "--elements", type=_size, help="largest number; default: 1e7 on a CPU and 1e9 on a GPU"
     )
     parser.add_argument("--layers", type=_size, default=LAYERS[-1], help="largest number; default: 500")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
-    parser.add_argument(
-        "--record",
-        nargs="?",
-        type=Path,
-        const=records.RESULTS,
-        metavar="FOLDER",
-        help="put the times in place of this machine's earlier ones, in benchmarks/results or FOLDER",
-    )
+    parser.add_argument("--rounds", type=positive, default=ROUNDS, help="default: %(default)s")
+    add_device_and_record(parser)
     options = parser.parse_args(arguments)
     for name, smallest in (("structures", SMALLEST_STRUCTURES), ("elements", SMALLEST_ELEMENTS)):
         if getattr(options, name) is not None and getattr(options, name) < 10 * smallest:

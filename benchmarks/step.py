@@ -26,6 +26,7 @@ from benchmarks.environment import environment, one_line
 from benchmarks.markdown import table
 from benchmarks.measure import Plan, Stopwatch, capture, ratio, summary
 from benchmarks.networks import Network, trained_networks
+from benchmarks.options import add_device_and_record, positive
 from bmrs.noise_layer import Backend, Granularity
 from bmrs_kernels.backend import resolve_backend
 
@@ -331,29 +332,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="turns of each way (%(default)s)")
-    add_common_options(parser)
+    add_device_and_record(parser)
     return parser.parse_args(arguments)
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Add the device and the folder of the results."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=best, help="%(default)s")
-    parser.add_argument(
-        "--record",
-        nargs="?",
-        type=Path,
-        const=records.RESULTS,
-        metavar="FOLDER",
-        help="keep the rows, by default among the committed results",
-    )
-
-
-def positive(text: str) -> int:
-    """Return a number of rounds."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 if __name__ == "__main__":

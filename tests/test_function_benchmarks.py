@@ -156,6 +156,9 @@ def test_rows_have_ratios_between_turns():
 
 @pytest.mark.slow
 def test_a_run_records_alternated_turns(tmp_path):
+    # Nothing of the run that this test is part of: workers of pytest-xdist time nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
     finished = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--verbose"),
@@ -163,7 +166,7 @@ def test_a_run_records_alternated_turns(tmp_path):
             *("--turn-seconds", "0.01", "--record", str(tmp_path)),
         ],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,

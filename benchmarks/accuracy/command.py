@@ -25,6 +25,7 @@ from benchmarks.accuracy.quantities import QUANTITIES
 from benchmarks.accuracy.report import RESULTS, as_json, as_markdown, committed_report, regressions
 from benchmarks.accuracy.table import Judged, judged, reference_pool
 from benchmarks.environment import environment
+from benchmarks.options import positive
 from bmrs_kernels import backend
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -113,13 +114,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.keep and options.attack <= 0:
         parser.error("--keep needs --attack")
     return options
-
-
-def positive(text: str) -> int:
-    """Return a positive number given as text."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, was {text}")
-    return number
 
 
 def default_device(name: str) -> str:
