@@ -12,8 +12,10 @@ from torch import Tensor
 from benchmarks.accuracy.contract import LOWER, UPPER
 from bmrs_kernels.backend import INTERPRETING
 from bmrs_kernels.launch import launch
-from bmrs_kernels.multiplicative_noise import device_noise
+from bmrs_kernels.multiplicative_noise.device_constants import load_posterior, table_column
+from bmrs_kernels.multiplicative_noise.device_noise import tile_log_noise, tile_regimes
 from bmrs_kernels.multiplicative_noise.device_tiles import exponential
+from bmrs_kernels.multiplicative_noise.fused import constants
 
 # An interpreted program takes tens of milliseconds, whatever its size.
 BLOCK = 4096 if INTERPRETING else 64
@@ -21,8 +23,7 @@ BLOCK = 4096 if INTERPRETING else 64
 
 @triton.jit
 def noise_kernel(
-    mu_ptr,
-    log_sigma_ptr,
+    table_ptr,
     uniform_ptr,
     out_ptr,
     num_draws,
@@ -31,14 +32,18 @@ def noise_kernel(
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write θ and the derivatives of log θ in μ and log σ, out [3, draws]; a program owns BLOCK draws."""
+    """Write θ and the derivatives of log θ in μ and log σ, out [3, draws]; a program owns BLOCK draws.
+
+    Each draw is of a structure of its own, whose constants are in the table.
+    """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < num_draws
-    mu = tl.load(mu_ptr + index, mask=valid, other=0.0)
-    log_sigma = tl.load(log_sigma_ptr + index, mask=valid, other=0.0)
-    posterior = device_noise.posterior_constants(mu, log_sigma, LOWER, UPPER)
+    structure = tl.where(valid, index, 0)
+    posterior = load_posterior(table_column(table_ptr, structure, EXACT))
     uniform = tl.load(uniform_ptr + index, mask=valid, other=0.5)
-    x, grad_mu, grad_log_sigma = device_noise.tile_log_noise(uniform, posterior, LOWER, UPPER, EXACT, True)
+    x, grad_mu, grad_log_sigma = tile_log_noise(
+        uniform, posterior, tile_regimes(posterior), table_ptr, structure, LOWER, UPPER, EXACT, True
+    )
     tl.store(out_ptr + index, exponential(x, EXACT), mask=valid)
     tl.store(out_ptr + num_draws + index, grad_mu, mask=valid)
     tl.store(out_ptr + 2 * num_draws + index, grad_log_sigma, mask=valid)
@@ -57,8 +62,7 @@ def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> Tensor:
     launch(
         noise_kernel,
         (triton.cdiv(len(mu), BLOCK),),
-        mu,
-        log_sigma,
+        constants(mu, log_sigma, LOWER, UPPER),
         uniform,
         out,
         len(mu),

@@ -16,8 +16,9 @@ from benchmarks.machine_code.compilation import MachineCode, compiled, compiling
 from benchmarks.machine_code.pointers import Pointers
 from benchmarks.machine_code.source_lines import Origin, function_names, loop_trips, read_origins
 
-# The functions of device_noise between which kernels branch, and what their paths are called.
+# The functions of device_noise between which kernels branch, outer ones first, and what their paths are called.
 REGIMES = {
+    "wide_tail_log_noise": "wide tail",
     "inside_log_noise": "inside",
     "wide_log_noise": "wide",
     "tail_log_noise": "tail",
@@ -221,10 +222,10 @@ def _measurement(case: Case, target: str, stage: str, name: str, launch: Launch,
 def _regimes(origins: dict[int, Origin]) -> dict[int, str]:
     labels = {}
     for address, origin in origins.items():
-        for function in function_names(origin):
-            if function in REGIMES:
-                labels[address] = REGIMES[function]
-                break
+        functions = set(function_names(origin))
+        found = [label for function, label in REGIMES.items() if function in functions]
+        if found:
+            labels[address] = found[0]
     return labels
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels.device_math import philox_4x32, tanh, uniform_from_word
-from bmrs_kernels.multiplicative_noise.device_noise import posterior_constants
+from bmrs_kernels.device_math import philox_4x32, tanh
+from bmrs_kernels.multiplicative_noise.device_constants import (
+    load_posterior,
+    posterior_constants,
+    table_column,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -30,26 +34,31 @@ def halves(index, WIDE_INDEX: tl.constexpr):
 
 
 @triton.jit
-def uniforms_of_counters(counter, seed, WIDE_INDEX: tl.constexpr):
-    """Return the uniforms of neighbouring counters, four each, one after the other along the last axis."""
-    low, high = halves(counter, WIDE_INDEX)
-    first, second, third, fourth = philox_4x32(low, high, seed)
-    return interleave(
-        uniform_from_word(first),
-        uniform_from_word(second),
-        uniform_from_word(third),
-        uniform_from_word(fourth),
-    )
+def held_like(word, x):
+    """Return a uint32 tile as it is, held by the threads that hold x, float32 or float64.
+
+    Layouts spread from what is loaded to what is computed from it. Without this tie, which compiles to nothing, Triton
+    would hold noise in another layout and exchange each result of the regimes' branches through shared memory.
+    """
+    bits = x.to(tl.uint64 if x.dtype == tl.float64 else tl.uint32, bitcast=True).to(tl.uint32)
+    return word | ((bits & 1) >> 1)
 
 
 @triton.jit
-def uniforms_at(index, seed, WIDE_INDEX: tl.constexpr):
-    """Return the uniforms of any numbers, each with a counter of its own: four times the arithmetic."""
+def words_of_counters(counter, seed, WIDE_INDEX: tl.constexpr):
+    """Return the words of neighbouring counters, four each, one after the other along the last axis."""
+    low, high = halves(counter, WIDE_INDEX)
+    first, second, third, fourth = philox_4x32(low, high, seed)
+    return interleave(first, second, third, fourth)
+
+
+@triton.jit
+def word_at(index, seed, WIDE_INDEX: tl.constexpr):
+    """Return the noise's words of any numbers, each with a counter of its own: four times the arithmetic."""
     low, high = halves(index >> 2, WIDE_INDEX)
     first, second, third, fourth = philox_4x32(low, high, seed)
     lane = index & 3
-    word = tl.where(lane < 2, tl.where(lane == 0, first, second), tl.where(lane == 2, third, fourth))
-    return uniform_from_word(word)
+    return tl.where(lane < 2, tl.where(lane == 0, first, second), tl.where(lane == 2, third, fourth))
 
 
 @triton.jit
@@ -85,6 +94,14 @@ def behind_activation(grad, x, value, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def rows_of_block(block, BLOCK_ROWS: tl.constexpr, WIDE_INDEX: tl.constexpr):
+    """Return the numbers of a block's rows."""
+    if WIDE_INDEX:
+        block = block.to(tl.int64)
+    return block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+
+
+@triton.jit
 def rows_tile(
     row_block,
     inner_block,
@@ -101,9 +118,7 @@ def rows_tile(
 
     Offsets are the logical ones too. Unless ALIGNED, a row's tile starts at the last multiple of four before the row.
     """
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    if WIDE_INDEX:
-        row = row.to(tl.int64)
+    row = rows_of_block(row_block, BLOCK_ROWS, WIDE_INDEX)
     start = (row * num_structures + structure) * inner
     column = inner_block * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
     if ALIGNED:
@@ -121,61 +136,81 @@ def rows_tile(
 
 
 @triton.jit
-def columns_tile(
+def columns_tile(row, structure, num_rows, num_structures):
+    """Return offsets [rows, structures] in memory and which of them are valid; ``structure`` is [1, structures]."""
+    valid = (row < num_rows)[:, None] & (structure < num_structures)
+    return row[:, None] * num_structures + structure, valid
+
+
+@triton.jit
+def columns_words(
+    x,
     row,
     structure,
-    num_rows,
+    structure_block,
     num_structures,
     spatial,
     seed,
-    lane: tl.constexpr,
     LANES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_STRUCTURES: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
 ):
-    """Return offsets [rows, structures] in memory, which of them are valid, and their uniforms.
+    """Return the noise's words for rows of structures, a tile [rows, structures] for each lane.
 
-    LANES says where a counter's four numbers lie: in neighbouring "structures", in neighbouring "rows", of which the
-    tile then holds every fourth, starting at ``lane``, or "scattered".
+    LANES says where a counter's four words lie: in neighbouring "structures", in neighbouring "rows", which ``row``
+    then counts in fours, or "scattered". Only "rows" has four lanes; the others' tile is there four times. Words are
+    held like x, the first lane's tile of the activation, unless that is None.
     """
-    valid = (row < num_rows)[:, None] & (structure < num_structures)[None, :]
-    if WIDE_INDEX:
-        row = row.to(tl.int64)
-    offsets = row[:, None] * num_structures + structure[None, :]
     if LANES == "structures":
-        quarter = tl.program_id(0) * (BLOCK_STRUCTURES // 4) + tl.arange(0, BLOCK_STRUCTURES // 4)
-        counters = row[:, None] * (num_structures // 4) + quarter[None, :]
-        return offsets, valid, uniforms_of_counters(counters, seed, WIDE_INDEX)
+        quarter = structure_block * (BLOCK_STRUCTURES // 4) + tl.arange(0, BLOCK_STRUCTURES // 4)
+        counter = row[:, None] * (num_structures // 4) + quarter[None, :]
+        word = words_of_counters(counter, seed, WIDE_INDEX)
+        if x is not None:
+            word = held_like(word, x)
+        return word, word, word, word
     if CHANNELS_LAST:
-        example, position = row // spatial, row % spatial
-        index = (example[:, None] * num_structures + structure[None, :]) * spatial + position[:, None]
+        rows_of_example = spatial // 4 if LANES == "rows" else spatial
+        example, position = row // rows_of_example, row % rows_of_example
+        index = (example[:, None] * num_structures + structure) * rows_of_example + position[:, None]
     else:
-        index = offsets
+        index = row[:, None] * num_structures + structure
     if LANES == "rows":
-        low, high = halves(index >> 2, WIDE_INDEX)
-        words = philox_4x32(low, high, seed)
-        return offsets, valid, uniform_from_word(words[lane])
-    return offsets, valid, uniforms_at(index, seed, WIDE_INDEX)
+        low, high = halves(index, WIDE_INDEX)
+        return philox_4x32(held_like(low, x), high, seed)
+    word = word_at(index, seed, WIDE_INDEX)
+    if x is not None:
+        word = held_like(word, x)
+    return word, word, word, word
 
 
 @triton.jit
-def columns_constants(
-    mu_ptr, log_sigma_ptr, structure, num_structures, LOWER: tl.constexpr, UPPER: tl.constexpr
+def columns_posterior(
+    mu_ptr,
+    log_sigma_ptr,
+    table_ptr,
+    structure,
+    num_structures,
+    LOWER: tl.constexpr,
+    UPPER: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Return the constants of a tile's structures, each [1, structures]."""
-    valid = (structure < num_structures)[None, :]
-    mu = tl.load(mu_ptr + structure[None, :], mask=valid, other=0.0)
-    log_sigma = tl.load(log_sigma_ptr + structure[None, :], mask=valid, other=0.0)
-    return posterior_constants(mu, log_sigma, LOWER, UPPER)
+    """Return the constants of a tile's structures: from the table, float64 if EXACT; computed, if there is none."""
+    if table_ptr is None:
+        valid = structure < num_structures
+        mu = tl.load(mu_ptr + structure, mask=valid, other=0.0)
+        log_sigma = tl.load(log_sigma_ptr + structure, mask=valid, other=0.0)
+        posterior = posterior_constants(mu, log_sigma, LOWER, UPPER)
+    else:
+        posterior = load_posterior(table_column(table_ptr, structure, EXACT))
+    return posterior
 
 
 @triton.jit
 def columns_factor(factor_ptr, structure, num_structures, EXACT: tl.constexpr):
-    """Return a factor for each structure, [1, structures]; 1 if there is none."""
-    valid = (structure < num_structures)[None, :]
+    """Return a factor for each structure, in the shape of ``structure``; 1 if there is none."""
     if factor_ptr is None:
-        factor = tl.full(valid.shape, 1.0, tl.float32)
+        factor = tl.full(structure.shape, 1.0, tl.float32)
     else:
-        factor = tl.load(factor_ptr + structure[None, :], mask=valid, other=0.0)
+        factor = tl.load(factor_ptr + structure, mask=structure < num_structures, other=0.0)
     return widened(factor, EXACT)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from bmrs_kernels.launch import HEAVY_TILE, LIGHT_TILE, MEDIUM_TILE, columns_config, launch, rows_config
 from bmrs_kernels.multiplicative_noise import kernels, shared_kernels
-from bmrs_kernels.multiplicative_noise.device_noise import NUM_CONSTANTS
+from bmrs_kernels.multiplicative_noise.device_constants import BLOCK_STRIDE, TABLE_BLOCK
 
 # Beyond this many elements indices need 64 bits; below, with room for the lanes of a last block.
 NARROW_INDEX_LIMIT = 2**31 - 2**16
 LARGEST_ALIGNMENT = 16
+# Up to this many elements of x in columns a launch less is worth more than the constants that each program computes.
+LARGEST_WITHOUT_TABLE = 2**20
 
 # Kernels that only scale keep little for an element: 16 to a thread.
 SCALING_TILE = 2048
@@ -52,7 +54,7 @@ class Layout(NamedTuple):
 
     @property
     def lanes(self) -> str:
-        """Where the four numbers of a counter lie; see ``columns_tile``."""
+        """Where the four numbers of a counter lie; see ``columns_words``."""
         if self.channels_last:
             return "rows" if self.spatial % 4 == 0 else "scattered"
         return "structures" if self.num_structures % 4 == 0 else "scattered"
@@ -85,11 +87,6 @@ class Noise(NamedTuple):
     mask: Tensor | None
     seed: Tensor
     options: dict[str, Any]  # constexpr arguments that every kernel with noise takes
-
-    @property
-    def posterior(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """The tensors in the order in which kernels take them."""
-        return self.mu, self.log_sigma, self.mask, self.seed
 
 
 def multiply_noise(
@@ -143,15 +140,13 @@ def multiply_noise(
     elif layout.in_columns:
         grid, arguments, tile = _columns(x, layout, backward=False)
         options |= noise.options | tile
-        launch(kernels.multiply_columns_forward_kernel, grid, x, out, *noise.posterior, *arguments, **options)
+        posterior = _posterior(noise, layout, kept)
+        launch(kernels.multiply_columns_forward_kernel, grid, x, out, *posterior, *arguments, **options)
     else:
         grid, arguments, tile = _rows(x, layout, backward=False)
         options |= noise.options | tile
-        constants = _constants(noise)
-        if kept is not None:
-            kept["constants"] = constants
-        tensors = (x, out, constants, noise.mask, noise.seed)
-        launch(kernels.multiply_rows_forward_kernel, grid, *tensors, *arguments, **options)
+        posterior = _posterior(noise, layout, kept)
+        launch(kernels.multiply_rows_forward_kernel, grid, x, out, *posterior, *arguments, **options)
     return out
 
 
@@ -211,13 +206,10 @@ def multiply_noise_backward(
     if layout.in_columns:
         grid, arguments, tile = _columns(x, layout, backward=True)
         num_partials = grid[1]
-        posterior: tuple[Tensor | None, ...] = noise.posterior
         kernel = kernels.multiply_columns_backward_kernel
     else:
         grid, arguments, tile = _rows(x, layout, backward=True)
         num_partials = grid[0] // layout.num_structures * grid[1]
-        constants = kept["constants"] if kept else _constants(noise)
-        posterior = (constants, noise.mask, noise.seed)
         kernel = kernels.multiply_rows_backward_kernel
     options |= noise.options | tile
     # One program's sums are the gradients themselves.
@@ -225,6 +217,7 @@ def multiply_noise_backward(
     partials = [
         torch.empty(num_partials, layout.num_structures, dtype=dtype, device=mu.device) for _ in range(2)
     ]
+    posterior = _posterior(noise, layout, kept)
     launch(kernel, grid, grad, x, grad_x, *partials, *posterior, *arguments, **options)
     if num_partials == 1:
         return grad_x, partials[0].view(-1), partials[1].view(-1)
@@ -286,19 +279,31 @@ def _noise(
     return Noise(mu.contiguous(), log_sigma.contiguous(), mask, seed, options)
 
 
-def _constants(noise: Noise) -> Tensor:
+def _posterior(noise: Noise, layout: Layout, kept: dict[str, Any] | None) -> tuple[Tensor | None, ...]:
+    """Return what kernels take of the noise, in order; the structures' constants are kept for backward."""
+    if layout.in_columns and layout.num_rows * layout.num_structures <= LARGEST_WITHOUT_TABLE:
+        return noise.mu, noise.log_sigma, None, noise.mask, noise.seed
+    kept = {} if kept is None else kept
+    if "constants" not in kept:
+        interval = noise.options["LOWER"], noise.options["UPPER"]
+        kept["constants"] = constants(noise.mu, noise.log_sigma, *interval)
+    parameters = (noise.mu, noise.log_sigma) if layout.in_columns else ()
+    return *parameters, kept["constants"], noise.mask, noise.seed
+
+
+def constants(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tensor:
     """Return the table of the structures' constants."""
-    num_structures = noise.mu.numel()
-    table = torch.empty(NUM_CONSTANTS, num_structures, dtype=torch.float64, device=noise.mu.device)
+    num_blocks = triton.cdiv(mu.numel(), TABLE_BLOCK.value)
+    table = torch.empty(num_blocks * BLOCK_STRIDE.value, dtype=torch.float64, device=mu.device)
     launch(
         kernels.constants_kernel,
-        (triton.cdiv(num_structures, STRUCTURES_PER_CONSTANTS_PROGRAM),),
-        noise.mu,
-        noise.log_sigma,
+        (num_blocks * TABLE_BLOCK.value // STRUCTURES_PER_CONSTANTS_PROGRAM,),
+        mu,
+        log_sigma,
         table,
-        num_structures,
-        LOWER=noise.options["LOWER"],
-        UPPER=noise.options["UPPER"],
+        mu.numel(),
+        LOWER=lower,
+        UPPER=upper,
         BLOCK=STRUCTURES_PER_CONSTANTS_PROGRAM,
         num_warps=1,
     )
@@ -315,14 +320,17 @@ def _draw(
     weight_mu, weight_log_sigma = weights or (None, None)
     tile = min(MEDIUM_TILE, _noise_tile(theta, backward=with_gradients))
     config = columns_config(groups, num_structures, tile=tile)
-    grid = (config.column_programs(num_structures), triton.cdiv(groups, config.block_rows))
+    grid = (triton.cdiv(groups, config.block_rows), config.column_programs(num_structures))
     launch(
         shared_kernels.draw_kernel,
         grid,
         theta,
         weight_mu,
         weight_log_sigma,
-        *noise.posterior,
+        noise.mu,
+        noise.log_sigma,
+        noise.mask,
+        noise.seed,
         groups,
         num_structures,
         LANES="structures" if num_structures % 4 == 0 else "scattered",
@@ -352,7 +360,7 @@ def _rows(x: Tensor, layout: Layout, *, backward: bool) -> Start:
 
 def _columns(x: Tensor, layout: Layout, *, backward: bool) -> Start:
     stride = 4 if layout.lanes == "rows" else 1
-    tile = min(MEDIUM_TILE if stride == 1 else HEAVY_TILE, _noise_tile(x, backward=backward))
+    tile = min(HEAVY_TILE if backward and stride == 4 else MEDIUM_TILE, _noise_tile(x, backward=backward))
     config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=stride)
     grid = (
         config.column_programs(layout.num_structures),

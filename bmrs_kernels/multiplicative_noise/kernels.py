@@ -13,26 +13,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels.device_math import store
-from bmrs_kernels.multiplicative_noise.device_noise import (
-    exact_log_noise,
+from bmrs_kernels.device_math import store, uniform_from_word
+from bmrs_kernels.multiplicative_noise.device_constants import (
     load_posterior,
     posterior_constants,
     store_constants,
-    structure_log_noise,
+    table_column,
     tail_constants,
+)
+from bmrs_kernels.multiplicative_noise.device_noise import (
+    exact_log_noise,
+    structure_log_noise,
     tile_log_noise,
+    tile_regimes,
 )
 from bmrs_kernels.multiplicative_noise.device_tiles import (
     activated,
     behind_activation,
-    columns_constants,
     columns_factor,
+    columns_posterior,
     columns_tile,
+    columns_words,
     exponential,
+    held_like,
+    rows_of_block,
     rows_tile,
-    uniforms_of_counters,
     widened,
+    words_of_counters,
 )
 
 
@@ -46,23 +53,21 @@ def constants_kernel(
     UPPER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fill the table of constants; a program owns BLOCK structures."""
+    """Fill the table of constants, whole blocks of it; a program owns BLOCK structures."""
     structure = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = structure < num_structures
     mu = tl.load(mu_ptr + structure, mask=valid, other=0.0)
     log_sigma = tl.load(log_sigma_ptr + structure, mask=valid, other=0.0)
     posterior = posterior_constants(mu, log_sigma, LOWER, UPPER)
     _, sigma, alpha, beta, _, _, _, _, _, _ = posterior
-    store_constants(
-        table_ptr, structure, num_structures, posterior, tail_constants(sigma, alpha, beta), valid
-    )
+    store_constants(table_ptr, structure, posterior, tail_constants(sigma, alpha, beta))
 
 
 @triton.jit
 def multiply_rows_forward_kernel(
     x_ptr,
     out_ptr,
-    constants_ptr,
+    table_ptr,
     mask_ptr,
     seed_ptr,
     num_rows,
@@ -87,7 +92,7 @@ def multiply_rows_forward_kernel(
     structure = tl.program_id(0) // num_inner_blocks
     inner_block = tl.program_id(0) % num_inner_blocks
     factor = 1.0 if mask_ptr is None else widened(tl.load(mask_ptr + structure), EXACT)
-    posterior = load_posterior(constants_ptr, structure, num_structures)
+    posterior = load_posterior(table_column(table_ptr, structure, EXACT))
     seed = tl.load(seed_ptr)
     for step in range(num_steps):
         offsets, valid, counters = rows_tile(
@@ -107,9 +112,9 @@ def multiply_rows_forward_kernel(
             tl.store(out_ptr + offsets, tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32), mask=valid)
         else:
             x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
-            y = uniforms_of_counters(counters, seed, WIDE_INDEX)
+            y = uniform_from_word(held_like(words_of_counters(counters, seed, WIDE_INDEX), x))
             log_theta, _grad_mu, _grad_log_sigma = structure_log_noise(
-                y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, False
+                y, posterior, table_ptr, structure, LOWER, UPPER, EXACT, False
             )
             theta = exponential(log_theta, EXACT) * factor
             tl.store(out_ptr + offsets, activated(x, ACTIVATION) * theta, mask=valid)
@@ -122,7 +127,7 @@ def multiply_rows_backward_kernel(
     grad_x_ptr,
     partial_mu_ptr,
     partial_log_sigma_ptr,
-    constants_ptr,
+    table_ptr,
     mask_ptr,
     seed_ptr,
     num_rows,
@@ -147,7 +152,7 @@ def multiply_rows_backward_kernel(
     structure = tl.program_id(0) // num_inner_blocks
     inner_block = tl.program_id(0) % num_inner_blocks
     factor = 1.0 if mask_ptr is None else widened(tl.load(mask_ptr + structure), EXACT)
-    posterior = load_posterior(constants_ptr, structure, num_structures)
+    posterior = load_posterior(table_column(table_ptr, structure, EXACT))
     seed = tl.load(seed_ptr)
     sum_mu = tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float64 if EXACT else tl.float32)
     sum_log_sigma = sum_mu
@@ -172,9 +177,9 @@ def multiply_rows_backward_kernel(
             x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
             value = activated(x, ACTIVATION)
             grad_x = behind_activation(grad, x, value, ACTIVATION)
-            y = uniforms_of_counters(counters, seed, WIDE_INDEX)
+            y = uniform_from_word(held_like(words_of_counters(counters, seed, WIDE_INDEX), x))
             log_theta, grad_mu, grad_log_sigma = structure_log_noise(
-                y, posterior, constants_ptr, structure, num_structures, LOWER, UPPER, EXACT, True
+                y, posterior, table_ptr, structure, LOWER, UPPER, EXACT, True
             )
             theta = exponential(log_theta, EXACT) * factor
             tl.store(grad_x_ptr + offsets, grad_x * theta, mask=valid)
@@ -193,6 +198,7 @@ def multiply_columns_forward_kernel(
     out_ptr,
     mu_ptr,
     log_sigma_ptr,
+    table_ptr,
     mask_ptr,
     seed_ptr,
     num_rows,
@@ -211,33 +217,43 @@ def multiply_columns_forward_kernel(
 ):
     """Compute out = activation(x) · θ · mask (Eq. 1) for x [rows, structures].
 
-    A program owns num_steps tiles [BLOCK_ROWS, BLOCK_STRUCTURES] below each other, whose rows are every fourth if
-    LANES is "rows". The grid is (blocks of structures, blocks of rows).
+    A program owns num_steps tiles [BLOCK_ROWS, BLOCK_STRUCTURES] below each other, four times as high if LANES is
+    "rows". The grid is (blocks of structures, blocks of rows). Constants are from the table, if there is one.
     """
-    structure = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    column = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    structure = column[None, :]
     factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
-    posterior = columns_constants(mu_ptr, log_sigma_ptr, structure, num_structures, LOWER, UPPER)
+    posterior = columns_posterior(
+        mu_ptr, log_sigma_ptr, table_ptr, structure, num_structures, LOWER, UPPER, EXACT
+    )
+    regimes = tile_regimes(posterior)
     seed = tl.load(seed_ptr)
-    stride: tl.constexpr = 4 if LANES == "rows" else 1
+    num_lanes: tl.constexpr = 4 if LANES == "rows" else 1
     for step in range(num_steps):
-        first_row = (tl.program_id(1) * num_steps + step) * (BLOCK_ROWS * stride)
-        for lane in tl.static_range(stride):
-            row = first_row + tl.arange(0, BLOCK_ROWS) * stride + lane
-            offsets, valid, y = columns_tile(
-                row,
-                structure,
-                num_rows,
-                num_structures,
-                spatial,
-                seed,
-                lane,
-                LANES,
-                CHANNELS_LAST,
-                BLOCK_STRUCTURES,
-                WIDE_INDEX,
+        row = rows_of_block(tl.program_id(1) * num_steps + step, BLOCK_ROWS, WIDE_INDEX)
+        offsets, valid = columns_tile(row * num_lanes, structure, num_rows, num_structures)
+        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        words = columns_words(
+            x,
+            row,
+            structure,
+            tl.program_id(0),
+            num_structures,
+            spatial,
+            seed,
+            LANES,
+            CHANNELS_LAST,
+            BLOCK_STRUCTURES,
+            WIDE_INDEX,
+        )
+        for lane in tl.static_range(num_lanes):
+            if lane > 0:
+                offsets, valid = columns_tile(row * num_lanes + lane, structure, num_rows, num_structures)
+                x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+            y = uniform_from_word(words[lane])
+            log_theta, _grad_mu, _grad_log_sigma = tile_log_noise(
+                y, posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, False
             )
-            x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
-            log_theta, _grad_mu, _grad_log_sigma = tile_log_noise(y, posterior, LOWER, UPPER, EXACT, False)
             theta = exponential(log_theta, EXACT) * factor
             # Selected and not multiplied, since 0 times infinity is not 0.
             value = tl.where(factor == 0, 0.0, activated(x, ACTIVATION))
@@ -253,6 +269,7 @@ def multiply_columns_backward_kernel(
     partial_log_sigma_ptr,
     mu_ptr,
     log_sigma_ptr,
+    table_ptr,
     mask_ptr,
     seed_ptr,
     num_rows,
@@ -274,45 +291,55 @@ def multiply_columns_backward_kernel(
     The partial sums [programs of a structure, structures] are of grad · activation(x) · θ · mask times dx/dμ and
     dx/dlog σ, for x = log θ at fixed uniforms.
     """
-    structure = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    column = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
+    structure = column[None, :]
     factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
-    posterior = columns_constants(mu_ptr, log_sigma_ptr, structure, num_structures, LOWER, UPPER)
+    posterior = columns_posterior(
+        mu_ptr, log_sigma_ptr, table_ptr, structure, num_structures, LOWER, UPPER, EXACT
+    )
+    regimes = tile_regimes(posterior)
     seed = tl.load(seed_ptr)
     sum_mu = tl.zeros([BLOCK_ROWS, BLOCK_STRUCTURES], tl.float64 if EXACT else tl.float32)
     sum_log_sigma = sum_mu
-    stride: tl.constexpr = 4 if LANES == "rows" else 1
+    num_lanes: tl.constexpr = 4 if LANES == "rows" else 1
     for step in range(num_steps):
-        first_row = (tl.program_id(1) * num_steps + step) * (BLOCK_ROWS * stride)
-        for lane in tl.static_range(stride):
-            row = first_row + tl.arange(0, BLOCK_ROWS) * stride + lane
-            offsets, valid, y = columns_tile(
-                row,
-                structure,
-                num_rows,
-                num_structures,
-                spatial,
-                seed,
-                lane,
-                LANES,
-                CHANNELS_LAST,
-                BLOCK_STRUCTURES,
-                WIDE_INDEX,
-            )
+        row = rows_of_block(tl.program_id(1) * num_steps + step, BLOCK_ROWS, WIDE_INDEX)
+        offsets, valid = columns_tile(row * num_lanes, structure, num_rows, num_structures)
+        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        words = columns_words(
+            x,
+            row,
+            structure,
+            tl.program_id(0),
+            num_structures,
+            spatial,
+            seed,
+            LANES,
+            CHANNELS_LAST,
+            BLOCK_STRUCTURES,
+            WIDE_INDEX,
+        )
+        for lane in tl.static_range(num_lanes):
+            if lane > 0:
+                offsets, valid = columns_tile(row * num_lanes + lane, structure, num_rows, num_structures)
+                x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+            y = uniform_from_word(words[lane])
             grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
-            x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
             value = activated(x, ACTIVATION)
             grad_x = behind_activation(grad, x, value, ACTIVATION)
             weight = (grad_x if ACTIVATION == "relu" else grad) * value
-            log_theta, grad_mu, grad_log_sigma = tile_log_noise(y, posterior, LOWER, UPPER, EXACT, True)
+            log_theta, grad_mu, grad_log_sigma = tile_log_noise(
+                y, posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, True
+            )
             theta = exponential(log_theta, EXACT) * factor
             # Selected and not multiplied, since 0 times infinity is not 0.
             tl.store(grad_x_ptr + offsets, tl.where(factor == 0, 0.0, grad_x) * theta, mask=valid)
             weight = tl.where(factor == 0, 0.0, weight) * theta
             sum_mu += weight * grad_mu
             sum_log_sigma += weight * grad_log_sigma
-    partial = tl.program_id(1) * num_structures + structure
+    partial = tl.program_id(1) * num_structures + column
     in_range = widened(posterior[9], EXACT)
-    valid = structure < num_structures
+    valid = column < num_structures
     store(partial_mu_ptr + partial, tl.sum(sum_mu, 0), valid)
     store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma * in_range, 0), valid)
 
@@ -392,6 +419,6 @@ def sample_kernel(
 def uniform_kernel(out_ptr, seed_ptr, num_elements, BLOCK: tl.constexpr):
     """Write a seed's uniforms; a program owns BLOCK counters."""
     counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    y = uniforms_of_counters(counter[None, :], tl.load(seed_ptr), True)
+    y = uniform_from_word(words_of_counters(counter[None, :], tl.load(seed_ptr), True))
     element = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     tl.store(out_ptr + element[None, :], y, mask=(element < num_elements)[None, :])

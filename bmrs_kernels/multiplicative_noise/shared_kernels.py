@@ -10,14 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels.multiplicative_noise.device_noise import tile_log_noise
+from bmrs_kernels.device_math import uniform_from_word
+from bmrs_kernels.multiplicative_noise.device_noise import tile_log_noise, tile_regimes
 from bmrs_kernels.multiplicative_noise.device_tiles import (
     activated,
     behind_activation,
-    columns_constants,
     columns_factor,
+    columns_posterior,
     columns_tile,
+    columns_words,
     exponential,
+    rows_of_block,
     widened,
 )
 
@@ -43,26 +46,39 @@ def draw_kernel(
 ):
     """Fill the tables θ · mask and, if asked for, θ · mask · dx/dμ and · dx/dlog σ, all [groups, structures].
 
-    A program owns a tile [BLOCK_ROWS, BLOCK_STRUCTURES]; x = log θ.
+    A program owns a tile [BLOCK_ROWS, BLOCK_STRUCTURES]; the grid is (blocks of groups, blocks of structures).
+    x = log θ.
     """
-    structure = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
-    group = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    posterior = columns_constants(mu_ptr, log_sigma_ptr, structure, num_structures, LOWER, UPPER)
+    group = rows_of_block(tl.program_id(0), BLOCK_ROWS, False)
+    structure = (tl.program_id(1) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES))[None, :]
+    posterior = columns_posterior(mu_ptr, log_sigma_ptr, None, structure, num_structures, LOWER, UPPER, EXACT)
     factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
-    offsets, valid, y = columns_tile(
+    offsets, valid = columns_tile(group, structure, num_groups, num_structures)
+    words = columns_words(
+        None,
         group,
         structure,
-        num_groups,
+        tl.program_id(1),
         num_structures,
         1,
         tl.load(seed_ptr),
-        0,
         LANES,
         False,
         BLOCK_STRUCTURES,
         False,
     )
-    log_theta, grad_mu, grad_log_sigma = tile_log_noise(y, posterior, LOWER, UPPER, EXACT, WITH_GRADIENTS)
+    y = uniform_from_word(words[0])
+    log_theta, grad_mu, grad_log_sigma = tile_log_noise(
+        y,
+        posterior,
+        tile_regimes(posterior),
+        None,
+        structure,
+        LOWER,
+        UPPER,
+        EXACT,
+        WITH_GRADIENTS,
+    )
     theta = exponential(log_theta, EXACT) * factor
     tl.store(theta_ptr + offsets, theta, mask=valid)
     if WITH_GRADIENTS:
@@ -202,7 +218,7 @@ def scale_columns_forward_kernel(
     group, structure, offsets, valid = group_tile(
         rows_per_group, num_structures, BLOCK_ROWS, BLOCK_STRUCTURES, WIDE_INDEX
     )
-    theta = columns_factor(theta_ptr + group * num_structures, structure, num_structures, EXACT)
+    theta = columns_factor(theta_ptr + group * num_structures, structure[None, :], num_structures, EXACT)
     x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
     # Selected and not multiplied, since 0 times infinity is not 0.
     value = tl.where(theta == 0, 0.0, activated(x, ACTIVATION))
@@ -231,7 +247,7 @@ def scale_columns_backward_kernel(
     group, structure, offsets, valid = group_tile(
         rows_per_group, num_structures, BLOCK_ROWS, BLOCK_STRUCTURES, WIDE_INDEX
     )
-    theta = columns_factor(theta_ptr + group * num_structures, structure, num_structures, EXACT)
+    theta = columns_factor(theta_ptr + group * num_structures, structure[None, :], num_structures, EXACT)
     grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
     x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
     value = activated(x, ACTIVATION)

@@ -210,6 +210,59 @@ def test_more_than_one_program_and_step(granularity, monkeypatch):
         assert_agrees(x, dim=1, granularity=granularity)
 
 
+@pytest.fixture
+def always_from_the_table(monkeypatch):
+    """Let small activations take the structures' constants from the table, as large ones do."""
+    monkeypatch.setattr(fused, "LARGEST_WITHOUT_TABLE", 0)
+
+
+@pytest.mark.usefixtures("poisoned_memory", "always_from_the_table")
+@pytest.mark.parametrize(
+    ("shape", "memory_format", "dtype"),
+    [
+        ((9, 12), None, torch.float32),
+        ((9, 132), None, torch.bfloat16),
+        ((5, 70), None, torch.float32),
+        ((2, 68, 2, 2), torch.channels_last, torch.float32),
+        ((2, 6, 3, 3), torch.channels_last, torch.float32),
+        ((9, 12), None, torch.float64),
+    ],
+)
+def test_constants_from_the_table(shape, memory_format, dtype):
+    """Several blocks of the table, one that is not full, and every regime."""
+    mask = (torch.arange(shape[1]) % 3 != 1).to(DEVICE)
+    x = activation_of(shape, dtype, memory_format)
+    parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    assert_agrees(x, dim=1, granularity="element", mask=mask, parameter_dtype=parameter_dtype)
+
+
+@pytest.mark.usefixtures("always_from_the_table")
+@pytest.mark.parametrize("kind", [*itertools.product((False, True), repeat=3)])
+def test_regimes_of_a_tile(kind):
+    """Every set of regimes that structures of one tile can be in, beside one that is inside."""
+    wide, tail, wide_tail = kind
+    points = [(-3.0, -2.0)] + wide * [(-3.0, 4.0)] + tail * [(4.0, 0.0)] + wide_tail * [(-1e3, 4.0)]
+    mu, log_sigma = (part.clone().to(DEVICE).requires_grad_() for part in torch.tensor(points).T)
+    x = activation_of((32, len(points)), torch.float32)
+    upstream = torch.ones_like(x, device="cpu")
+    options = {"dim": 1, "granularity": "element", "mask": None, "activation": None}
+    actual = run(x, mu, log_sigma, upstream, **options)
+    expected = expectation(x, mu, log_sigma, upstream, **options)
+    for got, (wanted, magnitude) in zip(actual, expected, strict=True):
+        assert (got - wanted).abs().le(2 * BOUND * magnitude).all()
+
+
+def test_more_draws_than_a_grids_second_axis_is_long(monkeypatch):
+    started = []
+    monkeypatch.setattr(fused, "launch", lambda _kernel, grid, *_tensors, **_options: started.append(grid))
+    examples = 64 * launch.LONGEST_SECOND_AXIS
+    x = torch.empty((examples, 1, 1), device="meta").expand(examples, 64, 2)
+    assert fused.num_groups(x, fused.Layout(examples, 64, 2, False, 1), 1, "sample") == examples
+    noise = fused.Noise(*torch.empty(2, 64), None, torch.tensor(0), {"EXACT": False})
+    fused._draw(x, noise, examples, 64, with_gradients=False)
+    assert started[0][1] <= launch.LONGEST_SECOND_AXIS
+
+
 def set_tiles(monkeypatch, elements):
     for name in ("LIGHT_TILE", "MEDIUM_TILE", "HEAVY_TILE", "SCALING_TILE"):
         monkeypatch.setattr(fused, name, elements)
