@@ -7,6 +7,7 @@ usable GPU; a target that is missed is reported and does not count as a failure.
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -71,15 +72,22 @@ def check(report: Report, device: torch.device, limit_s: float) -> None:
     def within(limit: float, function: Callable[[float], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         return lambda: function(min(limit, left_before_timing()))
 
-    def sanitizer() -> None:
-        # One after the other: the first leaves the kernels compiled.
+    def sanitizers() -> None:
+        # Before the others, since it leaves the kernels compiled.
         report.stage("every kernel runs", within(CASES_S, correctness.kernels_run))
-        report.stage("memcheck", within(SANITIZER_S, correctness.memcheck))
+        with ThreadPoolExecutor(len(correctness.SANITIZERS)) as tools:
+            for stage in [
+                tools.submit(
+                    report.stage, tool, within(SANITIZER_S, functools.partial(correctness.sanitize, tool))
+                )
+                for tool in correctness.SANITIZERS
+            ]:
+                stage.result()
 
     with ThreadPoolExecutor(3) as pool:
         programs = [
             pool.submit(report.stage, "kernel tests", within(TESTS_S, correctness.kernel_tests)),
-            pool.submit(sanitizer),
+            pool.submit(sanitizers),
             pool.submit(report.stage, "compilation", within(COMPILATION_S, timing.compile_cases)),
         ]
         try:

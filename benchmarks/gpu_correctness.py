@@ -58,6 +58,12 @@ COMPARED = (
 )
 REPLAYED = Activation((16, 64, 28, 28))
 REPEATED = (LARGE, CHANNELS_LAST, LINEAR, TOKENS)
+# What each tool of compute-sanitizer finds; their time is limited in all, so they run beside each other.
+SANITIZERS = {
+    "memcheck": "accesses outside of allocations",
+    "racecheck": "races for shared memory",
+    "initcheck": "reads of memory that nothing was written to",
+}
 UNIFORM_SHAPES = ((2**20 + 3,), (2, 64, 112, 112), (3, 5, 7))
 
 
@@ -79,6 +85,8 @@ def posteriors(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Te
 def kernel_tests(limit_s: float) -> dict[str, Any]:
     """Run the kernels' tests with pytest in a process of its own."""
     options = ["-m", "kernels", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    # Reads machine code, for which no GPU is needed but packages that a machine with one may lack.
+    options += ["--ignore", "tests/kernels/test_machine_code.py"]
     command = [sys.executable, "-m", "pytest", "tests/kernels", *options]
     # Most of the time goes into compilation on the CPU.
     workers = min(6, (os.cpu_count() or 1) // 3)
@@ -278,7 +286,7 @@ def _step(
 def determinism(
     device: torch.device,
     activations: Sequence[Activation] = REPEATED,
-    runs: int = 10,
+    runs: int = 100,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> dict[str, Any]:
     """Repeat forward and backward at one seed and compare all bits."""
@@ -326,15 +334,17 @@ def kernels_run(limit_s: float) -> dict[str, Any]:
     return result(f"{number} kernels launched", finished.problems(), output=finished.tail())
 
 
-def memcheck(limit_s: float) -> dict[str, Any]:
-    """Run the same cases under compute-sanitizer, which finds accesses outside of allocations."""
+def sanitize(tool: str, limit_s: float) -> dict[str, Any]:
+    """Run the same cases under a tool of compute-sanitizer, one of ``SANITIZERS``."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     if program is None:
         return result("skipped: compute-sanitizer is not on the PATH", [], skipped=True)
-    # Errors of API calls are left out: torch probes the driver with calls that may fail.
-    options = ["--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "all"]
+    options = ["--tool", tool, "--target-processes", "all"]
+    if tool == "memcheck":
+        # Errors of API calls are left out: torch probes the driver with calls that may fail.
+        options += ["--report-api-errors", "no"]
     command = [program, *options, sys.executable, "-m", "benchmarks.sanitize_cases"]
-    # Without torch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
+    # Without torch's cache every tensor is an allocation of its own, whose ends and contents the sanitizer knows.
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     finished = processes.run(
         command, limit_s, cwd=processes.ROOT, settings=settings, without=("TRITON_INTERPRET",)
@@ -343,14 +353,23 @@ def memcheck(limit_s: float) -> dict[str, Any]:
     number = len(re.findall(r": launched$", finished.output, re.M))
     failures = finished.problems()
     if errors is None:
-        failures.append("no ERROR SUMMARY in the output")
+        failures.append("no summary of errors in the output")
     elif errors:
-        failures.append(f"{errors} errors")
+        places = ", ".join(sanitizer_places(finished.output)) or "unknown kernels"
+        failures.append(f"{errors} errors of {SANITIZERS[tool]}, in {places}")
     count = "unknown" if errors is None else errors
     return result(f"{number} kernels, {count} errors", failures, output=finished.tail())
 
 
 def sanitizer_errors(output: str) -> int | None:
-    """Return the sum of compute-sanitizer's error summaries, None if there is none."""
-    found = re.findall(r"ERROR SUMMARY: (\d+) error", output)
+    """Return the sum of compute-sanitizer's error summaries, None if there is none.
+
+    Those of racecheck count hazards, of which errors and warnings are kinds.
+    """
+    found = re.findall(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(\d+) (?:error|hazard)", output)
     return sum(map(int, found)) if found else None
+
+
+def sanitizer_places(output: str) -> list[str]:
+    """Return the names of the kernels that compute-sanitizer's reports name, in alphabetical order."""
+    return sorted(set(re.findall(r"^=+ .*?\bat (?:void )?([A-Za-z_][\w:]*)[^\n]*?\+0x", output, re.M)))

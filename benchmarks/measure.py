@@ -154,4 +154,20 @@ def capture(call: Call) -> tuple[Any, Call]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = call()
-    return outputs, graph.replay
+    return outputs, Replay(graph, call)
+
+
+class Replay:
+    """Replays a graph, and keeps alive what was captured: a graph knows the addresses of its tensors and nothing else.
+
+    Args:
+        graph: what to replay.
+        call: what it was captured from, which holds the tensors that it reads.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, call: Call) -> None:
+        self.graph, self.call = graph, call
+
+    def __call__(self) -> None:
+        """Replay the graph once."""
+        self.graph.replay()

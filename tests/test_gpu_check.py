@@ -5,12 +5,17 @@ Run as a program, with TRITON_INTERPRET=1, this file is the rehearsal.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -118,6 +123,41 @@ def test_summary_of_all_calls():
     assert not found["queued"]
 
 
+def test_a_captured_call_lives_as_long_as_its_replays(monkeypatch):
+    """A graph holds no reference: freed memory that it writes to would be another tensor's."""
+    graph = mock.Mock()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        **{name: lambda *_: stream for name in ("Stream", "current_stream")},
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda graph: contextlib.nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    class Step:
+        calls = 0
+
+        def __call__(self):
+            self.calls += 1
+            return self.calls
+
+    step = Step()
+    alive = weakref.ref(step)
+    outputs, replay = measure.capture(step)
+    assert outputs == 4  # warmed up before
+    del step
+    gc.collect()
+    assert alive() is not None
+    replay()
+    graph.replay.assert_called_once_with()
+    assert alive().calls == 4
+    del replay
+    gc.collect()
+    assert alive() is None
+
+
 def test_stages_are_recorded_and_guarded(tmp_path):
     report = gpu_report.Report(tmp_path / "new" / "folder", {"GPU": "a | b"})
 
@@ -199,6 +239,95 @@ def test_outputs_of_other_programs_are_understood():
     assert gpu_correctness.sanitizer_errors("========= ERROR SUMMARY: 0 errors\n") == 0
     assert gpu_correctness.sanitizer_errors("ERROR SUMMARY: 1 error\nERROR SUMMARY: 12 errors") == 13
     assert gpu_correctness.sanitizer_errors("Killed") is None
+
+
+UNINITIALISED = """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at sum_partials_kernel+0x160 in kernels.py:312
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x7fb2fc000000
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::reduce_kernel<512, 4>(T3)+0x4d0
+=========     by thread (1,0,0) in block (0,0,0)
+========= ERROR SUMMARY: 2 errors
+"""
+RACES = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at draw_kernel+0xa0 in shared_kernels.py:60
+=========     and Read access at draw_kernel+0x130 in shared_kernels.py:61 [508 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "output", "expected"),
+    [
+        ("memcheck", "========= ERROR SUMMARY: 0 errors\n", None),
+        ("racecheck", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", None),
+        (
+            "initcheck",
+            UNINITIALISED,
+            "2 errors of reads of memory that nothing was written to, in at::native::reduce_kernel, "
+            "sum_partials_kernel",
+        ),
+        ("racecheck", RACES, "1 errors of races for shared memory, in draw_kernel"),
+        ("memcheck", "Killed\n", "no summary of errors in the output"),
+    ],
+)
+def test_each_sanitizer_runs_the_cases_and_its_reports_are_understood(tool, output, expected, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_correctness
+
+    started = []
+
+    def run(command, limit_s, **options):
+        started.append((command, options["settings"]))
+        return processes.Finished(0, output + "kernel draw_kernel: launched\n")
+
+    monkeypatch.setattr(gpu_correctness.shutil, "which", lambda name, path: f"/bin/{name}")
+    monkeypatch.setattr(processes, "run", run)
+    found = gpu_correctness.sanitize(tool, 10.0)
+    assert found["failures"] == ([] if expected is None else [expected])
+    assert found["summary"].startswith("1 kernels, ")
+    ((command, settings),) = started
+    assert command[:3] == ["/bin/compute-sanitizer", "--tool", tool]
+    assert command[-3:] == [sys.executable, "-m", "benchmarks.sanitize_cases"]
+    assert ("--report-api-errors" in command) == (tool == "memcheck")
+    assert settings == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_without_the_sanitizer_its_stages_are_skipped(monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_correctness
+
+    monkeypatch.setattr(gpu_correctness.shutil, "which", lambda name, path: None)
+    for tool in gpu_correctness.SANITIZERS:
+        assert gpu_correctness.sanitize(tool, 10.0)["skipped"]
+
+
+def test_the_kernels_tests_need_no_package_that_a_gpus_machine_may_lack(monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_correctness
+
+    started = []
+
+    def run(command, limit_s, **options):
+        started.append([*command[1:], "--collect-only"])
+        return processes.Finished(0, "1 passed in 1.0s")
+
+    monkeypatch.setattr(processes, "run", run)
+    assert gpu_correctness.kernel_tests(10.0)["failures"] == []
+    (command,) = started
+    hidden = (
+        "import sys; sys.modules['jsonargparse'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    # -n would start workers, in which the package is not hidden.
+    options = [part for part in command[2:] if part not in ("-n", "5", "4", "3", "2", "6")]
+    finished = run_interpreted("-c", hidden, *options)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "test_noise_kernels.py" in finished.stdout
 
 
 def test_bytes_are_those_that_have_to_move():
