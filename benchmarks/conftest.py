@@ -12,6 +12,8 @@ from benchmarks.environment import environment
 from benchmarks.function_results import Measurements, results_table
 
 MEASUREMENTS = pytest.StashKey[Measurements]()
+# What tells cases apart: those that -k leaves out keep their earlier times.
+SETTING = ("function", "shape", "dim", "dtype", "granularity")
 
 
 def device_of(config: pytest.Config) -> torch.device:
@@ -41,8 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         const=records.RESULTS,
         metavar="FOLDER",
-        help="if all pass, put the times in place of this machine's earlier ones, in benchmarks/results or FOLDER",
+        help="if all pass, put the times in place of this machine's earlier ones of the same cases, in "
+        "benchmarks/results or FOLDER",
     )
+    group.addoption("--commit", help="what is measured, where git cannot tell")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,7 +67,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folder = session.config.getoption("record")
     rows = session.config.stash[MEASUREMENTS].rows()
     if folder and rows and exitstatus == pytest.ExitCode.OK:
-        records.save("functions", rows, environment(device=device_of(session.config)), folder)
+        about = environment(session.config.getoption("commit"), device_of(session.config))
+        records.save("functions", rows, about, folder, setting=SETTING)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

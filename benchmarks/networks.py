@@ -33,6 +33,7 @@ class Network:
         paper_ratio: time of a training step with noise over one without, from Tables 3 and 4 of arXiv 2406.01345;
             None if the paper has none.
         stand_in: whether it is smaller than the network of its name.
+        channels_last: whether weights and examples are laid out so, as convolutions on a GPU like them.
     """
 
     name: str
@@ -42,10 +43,17 @@ class Network:
     classes: int = NUM_CLASSES
     paper_ratio: float | None = None
     stand_in: bool = False
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of weights and examples."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def inputs(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return random examples of shape (batch, *input_shape)."""
-        return torch.randn(batch, *self.input_shape, device=device)
+        examples = torch.randn(batch, *self.input_shape, device=device)
+        return examples.contiguous(memory_format=self.memory_format)
 
     def labels(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return random classes of shape (batch,)."""
@@ -205,6 +213,7 @@ RESNET50 = Network(
     build=with_noise_behind(ResNet50, nn.BatchNorm2d),
     classes=IMAGENET_CLASSES,
     paper_ratio=6.9,
+    channels_last=True,
 )
 VIT = Network(
     name="ViT-B/16",
@@ -221,7 +230,12 @@ CONVOLUTION_CHAIN = Network(
     build=with_noise_behind(convolution_chain, nn.Conv2d),
 )
 SMALL_RESNET50 = replace(
-    RESNET50, name="ResNet-50, batch 4, 64²", batch=4, input_shape=(3, 64, 64), stand_in=True
+    RESNET50,
+    name="ResNet-50, batch 4, 64²",
+    batch=4,
+    input_shape=(3, 64, 64),
+    stand_in=True,
+    channels_last=False,
 )
 SMALL_VIT = replace(
     VIT,

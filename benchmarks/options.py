@@ -29,3 +29,4 @@ def add_device_and_record(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="keep the rows, by default among the committed results",
     )
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device_and_record(parser)
     options = parser.parse_args(arguments)
     stopwatch = Stopwatch(torch.device(options.device))
-    about = environment(device=options.device)
+    about = environment(options.commit, options.device)
     rows = [
         *decisions(RESNET50, stopwatch, options.rounds),
         *compactions(COMPACTED, stopwatch, options.rounds),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,12 @@ def machine_of(about: Mapping[str, Any]) -> str:
 
 
 def save(
-    suite: str, rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any], folder: Path = RESULTS
+    suite: str,
+    rows: Iterable[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    folder: Path = RESULTS,
+    *,
+    setting: Sequence[str] = (),
 ) -> Path:
     """Put a suite's rows in place of its earlier ones in the machine's file, and return the file.
 
@@ -35,10 +40,21 @@ def save(
         rows: what was measured; plain values that JSON can hold.
         about: what ``environment.environment`` returned.
         folder: where the files are; made if it does not exist.
+        setting: names of values. Earlier rows stay if no new one agrees with them in all of these, so that a suite
+            can be measured by several commands, where one would take too long.
     """
-    machine = machine_of(about)
+    machine, rows = machine_of(about), list(rows)
     path = folder / f"{machine}.jsonl"
-    kept = [row for row in _lines(path) if row["suite"] != suite] if path.exists() else []
+
+    def setting_of(row: Mapping[str, Any]) -> str:
+        return json.dumps([row[name] for name in setting])
+
+    measured = {setting_of(row) for row in rows}
+    kept = [
+        row
+        for row in (_lines(path) if path.exists() else [])
+        if row["suite"] != suite or (setting and setting_of(row) not in measured)
+    ]
     head = {"suite": suite, "machine": machine, "environment": dict(about)}
     lines = [*kept, *(head | dict(row) for row in rows)]
     folder.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sweep in sweeps(device, structures=options.structures, elements=elements, layers=options.layers):
         print(f"{sweep.name}, {sweep.backend} ...", file=sys.stderr, flush=True)
         found.append(timed(sweep, stopwatch, rounds=options.rounds))
-    about = environment(device=device)
+    about = environment(options.commit, device)
     print(f"{one_line(about)}\n\n{report(found)}")
     if options.record:
         records.save("scaling", found, about, options.record)

@@ -121,7 +121,10 @@ def _step_table(rows: Sequence[Row]) -> str:
         of_paper = "" if paper is None or granularity != "element" else f"{paper:g}"
         lines.append(
             (
-                network + (" (stand-in)" if any_way["stand_in"] else ""),
+                network
+                + (" (stand-in)" if any_way["stand_in"] else "")
+                # Rows of before there was a choice do not say.
+                + (", channels_last" if any_way.get("channels_last") else ""),
                 mode + ("" if dtype == "float32" else f", {dtype}"),
                 granularity,
                 _milliseconds(without),

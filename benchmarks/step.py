@@ -13,7 +13,6 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -32,6 +31,9 @@ from bmrs_kernels.backend import resolve_backend
 
 SUITE = "step"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MODES = ("eager", "compiled", "cuda graph")
+# Rows of other settings are kept, so that several commands can measure what one would take too long for.
+SETTING = ("network", "dtype", "mode")
 ROUNDS = 5
 ROUND_MS = 150.0  # of one way before the next one's turn
 # So small that the state stays that of a training's start: some dozens of steps on, the plain formulas turn NaN.
@@ -99,15 +101,15 @@ def ways_of(granularities: Sequence[Granularity], mode: str, device: torch.devic
     """Return the ways that compete in a mode on a device, the one without noise first.
 
     Compilations take long: they are of the first granularity, and not of the torch path, which torch.compile does not
-    look into.
+    look into. Nor can the torch path be captured in a CUDA graph: what it computes depends on the values of σ.
     """
     if mode == "compiled":
         return [NO_NOISE, Way("project", granularities[0]), Way("plain", granularities[0])]
-    has_fast_path = backend_of(Way("project"), device) != "torch"
+    with_torch_path = mode != "cuda graph" and backend_of(Way("project"), device) != "torch"
     ways = [NO_NOISE]
     for granularity in granularities:
         ways.append(Way("project", granularity))
-        if has_fast_path:
+        if with_torch_path:
             ways.append(Way("project, torch path", granularity, "torch"))
         ways.append(Way("plain", granularity))
     return ways
@@ -131,7 +133,7 @@ def step_of(network: Network, way: Way, device: torch.device, **options: Any) ->
     elif way.name == "plain":
         plain_layer.use_plain_formulas(model, uniforms="torch")
         divergence = functools.partial(plain_layer.kl_divergence, weight="mean", dataset_size=1)
-    return Step(model.to(device), divergence, batch, **options)
+    return Step(model.to(device, memory_format=network.memory_format), divergence, batch, **options)
 
 
 class Prepared(NamedTuple):
@@ -215,6 +217,7 @@ def measure_network(
             "stand_in": network.stand_in,
             "batch": network.batch,
             "input": list(network.input_shape),
+            "channels_last": network.channels_last,
             "granularity": way.granularity,
             "way": way.name,
             "backend": backend_of(way, stopwatch.device),
@@ -248,18 +251,6 @@ def memory_ratio(first: Prepared, second: Prepared) -> float | None:
     return (first.bytes_held + first.plan.peak_bytes) / (second.bytes_held + second.plan.peak_bytes)
 
 
-def with_earlier(
-    rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], folder: Path
-) -> list[Mapping[str, Any]]:
-    """Return rows behind the machine's committed ones of other networks and dtypes.
-
-    So the networks can be measured by several commands, where one would take too long.
-    """
-    measured = {(row["network"], row["dtype"]) for row in rows}
-    earlier = records.load(SUITE, folder).get(records.machine_of(about), [])
-    return [*(row for row in earlier if (row["network"], row["dtype"]) not in measured), *rows]
-
-
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the rows."""
     lines = []
@@ -267,7 +258,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         times, ratios = row["milliseconds"], row["ratio"]
         lines.append(
             (
-                row["network"],
+                row["network"] + (", channels_last" if row["channels_last"] else ""),
                 f"{row['mode']}, {row['dtype']}",
                 row["way"] if row["backend"] is None else f"{row['way']} ({row['backend']})",
                 row["granularity"] or "",
@@ -289,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     device = torch.device(options.device)
     stopwatch = Stopwatch(device)
-    about = environment(device=device)
+    about = environment(options.commit, device)
     networks = trained_networks(device)
     failures: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -297,27 +288,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = networks[name]
         # Of a matrix, every element is an example's structure.
         granularities = [each for each in options.granularities if name != "mlp" or each != "sample"]
-        for mode in modes(options.compile, device):
+        for mode in options.modes:
             ways = ways_of(granularities, mode, device)
             for dtype in options.dtype:
                 torch.compiler.reset()
-                rows += measure_network(
+                found = measure_network(
                     network, ways, mode, stopwatch, dtype=dtype, rounds=options.rounds, failures=failures
                 )
+                rows += found
+                # At once: what is measured stays, whatever becomes of the rest.
+                if options.record is not None:
+                    records.save(SUITE, found, about, options.record, setting=SETTING)
                 print(f"{network.name}, {mode}, {dtype}: measured", file=sys.stderr, flush=True)
     print(f"{one_line(about)}\n\n{as_markdown(rows)}")
     if failures:
         print("\nNot measured:\n\n" + "\n".join(f"- {failure}" for failure in failures))
-    if options.record is not None:
-        print(records.save(SUITE, with_earlier(rows, about, options.record), about, options.record))
     return int(bool(failures))
-
-
-def modes(compile_too: bool, device: torch.device) -> list[str]:
-    """Return the modes to measure: all of them on a GPU."""
-    if device.type == "cuda":
-        return ["eager", "compiled", "cuda graph"]
-    return ["eager", "compiled"] if compile_too else ["eager"]
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -330,10 +316,22 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16 is autocast"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        type=lambda text: text.replace("-", " "),
+        choices=MODES,
+        metavar="MODE",
+        help="of eager, compiled (by torch.compile) and cuda-graph; default: all on a GPU, eager on a CPU",
+    )
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="turns of each way (%(default)s)")
     add_device_and_record(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.modes is None:
+        options.modes = MODES if options.device == "cuda" else MODES[:1]
+    if options.device == "cpu" and "cuda graph" in options.modes:
+        parser.error("--modes cuda-graph needs --device cuda")
+    return options
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TINY = Network(
 PROJECT, PLAIN = Way("project", "element"), Way("plain", "element")
 KEYS = {
     *("network", "stand_in", "batch", "input", "granularity", "way", "backend", "mode", "dtype"),
-    *("milliseconds", "ratio", "paper_ratio", "peak_memory"),
+    *("milliseconds", "ratio", "paper_ratio", "peak_memory", "channels_last"),
 }
 
 
@@ -171,12 +171,44 @@ def test_torch_path_competes_where_another_implementation_serves(monkeypatch):
     torch_path = Way("project, torch path", "element", "torch")
     assert step.ways_of(["element"], "eager", CPU) == [NO_NOISE, PROJECT, torch_path, PLAIN]
     assert step.ways_of(["element", "batch"], "compiled", CPU) == [NO_NOISE, PROJECT, PLAIN]
+    # Its operations depend on values, which a graph cannot.
+    assert step.ways_of(["element"], "cuda graph", CPU) == [NO_NOISE, PROJECT, PLAIN]
 
 
-def test_modes():
-    assert step.modes(False, CPU) == ["eager"]
-    assert step.modes(True, CPU) == ["eager", "compiled"]
-    assert step.modes(False, torch.device("cuda")) == ["eager", "compiled", "cuda graph"]
+@pytest.mark.parametrize(
+    ("options", "modes"),
+    [
+        (["--device", "cpu"], ["eager"]),
+        (["--device", "cuda"], ["eager", "compiled", "cuda graph"]),
+        (["--device", "cpu", "--modes", "compiled", "eager"], ["compiled", "eager"]),
+        (["--device", "cuda", "--modes", "cuda-graph"], ["cuda graph"]),
+    ],
+    ids=" ".join,
+)
+def test_modes(options, modes):
+    assert list(step.parsed(options).modes) == modes
+
+
+def test_a_cuda_graph_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["step", "--device", "cpu", "--modes", "cuda-graph"])
+    assert "--modes cuda-graph needs --device cuda" in capsys.readouterr().err
+
+
+def test_weights_and_examples_have_the_layout_of_the_network():
+    build = with_noise_inside(functools.partial(bmrs.models.LeNet5, in_channels=3))
+    plain, last = (
+        Network("LeNet-5", 2, (3, 32, 32), build, channels_last=channels_last)
+        for channels_last in (False, True)
+    )
+    for network, layout in ((plain, torch.contiguous_format), (last, torch.channels_last)):
+        one = step.step_of(network, NO_NOISE, CPU)
+        weight = next(iter(one.model.parameters()))
+        other = torch.contiguous_format if network.channels_last else torch.channels_last
+        for tensor in (one.batch[0], weight):
+            assert tensor.is_contiguous(memory_format=layout)
+            assert not tensor.is_contiguous(memory_format=other)
+    assert networks.RESNET50.channels_last
 
 
 def test_only_the_compiled_mode_compiles(monkeypatch):
@@ -223,7 +255,24 @@ def test_without_a_partner_nothing_is_measured():
         measured(network=replace(TINY, build=refuse))
 
 
-def test_command_prints_and_keeps_its_rows(tiny_networks, tmp_path, capsys):
+def test_what_was_measured_is_kept_if_the_rest_fails(tiny_networks, tmp_path, monkeypatch):
+    measured = step.measure_network
+
+    def fail_on_the_second(network, *arguments, **options):
+        if network.name == "other":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measured(network, *arguments, **options)
+
+    monkeypatch.setattr(step, "measure_network", fail_on_the_second)
+    options = ["--networks", "mlp", "vit", "--granularities", "element", "--rounds", "1", "--device", "cpu"]
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["step", *options, "--record", str(tmp_path), "--commit", "abc1234"])
+    (rows,) = records.load("step", tmp_path).values()
+    assert {row["network"] for row in rows} == {"tiny"}
+    assert {row["environment"]["commit"] for row in rows} == {"abc1234"}
+
+
+def test_command_prints_and_keeps_its_rows(tiny_networks, tmp_path, monkeypatch, capsys):
     common = ["--rounds", "1", "--device", "cpu", "--record", str(tmp_path)]
     assert main(["step", "--networks", "mlp", "--granularities", "element", "sample", *common]) == 0
     printed = capsys.readouterr().out
@@ -238,6 +287,13 @@ def test_command_prints_and_keeps_its_rows(tiny_networks, tmp_path, capsys):
     found = {(row["network"], row["stand_in"], row["way"], row["granularity"]) for row in rows}
     assert {("tiny", False, "project", "element"), ("other", True, "project", "sample")} <= found
     assert ("other", True, "project", "batch") not in found
+    # So do other modes of the same network.
+    compiled = ["--networks", "vit", "--granularities", "sample", "--modes", "compiled"]
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert main(["step", *compiled, *common]) == 0
+    (rows_with_both,) = records.load("step", tmp_path).values()
+    assert [row for row in rows_with_both if row["mode"] == "eager"] == rows
+    assert any(row["mode"] == "compiled" for row in rows_with_both)
     assert all(KEYS | {"suite", "machine", "environment"} == row.keys() for row in rows)
     assert len(found) == len(rows)
 
@@ -254,7 +310,10 @@ def test_command_keeps_nothing_unasked_and_says_what_failed(tiny_networks, tmp_p
 
 @pytest.mark.parametrize(
     "option",
-    ["--networks=alexnet", "--granularities=pixel", "--dtype=float16", "--rounds=0", "--device=abacus"],
+    [
+        *("--networks=alexnet", "--granularities=pixel", "--dtype=float16", "--rounds=0", "--device=abacus"),
+        "--modes=lazy",
+    ],
 )
 def test_bad_options_are_refused(option, capsys):
     with pytest.raises(SystemExit, match="2"):
