@@ -19,6 +19,7 @@ COMMANDS = {
     "readme": ("benchmarks.readme", "write the README's tables from the committed results"),
     "step": ("benchmarks.step", "time training steps with noise against the same network without"),
     "pruning": ("benchmarks.pruning", "time pruning decisions, compaction and the compacted networks"),
+    "profile": ("benchmarks.kernel_profile", "have Nsight Compute say what bounds each kernel"),
     "machine-code": ("benchmarks.machine_code.command", "compile the kernels and read their machine code"),
 }
 

@@ -1,8 +1,8 @@
 """What pruning costs and what it brings: ``python -m benchmarks pruning``.
 
-Times of a pruning decision for a whole ResNet-50, of compaction with half the structures pruned, and of inference with
-the dense, the masked and the compacted network, which take turns. `bmrs.compact` takes chains of layers only: ResNet-50
-is judged and not compacted.
+Times of the KL term and of a pruning decision for a whole ResNet-50, of compaction with half the structures pruned, and
+of inference with the dense, the masked and the compacted network, which take turns. `bmrs.compact` takes chains of
+layers only: ResNet-50 is judged and not compacted.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ COMPACTED = {"MLP": MLP, "LeNet-5": LENET5, CONVOLUTION_CHAIN.name: CONVOLUTION_
 BATCHES = (1, 8, 64)
 NOTE = "bmrs.compact takes chains of layers, so ResNet-50 is judged here and not compacted."
 DENSE = "dense"
+KL_TERM = "KL term, forward and backward"
 
 
 def spread_posteriors(model: nn.Module) -> None:
@@ -89,6 +90,19 @@ def timed(
         for name in plans:
             results[name].append(Round([single(name) for _ in range(repeats[name])], queued=False))
     return {name: summary(each) for name, each in results.items()}
+
+
+def divergences(network: Network, stopwatch: Stopwatch, rounds: int) -> list[dict[str, Any]]:
+    """Return a row: the time of a whole network's KL term and its gradients, what it adds to a training step."""
+    model = network.build("element", "auto").to(stopwatch.device)
+    spread_posteriors(model)
+    parameters = [each for layer in noise_layers(model).values() for each in layer.parameters()]
+
+    def kl_with_gradients() -> Any:
+        return torch.autograd.grad(bmrs.kl_divergence(model, weight="mean"), parameters)
+
+    times = timed(stopwatch, {KL_TERM: kl_with_gradients}, rounds=rounds)
+    return [row_of(KL_TERM, network.name, times[KL_TERM])]
 
 
 def decisions(network: Network, stopwatch: Stopwatch, rounds: int) -> list[dict[str, Any]]:
@@ -166,7 +180,9 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             (
                 row["kind"],
                 row["network"],
-                row["criterion"] or row["model"] or "half of the structures",
+                row["criterion"]
+                or row["model"]
+                or ("half of the structures" if row["kind"] == "compaction" else ""),
                 row["batch"] or "",
                 f"{times['median']:.3g} ({times['p20']:.3g}–{times['p80']:.3g})",
                 f"{speedup['value']:.2f} ({speedup['low']:.2f}–{speedup['high']:.2f})" if speedup else "",
@@ -186,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopwatch = Stopwatch(torch.device(options.device))
     about = environment(options.commit, options.device)
     rows = [
+        *divergences(RESNET50, stopwatch, options.rounds),
         *decisions(RESNET50, stopwatch, options.rounds),
         *compactions(COMPACTED, stopwatch, options.rounds),
         *latencies(COMPACTED, BATCHES, stopwatch, options.rounds),

@@ -139,13 +139,13 @@ def package_modules() -> list[Any]:
 
 
 @contextmanager
-def recorded_launches() -> Iterator[set[str]]:
-    """Collect the names of the kernels that are launched."""
-    names: set[str] = set()
+def recorded_launches() -> Iterator[list[str]]:
+    """Collect the names of the kernels that are launched, in order."""
+    names: list[str] = []
     original = launching.launch
 
     def launch(kernel: Any, *arguments: Any, **options: Any) -> None:
-        names.add(kernel.__name__)
+        names.append(kernel.__name__)
         original(kernel, *arguments, **options)
 
     patches = [
@@ -168,10 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     device = parser.parse_args(arguments).device
     torch.manual_seed(0)
-    with recorded_launches() as launched:
+    with recorded_launches() as names:
         for name, case in cases(device).items():
             case()
             print(f"{name}: done", flush=True)
+    launched = set(names)
     for name in sorted(launched):
         print(f"kernel {name}: launched")
     missing = sorted(package_kernels() - launched)

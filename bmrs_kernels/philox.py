@@ -24,8 +24,8 @@ LANES = 4
 # The 23 leading bits and half a step: both y and 1 - y are exact in float32, and neither is 0 or 1.
 UNIFORM_BITS = 23
 
-# Counters a pass: the working set of the rounds stays in a core's cache.
-COUNTERS_PER_TILE = 1 << 14
+# Counters a pass: on a CPU the working set of the rounds stays in a core's cache, elsewhere launches are few.
+COUNTERS_PER_TILE, COUNTERS_PER_LARGE_TILE = 1 << 14, 1 << 22
 
 
 def round_keys(seed: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -93,8 +93,9 @@ def uniform_stream(seed: Tensor, count: int) -> Tensor:
     keys = round_keys(seed)
     num_counters = -(-count // LANES)
     uniforms = torch.empty(num_counters, LANES, dtype=torch.float32, device=seed.device)
-    for start in range(0, num_counters, COUNTERS_PER_TILE):
-        stop = min(start + COUNTERS_PER_TILE, num_counters)
+    tile = COUNTERS_PER_TILE if seed.device.type == "cpu" else COUNTERS_PER_LARGE_TILE
+    for start in range(0, num_counters, tile):
+        stop = min(start + tile, num_counters)
         index = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
         words = philox_4x32(
             (index & WORD, index >> HALF, torch.zeros_like(index), torch.zeros_like(index)), keys

@@ -35,6 +35,7 @@ def _tiny(monkeypatch):
 def test_command_prints_and_keeps_its_rows(tmp_path, capsys):
     assert main(["pruning", "--rounds", "1", "--device", "cpu", "--record", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
+    assert "| KL term, forward and backward | tiny |  |" in printed
     assert "| decision | tiny | BMRSUniform(p1=8) |" in printed
     assert "ResNet-50 is judged here and not compacted" in printed
     (rows,) = records.load("pruning", tmp_path).values()
@@ -105,6 +106,23 @@ def test_a_decision_on_the_whole_resnet50_keeps_some_and_prunes_some(criterion):
     assert report.before == 26_560
     assert len(report.layers) == 53
     assert 0.01 < report.after / report.before < 0.99
+
+
+def test_the_kl_term_is_that_of_the_whole_network_with_its_gradients(monkeypatch):
+    results = []
+
+    def timed(stopwatch, calls, *, rounds):
+        (name,) = calls
+        results.append(calls[name]())
+        return {name: {"median": 1.0, "p20": 1.0, "p80": 1.0}}
+
+    monkeypatch.setattr(pruning, "timed", timed)
+    (row,) = pruning.divergences(RESNET50, Stopwatch(CPU), 1)
+    assert (row["kind"], row["network"]) == (pruning.KL_TERM, "ResNet-50")
+    ((*gradients,),) = results
+    assert len(gradients) == 2 * 53
+    assert sum(each.numel() for each in gradients) == 2 * 26_560
+    assert all((each != 0).any() for each in gradients)
 
 
 def test_each_decision_is_timed_on_a_model_with_all_structures(monkeypatch):

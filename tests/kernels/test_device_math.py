@@ -11,7 +11,7 @@ from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import assert_within
 
 from benchmarks.accuracy import oracle
-from bmrs_kernels import philox, polynomials, torch_math
+from bmrs_kernels import backend, philox, polynomials, torch_math
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -54,8 +54,12 @@ def test_log2():
 
 def test_float64_roots_and_reciprocals_without_branches():
     x = torch.logspace(-30, 30, 2001, dtype=torch.float64)
-    torch.testing.assert_close(on_device(device_math.float64_sqrt, x), x.sqrt(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(on_device(device_math.float64_reciprocal, x), 1 / x, rtol=3e-14, atol=0)
+    # A GPU's float32 root and quotient, from which they start, may be off by 1 and 2 units in the last place.
+    of_root, of_reciprocal = (1e-14, 3e-14) if backend.INTERPRETING else (5e-14, 1e-13)
+    torch.testing.assert_close(on_device(device_math.float64_sqrt, x), x.sqrt(), rtol=of_root, atol=0)
+    torch.testing.assert_close(
+        on_device(device_math.float64_reciprocal, x), 1 / x, rtol=of_reciprocal, atol=0
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)])

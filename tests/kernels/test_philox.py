@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from bmrs_kernels import philox_uniform
-from bmrs_kernels.philox import COUNTERS_PER_TILE, LANES, philox_4x32, round_keys, seed_tensor
+from bmrs_kernels.philox import COUNTERS_PER_TILE, LANES, philox_4x32, round_keys, seed_tensor, uniform_stream
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,25 @@ def test_element_depends_on_its_index_alone():
         round_keys(torch.tensor(11)),
     )[0]
     assert flat[COUNTERS_PER_TILE * LANES] == ((first_word >> 9) + 0.5) * 2.0**-23
+
+
+def test_other_devices_than_a_cpu_get_few_large_operations():
+    def operations(device, count):
+        names = []
+
+        class Count(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                names.append(function)
+                return function(*args, **(kwargs or {}))
+
+        seed = torch.zeros((), dtype=torch.int64, device=device)
+        with Count():
+            assert uniform_stream(seed, count).shape == (count,)
+        return len(names)
+
+    count = 8 * COUNTERS_PER_TILE * LANES
+    assert operations("meta", count) == operations("meta", 1)
+    assert operations("cpu", count) > 4 * operations("cpu", 1)
 
 
 def test_seed_is_a_whole_64_bit_key():

@@ -193,6 +193,18 @@ def test_evaluation_names_missing_files(run_copy, capsys):
     assert "run lacks dense.safetensors, compacted.safetensors: not a finished run" in error_line(capsys)
 
 
+def test_evaluation_is_not_misled_by_rough_float32_products(run_copy, monkeypatch):
+    """A GPU may take TF32 for them, which keeps 10 bits of each factor."""
+    exact = torch.nn.functional.linear
+
+    def rough(input, weight, bias=None):
+        out = exact(input, weight, bias)
+        return out + 1e-3 * out.abs().max() * torch.randn_like(out) if out.dtype == torch.float32 else out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rough)
+    assert main(["evaluate", str(run_copy)]) == 0
+
+
 def test_evaluation_notices_a_network_that_differs(run_copy, capsys):
     path = run_copy / "compacted.safetensors"
     model = bmrs.load(path)
