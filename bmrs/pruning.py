@@ -128,17 +128,33 @@ def prune(model: nn.Module, criterion: Criterion) -> PruneReport:
     layers = required_noise_layers(model)
     _check_finite(layers)
     decisions = _decide(model, layers, criterion)
+    kept = _on_cpu(layers, "mask")
     # All masks are computed before any is written, so that an error leaves the model as it was.
-    results = [_judge(name, layer, decisions[layer], criterion) for name, layer in layers.items()]
-    for layer, (mask, _) in zip(layers.values(), results, strict=True):
-        layer.mask.copy_(mask)
+    results = [
+        _judge(name, layer, kept[layer], decisions[layer], criterion) for name, layer in layers.items()
+    ]
+    masks = {layer: mask for layer, (mask, _) in zip(layers.values(), results, strict=True)}
+    for group in layers_of_one_kind(layers.values()):
+        together = torch.cat([masks[layer] for layer in group]).to(group[0].mask.device)
+        for layer, mask in zip(group, together.split([layer.num_structures for layer in group]), strict=True):
+            layer.mask.copy_(mask)
     return PruneReport(repr(criterion), criterion.score_name, tuple(report for _, report in results))
 
 
+def _on_cpu(layers: dict[str, NoiseLayer], name: str) -> dict[NoiseLayer, Tensor]:
+    """The tensor of a name of each layer, on the CPU: one transfer for many, since each waits for the device."""
+    found: dict[NoiseLayer, Tensor] = {}
+    for group in layers_of_one_kind(layers.values()):
+        together = torch.cat([getattr(layer, name) for layer in group]).cpu()
+        found |= zip(group, together.split([layer.num_structures for layer in group]), strict=True)
+    return found
+
+
 def _check_finite(layers: dict[str, NoiseLayer]) -> None:
+    mu, log_sigma = _on_cpu(layers, "mu"), _on_cpu(layers, "log_sigma")
     broken = []
     for name, layer in layers.items():
-        count = int((~(layer.mu.isfinite() & layer.log_sigma.isfinite())).sum())
+        count = int((~(mu[layer].isfinite() & log_sigma[layer].isfinite())).sum())
         if count:
             broken.append(f"{name!r} ({count} of {layer.num_structures} structures)")
     if broken:
@@ -193,10 +209,9 @@ def _naming(names: list[str]) -> Iterator[None]:
 
 
 def _judge(
-    name: str, layer: NoiseLayer, decision: Decision, criterion: Criterion
+    name: str, layer: NoiseLayer, kept: Tensor, decision: Decision, criterion: Criterion
 ) -> tuple[Tensor, LayerReport]:
-    """The layer's new mask, on the CPU, and its report."""
-    kept = layer.mask.cpu()
+    """The layer's new mask, on the CPU like the one before, and its report."""
     mask = kept & ~decision.prune
     emptied = bool(kept.any() and not mask.any())
     if emptied:

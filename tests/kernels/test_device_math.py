@@ -62,7 +62,11 @@ def test_float64_roots_and_reciprocals_without_branches():
     )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)])
+# A GPU's float32 power and quotient may be off by 2 units in the last place each.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 4e-7 if backend.INTERPRETING else 2e-6), (torch.float64, 1e-15)],
+)
 def test_tanh(dtype, tolerance):
     magnitude = torch.cat([torch.logspace(-30, 1.5, 1000), torch.tensor([0.25, math.nextafter(0.25, 0)])])
     x = torch.cat([-magnitude, magnitude]).to(dtype)
@@ -100,8 +104,10 @@ def test_quantile_variable():
     product = torch.logspace(-8.8, 0, 2000).float()
     actual = on_device(device_math.quantile_variable, product)
     exact = (4 - product.double().log2()).sqrt() - 3.5
-    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6e-7)
-    torch.testing.assert_close(actual, torch_math.quantile_variable(product), rtol=0, atol=9e-7)
+    # A GPU's float32 root may be off by a unit in the last place, here 5e-7.
+    extra = 0.0 if backend.INTERPRETING else 5e-7
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6e-7 + extra)
+    torch.testing.assert_close(actual, torch_math.quantile_variable(product), rtol=0, atol=9e-7 + extra)
 
 
 def test_mills_ratio():

@@ -50,3 +50,21 @@ def test_prune(depth, criterion, operator):
     with torch.no_grad(), Calls() as calls:
         bmrs.prune(model_of(depth), criterion)
     assert calls.names == [operator]
+
+
+def test_pruning_waits_for_the_device_as_often_for_many_layers_as_for_one(monkeypatch):
+    transfers = []
+    cpu = torch.Tensor.cpu
+
+    def counted(tensor):
+        transfers.append(tensor)
+        return cpu(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    numbers = []
+    for depth in (1, 53):
+        model = model_of(depth)
+        transfers.clear()
+        bmrs.prune(model, bmrs.BMRSNormal())
+        numbers.append(len(transfers))
+    assert numbers[0] == numbers[1] <= 4
