@@ -298,6 +298,36 @@ def test_each_sanitizer_runs_the_cases_and_its_reports_are_understood(tool, outp
     assert settings == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
+def test_the_check_has_all_its_stages_and_sanitizes_compiled_kernels(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_check, gpu_correctness, timing
+
+    order = []
+
+    def found(name):
+        def stage(*arguments):
+            order.append(name if name != "sanitize" else arguments[0])
+            return {"summary": "", "failures": []}
+
+        return stage
+
+    in_process = ("uniforms", "values", "cuda_graph", "determinism", "wide_index")
+    for name in ("kernel_tests", "kernels_run", "sanitize", *in_process):
+        monkeypatch.setattr(gpu_correctness, name, found(name))
+    monkeypatch.setattr(timing, "compile_cases", found("compile_cases"))
+    monkeypatch.setattr(gpu_check, "time_everything", lambda *_: order.append("timing"))
+    report = gpu_report.Report(tmp_path, {"GPU": "none"})
+    gpu_check.check(report, torch.device("cpu"), 60.0)
+    assert report.failed == []
+    tools = {"memcheck", "racecheck", "initcheck"}
+    assert tools | {"kernel tests", "every kernel runs", "compilation", "determinism", "CUDA graph"} <= set(
+        report.data["stages"]
+    )
+    assert len(report.data["stages"]) == 11
+    assert order[-1] == "timing"
+    assert all(order.index("kernels_run") < order.index(tool) for tool in tools)
+
+
 def test_without_the_sanitizer_its_stages_are_skipped(monkeypatch):
     pytest.importorskip("triton")
     from benchmarks import gpu_correctness
