@@ -1,28 +1,30 @@
 """Compaction: a masked network becomes a smaller one of stock torch layers.
 
-`tracing` turns the model into a chain of layers, `folding` folds the noise into their weights, `removal`
-takes the pruned structures out, and `compact` puts the result together and checks it.
+`tracing` turns the model into layers and additions, `folding` folds the noise into their weights, `removal` takes
+the pruned structures out, `network` puts the result together, and `compact` checks it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bmrs.compaction.folding import Operation, fold_noise
+from bmrs.compaction.network import Node, build_network, free_name, is_chain
 from bmrs.compaction.removal import remove_dead_channels
-from bmrs.compaction.tracing import trace_chain
+from bmrs.compaction.stock_layers import BATCH_NORMS, POOLS, WEIGHT_LAYERS, Addition
+from bmrs.compaction.tracing import Step, single_input, trace
 
 __all__ = ["compact"]
 
 TOLERANCE = 1e-4
 
 
-def compact(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> nn.Sequential:
+def compact(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> nn.Sequential | fx.GraphModule:
     """Return the network that a masked model is in evaluation mode, without noise or pruned structures.
 
     The expected noise, times the mask, is folded into neighbouring weights in float64; pruned structures are
@@ -31,9 +33,14 @@ def compact(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> nn.S
     the next layer's bias. A pruned structure stays, with zero weights, where zero padding makes that inexact,
     where it is an output of the model, and where a grouped convolution's groups would become unequal.
 
-    The model must be a chain of linear, convolution (1d to 3d, grouped and depthwise too), batch norm,
-    pooling, activation, dropout, flatten and identity layers, as modules or function calls, that torch.fx can
-    trace.
+    Additions, as in residual blocks, tie the channels that they add: a channel goes where all noise that can
+    silence it does so in every branch, and stays everywhere, with zero weights where it is pruned, if one branch
+    keeps it. `bmrs.prune` with ``example_inputs`` decides on tied channels together. Noise can sit anywhere in a
+    branch, and on a sum that no identity shortcut carries past it; on one that does, it cannot be folded.
+
+    The model must consist of linear, convolution (1d to 3d, grouped and depthwise too), batch norm, pooling,
+    activation, dropout, flatten and identity layers, as modules or function calls, and additions of two tensors of
+    one shape, in any arrangement that torch.fx can trace, from one input to one output.
 
     Args:
         model: any such model, in any mode; it is left as it is.
@@ -41,58 +48,63 @@ def compact(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> nn.S
             dtype and on its device.
 
     Returns:
-        ``nn.Sequential`` of stock layers in evaluation mode, with the dtypes and device of the model and
-        children named after its layers. The outputs equal the masked model's within 1e-4 of the largest
-        (within 16 units of rounding in 16-bit models), which is checked on the example.
+        ``nn.Sequential`` of stock layers where these are a chain, and a ``torch.fx.GraphModule`` of stock layers
+        and additions where the network branches. It is in evaluation mode, with the dtypes and device of the
+        model and children named after its layers. The outputs equal the masked model's within 1e-4 of the
+        largest (within 16 units of rounding in 16-bit models), which is checked on the example.
 
     Raises:
         TypeError: ``example_inputs`` is not one tensor.
-        ValueError: the model is not such a chain, or a noise layer cannot be folded; the place is named.
+        ValueError: the model is not such a network, or a noise layer cannot be folded; the place is named.
         RuntimeError: the outputs differ on the example.
     """
-    example = _single_input(example_inputs)
+    example = single_input(example_inputs)
     masked = copy.deepcopy(model).eval()
     with torch.no_grad():
-        operations = fold_noise(trace_chain(masked, example))
+        operations = fold_noise(trace(masked, example))
         remove_dead_channels(operations)
-        compacted = _assemble(operations)
+        compacted = build_network(_nodes(operations))
         _check_outputs(masked, compacted, example)
     return compacted
 
 
-def _single_input(example_inputs: Tensor | Sequence[Tensor]) -> Tensor:
-    inputs = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
-    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-        names = ", ".join(type(value).__name__ for value in inputs)
-        raise TypeError(f"example_inputs must be one tensor, as compact handles chains; got ({names})")
-    if inputs[0].numel() == 0:
-        raise ValueError(f"example_inputs must hold an example, was of shape {tuple(inputs[0].shape)}")
-    return inputs[0]
-
-
-def _assemble(operations: list[Operation]) -> nn.Sequential:
+def _nodes(operations: list[Operation]) -> list[Node]:
     """The remaining layers in their original dtypes, by readable names."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    nodes: dict[str, Node] = {}
+    names: dict[Step | None, str | None] = {None: None}
     for operation in operations:
-        if operation.layer is not None:
-            layers[_child_name(operation, layers)] = operation.layer.to(operation.dtype)
-    return nn.Sequential(layers).eval()
+        step, layer = operation.step, operation.layer
+        inputs = tuple(names[source] for source in step.inputs)
+        if layer is None:
+            names[step] = inputs[0]
+            continue
+        name = free_name(step.name or type(layer).__name__.lower(), nodes)
+        names[step] = name
+        nodes[name] = Node(name, layer.to(operation.dtype), inputs)
+    if not is_chain(list(nodes.values())):
+        _keep_what_others_read(nodes)
+    return list(nodes.values())
 
 
-def _child_name(operation: Operation, taken: OrderedDict[str, nn.Module]) -> str:
-    name = operation.step.name.replace(".", "_") or type(operation.step.module).__name__.lower()
-    # nn.Sequential refuses children that hide its own attributes.
-    name = f"{name}_" if hasattr(nn.Sequential(), name) else name
-    candidates = (name if i == 1 else f"{name}_{i}" for i in range(1, len(taken) + 2))
-    return next(candidate for candidate in candidates if candidate not in taken)
+def _keep_what_others_read(nodes: dict[str, Node]) -> None:
+    """Let a layer work in place only on a tensor that is new and that nothing else reads."""
+    readers = Counter(name for node in nodes.values() for name in node.inputs)
+    for node in nodes.values():
+        source = nodes.get(str(node.inputs[0]))
+        owned = source is not None and isinstance(
+            source.layer, (*WEIGHT_LAYERS, *BATCH_NORMS, *POOLS, Addition)
+        )
+        if getattr(node.layer, "inplace", False) and not (owned and readers[node.inputs[0]] == 1):
+            node.layer.inplace = False  # type: ignore[assignment]
 
 
 def _check_outputs(masked: nn.Module, compacted: nn.Module, example: Tensor) -> None:
     # In float64: TF32 and the like would make differently shaped products differ by more than the tolerance.
     narrow = [t.dtype for t in compacted.state_dict().values() if t.is_floating_point()]
     tolerance = max([TOLERANCE, *(16 * torch.finfo(dtype).eps for dtype in narrow if dtype.itemsize < 4)])
-    expected = masked.double()(example.double())
-    found = copy.deepcopy(compacted).double()(example.double())
+    # Cloned, as a model may overwrite its input.
+    expected = masked.double()(example.double().clone())
+    found = copy.deepcopy(compacted).double()(example.double().clone())
     error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
     if not error <= tolerance * scale:
         raise RuntimeError(

@@ -1,16 +1,27 @@
 """First half of compaction: noise layers folded into their neighbours, every layer at its full width.
 
-A chain of layers is a sequence of channel spaces: the output channels of a linear or convolution layer,
-through all operations that keep channels apart, up to the next linear or convolution layer, which mixes
-them. A noise layer scales the channels of its space. The factors move forward through operations that
-commute with them, into the input weights of the next layer that has any; before an operation that does
-not commute, they move backward into the last layer with weights instead.
+A noise layer multiplies the channels of a tensor y by factors f = E[θ] · mask ≥ 0. The network that computes y
+instead of f·y, and whose other layers make up for it, is found in one of two ways, and exactly so:
+
+- Forward, if all that read f·y can: with weights W, a linear or convolution layer has W(f·y) = (W·f)y, so that its
+  input columns take up f (zero padding is 0 either way); a batch norm takes f up in its statistics; and
+  r(f·y) = f·r(y) for an operation r that is positively homogeneous and keeps channels apart, such as ReLU,
+  pooling or another noise layer, behind which f moves on.
+- Backward, if forward is barred by an operation that is not homogeneous, by an addition, whose other
+  operand would have to carry the same factors, or by the model's output: the same rules, read from right to left, lead
+  to the layers whose output rows take f up, W and bias alike. f·(a + b) = f·a + f·b moves into both operands of an
+  addition. Nothing else may read a tensor on the way, because it would see the factors too.
+
+Noise behind the batch norm of a residual branch thus moves backward into that batch norm.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +35,7 @@ from bmrs.compaction.stock_layers import (
     POOLS,
     STOCK_LAYERS,
     WEIGHT_LAYERS,
+    Addition,
     WeightLayer,
     copy_layer,
     number_of_spatial_dimensions,
@@ -31,27 +43,36 @@ from bmrs.compaction.stock_layers import (
 from bmrs.compaction.tracing import Step
 from bmrs.noise_layer import NoiseLayer
 
+_NO_TAKER = "no linear, convolution or batch norm layer can take it up before"
+# Layers, each with factors on its input or output channels.
+_Takers: TypeAlias = list[tuple[nn.Module, Tensor]]
+
 
 @dataclass
 class Operation:
     """A folded step.
 
     Attributes:
-        step: the step of the original chain.
+        step: the step of the original network.
         layer: float64 copy of its stock layer with noise folded in; None for a noise layer.
-        zeroed: for a noise layer, the structures that it sets to zero, bool of shape (num_structures,).
-        axis: dimension of its input along which the channels lie; None while no layer has told.
+        factors: for a noise layer, its expected noise times its mask, float64 of shape (num_structures,).
+        axis: dimension of its inputs along which the channels lie; None while no layer has told.
     """
 
     step: Step
     layer: nn.Module | None
-    zeroed: Tensor | None
+    factors: Tensor | None
     axis: int | None
 
     def flattened_channels(self) -> Tensor:
         """For a flattening, the channel that each feature of its output comes from."""
         assert self.axis is not None
-        return _flattened_channels(self.step.input_shape, self.axis)
+        shape = self.step.input_shape
+        return (
+            torch.arange(shape[self.axis])
+            .repeat_interleave(math.prod(shape[self.axis + 1 :]))
+            .repeat(math.prod(shape[1 : self.axis]))
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,103 +86,147 @@ def is_depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
 
 
-def _flattened_channels(shape: torch.Size, axis: int) -> Tensor:
-    """The channel that each feature comes from after flattening a tensor of this shape (batch first)."""
-    return (
-        torch.arange(shape[axis])
-        .repeat_interleave(math.prod(shape[axis + 1 :]))
-        .repeat(math.prod(shape[1:axis]))
-    )
-
-
-class _Factors:
-    """Factors on the channels of the current tensor that no weight has taken up yet.
-
-    Attributes:
-        axis: dimension of the current tensor along which its channels lie; None at the model's input.
-        values: float64 factor for each channel or flattened feature; None if none is pending.
-        noise: the noise layers that they come from.
-        absorber: the last layer with weights, if only operations that commute with factors follow it.
-        rows: the absorber's output channel that each feature comes from.
-    """
-
-    def __init__(self) -> None:
-        self.axis: int | None = None
-        self.values: Tensor | None = None
-        self.noise: list[Step] = []
-        self.absorber: nn.Module | None = None
-        self.rows: Tensor | None = None
-
-    def multiply(self, step: Step, factors: Tensor) -> None:
-        self.values = factors if self.values is None else self.values * factors
-        self.noise.append(step)
-
-    def take(self) -> Tensor | None:
-        values, self.values = self.values, None
-        self.noise = []
-        return values
-
-    def restart(self, layer: nn.Module, num_channels: int, device: torch.device) -> None:
-        self.absorber = layer
-        self.rows = torch.arange(num_channels, device=device)
-
-    def flatten(self, shape: torch.Size) -> None:
-        if self.axis is None:
-            return
-        channel = _flattened_channels(shape, self.axis)
-        self.axis = 1
-        self.values = None if self.values is None else self.values[channel]
-        self.rows = None if self.rows is None else self.rows[channel]
-
-    def fold_backward(self, before: str) -> None:
-        """Multiply the absorber's output by the pending factors, which cannot pass what comes next."""
-        if self.values is None:
-            return
-        names = " and ".join(map(str, self.noise))
-        values = self.take()
-        if self.absorber is None or self.rows is None or values is None:
-            raise ValueError(
-                f"noise layer {names} cannot be folded: it cannot move forward past {before}, and no linear, "
-                "convolution or batch norm layer can take it up before"
-            )
-        factors = values.new_zeros(int(self.rows.max()) + 1)
-        factors[self.rows] = values
-        if not torch.equal(factors[self.rows], values):
-            raise ValueError(
-                f"noise layer {names} cannot be folded: it cannot move forward past {before}, and it scales "
-                "features of one channel differently"
-            )
-        multiply_rows(self.absorber, factors)
-
-
 def fold_noise(steps: list[Step]) -> list[Operation]:
-    """Fold the expected noise of a chain, times its mask, into float64 copies of the other layers.
+    """Fold the expected noise of a network, times its mask, into float64 copies of the other layers.
 
     Raises:
         ValueError: a layer is not supported, or a noise layer cannot be folded; both are named.
     """
-    factors = _Factors()
+    axes = channel_axes(steps)
     operations = []
     for step in steps:
-        _check_supported(step)
-        _check_axis(step, factors.axis)
-        axis = factors.axis
         if isinstance(step.module, NoiseLayer):
-            factors.axis = step.module.dim % len(step.input_shape)
-            expected = step.module.expected_noise().double()
-            factors.multiply(step, expected)
-            operations.append(Operation(step, None, expected == 0, factors.axis))
+            operations.append(Operation(step, None, step.module.expected_noise().double(), axes[step]))
         else:
             layer = _with_affine(copy_layer(step.module, torch.float64))
-            _pass(step, layer, factors)
-            operations.append(Operation(step, layer, None, axis))
-    factors.fold_backward("the model's output")
+            operations.append(Operation(step, layer, None, axes[step]))
+    folding = _Folding(operations)
+    for operation in operations:
+        if operation.factors is not None:
+            folding.fold(operation.step, operation.factors)
     return operations
+
+
+def channel_axes(steps: list[Step]) -> dict[Step, int | None]:
+    """The dimension of each step's inputs along which the channels lie, None while no layer has told.
+
+    Raises:
+        ValueError: a step is not supported, or does not act along the channels; it is named.
+    """
+    input_axes: dict[Step, int | None] = {}
+    output_axes: dict[Step | None, int | None] = {None: None}
+    for step in steps:
+        _check_supported(step)
+        axes = {output_axes[source] for source in step.inputs} - {None}
+        if len(axes) > 1:
+            raise ValueError(
+                f"compact cannot follow the channels through {step}: they lie along dimensions "
+                f"{' and '.join(map(str, sorted(axes, key=str)))} of its inputs"
+            )
+        axis = axes.pop() if axes else None
+        _check_axis(step, axis)
+        input_axes[step] = axis
+        output_axes[step] = _output_axis(step, axis)
+    return input_axes
+
+
+def _output_axis(step: Step, axis: int | None) -> int | None:
+    module = step.module
+    if isinstance(module, nn.Linear):
+        return len(step.output_shape) - 1
+    if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)):
+        return 1
+    if isinstance(module, NoiseLayer):
+        return module.dim % len(step.input_shape)
+    return 1 if axis is not None and isinstance(module, nn.Flatten) else axis
+
+
+class _BarredError(Exception):
+    """Factors cannot move on; the message says why, as the end of a sentence."""
+
+
+class _Folding:
+    """Moves factors through a network to the layers that take them up."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self.operations = {operation.step: operation for operation in operations}
+        self.last = operations[-1].step if operations else None
+        self.readers: dict[Step | None, list[Operation]] = defaultdict(list)
+        for operation in operations:
+            for source in dict.fromkeys(operation.step.inputs):
+                self.readers[source].append(operation)
+
+    def fold(self, noise: Step, factors: Tensor) -> None:
+        """Make the network the same without a noise layer as it was with it."""
+        try:
+            for layer, its_factors in self._forward(noise, factors):
+                _multiply_input(layer, its_factors)
+            return
+        except _BarredError as error:
+            obstacle = error
+        try:
+            for layer, its_factors in self._backward(noise, factors):
+                _multiply_rows(layer, its_factors)
+        except _BarredError as error:
+            raise ValueError(
+                f"noise layer {noise} cannot be folded: it cannot move forward past {obstacle}, and {error}"
+            ) from None
+
+    def _forward(self, step: Step, factors: Tensor) -> _Takers:
+        """The layers that can take up factors on a step's result in their inputs."""
+        if step is self.last:
+            raise _BarredError("the model's output")
+        takers: _Takers = []
+        for reader in self.readers[step]:
+            if isinstance(reader.layer, (*WEIGHT_LAYERS, *BATCH_NORMS)):
+                takers.append((reader.layer, factors))
+            elif isinstance(reader.layer, nn.Flatten):
+                takers += self._forward(reader.step, factors[reader.flattened_channels()])
+            elif _lets_factors_pass(reader):
+                takers += self._forward(reader.step, factors)
+            else:
+                raise _BarredError(str(reader.step))
+        return takers
+
+    def _backward(self, step: Step, factors: Tensor) -> _Takers:
+        """The layers that can take up factors on each of a step's inputs in their outputs."""
+        takers: _Takers = []
+        for source in dict.fromkeys(step.inputs):
+            others = [reader.step for reader in self.readers[source] if reader.step is not step]
+            if source is not None and others:
+                raise _BarredError(f"backward it would act on {' and '.join(map(str, others))} too")
+            operation = None if source is None else self.operations[source]
+            if operation is None:
+                raise _BarredError(_NO_TAKER)
+            if isinstance(operation.layer, (*WEIGHT_LAYERS, *BATCH_NORMS)):
+                takers.append((operation.layer, factors))
+            elif isinstance(operation.layer, nn.Flatten):
+                takers += self._backward(operation.step, _unflattened(operation, factors))
+            elif _lets_factors_pass(operation) or isinstance(operation.layer, Addition):
+                takers += self._backward(operation.step, factors)
+            else:
+                raise _BarredError(_NO_TAKER)
+        return takers
+
+
+def _lets_factors_pass(operation: Operation) -> bool:
+    passing = (*HOMOGENEOUS_ACTIVATIONS, *POOLS, *DROPOUTS)
+    return operation.layer is None or isinstance(operation.layer, passing)
+
+
+def _unflattened(flatten: Operation, factors: Tensor) -> Tensor:
+    """The factors of the channels, from those of the features that a flattening makes of them."""
+    channel = flatten.flattened_channels()
+    unflattened = factors.new_zeros(int(channel.max()) + 1)
+    unflattened[channel] = factors
+    if not torch.equal(unflattened[channel], factors):
+        raise _BarredError("it scales features of one channel differently")
+    return unflattened
 
 
 def _check_supported(step: Step) -> None:
     module = step.module
-    if not isinstance(module, NoiseLayer) and type(module) not in STOCK_LAYERS:
+    if not isinstance(module, NoiseLayer) and type(module) not in (*STOCK_LAYERS, Addition):
         raise ValueError(f"compact does not support layer {step}")
     if isinstance(module, BATCH_NORMS) and module.running_mean is None:
         raise ValueError(f"compact does not support layer {step} without running statistics")
@@ -202,35 +267,14 @@ def _with_affine(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _pass(step: Step, layer: nn.Module, factors: _Factors) -> None:
-    """Move the pending factors past a layer, or into it, or before it."""
-    if isinstance(layer, WEIGHT_LAYERS):
-        pending = factors.take()
-        if pending is not None:
-            multiply_columns(layer, pending)
-        factors.axis = len(step.output_shape) - 1 if isinstance(layer, nn.Linear) else 1
-        factors.restart(layer, step.output_shape[factors.axis], layer.weight.device)
-    elif isinstance(layer, BATCH_NORMS):
-        pending = factors.take()
-        if pending is not None:
-            _scale_batch_norm_input(layer, pending)
-        factors.axis = 1
-        factors.restart(layer, layer.num_features, layer.weight.device)
-    elif isinstance(layer, nn.Flatten):
-        factors.flatten(step.input_shape)
-    elif not isinstance(layer, (*HOMOGENEOUS_ACTIVATIONS, *POOLS, *DROPOUTS)):
-        factors.fold_backward(str(step))
-        factors.absorber = None
-
-
-def multiply_rows(layer: nn.Module, factors: Tensor) -> None:
+def _multiply_rows(layer: nn.Module, factors: Tensor) -> None:
     """Multiply each output channel of a linear, convolution or batch norm layer by a factor."""
     with torch.no_grad():
         for parameter in layer.parameters(recurse=False):
             parameter.mul_(factors.view(-1, *[1] * (parameter.dim() - 1)))
 
 
-def multiply_columns(layer: WeightLayer, factors: Tensor) -> None:
+def _multiply_columns(layer: WeightLayer, factors: Tensor) -> None:
     """Multiply each input channel of a linear or convolution layer by a factor."""
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     weight = layer.weight
@@ -245,6 +289,14 @@ def batch_norm_scale_and_shift(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     assert layer.running_var is not None
     scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
     return scale, layer.bias - layer.running_mean * scale
+
+
+def _multiply_input(layer: nn.Module, factors: Tensor) -> None:
+    """Make a linear, convolution or batch norm layer of x what it was of factors · x."""
+    if isinstance(layer, WEIGHT_LAYERS):
+        _multiply_columns(layer, factors)
+    elif isinstance(layer, BATCH_NORMS):
+        _scale_batch_norm_input(layer, factors)
 
 
 def _scale_batch_norm_input(layer: _BatchNorm, factors: Tensor) -> None:

@@ -1,9 +1,25 @@
-"""Second half of compaction: channels that are constant leave their channel space."""
+"""Second half of compaction: channels that are constant wherever they are used leave the network.
+
+Every output channel of a linear or convolution layer has a number of its own. A feature, an entry of a tensor along
+its channel dimension, carries the number of the channel that it comes from, through all operations that keep channels
+apart, up to the next linear or convolution layers, which mix them; flattening turns a channel into several features.
+A feature is dead where its value is the same in all examples and at all positions: 0 behind a noise layer that
+prunes it, and what the operations behind make of this constant.
+
+A channel is removed only if every mixing layer that reads it finds it dead; the constant, times the weights that read
+it, then moves into that layer's bias. It stays if it is a part of the model's output or input, where zeros beside a
+constant other than 0 make it differ from position to position, where a softmax sums over it, and where the groups of
+a convolution would become unequal. A layer that would lose all its channels keeps one.
+
+An addition ties channels: those that it adds leave together or stay together. Their sum is dead, with the sum of the
+constants as its value, only if both are; a channel that is pruned in one branch and not in the other stays in both,
+with zero weights in the one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,108 +30,179 @@ from bmrs.compaction.stock_layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
     DROPOUTS,
-    MAX_POOLS,
     MIXING_ACTIVATIONS,
+    POOLS,
     WEIGHT_LAYERS,
+    Addition,
     WeightLayer,
 )
+from bmrs.compaction.tracing import Step
 
 
 def remove_dead_channels(operations: list[Operation]) -> None:
-    """Remove, in place, the channels that noise layers set to zero from all layers of their space."""
-    mixing = [
-        (i, operation.layer)
-        for i, operation in enumerate(operations)
-        if isinstance(operation.layer, WEIGHT_LAYERS) and not is_depthwise(operation.layer)
-    ]
-    # Channels before the first and behind the last of them are the model's inputs and outputs.
-    for (start, source), (end, consumer) in pairwise(mixing):
-        space = _ChannelSpace(source, operations[start + 1 : end], consumer)
-        removed = space.removable_channels()
-        if removed.any():
-            space.remove(removed)
+    """Remove, in place, the channels that are dead wherever they are used from all layers."""
+    channels = _Channels(operations)
+    removable = channels.removable()
+    if not removable.any():
+        return
+    for operation in operations:
+        layer = operation.layer
+        before, after = channels.inputs(operation)[0], channels.features[operation.step]
+        if _mixes(layer) and before is not None:
+            gone = removable[before.channel]
+            _add_to_bias(layer, before.value.masked_fill(~gone, 0.0))
+            _keep_columns(layer, ~gone)
+        if after is not None and isinstance(layer, (*WEIGHT_LAYERS, *BATCH_NORMS)):
+            _keep_rows(layer, ~removable[after.channel])
 
 
-class _ChannelSpace:
-    """The output channels of one linear or convolution layer, up to the next.
+@dataclass
+class _Features:
+    """The features of a tensor in the network with noise folded in; all of shape (number of features,).
 
-    A feature is what the next layer sees of a channel: the channel itself, or one of its positions after
-    flattening. A dead feature has one value in all examples and at all positions.
-
-    Args:
-        source: the layer whose output channels they are.
-        between: the operations that keep the channels apart.
-        consumer: the layer that mixes them.
+    Attributes:
+        channel: number of the channel that each comes from.
+        dead: bool, True where each is constant.
+        value: the constant, float64; meaningless elsewhere.
     """
 
-    def __init__(self, source: WeightLayer, between: Sequence[Operation], consumer: WeightLayer) -> None:
-        self.source = source
-        self.between = between
-        self.consumer = consumer
-        num_channels, device = source.weight.shape[0], source.weight.device
-        self.channel = torch.arange(num_channels, device=device)
-        self.dead = torch.zeros(num_channels, dtype=torch.bool, device=device)
-        self.value = torch.zeros(num_channels, dtype=torch.float64, device=device)
-        for operation in between:
-            self._follow(operation)
-        if isinstance(consumer, CONVOLUTIONS) and _pads_with_zeros(consumer):
-            self._revive_nonzero()
+    channel: Tensor
+    dead: Tensor
+    value: Tensor
 
-    def _follow(self, operation: Operation) -> None:
-        """Update dead features and their values by an operation of the network with noise folded in."""
+
+class _Channels:
+    """What is known of all channels of a network with noise folded in.
+
+    Attributes:
+        features: features of the result of each step; None where they are those of the model's input.
+    """
+
+    def __init__(self, operations: list[Operation]) -> None:
+        self.operations = operations
+        self.features: dict[Step | None, _Features | None] = {None: None}
+        self.count = 0
+        for operation in operations:
+            self.features[operation.step] = self._result(operation)
+
+    def inputs(self, operation: Operation) -> list[_Features | None]:
+        """Features of each input of an operation."""
+        return [self.features[source] for source in operation.step.inputs]
+
+    def _result(self, operation: Operation) -> _Features | None:
         layer = operation.layer
-        if operation.zeroed is not None:
+        if _mixes(layer):
+            return self._new_features(layer)
+        inputs = [features for features in self.inputs(operation) if features is not None]
+        if len(inputs) < len(operation.step.inputs):
+            return None
+        features = inputs[0]
+        if isinstance(layer, Addition):
+            other = inputs[1]
+            return replace(features, dead=features.dead & other.dead, value=features.value + other.value)
+        if operation.factors is not None:
             # The folded weights around it ignore these features, so that they count as 0 from here on.
-            self.dead |= operation.zeroed
-            self.value = self.value.masked_fill(operation.zeroed, 0.0)
-        elif isinstance(layer, nn.Flatten):
+            zeroed = operation.factors == 0
+            return replace(
+                features, dead=features.dead | zeroed, value=features.value.masked_fill(zeroed, 0.0)
+            )
+        if isinstance(layer, nn.Flatten):
             index = operation.flattened_channels()
-            self.channel, self.dead, self.value = self.channel[index], self.dead[index], self.value[index]
-        elif isinstance(layer, BATCH_NORMS):
-            scale, shift = batch_norm_scale_and_shift(layer)
-            self.value = self.value * scale + shift
-        elif isinstance(layer, CONVOLUTIONS):
-            if _pads_with_zeros(layer):
-                self._revive_nonzero()
-            self.value = self.value * layer.weight.flatten(1).sum(1)
-            self.value = self.value if layer.bias is None else self.value + layer.bias
-        elif isinstance(layer, AVERAGE_POOLS):
-            if _averages_padding(layer):
-                self._revive_nonzero()
-        elif isinstance(layer, MIXING_ACTIVATIONS):
-            self.dead = torch.zeros_like(self.dead)
-        elif layer is not None and not isinstance(layer, (*MAX_POOLS, *DROPOUTS)):
-            self.value = layer(self.value)
+            return _Features(features.channel[index], features.dead[index], features.value[index])
+        features = _as_read(layer, features)
+        return replace(features, value=_constant_result(layer, features.value))
 
-    def _revive_nonzero(self) -> None:
-        """Zeros beside a constant other than 0: it differs from position to position from here on."""
-        self.dead = self.dead & (self.value == 0)
+    def _new_features(self, layer: WeightLayer) -> _Features:
+        rows, device = len(layer.weight), layer.weight.device
+        channel = torch.arange(self.count, self.count + rows, device=device)
+        self.count += rows
+        return _Features(
+            channel,
+            torch.zeros_like(channel, dtype=torch.bool),
+            torch.zeros_like(channel, dtype=torch.float64),
+        )
 
-    def removable_channels(self) -> Tensor:
-        """Channels that can go, bool: their features are all dead, and groups of convolutions stay equal."""
-        removable = torch.ones(self.source.weight.shape[0], dtype=torch.bool, device=self.channel.device)
-        removable[self.channel[~self.dead]] = False
-        if removable.all():
-            removable[0] = False
+    def removable(self) -> Tensor:
+        """Channels that can go, bool of shape (number of channels,)."""
+        known = [features.channel for features in self.features.values() if features is not None]
+        removable = torch.ones(self.count, dtype=torch.bool, device=known[0].device if known else None)
+        for operation in self.operations:
+            inputs = self.inputs(operation)
+            for features in inputs:
+                if features is None:
+                    continue
+                if _mixes(operation.layer) or isinstance(operation.layer, MIXING_ACTIVATIONS):
+                    removable[features.channel[~_as_read(operation.layer, features).dead]] = False
+                elif any(other is None for other in inputs):
+                    removable[features.channel] = False
+        output = self.features[self.operations[-1].step] if self.operations else None
+        if output is not None:
+            removable[output.channel] = False
+        return self._consistent(removable)
+
+    def _consistent(self, removable: Tensor) -> Tensor:
+        """A part of these channels whose removal leaves every layer and addition whole."""
         while True:
-            balanced = _balanced(_balanced(removable, _groups(self.source)), _groups(self.consumer))
-            if torch.equal(balanced, removable):
+            before = removable.clone()
+            self._tie(removable)
+            for operation in self.operations:
+                if not _mixes(operation.layer):
+                    continue
+                before_it, behind_it = self.inputs(operation)[0], self.features[operation.step]
+                assert behind_it is not None
+                if removable[behind_it.channel].all():
+                    removable[behind_it.channel[0]] = False
+                for features in (behind_it, before_it):
+                    if features is not None:
+                        balanced = _balanced(removable[features.channel], _groups(operation.layer))
+                        removable[features.channel[~balanced]] = False
+            if torch.equal(removable, before):
                 return removable
-            removable = balanced
 
-    def remove(self, removed: Tensor) -> None:
-        """Take channels out of every layer; their constant values go to the consumer's bias."""
-        kept = ~removed
-        gone = removed[self.channel]
-        _add_to_bias(self.consumer, self.value.masked_fill(~gone, 0.0))
-        _keep_columns(self.consumer, ~gone)
-        _keep_rows(self.source, kept)
-        channel = torch.arange(len(removed), device=removed.device)
-        for operation in self.between:
-            if isinstance(operation.layer, nn.Flatten):
-                channel = channel[operation.flattened_channels()]
-            elif operation.layer is not None and any(True for _ in operation.layer.parameters()):
-                _keep_rows(operation.layer, kept[channel])
+    def _tie(self, removable: Tensor) -> None:
+        """Keep, in place, all channels that are added to one that stays."""
+        while True:
+            before = removable.clone()
+            for operation in self.operations:
+                inputs = [features.channel for features in self.inputs(operation) if features is not None]
+                if isinstance(operation.layer, Addition) and len(inputs) == 2:
+                    stays = ~(removable[inputs[0]] & removable[inputs[1]])
+                    for channel in inputs:
+                        removable[channel[stays]] = False
+            if torch.equal(removable, before):
+                return
+
+
+def _mixes(layer: nn.Module | None) -> TypeGuard[WeightLayer]:
+    """True for a layer whose outputs each depend on many input channels, so that its outputs are new channels."""
+    return isinstance(layer, WEIGHT_LAYERS) and not is_depthwise(layer)
+
+
+def _as_read(layer: nn.Module | None, features: _Features) -> _Features:
+    """Features as a layer sees them, alive where its result is not the same everywhere.
+
+    Beside zeros, all constants but 0 differ from position to position; a softmax sums over all features.
+    """
+    if isinstance(layer, MIXING_ACTIVATIONS):
+        return replace(features, dead=torch.zeros_like(features.dead))
+    padded = (isinstance(layer, CONVOLUTIONS) and _pads_with_zeros(layer)) or (
+        isinstance(layer, AVERAGE_POOLS) and _averages_padding(layer)
+    )
+    return replace(features, dead=features.dead & (features.value == 0)) if padded else features
+
+
+def _constant_result(layer: nn.Module | None, value: Tensor) -> Tensor:
+    """What a layer that keeps channels apart makes of constants, one for each channel."""
+    if isinstance(layer, BATCH_NORMS):
+        scale, shift = batch_norm_scale_and_shift(layer)
+        return value * scale + shift
+    if isinstance(layer, CONVOLUTIONS):
+        value = value * layer.weight.flatten(1).sum(1)
+        return value if layer.bias is None else value + layer.bias
+    if layer is None or isinstance(layer, (*POOLS, *DROPOUTS, *MIXING_ACTIVATIONS)):
+        return value
+    # Not in place, because others may read the same constants.
+    return layer(value.clone())
 
 
 def _groups(layer: WeightLayer) -> int:

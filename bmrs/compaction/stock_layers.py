@@ -46,6 +46,15 @@ OTHER_ACTIVATIONS = (
 # Every output depends on every input channel.
 MIXING_ACTIVATIONS = (nn.Softmax, nn.LogSoftmax)
 
+
+class Addition(nn.Module):
+    """The sum of two tensors of one shape, which torch has no layer for; not a part of compacted networks."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return x + y."""
+        return x + y
+
+
 WeightLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 STOCK_LAYERS: tuple[type[nn.Module], ...] = (

@@ -1,17 +1,19 @@
-"""What torch.fx sees of a model: its layers as a chain, and what produces each noise layer's input."""
+"""What torch.fx sees of a model: its layers and additions, and what produces each noise layer's input."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.stock_layers import WEIGHT_LAYERS, WeightLayer
+from bmrs.compaction.stock_layers import WEIGHT_LAYERS, Addition, WeightLayer
 from bmrs.noise_layer import NoiseLayer, added_noise
 
 # Functions and methods whose arguments after x are those of the module's constructor.
@@ -48,22 +50,26 @@ _RESHAPING_FUNCTIONS = (
     *(torch.flatten, torch.reshape, torch.squeeze),
     *("flatten", "view", "reshape", "squeeze", "contiguous"),
 )
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One operation of a chain.
+    """One operation of a network; equal only to itself.
 
     Attributes:
-        name: qualified name of the module, or the graph's name of the function call.
+        name: qualified name of the module, or of the function call in its module; calls can share one.
         module: the module, or for a function call the stock module that does the same.
-        input_shape: shape of its input on the example, batch dimension included.
+        inputs: the steps whose results it takes, two for an addition and otherwise one; None stands for the
+            model's input.
+        input_shape: shape of each input on the example, batch dimension included.
         output_shape: shape of its output.
     """
 
     name: str
     module: nn.Module
+    inputs: tuple[Step | None, ...]
     input_shape: torch.Size
     output_shape: torch.Size
 
@@ -102,7 +108,7 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
-def _trace(model: nn.Module, purpose: str) -> fx.GraphModule:
+def _symbolic_trace(model: nn.Module, purpose: str) -> fx.GraphModule:
     # Inside a container, so that the model is itself called as a module, hooks included.
     root = nn.Sequential(model)
     try:
@@ -115,8 +121,13 @@ def _trace(model: nn.Module, purpose: str) -> fx.GraphModule:
 
 
 def _qualified_name(node: fx.Node) -> str:
-    """The module's name as the model's ``named_modules`` gives it, or the node's own."""
-    return str(node.target).partition(".")[2] if node.op == "call_module" else node.name
+    """The module's name as the model's ``named_modules`` gives it; a call's own behind that of the module around."""
+    if node.op == "call_module":
+        return str(node.target).partition(".")[2]
+    path, *_ = next(reversed(node.meta.get("nn_module_stack", {}).values()), ("",))
+    around = path.partition(".")[2]
+    call = re.sub(r"_\d+$", "", node.name)
+    return f"{around}.{call}" if around else call
 
 
 def producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, WeightLayer]:
@@ -129,7 +140,7 @@ def producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, WeightLayer]:
     Returns:
         The producer of each noise layer that has a single one.
     """
-    graph_module = _trace(model, purpose)
+    graph_module = _symbolic_trace(model, purpose)
     modules = dict(graph_module.named_modules())
     found: dict[NoiseLayer, WeightLayer] = {}
     for node in graph_module.graph.nodes:
@@ -145,53 +156,88 @@ def producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, WeightLayer]:
     return found
 
 
-def trace_chain(model: nn.Module, example: Tensor) -> list[Step]:
-    """A model in evaluation mode as a chain of stock modules and noise layers.
+def single_input(example_inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """The one tensor that a model of one input takes.
 
-    Identities, dropout functions and reshapings that change nothing are left out. The fused activation of a
-    noise layer becomes a step before it, with the same name.
+    Raises:
+        TypeError: there is none, or more than one.
+        ValueError: it is empty.
+    """
+    inputs = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        names = ", ".join(type(value).__name__ for value in inputs)
+        raise TypeError(
+            f"example_inputs must be one tensor, as compact handles models of one input; got ({names})"
+        )
+    if inputs[0].numel() == 0:
+        raise ValueError(f"example_inputs must hold an example, was of shape {tuple(inputs[0].shape)}")
+    return inputs[0]
+
+
+def trace(model: nn.Module, example: Tensor) -> list[Step]:
+    """A model in evaluation mode as stock modules, additions and noise layers, in an order of execution.
+
+    Identities, dropout functions, reshapings that change nothing and what the output does not depend on are
+    left out; the last step gives the output. The fused activation of a noise layer becomes a step before it,
+    with the same name. What reads a tensor after it was changed in place takes the changed one as its input.
 
     Args:
         model: model in evaluation mode.
         example: its input, at least one example.
 
     Raises:
-        ValueError: torch.fx cannot trace the model, it does not run on the example, it branches, or it calls
-            what no stock module here does.
+        ValueError: torch.fx cannot trace the model, it does not run on the example, it takes or gives
+            anything but one tensor, or it calls what no stock module here does.
     """
-    graph_module = _trace(model, "compact")
+    graph_module = _symbolic_trace(model, "compact")
     recorder = _ShapeRecorder(graph_module)
     try:
         with torch.no_grad():
-            recorder.run(example)
+            recorder.run(example.clone())
     except Exception as error:
         raise ValueError(
             f"the model does not run on example_inputs of shape {tuple(example.shape)} and {example.dtype}: {error}"
         ) from error
     modules = dict(graph_module.named_modules())
     steps: list[Step] = []
-    previous: fx.Node | None = None
+    # The step that each node's result comes from, None for the model's input.
+    results: dict[fx.Node, Step | None] = {}
     for node in graph_module.graph.nodes:
-        is_output = node.op == "output"
-        if node not in recorder.shapes and not is_output:
+        if node.op == "output":
+            return _needed(steps, _returned(node, results))
+        if node not in recorder.shapes:
             continue
-        sources = [source for source in node.all_input_nodes if source in recorder.shapes]
-        if node.op == "placeholder" and previous is None:
-            previous = node
+        if node.op == "get_attr" or (node.op == "placeholder" and results):
+            raise ValueError(
+                "compact handles networks of layers with one input, and the model also uses the tensor "
+                f"{_qualified_name(node)!r}"
+            )
+        if node.op == "placeholder":
+            results[node] = None
             continue
-        if sources != [previous] or (is_output and node.args[0] is not previous):
-            raise ValueError(_branch_message(node, sources))
-        if is_output:
-            break
-        assert previous is not None
-        shapes = recorder.shapes[previous], recorder.shapes[node]
-        module = _stock_module(node, modules, *shapes)
-        previous = node
-        if isinstance(module, NoiseLayer) and module.activation is not None:
-            steps.append(Step(_qualified_name(node), _ACTIVATIONS[module.activation](), *shapes))
-        if module is not None:
-            steps.append(Step(_qualified_name(node), module, *shapes))
-    return steps
+        new = _steps_of(node, modules, results, recorder.shapes)
+        steps += new
+        taken = results[_tensor_arguments(node, results)[0]]
+        results[node] = new[-1] if new else taken
+        if new and _changes_in_place(node, new[-1].module):
+            results |= {other: new[-1] for other, result in results.items() if result is taken}
+    raise AssertionError("the graph has no output")
+
+
+def _returned(output: fx.Node, results: Mapping[fx.Node, Step | None]) -> Step | None:
+    node = output.args[0]
+    if not isinstance(node, fx.Node) or node not in results:
+        raise ValueError(f"compact handles models that return one tensor, and this one returns {node}")
+    return results[node]
+
+
+def _needed(steps: list[Step], last: Step | None) -> list[Step]:
+    """Those that the result of the last one depends on, in their order."""
+    needed = {last}
+    for step in reversed(steps):
+        if step in needed:
+            needed.update(step.inputs)
+    return [step for step in steps if step in needed]
 
 
 def _only_source(node: fx.Node) -> fx.Node | None:
@@ -200,15 +246,52 @@ def _only_source(node: fx.Node) -> fx.Node | None:
     return sources[0] if len(sources) == 1 else None
 
 
-def _branch_message(node: fx.Node, sources: list[fx.Node]) -> str:
-    name = _qualified_name(node)
-    if node.op in ("placeholder", "get_attr"):
-        return f"compact handles chains of layers with one input, and the model also uses the tensor {name!r}"
-    names = ", ".join(repr(_qualified_name(source)) for source in sources) or "no tensor"
-    return (
-        "compact handles chains of layers, in which each uses the result of the one before, and the model "
-        f"branches at {name!r} ({node.op} {node.target}), which uses {names}"
-    )
+def _tensor_arguments(node: fx.Node, results: Mapping[fx.Node, Step | None]) -> list[fx.Node]:
+    """The tensors that a node takes, as often as it takes them."""
+    arguments = (*node.args, *node.kwargs.values())
+    return [value for value in arguments if isinstance(value, fx.Node) and value in results]
+
+
+def _changes_in_place(node: fx.Node, module: nn.Module) -> bool:
+    """True if a node, which does what a module does, overwrites the tensor that it takes."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    by_name = node.op != "call_module" and (name.endswith("_") or name == "iadd")
+    return by_name or bool(node.kwargs.get("inplace")) or bool(getattr(module, "inplace", False))
+
+
+def _steps_of(
+    node: fx.Node,
+    modules: Mapping[str, nn.Module],
+    results: Mapping[fx.Node, Step | None],
+    shapes: Mapping[fx.Node, torch.Size],
+) -> list[Step]:
+    """The steps that do what a node does: none if it changes nothing, two for noise with an activation."""
+    sources = _tensor_arguments(node, results)
+    name, output_shape = _qualified_name(node), shapes[node]
+    if _is_addition(node, sources):
+        if any(shapes[source] != output_shape for source in sources):
+            raise ValueError(
+                f"compact handles additions of tensors of one shape, and {name!r} adds "
+                + " and ".join(str(tuple(shapes[source])) for source in sources)
+            )
+        inputs = tuple(results[source] for source in sources)
+        return [Step(name, Addition(), inputs, output_shape, output_shape)]
+    if len(sources) != 1:
+        raise _unsupported(node)
+    (source,) = sources
+    module = _stock_module(node, modules, shapes[source], output_shape)
+    if module is None:
+        return []
+    step = Step(name, module, (results[source],), shapes[source], output_shape)
+    if not isinstance(module, NoiseLayer) or module.activation is None:
+        return [step]
+    activation = replace(step, module=_ACTIVATIONS[module.activation]())
+    return [activation, replace(step, inputs=(activation,))]
+
+
+def _is_addition(node: fx.Node, sources: list[fx.Node]) -> bool:
+    plain = len(sources) == 2 and len(node.args) + len(node.kwargs) == 2
+    return node.op != "call_module" and node.target in _ADDITIONS and plain
 
 
 def _stock_module(
@@ -246,4 +329,13 @@ def _module_of_call(node: fx.Node) -> nn.Module:
             return module_type(*arguments, **options)
         except TypeError:
             pass
-    raise ValueError(f"compact does not support the call at {node.name!r}: {node.format_node()}")
+    raise _unsupported(node)
+
+
+def _unsupported(node: fx.Node) -> ValueError:
+    where = (
+        f"layer {_qualified_name(node)!r}"
+        if node.op == "call_module"
+        else f"the call at {_qualified_name(node)!r}"
+    )
+    return ValueError(f"compact does not support {where}: {node.format_node()}")

@@ -1,10 +1,11 @@
 """Random chains of layers and the checks that every compaction must pass."""
 
 import copy
+import operator
 import random
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import bmrs
 from bmrs.compaction.stock_layers import BATCH_NORMS, CONVOLUTIONS, STOCK_LAYERS
@@ -36,7 +37,7 @@ def prune_structures(layer: NoiseLayer, structures: list[int]) -> None:
     layer.mask[structures] = False
 
 
-def assert_compacts(model: nn.Module, x: torch.Tensor) -> nn.Sequential:
+def assert_compacts(model: nn.Module, x: torch.Tensor) -> nn.Sequential | fx.GraphModule:
     """Compact; check equality on other inputs than the example, stock layers only, and that the model is untouched."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
@@ -46,8 +47,11 @@ def assert_compacts(model: nn.Module, x: torch.Tensor) -> nn.Sequential:
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
-    assert type(compacted) is nn.Sequential
-    assert all(type(child) in STOCK_LAYERS for child in compacted)
+    if type(compacted) is not nn.Sequential:
+        assert isinstance(compacted, fx.GraphModule)
+        functions = {node.target for node in compacted.graph.nodes if node.op == "call_function"}
+        assert functions <= {operator.add}
+    assert all(type(child) in STOCK_LAYERS for child in compacted.children())
     assert not any(module.training for module in compacted.modules())
     other = torch.randn_like(x)
     with torch.no_grad():

@@ -2,20 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compaction_cases import randomise
+from residual_cases import Sum
 from torch import nn
 
 import bmrs
 from bmrs.noise_layer import NoiseLayer
-
-
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        y = self.first(x)
-        return y + self.second(y)
 
 
 class Dynamic(nn.Module):
@@ -55,10 +46,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("model", "message"),
         [
-            (Branching(), r"model branches at 'add' \(call_function .*add.*\), which uses 'first', 'second'"),
             (Dynamic(), r"compact follows the model with torch\.fx, which failed on Dynamic"),
             (WithTensor(), r"also uses the tensor '.*scale'"),
-            (TwoOutputs(), r"model branches at 'output'"),
+            (TwoOutputs(), r"models that return one tensor, and this one returns \(relu, relu\)"),
             (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), r"does not support layer '1' \(LayerNorm\)"),
             (
                 nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)),
@@ -89,6 +79,79 @@ class TestErrors:
         ],
     )
     def test_what_cannot_be_compacted_is_named(self, model, message):
+        randomise(model)
+        with pytest.raises(ValueError, match=message):
+            bmrs.compact(model, torch.randn(3, 4))
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda x: x * torch.relu(x), r"does not support the call at 'mul': "),
+            (lambda x: torch.cat([x, torch.relu(x)]), r"does not support the call at 'cat': "),
+            (lambda x: x + 1.0, r"does not support the call at 'add': "),
+            (lambda x: torch.add(x, torch.relu(x), alpha=2), r"does not support the call at 'add': "),
+            (lambda x: x + x.sum(1, keepdim=True), r"does not support the call at 'sum': "),
+            (lambda x: x + torch.ones(4), r"also uses the tensor '.*tensor_constant"),
+            (lambda x: x.chunk(2)[0], r"does not support the call at 'getitem': "),
+            (
+                lambda x: F.adaptive_avg_pool1d(x[None], 1),
+                r"does not support the call at 'getitem': ",
+            ),
+        ],
+    )
+    def test_other_ways_for_branches_to_meet_are_named(self, call, message):
+        with pytest.raises(ValueError, match=message):
+            bmrs.compact(calling(call), torch.randn(3, 4))
+
+    def test_addition_of_unequal_shapes(self):
+        pooled = Sum(nn.AdaptiveAvgPool1d(1), nn.ReLU(), way="operator")
+        message = r"additions of tensors of one shape, and '0\.add' adds \(3, 2, 1\) and \(3, 2, 5\)"
+        with pytest.raises(ValueError, match=message):
+            bmrs.compact(nn.Sequential(pooled), torch.randn(3, 2, 5))
+
+    def test_addition_of_channels_to_something_else(self):
+        model = Sum(nn.Conv1d(5, 5, 1), nn.Linear(5, 5), way="operator")
+        message = r"cannot follow the channels through 'add' \(Addition\): they lie along dimensions 1 and 2"
+        with pytest.raises(ValueError, match=message):
+            bmrs.compact(model, torch.randn(3, 5, 5))
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (
+                nn.Sequential(
+                    nn.Linear(4, 4), nn.Tanh(), NoiseLayer(4), Sum(nn.Linear(4, 4), nn.Identity(), "operator")
+                ),
+                r"noise layer '2' \(NoiseLayer\) cannot be folded: it cannot move forward past '3\.add' "
+                r"\(Addition\), and no linear, convolution or batch norm layer can take it up before",
+            ),
+            (
+                nn.Sequential(
+                    nn.Linear(4, 4),
+                    Sum(nn.Sequential(NoiseLayer(4), nn.Sigmoid()), nn.Linear(4, 4), way="operator"),
+                ),
+                r"noise layer '1\.first\.0' \(NoiseLayer\) cannot be folded: it cannot move forward past "
+                r"'1\.first\.1' \(Sigmoid\), and backward it would act on '1\.second' \(Linear\) too",
+            ),
+            (
+                nn.Sequential(
+                    *(
+                        nn.Linear(4, 4),
+                        nn.ReLU(),
+                        Sum(nn.Linear(4, 4), nn.Identity(), way="operator"),
+                        nn.ReLU(),
+                    ),
+                    *(NoiseLayer(4), Sum(nn.Linear(4, 4), nn.Identity(), way="operator"), nn.Linear(4, 4)),
+                ),
+                r"noise layer '4' .* past '5\.add' \(Addition\), and backward it would act on '2\.first' \(Linear\)",
+            ),
+            (
+                Sum(nn.Linear(4, 4), NoiseLayer(4), way="operator"),
+                r"noise layer 'second' .* past 'add' \(Addition\), and no linear",
+            ),
+        ],
+    )
+    def test_noise_that_branches_hold_fast_is_named(self, model, message):
         randomise(model)
         with pytest.raises(ValueError, match=message):
             bmrs.compact(model, torch.randn(3, 4))

@@ -1,0 +1,307 @@
+import copy
+
+import pytest
+import torch
+from compaction_cases import assert_compacts, parameter_shapes, prune_structures, randomise
+from residual_cases import BasicBlock, RandomResidual, SmallResNet, Sum
+from torch import fx, nn
+
+import bmrs
+from benchmarks.networks import ResNet50
+from bmrs.noise_layer import NoiseLayer, noise_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(60))
+def test_random_residual_networks(seed, dtype):
+    torch.manual_seed(seed)
+    case = RandomResidual(seed)
+    model = randomise(case.model, seed, pruned=[0.0, 0.3, 0.6, 1.0][seed % 4]).to(dtype).train()
+    for layer in list(noise_layers(model).values())[:: seed % 5 + 2]:
+        layer.mask.fill_(False)
+    assert_compacts(model, torch.randn(case.example_shape, dtype=dtype))
+
+
+@pytest.fixture
+def resnet() -> SmallResNet:
+    """Noise behind every batch norm, nothing pruned."""
+    torch.manual_seed(0)
+    return randomise(bmrs.add_noise(SmallResNet(), where=nn.BatchNorm2d), pruned=0.0)
+
+
+def stage1(model: SmallResNet) -> list[NoiseLayer]:
+    """The noise layers that share the channels of the first stage."""
+    return [model.bn1.noise, model.layer1[0].bn2.noise, model.layer1[1].bn2.noise]
+
+
+IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+class TestBlocks:
+    def test_inside_a_block_channels_go(self, resnet):
+        prune_structures(resnet.layer1[0].bn1.noise, [1, 4, 5])
+        compacted = assert_compacts(resnet, IMAGES)
+        assert compacted.layer1_0_conv1.weight.shape == (3, 6, 3, 3)
+        assert compacted.layer1_0_bn1.num_features == 3
+        assert compacted.layer1_0_conv2.weight.shape == (6, 3, 3, 3)
+
+    def test_channel_pruned_in_all_tied_branches_goes_from_the_whole_stage(self, resnet):
+        for noise in stage1(resnet):
+            prune_structures(noise, [0, 2])
+        shapes = parameter_shapes(assert_compacts(resnet, IMAGES))
+        assert shapes["conv1.weight"] == (4, 3, 3, 3)
+        assert shapes["layer1_0_conv1.weight"] == shapes["layer1_1_conv1.weight"] == (6, 4, 3, 3)
+        assert shapes["layer1_0_conv2.weight"] == shapes["layer1_1_conv2.weight"] == (4, 6, 3, 3)
+        assert shapes["layer1_1_bn2.bias"] == (4,)
+        assert shapes["layer2_0_conv1.weight"] == (8, 4, 3, 3)
+        assert shapes["layer2_0_downsample_0.weight"] == (8, 4, 1, 1)
+
+    @pytest.mark.parametrize("kept_by", range(3))
+    def test_channel_that_one_tied_branch_keeps_stays_with_zero_weights_in_the_others(self, resnet, kept_by):
+        branches = ["bn1", "layer1_0_bn2", "layer1_1_bn2"]
+        for branch, noise in enumerate(stage1(resnet)):
+            if branch != kept_by:
+                prune_structures(noise, [3])
+        compacted = assert_compacts(resnet, IMAGES)
+        norms = [dict(compacted.named_children())[name] for name in branches]
+        assert all(norm.num_features == 6 for norm in norms)
+        assert [bool(norm.weight[3] != 0) for norm in norms] == [branch == kept_by for branch in range(3)]
+        assert [bool(norm.bias[3] != 0) for norm in norms] == [branch == kept_by for branch in range(3)]
+
+    def test_block_whose_inside_is_all_pruned_keeps_one_channel(self, resnet):
+        prune_structures(resnet.layer2[1].bn1.noise, list(range(8)))
+        compacted = assert_compacts(resnet, IMAGES)
+        assert compacted.layer2_1_conv1.out_channels == compacted.layer2_1_conv2.in_channels == 1
+        assert not compacted.layer2_1_conv2.weight.any()
+
+    def test_stage_that_is_all_pruned_keeps_one_channel(self, resnet):
+        for noise in stage1(resnet):
+            prune_structures(noise, list(range(6)))
+        compacted = assert_compacts(resnet, IMAGES)
+        assert compacted.layer1_1_conv2.out_channels == compacted.layer2_0_conv1.in_channels == 1
+
+    def test_branch_without_noise_keeps_every_channel(self):
+        model = nn.Sequential(BasicBlock(3, 6), nn.Conv2d(6, 2, 1))
+        bmrs.add_noise(model, where="0.bn2")
+        randomise(model, pruned=0.0)
+        prune_structures(model[0].bn2.noise, [0, 1])
+        assert assert_compacts(model, IMAGES).get_submodule("1").in_channels == 6
+
+    def test_output_of_an_addition_keeps_its_shape(self):
+        model = bmrs.add_noise(BasicBlock(3, 6), where=nn.BatchNorm2d)
+        for noise in noise_layers(randomise(model, pruned=0.0)).values():
+            prune_structures(noise, [0])
+        compacted = assert_compacts(model, IMAGES)
+        assert compacted.conv1.out_channels == 5
+        assert compacted.conv2.out_channels == compacted.downsample_0.out_channels == 6
+
+    def test_constants_of_both_branches_move_into_the_next_bias(self):
+        branches = [
+            nn.Sequential(nn.Conv2d(3, 4, 1), NoiseLayer(4), nn.BatchNorm2d(4), activation)
+            for activation in (nn.Sigmoid(), nn.Tanh())
+        ]
+        model = nn.Sequential(Sum(*branches, way="operator"), nn.GELU(), nn.Conv2d(4, 2, 3))
+        randomise(model, pruned=0.0)
+        prune_structures(branches[0][1], [0, 1])
+        prune_structures(branches[1][1], [1, 2])
+        compacted = assert_compacts(model, IMAGES)
+        assert compacted.get_submodule("2").in_channels == 3
+        model[2].padding = (1, 1)
+        assert assert_compacts(model, IMAGES).get_submodule("2").in_channels == 4
+
+    def test_channels_that_an_addition_ties_to_a_grouped_convolution(self):
+        """The convolution can only lose equally many channels in each group, and so can what is tied to it."""
+        branches = [
+            nn.Sequential(nn.Conv2d(3, 4, 1), NoiseLayer(4)),
+            nn.Sequential(nn.Conv2d(3, 4, 1), NoiseLayer(4)),
+        ]
+        model = nn.Sequential(Sum(*branches, way="operator"), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2))
+        randomise(model, pruned=0.0)
+        for branch in branches:
+            prune_structures(branch[1], [0, 1, 2])
+        compacted = assert_compacts(model, IMAGES)
+        assert compacted.get_submodule("0_first_0").out_channels == 2
+        assert compacted.get_submodule("2").weight.shape == (4, 1, 1, 1)
+
+    def test_residual_linear_layers(self):
+        inner = nn.Sequential(
+            nn.Linear(4, 6), NoiseLayer(6, activation="tanh"), nn.Linear(6, 4), NoiseLayer(4)
+        )
+        model = nn.Sequential(
+            nn.Linear(3, 4), NoiseLayer(4), Sum(inner, nn.Identity(), way="in place"), nn.Linear(4, 2)
+        )
+        randomise(model, pruned=0.0)
+        prune_structures(inner[1], [5])
+        prune_structures(inner[3], [0, 1])
+        prune_structures(model[1], [1, 2])
+        shapes = parameter_shapes(assert_compacts(model, torch.randn(5, 3)))
+        assert shapes["2_first_0.weight"] == (5, 3)
+        assert shapes["3.weight"] == (2, 3)
+
+    def test_softmax_keeps_every_channel_before_it_whatever_follows(self):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), NoiseLayer(4), nn.Linear(4, 2))
+        randomise(model, pruned=0.0)
+        prune_structures(model[2], [2])
+        assert assert_compacts(model, torch.randn(5, 3))[0].out_features == 4
+
+
+class TestFolding:
+    def test_noise_moves_forward_into_all_that_read_it(self):
+        branches = [
+            nn.Conv2d(6, 4, 3, padding=1),
+            nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)),
+        ]
+        model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh(), NoiseLayer(6), Sum(*branches, way="operator"))
+        randomise(model, pruned=0.0)
+        prune_structures(model[2], [0])
+        compacted = assert_compacts(model, IMAGES)
+        assert torch.equal(compacted.get_submodule("0").weight, model[0].weight[1:])
+
+    def test_noise_on_a_sum_moves_backward_into_both_operands(self):
+        branches = [nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU()), nn.Conv2d(3, 6, 1)]
+        model = nn.Sequential(Sum(*branches, way="method"), NoiseLayer(6), nn.Tanh(), nn.Conv2d(6, 2, 1))
+        randomise(model, pruned=0.0)
+        prune_structures(model[1], [0])
+        compacted = assert_compacts(model, IMAGES)
+        assert compacted.get_submodule("0_first_0").out_channels == 5
+        assert compacted.get_submodule("0_second").out_channels == 5
+
+    def test_tensor_added_to_itself(self):
+        class Doubled(nn.Module):
+            def forward(self, x):
+                return x + x
+
+        model = nn.Sequential(nn.Linear(3, 4), NoiseLayer(4), Doubled(), nn.Tanh(), nn.Linear(4, 2))
+        randomise(model, pruned=0.0)
+        prune_structures(model[1], [3])
+        assert assert_compacts(model, torch.randn(5, 3)).get_submodule("4").in_features == 3
+
+    def test_what_the_output_does_not_need_is_left_out(self):
+        class Unused(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.used, self.unused = nn.Linear(3, 4), nn.Linear(3, 4)
+
+            def forward(self, x):
+                self.unused(x)
+                return self.used(x)
+
+        assert list(parameter_shapes(assert_compacts(Unused(), torch.randn(2, 3)))) == [
+            "used.weight",
+            "used.bias",
+        ]
+
+
+class OverwritesItsShortcut(nn.Module):
+    """An activation in place before the addition changes both operands."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.first, self.noise, self.second = nn.Linear(3, 4), NoiseLayer(4), nn.Linear(4, 4)
+        self.relu, self.call = nn.ReLU(inplace=True), call
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.noise(self.call(self, x))
+        return x + self.second(y)
+
+
+class NoiseBeforeInPlace(nn.Module):
+    """Noise makes a new tensor, which may be overwritten; without it there would be none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.noise, self.second = nn.Conv1d(3, 4, 1), NoiseLayer(4), nn.Linear(20, 20)
+        self.relu, self.third = nn.ReLU(inplace=True), nn.Linear(20, 20)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(self.relu(torch.flatten(self.noise(x), 1)))
+        return y + self.third(torch.flatten(x, 1))
+
+
+class TestInPlace:
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda self, x: self.relu(x),
+            lambda self, x: torch.relu_(x),
+            lambda self, x: x.relu_(),
+            lambda self, x: nn.functional.relu(x, inplace=True),
+            lambda self, x: nn.functional.relu(x, True),
+        ],
+        ids=["module", "function", "method", "option", "position"],
+    )
+    def test_later_readers_see_what_was_overwritten(self, call):
+        model = randomise(OverwritesItsShortcut(call), pruned=0.0)
+        prune_structures(model.noise, [1])
+        assert_compacts(model, torch.randn(5, 3))
+
+    def test_nothing_is_overwritten_that_the_model_itself_kept(self):
+        model = randomise(NoiseBeforeInPlace(), pruned=0.0)
+        prune_structures(model.noise, [1])
+        assert_compacts(model, torch.randn(2, 3, 5))
+
+    def test_example_and_input_stay(self):
+        model = nn.Sequential(Sum(nn.Sequential(nn.Linear(3, 3)), nn.ReLU(inplace=True), way="operator"))
+        x = torch.randn(4, 3)
+        before = x.clone()
+        compacted = bmrs.compact(model, x)
+        torch.testing.assert_close(compacted(x), model(before.clone()))
+        assert torch.equal(x, before)
+
+    def test_layers_go_on_working_in_place_where_nothing_is_lost(self, resnet):
+        layers = dict(assert_compacts(resnet, IMAGES).named_children())
+        assert layers["relu"].inplace
+        assert layers["layer1_0_relu"].inplace
+
+
+class TestNetworks:
+    def test_compacted_network_is_a_graph_of_torch_itself(self, resnet):
+        for noise in noise_layers(resnet).values():
+            prune_structures(noise, [0])
+        compacted = assert_compacts(resnet, IMAGES)
+        assert isinstance(compacted, fx.GraphModule)
+        assert not compacted.training
+        names = [name for name, _ in compacted.named_children()]
+        assert names[:6] == ["conv1", "bn1", "relu", "maxpool", "layer1_0_conv1", "layer1_0_bn1"]
+        assert copy.deepcopy(compacted)(IMAGES).equal(compacted(IMAGES))
+
+    def test_block_called_twice(self):
+        block = Sum(nn.Sequential(nn.Linear(4, 4), NoiseLayer(4)), nn.Linear(4, 4), way="operator")
+        model = nn.Sequential(block, nn.ReLU(), block, nn.Linear(4, 2))
+        prune_structures(block.first[1], [1])
+        compacted = assert_compacts(model, torch.randn(5, 4))
+        additions = [node.name for node in compacted.graph.nodes if node.op == "call_function"]
+        assert additions == ["_0_add", "_0_add_2"]
+
+    def test_compacting_again_changes_nothing(self, resnet):
+        prune_structures(resnet.layer1[0].bn1.noise, [0])
+        once = bmrs.compact(resnet, IMAGES)
+        twice = bmrs.compact(once, IMAGES)
+        assert parameter_shapes(twice) == parameter_shapes(once)
+        torch.testing.assert_close(twice(IMAGES), once(IMAGES))
+
+    def test_compacted_network_trains(self, resnet):
+        compacted = bmrs.compact(resnet, IMAGES).train()
+        assert compacted.bn1.training
+        compacted(IMAGES).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in compacted.parameters())
+
+    def test_compacted_network_compiles_whole(self, resnet):
+        compacted = bmrs.compact(resnet, IMAGES)
+        compiled = torch.compile(compacted, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(IMAGES), compacted(IMAGES))
+
+    def test_bottlenecks_pruned_together_lose_channels_everywhere(self):
+        torch.manual_seed(0)
+        model = bmrs.add_noise(ResNet50(num_classes=10), where=nn.BatchNorm2d)
+        randomise(model, pruned=0.0)
+        for noise in noise_layers(model).values():
+            noise.mask[::2] = False
+        compacted = assert_compacts(model, torch.randn(1, 3, 32, 32))
+        before = {name.replace(".", "_"): layer for name, layer in model.named_modules()}
+        for name, layer in compacted.named_children():
+            if isinstance(layer, nn.Conv2d):
+                assert layer.out_channels == before[name].out_channels // 2
