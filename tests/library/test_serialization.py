@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from saved_files import rewrite
 from torch import nn
 
 import bmrs
@@ -67,15 +68,6 @@ def model() -> nn.Sequential:
     noisy = bmrs.models.LeNet5()
     noisy.conv1_relu.mask[:3] = False
     return bmrs.compact(noisy, torch.randn(2, 1, 32, 32))
-
-
-def rewrite(path, change) -> None:
-    """Apply a change to the description and the tensors of a saved file."""
-    with safe_open(path, framework="pt") as file:
-        description = json.loads(file.metadata()["bmrs"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    description = change(description, tensors) or description
-    save_file(tensors, path, metadata={"bmrs": json.dumps(description)})
 
 
 class TestRoundTrip:
@@ -177,7 +169,10 @@ class TestSave:
     @pytest.mark.parametrize(
         ("unsuitable", "message"),
         [
-            (nn.Linear(2, 2), r"needs the nn\.Sequential that bmrs\.compact returns, got Linear"),
+            (
+                nn.Linear(2, 2),
+                r"needs the nn\.Sequential or .*GraphModule that .*compact returns, got Linear",
+            ),
             (bmrs.models.LeNet5(), "got LeNet5"),
             (
                 nn.Sequential(nn.Linear(2, 2), bmrs.NoiseLayer(2)),
@@ -226,7 +221,19 @@ class TestBrokenFiles:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda d, t: d | {"version": 2}, "it has format version 2, and this version of bmrs reads 1"),
+            (
+                lambda d, t: d | {"version": 3},
+                "it has format version 3, and this version of bmrs reads 1 and 2",
+            ),
+            (lambda d, t: d | {"version": 2}, "layer .*'conv1'.* lacks or adds a key"),
+            (
+                lambda d, t: d["layers"][1].update(type="Addition", arguments={}),
+                r"'conv1_relu' \(Addition\) cannot be built: its inputs \['conv1'\] are not 2 of",
+            ),
+            (
+                lambda d, t: d["layers"][1].update(name="conv2_relu"),
+                r"layer 'conv2_relu' \(ReLU\) cannot be built: its name is taken",
+            ),
             (lambda d, t: d | {"layers": {}}, "its layers are not a list"),
             (lambda d, t: d["layers"][0].pop("dtype") and None, "lacks or adds a key"),
             (
