@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -49,6 +50,22 @@ class Criterion(ABC):
     def __call__(self, layer: NoiseLayer, producer: nn.Module | None = None) -> Decision:
         """Judge every structure of a layer; structures pruned before are scored, but never counted."""
 
+    def decide_tied(self, decisions: Sequence[Decision], kept: Tensor) -> Decision:
+        """The one decision on structures of several layers that are parts of one channel.
+
+        The channel goes if each of them should; its score is that of the one most worth keeping.
+
+        Args:
+            decisions: on each layer.
+            kept: bool of shape (layers, num_structures), False for structures pruned before, which do not count.
+        """
+        scores = torch.stack([decision.scores for decision in decisions])
+        worst = math.inf if self.prunes_high_scores else -math.inf
+        scores = scores.masked_fill(~kept, worst)
+        joint = scores.amin(dim=0) if self.prunes_high_scores else scores.amax(dim=0)
+        asked = torch.stack([decision.prune for decision in decisions])
+        return Decision(joint, (asked | ~kept).all(dim=0))
+
     def best_first(self, scores: Tensor) -> Tensor:
         """Indices of the scores, most worth keeping first; a NaN score counts as the best."""
         best = -math.inf if self.prunes_high_scores else math.inf
@@ -88,6 +105,17 @@ class _EvidenceCriterion(PosteriorCriterion):
     def decide(self, scores: Tensor) -> Tensor:
         """True where ΔF ≥ -tolerance."""
         return scores >= -self.tolerance
+
+    def decide_tied(self, decisions: Sequence[Decision], kept: Tensor) -> Decision:
+        """The channel goes if the sum of ΔF + tolerance over its structures is ≥ 0; its score is the sum of ΔF.
+
+        Prior and posterior are products over structures. With all of a channel's θ shrunk to 0 at once, the model
+        evidence is then multiplied by the product of the single ratios, and ΔF is their sum. The sum is ≥ 0 wherever
+        all of its terms are, and also where one structure's evidence outweighs another's.
+        """
+        scores = torch.stack([decision.scores for decision in decisions])
+        allowed = (scores + self.tolerance).masked_fill(~kept, 0.0).sum(dim=0)
+        return Decision(scores.masked_fill(~kept, 0.0).sum(dim=0), allowed >= 0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmrs.compaction.ties import tied_noise_layers
 from bmrs.compaction.tracing import producers
 from bmrs.criteria import Criterion, Decision, PosteriorCriterion
 from bmrs.noise_layer import NoiseLayer, layers_of_one_kind, required_noise_layers
@@ -47,11 +48,13 @@ class PruneReport:
         criterion: the criterion as text.
         score_name: what its scores are.
         layers: one entry for each noise layer, in module order.
+        tied: names of noise layers that were judged together, in groups.
     """
 
     criterion: str
     score_name: str
     layers: tuple[LayerReport, ...]
+    tied: tuple[tuple[str, ...], ...] = ()
 
     @property
     def before(self) -> int:
@@ -75,6 +78,7 @@ class PruneReport:
             "before": self.before,
             "after": self.after,
             "layers": layers,
+            "tied": [list(group) for group in self.tied],
         }
 
     def __str__(self) -> str:
@@ -104,31 +108,51 @@ class PruneReport:
             for layer in self.layers
             if layer.best_kept
         ]
-        return "\n".join([f"pruned by {self.criterion}", *lines, *notes])
+        ties = [f"judged together: {', '.join(group)}" for group in self.tied]
+        return "\n".join([f"pruned by {self.criterion}", *lines, *ties, *notes])
 
 
 @torch.no_grad()
-def prune(model: nn.Module, criterion: Criterion) -> PruneReport:
+def prune(
+    model: nn.Module, criterion: Criterion, *, example_inputs: Tensor | Sequence[Tensor] | None = None
+) -> PruneReport:
     """Prune the structures of a model's noise layers that a criterion asks for, in place and for good.
 
     A pruned structure stays pruned and is not judged again. Where a criterion asks for all kept
     structures of a layer, the best one by its scores is kept.
 
+    In a network with residual additions a channel can only be removed if all branches that are added prune it.
+    With ``example_inputs``, structures tied by additions are pruned together or not at all: by `BMRSNormal` and
+    `BMRSUniform` where the sum of their ΔF is at least 0, because log evidences add, and by the other criteria where
+    each of them should be. Without, every layer decides by itself, and a channel that one branch alone prunes is
+    masked, but stays in the compacted network.
+
     Args:
         model: a model with noise layers.
         criterion: one of the criteria of `bmrs`.
+        example_inputs: an input of the model, as `bmrs.compact` takes it, to find the additions with.
 
     Returns:
-        The change in every layer, with the scores of the structures that were kept before.
+        The change in every layer, with the scores of the structures that were kept before; for layers judged
+        together these are the joint scores.
 
     Raises:
+        TypeError: ``example_inputs`` is not one tensor.
         ValueError: the model has no noise layer, a ``mu`` or ``log_sigma`` is not finite (layers and
-            counts are named), or the criterion does not suit a layer. Nothing is pruned then.
+            counts are named), the criterion does not suit a layer, or ``example_inputs`` is given and `bmrs.compact`
+            does not take the model. Nothing is pruned then.
     """
     layers = required_noise_layers(model)
     _check_finite(layers)
+    tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs)
     decisions = _decide(model, layers, criterion)
     kept = _on_cpu(layers, "mask")
+    for names in tied:
+        group = [layers[name] for name in names]
+        joint = criterion.decide_tied(
+            [decisions[layer] for layer in group], torch.stack([kept[layer] for layer in group])
+        )
+        decisions |= dict.fromkeys(group, joint)
     # All masks are computed before any is written, so that an error leaves the model as it was.
     results = [
         _judge(name, layer, kept[layer], decisions[layer], criterion) for name, layer in layers.items()
@@ -138,7 +162,9 @@ def prune(model: nn.Module, criterion: Criterion) -> PruneReport:
         together = torch.cat([masks[layer] for layer in group]).to(group[0].mask.device)
         for layer, mask in zip(group, together.split([layer.num_structures for layer in group]), strict=True):
             layer.mask.copy_(mask)
-    return PruneReport(repr(criterion), criterion.score_name, tuple(report for _, report in results))
+    return PruneReport(
+        repr(criterion), criterion.score_name, tuple(report for _, report in results), tuple(map(tuple, tied))
+    )
 
 
 def _on_cpu(layers: dict[str, NoiseLayer], name: str) -> dict[NoiseLayer, Tensor]:
