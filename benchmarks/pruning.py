@@ -1,8 +1,7 @@
 """What pruning costs and what it brings: ``python -m benchmarks pruning``.
 
 Times of the KL term and of a pruning decision for a whole ResNet-50, of compaction with half the structures pruned, and
-of inference with the dense, the masked and the compacted network, which take turns. `bmrs.compact` takes chains of
-layers only: ResNet-50 is judged and not compacted.
+of inference with the dense, the masked and the compacted network, which take turns.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from benchmarks import records
 from benchmarks.environment import environment, one_line
 from benchmarks.markdown import table
 from benchmarks.measure import Call, Plan, Round, Stopwatch, ratio, summary
-from benchmarks.networks import CONVOLUTION_CHAIN, LENET5, MLP, RESNET50, Network
+from benchmarks.networks import CONVOLUTION_CHAIN, LENET5, MLP, RESNET50, SMALL_RESNET50, Network
 from benchmarks.options import add_device_and_record, positive
 from bmrs.criteria import Criterion
 from bmrs.noise_layer import noise_layers
@@ -33,10 +32,14 @@ CRITERIA: dict[str, Criterion] = {
     "BMRSNormal()": bmrs.BMRSNormal(),
     "BMRSUniform(p1=8)": bmrs.BMRSUniform(p1=8),
 }
-# LeNet-5's batch is that of a training step, and of no meaning here.
-COMPACTED = {"MLP": MLP, "LeNet-5": LENET5, CONVOLUTION_CHAIN.name: CONVOLUTION_CHAIN}
+# Batches in names are those of training steps, and of no meaning here.
+COMPACTED = {
+    "MLP": MLP,
+    "LeNet-5": LENET5,
+    CONVOLUTION_CHAIN.name: CONVOLUTION_CHAIN,
+    "ResNet-50, 64²": SMALL_RESNET50,
+}
 BATCHES = (1, 8, 64)
-NOTE = "bmrs.compact takes chains of layers, so ResNet-50 is judged here and not compacted."
 DENSE = "dense"
 KL_TERM = "KL term, forward and backward"
 
@@ -207,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *compactions(COMPACTED, stopwatch, options.rounds),
         *latencies(COMPACTED, BATCHES, stopwatch, options.rounds),
     ]
-    print(f"{one_line(about)}\n\n{as_markdown(rows)}\n\n{NOTE}")
+    print(f"{one_line(about)}\n\n{as_markdown(rows)}")
     if options.record is not None:
         print(records.save(SUITE, rows, about, options.record))
     return 0
