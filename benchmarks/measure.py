@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bmrs.training import cuda_graph
+
 ROUND_MS = 20.0  # of one competitor before the next one's turn
 MAX_REPEATS = 30
 # A longer call is timed once: what starts and ends it does not matter, and there is no time for more.
@@ -145,29 +147,7 @@ def ratio(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, floa
 
 def capture(call: Call) -> tuple[Any, Call]:
     """Capture a call in a CUDA graph; return its outputs and the function that computes them anew in place."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
-    return outputs, Replay(graph, call)
-
-
-class Replay:
-    """Replays a graph, and keeps alive what was captured: a graph knows the addresses of its tensors and nothing else.
-
-    Args:
-        graph: what to replay.
-        call: what it was captured from, which holds the tensors that it reads.
-    """
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, call: Call) -> None:
-        self.graph, self.call = graph, call
-
-    def __call__(self) -> None:
-        """Replay the graph once."""
-        self.graph.replay()
+    stream = torch.cuda.Stream()
+    for _ in range(cuda_graph.WARM_UPS):
+        cuda_graph.warm_up(call, stream)
+    return cuda_graph.capture(call)

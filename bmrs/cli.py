@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, DataError, RunError, OSError) as error:
         return _fail(error, code=2)
     except NonFiniteError as error:
-        return _fail(error, code=1)
+        advice = "The checkpoint of the last good epoch is kept; a lower --lr may help"
+        return _fail(f"{error}. {advice}", code=1)
     except InterruptedRunError as interruption:
         return _fail(interruption, code=130)
     except KeyboardInterrupt:

@@ -143,6 +143,10 @@ class TrainConfig:
     )
     seed: int = field(default=0, metadata=_help("seed of the split, the weights, the batches and the noise"))
     device: str = field(default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if there is one"))
+    cuda_graph: bool = field(
+        default=False,
+        metadata=_help("on a GPU, record a training step once and replay it: small networks train faster"),
+    )
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():

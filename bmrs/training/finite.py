@@ -16,8 +16,9 @@ class NonFiniteError(ArithmeticError):
 class FiniteWatch:
     """Records, on the device, the largest magnitude of every layer's output and gradient at each step.
 
-    As a context manager it hooks into the layers that have parameters of their own. `record` adds one step without
-    synchronising; `check` looks at all the steps since the last check at once.
+    As a context manager, for one epoch at a time, it hooks into the layers that have parameters of their own.
+    `magnitudes` and `record` add one step without synchronising; `check` looks at all the steps since the last check at
+    once.
 
     Args:
         model: The model under training.
@@ -41,6 +42,8 @@ class FiniteWatch:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> FiniteWatch:
+        self._rows.clear()
+        self._steps = 0
         self._handles = [layer.register_forward_hook(self._see_output) for layer in self._layers.values()]
         return self
 
@@ -50,14 +53,18 @@ class FiniteWatch:
         for handle in self._handles:
             handle.remove()
 
-    def record(self, loss: Tensor) -> None:
-        """Note the step whose forward and backward passes have just been run."""
+    def magnitudes(self, loss: Tensor) -> Tensor:
+        """Return those of the step whose forward and backward passes have just been run, shape (places,)."""
         outputs = [self._outputs[layer] for layer in self._layers.values()]
         gradients = [
             loss.new_zeros(()) if parameter.grad is None else _magnitude(parameter.grad)
             for parameter in self._parameters.values()
         ]
-        self._rows.append(torch.stack([*outputs, *gradients, loss.detach()]))
+        return torch.stack([*outputs, *gradients, loss.detach()])
+
+    def record(self, magnitudes: Tensor) -> None:
+        """Note a step's magnitudes."""
+        self._rows.append(magnitudes)
 
     def check(self, epoch: int) -> None:
         """Look at the steps since the last check; synchronises once.
@@ -93,7 +100,4 @@ def _magnitude(values: Tensor) -> Tensor:
 
 
 def _message(epoch: int, step: int, place: str) -> str:
-    return (
-        f"NaN or infinity at epoch {epoch}, step {step}: first seen in {place}. The checkpoint of the last good "
-        "epoch is kept; a lower --lr may help"
-    )
+    return f"NaN or infinity at epoch {epoch}, step {step}: first seen in {place}"

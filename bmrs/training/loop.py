@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import bmrs
 from bmrs.data import Dataset, Split
@@ -18,6 +17,7 @@ from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.finite import FiniteWatch
 from bmrs.training.measure import accuracy, compression
+from bmrs.training.step import Step, new_step
 
 CHECK_EVERY = 50
 """Steps between two looks at the device, for the progress report and for NaN."""
@@ -41,7 +41,10 @@ def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.
     identities = {id(parameter) for parameter in of_noise}
     weights = [parameter for parameter in model.parameters() if id(parameter) not in identities]
     groups: list[dict[str, Any]] = [{"params": weights}, {"params": of_noise, "lr": config.settings.noise_lr}]
-    optimizer = torch.optim.Adam(groups, lr=config.settings.lr)
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(
+        groups, lr=config.settings.lr, fused=True if on_gpu else None, capturable=on_gpu
+    )
     return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
 
 
@@ -72,18 +75,28 @@ def train(
     settings = config.settings
     criterion = config.build_criterion()
     layers = noise_layers(state.model)
+    watch = FiniteWatch(state.model)
+    steps: dict[bool, Step] = {}  # with noise and without: each can be a CUDA graph of its own
     for epoch in range(len(state.history) + 1, settings.epochs + settings.fine_tune_epochs + 1):
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "phase": "train" if epoch <= settings.epochs else "fine-tune"}
         noise = bool(layers) and (epoch <= settings.epochs or config.fine_tune_noise)
         state.model.train()
-        with nullcontext() if noise else _without_noise(state.model):
-            row |= _train_epoch(state, data.train, config, epoch, noise, progress)
+        if noise not in steps:
+            steps = {noise: new_step(state, data.train, config, watch, noise=noise)}
+        with nullcontext() if noise else _without_noise(state.model), watch:
+            batches = _batches(state, data.train, config)
+            row |= _train_epoch(steps[noise], batches, epoch, watch, progress)
         if layers:
             if _prunes_after(epoch, config):
                 row["pruning"] = bmrs.prune(state.model, criterion).to_dict()
             row["kept"] = {name: int(layer.mask.sum()) for name, layer in layers.items()}
-            row["compression_percent"] = compression(state.model, data.validation.images[:1])
+            before: dict[str, Any] = state.history[-1] if state.history else {}
+            row["compression_percent"] = (
+                before["compression_percent"]
+                if before.get("kept") == row["kept"]
+                else compression(state.model, data.validation.images[:1])
+            )
         row["validation_accuracy"] = accuracy(state.model, data.validation)
         row["seconds"] = time.perf_counter() - start
         state.history.append(row)
@@ -129,35 +142,26 @@ def _without_noise(model: nn.Module) -> Iterator[None]:
             layer.requires_grad_(True)
 
 
+def _batches(state: TrainingState, split: Split, config: TrainConfig) -> Sequence[Tensor]:
+    """The indices of an epoch's batches, in random order; the last one may be smaller."""
+    order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
+    return order.split(config.settings.batch_size)
+
+
 def _train_epoch(
-    state: TrainingState, split: Split, config: TrainConfig, epoch: int, noise: bool, progress: Progress
+    step: Step, batches: Sequence[Tensor], epoch: int, watch: FiniteWatch, progress: Progress
 ) -> dict[str, float]:
     """One pass over the images; returns means over them. With noise, accuracy is that of the noisy network."""
-    model = state.model
-    order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
-    batches = order.split(config.settings.batch_size)
-    totals = torch.zeros(3, dtype=torch.float64, device=split.labels.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=batches[0].device)
     seen = 0
-    with FiniteWatch(model) as watch:
-        for step, batch in enumerate(batches, start=1):
-            images, labels = split.images[batch], split.labels[batch]
-            logits = model(images)
-            nll = F.cross_entropy(logits, labels)
-            kl = torch.zeros_like(nll)
-            if noise:
-                kl = bmrs.kl_divergence(model, weight=config.kl_weight, dataset_size=len(split))
-            loss = nll + kl
-            state.optimizer.zero_grad()
-            loss.backward()
-            watch.record(loss)
-            state.optimizer.step()
-
-            seen += len(batch)
-            correct = (logits.argmax(dim=1) == labels).double().mean()
-            totals += len(batch) * torch.stack([nll.detach().double(), kl.detach().double(), correct])
-            if step % CHECK_EVERY == 0 or step == len(batches):
-                watch.check(epoch)
-                mean_nll, mean_kl, train_accuracy = (totals / seen).tolist()
-                progress.step(epoch=epoch, step=step, steps=len(batches), loss=mean_nll + mean_kl, kl=mean_kl)
-        watch.check_parameters(epoch)
-    return {"loss": mean_nll + mean_kl, "nll": mean_nll, "kl": mean_kl, "train_accuracy": train_accuracy}
+    for number, batch in enumerate(batches, start=1):
+        means, magnitudes = step(batch)
+        watch.record(magnitudes)
+        seen += len(batch)
+        totals += len(batch) * means
+        if number % CHECK_EVERY == 0 or number == len(batches):
+            watch.check(epoch)
+            nll, kl, train_accuracy = (totals / seen).tolist()
+            progress.step(epoch=epoch, step=number, steps=len(batches), loss=nll + kl, kl=kl)
+    watch.check_parameters(epoch)
+    return {"loss": nll + kl, "nll": nll, "kl": kl, "train_accuracy": train_accuracy}

@@ -52,16 +52,16 @@ def train(config: TrainConfig, *, output: Path | None = None, console: Console |
         InterruptedRunError: The user pressed Ctrl-C; the run can be resumed.
     """
     config = config.resolved()
-    device = _device(config)
-    data = _load(config, device)
+    device = device_of(config)
+    data = load(config, device)
     return _finish(RunFolder.create(config, output), config, data, device, console or Console())
 
 
 def resume(path: Path, *, console: Console | None = None) -> Summary:
     """Bring an interrupted run to its end; on the CPU with bitwise the result that it would have had."""
     folder, config = RunFolder.open(path)
-    device = _device(config)
-    return _finish(folder, config, _load(config, device), device, console or Console())
+    device = device_of(config)
+    return _finish(folder, config, load(config, device), device, console or Console())
 
 
 def evaluate(
@@ -80,9 +80,11 @@ def evaluate(
         DataError, FileNotFoundError: The data cannot be read.
     """
     folder, config = RunFolder.open(path)
-    config = replace(config, data_dir=data_dir or config.data_dir, device=device or config.device)
-    chosen = _device(config)
-    summary = summarise(folder, config, _load(config, chosen), chosen)
+    config = replace(
+        config, data_dir=data_dir or config.data_dir, device=device or config.device, cuda_graph=False
+    )
+    chosen = device_of(config)
+    summary = summarise(folder, config, load(config, chosen), chosen)
     summary.show(console or Console(), _title(config))
     return summary
 
@@ -135,8 +137,12 @@ def _train_network(
     return state
 
 
-def _load(config: TrainConfig, device: torch.device) -> Dataset:
-    """Read the data and preprocess them once, on the device that they are used on."""
+def load(config: TrainConfig, device: torch.device) -> Dataset:
+    """Read the data and preprocess them once, on the device that they are used on.
+
+    Raises:
+        DataError, FileNotFoundError: The data cannot be read.
+    """
     data = load_dataset(config.data, config.data_dir, seed=config.seed)
 
     def ready(split: Split) -> Split:
@@ -145,15 +151,23 @@ def _load(config: TrainConfig, device: torch.device) -> Dataset:
     return replace(data, train=ready(data.train), validation=ready(data.validation), test=ready(data.test))
 
 
-def _device(config: TrainConfig) -> torch.device:
+def device_of(config: TrainConfig) -> torch.device:
+    """Return the device that the options name.
+
+    Raises:
+        RunError: It cannot be used, or not with the other options.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"--device {name} cannot be used: {reason}") from error
+    if config.cuda_graph and device.type != "cuda":
+        raise RunError(f"--cuda-graph true needs a GPU, but --device is {device}")
+    return device
 
 
 def _title(config: TrainConfig) -> str:

@@ -1,0 +1,95 @@
+"""A training step as a CUDA graph: recorded once, then replayed, without launching its operations one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+ResultT = TypeVar("ResultT")
+
+WARM_UPS = 3
+"""Calls before a capture: in them libraries load, kernels are compiled and the optimizer makes its state."""
+
+
+def warm_up(call: Callable[[], ResultT], stream: torch.cuda.Stream) -> ResultT:
+    """Run a call that is to be captured later on another stream than the current one, and return its result."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+def capture(call: Callable[[], ResultT]) -> tuple[ResultT, Callable[[], None]]:
+    """Capture a warmed-up call, which does not run it.
+
+    Args:
+        call: Waits for nothing on the GPU, and reads and writes the same tensors whenever it is called.
+
+    Returns:
+        The call's result, without values yet, and a function that computes it in place.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return result, Replay(graph, call)
+
+
+class Replay:
+    """Replays a graph, and keeps alive what was captured: a graph knows the addresses of its tensors and nothing else.
+
+    Args:
+        graph: What to replay.
+        call: What it was captured from, which holds the tensors that it reads and writes.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, call: Callable[[], Any]) -> None:
+        self._graph, self._call = graph, call
+
+    def __call__(self) -> None:
+        """Replay the graph once."""
+        self._graph.replay()
+
+
+class GraphedStep:
+    """A training step that turns into a CUDA graph after its first calls.
+
+    Each batch is trained on once and in its turn: the first ones, which warm up, and those of another size, such as an
+    epoch's incomplete last one, operation by operation. What Python decides in the step is decided once, at the
+    capture: the learning rate, for one, stays.
+
+    Args:
+        step: Trains on the images of these indices and returns tensors.
+        batch_size: Number of indices that the graph is for.
+        device: Where the indices are.
+    """
+
+    def __init__(
+        self, step: Callable[[Tensor], tuple[Tensor, ...]], batch_size: int, device: torch.device
+    ) -> None:
+        self._step = step
+        self._batch = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._stream: Any = torch.cuda.Stream(device)
+        self._warm_ups = 0
+        self._results: tuple[Tensor, ...] = ()
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Train on the images of these indices; waits for nothing."""
+        if batch.shape != self._batch.shape:
+            return self._step(batch)
+        self._batch.copy_(batch)
+        if self._replay is None:
+            if self._warm_ups < WARM_UPS:
+                self._warm_ups += 1
+                return warm_up(self._step_on_buffer, self._stream)
+            self._results, self._replay = capture(self._step_on_buffer)
+        self._replay()
+        # The next replay overwrites them.
+        return tuple(result.clone() for result in self._results)
+
+    def _step_on_buffer(self) -> tuple[Tensor, ...]:
+        return self._step(self._batch)
