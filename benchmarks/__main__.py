@@ -15,6 +15,7 @@ COMMANDS = {
         "train with the functions here and with the plain formulas, and look for NaN",
     ),
     "gpu-check": ("benchmarks.gpu_check", "test and time the kernels on this machine's GPU"),
+    "paper": ("benchmarks.paper", "repeat the paper's experiment on its small networks"),
     "scaling": ("benchmarks.scaling", "time everything against its size, and fit the slopes"),
     "readme": ("benchmarks.readme", "write the README's tables from the committed results"),
     "step": ("benchmarks.step", "time training steps with noise against the same network without"),

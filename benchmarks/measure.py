@@ -150,4 +150,4 @@ def capture(call: Call) -> tuple[Any, Call]:
     stream = torch.cuda.Stream()
     for _ in range(cuda_graph.WARM_UPS):
         cuda_graph.warm_up(call, stream)
-    return cuda_graph.capture(call)
+    return cuda_graph.capture(call, stream)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, speed_tables
+from benchmarks import paper_table, plots, speed_tables
 from benchmarks.markdown import table
 from benchmarks.processes import ROOT
 
@@ -115,4 +115,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "step": speed_tables.step,
     "pruning": speed_tables.pruning,
     "scaling": speed_tables.scaling,
+    "paper": paper_table.readme,
 }

@@ -145,7 +145,9 @@ class TrainConfig:
     device: str = field(default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if there is one"))
     cuda_graph: bool = field(
         default=False,
-        metadata=_help("on a GPU, record a training step once and replay it: small networks train faster"),
+        metadata=_help(
+            "on a GPU, record a training step once and replay it, instead of launching its kernels"
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,25 +16,29 @@ WARM_UPS = 3
 
 
 def warm_up(call: Callable[[], ResultT], stream: torch.cuda.Stream) -> ResultT:
-    """Run a call that is to be captured later on another stream than the current one, and return its result."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    """Run a call on the stream that it is to be captured on, in turn with the current one, and return its result."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        # Of an optimizer, which cannot know that it will be captured soon.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         result = call()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     return result
 
 
-def capture(call: Callable[[], ResultT]) -> tuple[ResultT, Callable[[], None]]:
+def capture(call: Callable[[], ResultT], stream: torch.cuda.Stream) -> tuple[ResultT, Callable[[], None]]:
     """Capture a warmed-up call, which does not run it.
 
     Args:
         call: Waits for nothing on the GPU, and reads and writes the same tensors whenever it is called.
+        stream: Another one than the current one; replays are on the current one.
 
     Returns:
         The call's result, without values yet, and a function that computes it in place.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         result = call()
     return result, Replay(graph, call)
 
@@ -86,7 +91,7 @@ class GraphedStep:
             if self._warm_ups < WARM_UPS:
                 self._warm_ups += 1
                 return warm_up(self._step_on_buffer, self._stream)
-            self._results, self._replay = capture(self._step_on_buffer)
+            self._results, self._replay = capture(self._step_on_buffer, self._stream)
         self._replay()
         # The next replay overwrites them.
         return tuple(result.clone() for result in self._results)

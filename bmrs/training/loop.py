@@ -43,7 +43,10 @@ def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.
     groups: list[dict[str, Any]] = [{"params": weights}, {"params": of_noise, "lr": config.settings.noise_lr}]
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.Adam(
-        groups, lr=config.settings.lr, fused=True if on_gpu else None, capturable=on_gpu
+        groups,
+        lr=config.settings.lr,
+        fused=True if on_gpu else None,
+        capturable=on_gpu and config.cuda_graph,
     )
     return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
 

@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 from idx_files import write_idx_folder
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmrs.noise_layer import noise_layers
 from bmrs.training import NonFiniteError, RunError, TrainConfig, cuda_graph, loop, run
 from bmrs.training.cuda_graph import WARM_UPS, GraphedStep
+from bmrs.training.finite import FiniteWatch
+from bmrs.training.step import new_step
 
 CPU = torch.device("cpu")
 
@@ -24,7 +27,7 @@ class StandIn:
         self.results = call()
         return self.results
 
-    def capture(self, call):
+    def capture(self, call, stream):
         self.captures += 1
         results = tuple(torch.full_like(result, torch.nan) for result in self.results)
 
@@ -127,6 +130,36 @@ def test_training_writes_into_the_tensors_that_a_graph_knows(tiny_config):
     loop.train(state, data, config, save=note, progress=Silent())
     assert state.history[-1]["kept"] == {"hidden0_tanh": 3, "hidden1_tanh": 3}
     assert addresses[0] == addresses[1] == addresses[2]
+
+
+class Operations(TorchDispatchMode):
+    """Lists what is run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["mlp", "lenet5"])
+@pytest.mark.parametrize("noise", [True, False])
+def test_a_step_waits_for_no_value_and_copies_nothing_to_a_device(tiny_config, model, noise):
+    only_mlp = {"num_blocks": None, "hidden": None} if model == "lenet5" else {}
+    config = tiny_config(model=model, **only_mlp)
+    data = run.load(config, CPU)
+    state = loop.new_state(config, data, noise=noise, device=CPU)
+    state.optimizer.step = lambda: None  # on a CPU it does ask for values
+    watch = FiniteWatch(state.model)
+    step = new_step(state, data.train, config, watch, noise=noise)
+    with watch, Operations() as operations:
+        step(torch.arange(16))
+    assert ("bmrs_kernels::multiply_noise" in operations.names) == noise
+    assert "aten::linalg_vector_norm" in operations.names
+    waiting = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero", "lift_fresh", "masked_select")
+    assert not [name for name in operations.names if name.removeprefix("aten::").endswith(waiting)]
 
 
 def test_a_nan_in_a_replay_is_found(tiny_config, stand_in):
