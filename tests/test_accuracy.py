@@ -13,8 +13,9 @@ import pytest
 import torch
 from kernel_device import DEVICE, RUNS_KERNELS
 
+import bmrs_kernels
 from benchmarks.__main__ import main
-from benchmarks.accuracy import attack, command, oracle, points, report, table
+from benchmarks.accuracy import attack, command, narrow, oracle, points, report, table
 from benchmarks.accuracy.contract import ALLOWED_LOSS, BOUNDS, LOG_SIGMA_RANGE, MU_RANGE
 from benchmarks.accuracy.heat_map import cell_errors
 from benchmarks.accuracy.measure import Setting, errors, failures, input_rounding, measure
@@ -30,6 +31,7 @@ FLOAT32 = Setting("torch", torch.float32)
 def assert_meets_the_contract(setting):
     measured = [one for quantity in QUANTITIES for one in measure(quantity, table.judged(quantity), setting)]
     objections = failures(measured) + report.regressions(measured, setting)
+    objections += filter(None, (one.failure() for one in narrow.measure_narrow(setting)))
     assert not objections, "\n".join(objections)
 
 
@@ -247,6 +249,34 @@ def test_input_rounding_is_the_derivative_times_half_a_unit():
     sample = BY_NAME["sample_noise"]
     low, high = (input_rounding(sample, 0, (-10.0, 0.0, y), torch.float64) for y in (2.0**-24, 1 - 2.0**-24))
     assert low == pytest.approx(high, rel=1e-3)
+
+
+@pytest.mark.parametrize("result", ["value", "d/dx", "d/dμ", "d/dlog σ"])
+def test_a_wrong_result_of_a_narrow_activation_is_found(result, monkeypatch):
+    """An output that is one unit in the last place off, or a gradient that was summed in 16 bits."""
+    exact = bmrs_kernels.multiply_noise
+
+    def spoiled(x, mu, log_sigma, **options):
+        index = narrow_results.index(result)
+        if index == 0:
+            out = exact(x, mu, log_sigma, **options)
+            return out + (out * 2 * torch.finfo(x.dtype).eps).detach()
+        (x, mu, log_sigma)[index - 1].register_hook(lambda grad: (grad * 1.01).to(torch.bfloat16).to(grad))
+        return exact(x, mu, log_sigma, **options)
+
+    narrow_results = ["value", "d/dx", "d/dμ", "d/dlog σ"]
+    monkeypatch.setattr(bmrs_kernels, "multiply_noise", spoiled)
+    found = [one for one in narrow.measure_narrow(FLOAT32) if one.failure()]
+    assert {one.result for one in found} == {result}
+    assert {one.dtype for one in found} == {"bfloat16", "float16"}
+    assert re.fullmatch(
+        rf"multiply_noise of a bfloat16 activation, {result}: error \S+ \D+ with a bound of \S+",
+        found[0].failure(),
+    )
+
+
+def test_narrow_activations_belong_to_float32_parameters():
+    assert narrow.measure_narrow(Setting("torch", torch.float64)) == []
 
 
 def test_a_change_for_the_worse_is_found(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from benchmarks.accuracy.attack import attack, keep
 from benchmarks.accuracy.heat_map import draw
 from benchmarks.accuracy.measure import Setting, failures, measure
+from benchmarks.accuracy.narrow import measure_narrow
 from benchmarks.accuracy.points import DOMAIN_POINTS
 from benchmarks.accuracy.progress import progress
 from benchmarks.accuracy.quantities import QUANTITIES
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for quantity, points in zip(QUANTITIES, table, strict=True):
                 measured += measure(quantity, points, setting)
                 advance()
+        narrow = measure_narrow(setting)
         attacked = []
         if options.attack > 0:
             attacked = attack(measured, setting, options.attack, pool, seed=options.seed)
@@ -59,12 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if one.breaks_the_contract
     ]
     compared = committed_report(setting).exists()
-    objections = [*failures(measured), *(regressions(measured, setting) if compared else []), *broken]
+    objections = [
+        *failures(measured),
+        *filter(None, (one.failure() for one in narrow)),
+        *(regressions(measured, setting) if compared else []),
+        *broken,
+    ]
     about = {"setting": str(setting), **environment(options.commit, device)}
-    markdown = as_markdown(measured, attacked, objections, about)
+    markdown = as_markdown(measured, narrow, attacked, objections, about)
     if options.output is not None and not (objections and options.output.resolve() == RESULTS.resolve()):
         (options.output / f"{setting}.md").write_text(markdown, "utf-8")
-        (options.output / f"{setting}.json").write_text(as_json(measured, attacked, about), "utf-8")
+        (options.output / f"{setting}.json").write_text(as_json(measured, narrow, attacked, about), "utf-8")
         if not options.no_maps:
             draw_maps(table, setting, options.output)
     print(markdown)

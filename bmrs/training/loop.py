@@ -45,7 +45,7 @@ def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.
     optimizer = torch.optim.Adam(
         groups,
         lr=config.settings.lr,
-        fused=True if on_gpu else None,
+        fused=True,
         capturable=on_gpu and config.cuda_graph,
     )
     return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
