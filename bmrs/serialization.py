@@ -178,7 +178,7 @@ def _nodes(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[No
         }
         try:
             layer = build_layer(_LAYER_TYPES[entry["type"]], arguments, own)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"its layer {name!r} ({entry['type']}) cannot be built: {error}") from error
         if _dtype_name(layer) != entry["dtype"]:
             raise ValueError(

@@ -6,6 +6,7 @@ import functools
 import keyword
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -50,9 +51,9 @@ def build_network(nodes: Sequence[Node]) -> nn.Sequential | fx.GraphModule:
         ValueError: a name or the inputs of a node are not as `Node` says; it is named.
     """
     _check_inputs(nodes)
-    if is_chain(nodes):
-        return _sequential(nodes).eval()
     _check_names(nodes)
+    if is_chain(nodes):
+        return nn.Sequential(OrderedDict((node.name, node.layer) for node in nodes)).eval()
     graph = fx.Graph()
     results: dict[str | None, fx.Node] = {None: graph.placeholder("x")}
     for node in nodes:
@@ -73,17 +74,31 @@ def read_network(model: nn.Module) -> list[Node]:
         TypeError: the model is anything else; what is wrong is named.
     """
     if type(model) is nn.Sequential:
-        # With duplicates: a layer in two places is read as two.
-        layers = [
-            Node(name, layer, ()) for name, layer in model.named_modules(remove_duplicate=False) if name
-        ]
-        before = _names_before(layers)
-        return [replace(node, inputs=(name,)) for node, name in zip(layers, before, strict=False)]
-    if not isinstance(model, fx.GraphModule):
+        nodes = _read_chain(model)
+    elif isinstance(model, fx.GraphModule):
+        nodes = _read_graph(model)
+    else:
         raise TypeError(
             "save needs the nn.Sequential or torch.fx.GraphModule that bmrs.compact returns, "
             f"got {type(model).__name__}"
         )
+    try:
+        _check_inputs(nodes)
+        _check_names(nodes)
+    except ValueError as error:
+        raise TypeError(f"save cannot describe this network: {error}") from error
+    return nodes
+
+
+def _read_chain(model: nn.Sequential) -> list[Node]:
+    # With duplicates: a layer in two places is read as two.
+    named = model.named_modules(remove_duplicate=False)
+    nodes = [Node(name, layer, ()) for name, layer in named if name and "." not in name]
+    before = _names_before(nodes)
+    return [replace(node, inputs=(name,)) for node, name in zip(nodes, before, strict=False)]
+
+
+def _read_graph(model: fx.GraphModule) -> list[Node]:
     names: dict[object, str | None] = {}
     nodes: list[Node] = []
     for node in model.graph.nodes:
@@ -97,11 +112,6 @@ def read_network(model: nn.Module) -> list[Node]:
             raise TypeError(f"save cannot describe the call at {node.name!r}: {node.format_node()}")
         names[node] = str(node.target) if node.op == "call_module" else node.name
         nodes.append(Node(str(names[node]), layer, tuple(names[source] for source in node.args)))
-    try:
-        _check_inputs(nodes)
-        _check_names(nodes)
-    except ValueError as error:
-        raise TypeError(f"save cannot describe this network: {error}") from error
     return nodes
 
 
@@ -115,16 +125,6 @@ def free_name(wanted: str, taken: Container[str]) -> str:
 
 def _names_before(nodes: Sequence[Node]) -> list[str | None]:
     return [None, *(node.name for node in nodes)]
-
-
-def _sequential(nodes: Sequence[Node]) -> nn.Sequential:
-    model = nn.Sequential()
-    for node in nodes:
-        try:
-            model.add_module(node.name, node.layer)
-        except KeyError as error:
-            raise _unusable(node, str(error)) from error
-    return model
 
 
 def _layer_of_call(node: fx.Node, model: fx.GraphModule) -> nn.Module | None:
@@ -148,14 +148,15 @@ def _check_inputs(nodes: Sequence[Node]) -> None:
 
 def _check_names(nodes: Sequence[Node]) -> None:
     for node in nodes:
-        # They become a part of generated code.
+        # They become a part of code that torch.fx generates, of a chain too where one traces it.
         if not re.fullmatch(r"\w+", node.name, re.ASCII) or not _can_be_child(node.name):
             raise _unusable(node, "its name cannot be that of a layer")
 
 
 def _can_be_child(name: str) -> bool:
     """True for a name that a container can have as an attribute, and has not by itself."""
-    return not keyword.iskeyword(name) and name not in _container_attributes()
+    # A result of the name "self" would take the model's place in the generated code.
+    return name != "self" and not keyword.iskeyword(name) and name not in _container_attributes()
 
 
 @functools.cache

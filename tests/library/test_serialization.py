@@ -1,5 +1,6 @@
 import json
 import os
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -183,6 +184,10 @@ class TestSave:
                 bmrs.add_noise(nn.Sequential(nn.Linear(2, 2)), where="0"),
                 r"layer '0' \(Linear\): it has hooks or",
             ),
+            (
+                nn.Sequential(OrderedDict({"a-b": nn.ReLU()})),
+                r"its layer 'a-b' \(ReLU\) cannot be built: its name cannot be that of a layer",
+            ),
         ],
     )
     def test_refuses_what_it_cannot_describe(self, unsuitable, message, path):
@@ -266,6 +271,14 @@ class TestBrokenFiles:
                 "'conv1' .* cannot be built",
             ),
             (lambda d, t: d["layers"][1].update(name="append"), "'append' .* cannot be built"),
+            (
+                lambda d, t: d["layers"][1].update(name='a")) or exit(3) or ((self, "'),
+                "its name cannot be that of a layer",
+            ),
+            (
+                lambda d, t: d["layers"][1].update(type="Hardtanh", arguments={"min_val": 2, "max_val": 1}),
+                r"'conv1_relu' \(Hardtanh\) cannot be built: max_val",
+            ),
             (
                 lambda d, t: d["layers"][0].update(dtype="float64"),
                 "'conv1' is float32, but described as 'float64'",
