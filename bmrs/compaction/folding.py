@@ -200,7 +200,7 @@ class _Folding:
                 raise _BarredError(_NO_TAKER)
             if isinstance(operation.layer, (*WEIGHT_LAYERS, *BATCH_NORMS)):
                 takers.append((operation.layer, factors))
-            elif isinstance(operation.layer, nn.Flatten):
+            elif isinstance(operation.layer, nn.Flatten) and operation.axis is not None:
                 takers += self._backward(operation.step, _unflattened(operation, factors))
             elif _lets_factors_pass(operation) or isinstance(operation.layer, Addition):
                 takers += self._backward(operation.step, factors)
@@ -302,8 +302,8 @@ def _multiply_input(layer: nn.Module, factors: Tensor) -> None:
 def _scale_batch_norm_input(layer: _BatchNorm, factors: Tensor) -> None:
     """Make batch norm of x what it was of factors · x.
 
-    The statistics become those of x, so that the layer can be trained further. A channel with factor 0 has a
-    constant output.
+    The statistics become those of x, so that the layer can be trained further, and the weight makes up for eps. A
+    channel with factor 0 has a constant output.
     """
     assert layer.running_mean is not None
     assert layer.running_var is not None
@@ -312,6 +312,8 @@ def _scale_batch_norm_input(layer: _BatchNorm, factors: Tensor) -> None:
     _, constant = batch_norm_scale_and_shift(layer)
     with torch.no_grad():
         layer.bias.copy_(constant.where(zero, layer.bias))
+        eps_of_x = layer.eps * factors**2
+        layer.weight.mul_(((layer.running_var + eps_of_x) / (layer.running_var + layer.eps)).sqrt())
         layer.weight.masked_fill_(zero, 0.0)
-        layer.running_var.copy_((layer.running_var + layer.eps) / divisor**2 - layer.eps)
+        layer.running_var.div_(divisor**2)
         layer.running_mean.div_(divisor)

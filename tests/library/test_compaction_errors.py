@@ -177,6 +177,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             bmrs.compact(model, torch.randn(3, 2, 5))
 
+    def test_noise_on_the_flattened_input_that_cannot_move_is_named(self):
+        model = nn.Sequential(nn.ReLU(), nn.Flatten(), NoiseLayer(10), nn.Tanh(), nn.Linear(10, 2))
+        message = r"noise layer '2' \(NoiseLayer\) cannot be folded: .* past '3' \(Tanh\), and no linear"
+        with pytest.raises(ValueError, match=message):
+            bmrs.compact(model, torch.randn(3, 2, 5))
+
     @pytest.mark.parametrize(
         ("example", "error", "message"),
         [

@@ -174,6 +174,19 @@ class TestShapes:
         prune_structures(model[0], [1])
         assert assert_compacts(model, torch.randn(5, 3, 4, 4))[1].in_channels == 3
 
+    @pytest.mark.parametrize("log_noise", [-19.0, 5.0, 19.0])
+    def test_statistics_of_a_batch_norm_become_those_of_its_input(self, log_noise):
+        model = nn.Sequential(
+            nn.Conv1d(3, 4, 1), nn.Tanh(), NoiseLayer(4, upper=20.0), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1)
+        )
+        randomise(model, pruned=0.0)
+        nn.init.constant_(model[2].mu, log_noise)
+        compacted = assert_compacts(model, torch.randn(5, 3, 6))
+        with torch.no_grad():
+            factors = model[2].expected_noise()
+        torch.testing.assert_close(compacted[2].running_mean * factors, model[3].running_mean)
+        torch.testing.assert_close(compacted[2].running_var * factors**2, model[3].running_var)
+
     def test_noise_moves_backward_where_it_cannot_move_forward(self):
         model = nn.Sequential(
             nn.Linear(3, 4), NoiseLayer(4), nn.Tanh(), nn.Linear(4, 2), NoiseLayer(2), nn.Softmax(1)
