@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bmrs.compaction.folding import Operation, fold_noise
-from bmrs.compaction.network import Node, build_network, free_name, is_chain
+from bmrs.compaction.network import Node, build_network, free_name
 from bmrs.compaction.removal import remove_dead_channels
 from bmrs.compaction.stock_layers import BATCH_NORMS, POOLS, WEIGHT_LAYERS, Addition
 from bmrs.compaction.tracing import Step, single_input, trace
@@ -81,8 +81,7 @@ def _nodes(operations: list[Operation]) -> list[Node]:
         name = free_name(step.name or type(layer).__name__.lower(), nodes)
         names[step] = name
         nodes[name] = Node(name, layer.to(operation.dtype), inputs)
-    if not is_chain(list(nodes.values())):
-        _keep_what_others_read(nodes)
+    _keep_what_others_read(nodes)
     return list(nodes.values())
 
 

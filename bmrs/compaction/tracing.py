@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.stock_layers import WEIGHT_LAYERS, Addition, WeightLayer
+from bmrs.compaction.stock_layers import DROPOUTS, WEIGHT_LAYERS, Addition, WeightLayer
 from bmrs.noise_layer import NoiseLayer, added_noise
 
 # Functions and methods whose arguments after x are those of the module's constructor.
@@ -77,8 +77,18 @@ class Step:
         return f"{self.name!r} ({type(self.module).__name__})"
 
 
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as what it is; torch.fx would record a new tensor ``x + y``, and others read x too."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {}, name="add")
+
+
 class _Tracer(fx.Tracer):
     """Records noise layers as single calls, those behind a layer's forward hook included."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, NoiseLayer) or super().is_leaf_module(m, module_qualified_name)
@@ -220,8 +230,18 @@ def trace(model: nn.Module, example: Tensor) -> list[Step]:
         taken = results[_tensor_arguments(node, results)[0]]
         results[node] = new[-1] if new else taken
         if new and _changes_in_place(node, new[-1].module):
-            results |= {other: new[-1] for other, result in results.items() if result is taken}
+            overwritten = _before_dropout(taken)
+            results |= {
+                other: new[-1] for other, result in results.items() if _before_dropout(result) is overwritten
+            }
     raise AssertionError("the graph has no output")
+
+
+def _before_dropout(step: Step | None) -> Step | None:
+    """The step whose result a step's is: dropout in evaluation mode hands on the tensor that it takes."""
+    while step is not None and isinstance(step.module, DROPOUTS):
+        (step,) = step.inputs
+    return step
 
 
 def _returned(output: fx.Node, results: Mapping[fx.Node, Step | None]) -> Step | None:

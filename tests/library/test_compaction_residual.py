@@ -220,7 +220,32 @@ class NoiseBeforeInPlace(nn.Module):
         return y + self.third(torch.flatten(x, 1))
 
 
+class AddsInPlace(nn.Module):
+    """An addition in place changes what another branch reads, through a dropout that hands its input on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.noise, self.dropout = nn.Linear(3, 4), NoiseLayer(4), nn.Dropout()
+        self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.dropout(x)
+        x += self.noise(self.second(x))
+        return self.third(torch.relu_(y) + x)
+
+
 class TestInPlace:
+    def test_later_readers_see_what_was_added(self):
+        model = randomise(AddsInPlace(), pruned=0.0)
+        prune_structures(model.noise, [1])
+        assert_compacts(model, torch.randn(5, 3))
+
+    def test_chain_does_not_overwrite_its_input_where_the_model_did_not(self):
+        model = nn.Sequential(NoiseLayer(3), nn.ReLU(inplace=True), nn.Linear(3, 2), nn.ReLU(inplace=True))
+        compacted = assert_compacts(model, torch.randn(4, 3))
+        assert [compacted[0].inplace, compacted[2].inplace] == [False, True]
+
     @pytest.mark.parametrize(
         "call",
         [
@@ -266,6 +291,20 @@ class TestNetworks:
         names = [name for name, _ in compacted.named_children()]
         assert names[:6] == ["conv1", "bn1", "relu", "maxpool", "layer1_0_conv1", "layer1_0_bn1"]
         assert copy.deepcopy(compacted)(IMAGES).equal(compacted(IMAGES))
+
+    def test_layers_named_like_what_generated_code_uses(self):
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                for name in ("self", "x", "torch", "device"):
+                    self.add_module(name, nn.Linear(3, 3))
+
+            def forward(self, x):
+                first, *others = self.children()
+                return first(x) + others[0](x) + others[1](others[2](x))
+
+        names = [name for name, _ in assert_compacts(Named(), torch.randn(4, 3)).named_children()]
+        assert sorted(names) == ["device", "self_", "torch", "x"]
 
     def test_block_called_twice(self):
         block = Sum(nn.Sequential(nn.Linear(4, 4), NoiseLayer(4)), nn.Linear(4, 4), way="operator")
