@@ -126,7 +126,7 @@ def test_summary_of_all_calls():
 def test_a_captured_call_lives_as_long_as_its_replays(monkeypatch):
     """A graph holds no reference: freed memory that it writes to would be another tensor's."""
     graph = mock.Mock()
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, device=None)
     fakes = {
         **{name: lambda *_: stream for name in ("Stream", "current_stream")},
         "stream": lambda stream: contextlib.nullcontext(),
