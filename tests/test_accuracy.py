@@ -284,7 +284,7 @@ def test_a_change_for_the_worse_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     with pytest.raises(FileNotFoundError):
         report.regressions(measured, FLOAT32)
-    (tmp_path / f"{FLOAT32}.json").write_text(report.as_json(measured, [], {}), "utf-8")
+    (tmp_path / f"{FLOAT32}.json").write_text(report.as_json(measured, [], [], {}), "utf-8")
     assert report.regressions(measured, FLOAT32) == []
     worse = [
         one._replace(project=one.project._replace(largest=1.01 * ALLOWED_LOSS * one.project.largest))

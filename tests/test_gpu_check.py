@@ -131,7 +131,7 @@ def test_a_captured_call_lives_as_long_as_its_replays(monkeypatch):
         **{name: lambda *_: stream for name in ("Stream", "current_stream")},
         "stream": lambda stream: contextlib.nullcontext(),
         "CUDAGraph": lambda: graph,
-        "graph": lambda graph: contextlib.nullcontext(),
+        "graph": lambda graph, stream: contextlib.nullcontext(),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
