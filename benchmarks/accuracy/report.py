@@ -129,7 +129,7 @@ def as_markdown(
             table(
                 ("activation", "result", "largest error", "bound", "unit"),
                 [
-                    (one.dtype, one.result, f"{one.largest:.2g}", f"{one.bound:.2g}", one.unit)
+                    (one.dtype, one.result, f"{one.largest:.4g}", f"{one.bound:.4g}", one.unit)
                     for one in narrow
                 ],
             ),
