@@ -44,17 +44,20 @@ WIDE_BYTES = 24 << 30
 
 
 FEW = (Activation((4, 64, 56, 56)), Activation((5, 33, 27, 27), channels_last=True))
+LARGE_LINEAR = Activation((1536, 768))
 MANY = (
     *FEW,
     Activation((5, 33, 27, 27)),
-    Activation((4, 64, 56, 56), channels_last=True),
-    Activation((1024, 768)),
+    # Large enough for constants from a table, beside the small ones.
+    Activation((6, 64, 56, 56), channels_last=True),
+    LARGE_LINEAR,
     Activation((8, 197, 192), dim=2),
 )
 # Every dtype is compiled anew, which takes most of the time.
 COMPARED = (
     *((activation, torch.float32) for activation in MANY),
     *((activation, dtype) for activation in FEW for dtype in (torch.bfloat16, torch.float64)),
+    (LARGE_LINEAR, torch.bfloat16),
 )
 REPLAYED = Activation((16, 64, 28, 28))
 REPEATED = (LARGE, CHANNELS_LAST, LINEAR, TOKENS)

@@ -33,6 +33,8 @@ NOISE: dict[str, tuple[tuple[int, ...], int, bool, torch.dtype, str, dict[str, A
     "rows exact": ((2, 3, 5, 7), 1, False, torch.float64, "element", {}),
     "columns channels last": ((2, 6, 2, 2), 1, True, torch.float32, "element", {"mask": True}),
     "columns scattered": ((2, 6, 3, 5), 1, True, torch.float32, "element", {}),
+    "columns with a table": ((9, 70), 1, False, torch.float32, "element", {"mask": True, "table": True}),
+    "columns channels last with a table": ((2, 6, 2, 2), 1, True, torch.float32, "element", {"table": True}),
     "columns tokens": ((2, 5, 8), 2, False, torch.float32, "element", {"activation": "tanh"}),
     "shared rows": ((3, 5, 3, 3), 1, False, torch.float32, "sample", {"mask": True}),
     "shared columns": ((3, 5, 3, 3), 1, True, torch.float32, "sample", {"mask": True}),
@@ -49,7 +51,9 @@ def noise_case(
     granularity: str,
     options: dict[str, Any],
 ) -> None:
-    """Run ``multiply_noise`` and its gradients."""
+    """Run ``multiply_noise`` and its gradients; with ``table`` as activations are run that are larger."""
+    options = dict(options)
+    largest_without = 0 if options.pop("table", False) else fused.LARGEST_WITHOUT_TABLE
     x = torch.randn(shape, device=device).to(dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -57,10 +61,12 @@ def noise_case(
     parameters = posteriors(device, shape[dim], torch.float64 if dtype == torch.float64 else torch.float32)
     if "mask" in options:
         options = {**options, "mask": torch.arange(shape[dim], device=device) % 3 > 0}
-    out = bmrs_kernels.multiply_noise(
-        x, *parameters, dim=dim, granularity=granularity, seed=1, backend="triton", **options
-    )
-    check(out, *torch.autograd.grad(out, (x, *parameters), torch.randn_like(out)))
+    with mock.patch.object(fused, "LARGEST_WITHOUT_TABLE", largest_without):
+        out = bmrs_kernels.multiply_noise(
+            x, *parameters, dim=dim, granularity=granularity, seed=1, backend="triton", **options
+        )
+        gradients = torch.autograd.grad(out, (x, *parameters), torch.randn_like(out))
+    check(out, *gradients)
 
 
 def structure_case(device: torch.device, function: Callable[..., Any], *, differentiable: bool) -> None:
