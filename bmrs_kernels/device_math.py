@@ -97,7 +97,7 @@ def log2(x):
 
 @triton.jit
 def float64_sqrt(x):
-    """Return √x to 5e-14 for float64 x in float32's range, without the branches of float64's root."""
+    """Return √x to 1e-14 for float64 x in float32's range, without the branches of float64's root."""
     root = tl.sqrt(x.to(tl.float32))
     wide_root = root.to(tl.float64)
     return wide_root + (x - wide_root * wide_root) * (0.5 / root).to(tl.float64)

@@ -11,7 +11,7 @@ from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import assert_within
 
 from benchmarks.accuracy import oracle
-from bmrs_kernels import backend, philox, polynomials, torch_math
+from bmrs_kernels import philox, polynomials, torch_math
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -54,19 +54,11 @@ def test_log2():
 
 def test_float64_roots_and_reciprocals_without_branches():
     x = torch.logspace(-30, 30, 2001, dtype=torch.float64)
-    # A GPU's float32 root and quotient, from which they start, may be off by 1 and 2 units in the last place.
-    of_root, of_reciprocal = (1e-14, 3e-14) if backend.INTERPRETING else (5e-14, 1e-13)
-    torch.testing.assert_close(on_device(device_math.float64_sqrt, x), x.sqrt(), rtol=of_root, atol=0)
-    torch.testing.assert_close(
-        on_device(device_math.float64_reciprocal, x), 1 / x, rtol=of_reciprocal, atol=0
-    )
+    torch.testing.assert_close(on_device(device_math.float64_sqrt, x), x.sqrt(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(on_device(device_math.float64_reciprocal, x), 1 / x, rtol=3e-14, atol=0)
 
 
-# A GPU's float32 power and quotient may be off by 2 units in the last place each.
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float32, 4e-7 if backend.INTERPRETING else 2e-6), (torch.float64, 1e-15)],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)])
 def test_tanh(dtype, tolerance):
     magnitude = torch.cat([torch.logspace(-30, 1.5, 1000), torch.tensor([0.25, math.nextafter(0.25, 0)])])
     x = torch.cat([-magnitude, magnitude]).to(dtype)
@@ -104,10 +96,8 @@ def test_quantile_variable():
     product = torch.logspace(-8.8, 0, 2000).float()
     actual = on_device(device_math.quantile_variable, product)
     exact = (4 - product.double().log2()).sqrt() - 3.5
-    # A GPU's float32 root may be off by a unit in the last place, here 5e-7.
-    extra = 0.0 if backend.INTERPRETING else 5e-7
-    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6e-7 + extra)
-    torch.testing.assert_close(actual, torch_math.quantile_variable(product), rtol=0, atol=9e-7 + extra)
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6e-7)
+    torch.testing.assert_close(actual, torch_math.quantile_variable(product), rtol=0, atol=9e-7)
 
 
 def test_mills_ratio():
