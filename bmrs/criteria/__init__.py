@@ -1,0 +1,18 @@
+"""Pruning criteria; `base` says what one is."""
+
+from bmrs.criteria.base import Criterion, Decision, PosteriorCriterion
+from bmrs.criteria.evidence import BMRSNormal, BMRSUniform
+from bmrs.criteria.moments import SNR, Mean
+from bmrs.criteria.norms import L2, GradientNorm
+
+__all__ = [
+    "L2",
+    "SNR",
+    "BMRSNormal",
+    "BMRSUniform",
+    "Criterion",
+    "Decision",
+    "GradientNorm",
+    "Mean",
+    "PosteriorCriterion",
+]
