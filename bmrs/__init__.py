@@ -2,7 +2,7 @@
 
 from bmrs import models
 from bmrs.compaction import compact
-from bmrs.criteria import L2, SNR, BMRSNormal, BMRSUniform, GradientNorm, Mean
+from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.divergence import kl_divergence
 from bmrs.noise_layer import NoiseLayer, add_noise
 from bmrs.pruning import PruneReport, prune
@@ -12,6 +12,7 @@ __all__ = [
     "L2",
     "SNR",
     "BMRSNormal",
+    "BMRSOdds",
     "BMRSUniform",
     "GradientNorm",
     "Mean",

@@ -1,7 +1,7 @@
 """Pruning criteria; `base` says what one is."""
 
 from bmrs.criteria.base import Criterion, Decision, PosteriorCriterion
-from bmrs.criteria.evidence import BMRSNormal, BMRSUniform
+from bmrs.criteria.evidence import BMRSNormal, BMRSOdds, BMRSUniform
 from bmrs.criteria.moments import SNR, Mean
 from bmrs.criteria.norms import L2, GradientNorm
 
@@ -9,6 +9,7 @@ __all__ = [
     "L2",
     "SNR",
     "BMRSNormal",
+    "BMRSOdds",
     "BMRSUniform",
     "Criterion",
     "Decision",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,3 +144,84 @@ class BMRSUniform(_EvidenceCriterion):
             upper=upper,
             backend=backend,
         )
+
+
+@dataclass(frozen=True)
+class BMRSOdds(PosteriorCriterion):
+    """Prune what is more likely off than on: the median probability model (Barbieri & Berger 2004).
+
+    A structure counts as off where p1-bit arithmetic rounds its θ to 0, below 2^-p1. Scores are the log posterior
+    odds log[Q(θ > 2^-p1) / Q(θ < 2^-p1)] in nats; a structure goes where they are at most 0, that is where
+    Q(θ < 2^-p1) ≥ ½. There is no tolerance to choose, and the decision hardly depends on the lower end of the
+    interval. Up to the log of the prior odds, which is a constant, the score is the difference of two ΔF: that of the
+    reduced prior on [2^-p1, e^upper] and that of the one on [e^lower, 2^-p1].
+
+    The odds are those of the posterior that the KL weight defines: `bmrs.learn_posteriors` states the temperature.
+
+    Args:
+        p1: bits; greater than 0.
+    """
+
+    p1: float = 8
+
+    score_name: ClassVar[str] = "log odds"
+
+    def __post_init__(self) -> None:
+        check_number("p1", self.p1)
+
+    def scores(
+        self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
+    ) -> Tensor:
+        """Log posterior odds of on against off, in nats.
+
+        Raises:
+            ValueError: 2^-p1 is not inside (e^lower, e^upper).
+        """
+        border = -self.p1 * LN2
+        if not lower < border < upper:
+            raise ValueError(
+                f"p1={self.p1} of BMRSOdds puts the border between off and on at log θ = {border:.4g}, which must "
+                f"lie inside the noise layer's interval ({lower}, {upper})"
+            )
+        # In float64, as the odds of a structure at the border are the difference of two numbers near log ½.
+        log_mass = functools.partial(
+            _log_mass, mu.double(), log_sigma.double(), lower=lower, upper=upper, backend=backend
+        )
+        return (log_mass(start=border, end=upper) - log_mass(start=lower, end=border)).to(mu.dtype)
+
+    def decide(self, scores: Tensor) -> Tensor:
+        """True where the log odds are at most 0."""
+        return scores <= 0
+
+    def decide_tied(self, decisions: Sequence[Decision], kept: Tensor) -> Decision:
+        """The channel goes if all of its structures together are more likely off than on.
+
+        The posterior is a product over structures, so that the odds of all on against all off, the two states that
+        a channel can be in, are the product of the single odds: the log odds add.
+        """
+        scores = torch.stack([decision.scores for decision in decisions])
+        joint = scores.masked_fill(~kept, 0.0).sum(dim=0)
+        return Decision(joint, joint <= 0)
+
+
+def _log_mass(
+    mu: Tensor,
+    log_sigma: Tensor,
+    *,
+    start: float,
+    end: float,
+    lower: float,
+    upper: float,
+    backend: Backend,
+) -> Tensor:
+    """Log of the posterior mass of log θ between two points: ΔF without the gain in prior density."""
+    delta_f = bmrs_kernels.delta_f_loguniform(
+        mu,
+        log_sigma,
+        reduced_lower=start,
+        reduced_upper=end,
+        lower=lower,
+        upper=upper,
+        backend=backend,
+    )
+    return delta_f - math.log((upper - lower) / (end - start))

@@ -1,5 +1,6 @@
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import nn
@@ -19,6 +20,15 @@ def layer() -> NoiseLayer:
         layer.mu.copy_(torch.tensor([-19.0, -14.0, -10.0, -4.0, -1.0, -0.1]))
         layer.log_sigma.copy_(torch.tensor([1.5, 1.5, 3.0, -1.0, 1.0, -3.0]))
     return layer
+
+
+def mass(mu: float, log_sigma: float, start: float, end: float) -> mpmath.mpf:
+    """Twice the mass of a normal between two points, by the tail on which both of them lie."""
+    scale = mpmath.exp(mpmath.mpf(log_sigma)) * mpmath.sqrt(2)
+    near, far = (start, end) if mu < end else (end, start)
+    return mpmath.erfc(abs(near - mu) / scale * (-1 if start < mu < end else 1)) - mpmath.erfc(
+        abs(far - mu) / scale
+    )
 
 
 class TestPosteriorCriteria:
@@ -72,6 +82,43 @@ class TestPosteriorCriteria:
         assert prune.any()
         assert not prune[5]
 
+    @pytest.mark.parametrize("p1", [4, 8])
+    def test_odds_are_those_of_the_posterior_mass_on_either_side(self, layer, p1):
+        scores, prune = bmrs.BMRSOdds(p1=p1)(layer)
+        border = -p1 * LN2
+        for mu, log_sigma, score in zip(layer.mu.tolist(), layer.log_sigma.tolist(), scores, strict=True):
+            with mpmath.workdps(50):
+                odds = mass(mu, log_sigma, border, 0.0) / mass(mu, log_sigma, -20.0, border)
+                assert score.item() == pytest.approx(float(mpmath.log(odds)), rel=1.2e-7, abs=1.2e-7)
+        assert torch.equal(prune, scores <= 0)
+        assert prune[1]
+        assert not prune[5]
+
+    def test_odds_hardly_depend_on_the_lower_end_where_the_posterior_has_converged(self):
+        """What is surely off or surely on stays so; ΔF of the same posteriors moves by nats."""
+        near, far = (NoiseLayer(2, lower=lower) for lower in (-20.0, -40.0))
+        with torch.no_grad():
+            for layer in (near, far):
+                layer.mu.copy_(torch.tensor([-12.0, -0.3]))
+                layer.log_sigma.copy_(torch.tensor([2.0, -1.0]))
+        assert bmrs.BMRSOdds()(near).prune.tolist() == bmrs.BMRSOdds()(far).prune.tolist() == [True, False]
+
+    def test_odds_at_the_extremes_are_finite(self):
+        layer = NoiseLayer(4)
+        with torch.no_grad():
+            layer.mu.copy_(torch.tensor([20.0, -40.0, -20.0, 0.0]))
+            layer.log_sigma.copy_(torch.tensor([-20.0, -20.0, 5.0, 5.0]))
+        scores, prune = bmrs.BMRSOdds()(layer)
+        assert scores.isfinite().all()
+        assert prune.tolist() == [False, True, True, True]  # a flat posterior has 72 % of its mass below 2^-8
+
+    @pytest.mark.parametrize("p1", [0, -3, 30])
+    def test_a_border_outside_the_interval_is_named(self, layer, p1):
+        with pytest.raises(ValueError, match=rf"p1={p1} of BMRSOdds .* inside .*\(-20.0, 0.0\)"):
+            bmrs.BMRSOdds(p1=p1)(layer)
+        with pytest.raises(TypeError, match="p1 must be a number"):
+            bmrs.BMRSOdds(p1="8")
+
     def test_mean(self, layer):
         scores, prune = bmrs.Mean()(layer)
         assert torch.equal(scores, bmrs_kernels.noise_mean(layer.mu, layer.log_sigma))
@@ -84,6 +131,7 @@ class TestPosteriorCriteria:
         [
             (bmrs.BMRSNormal(), 0.0, True),
             (bmrs.BMRSUniform(), 0.0, True),
+            (bmrs.BMRSOdds(), 0.0, True),
             (bmrs.SNR(), 1.0, True),
             (bmrs.Mean(), 0.1, False),
         ],
@@ -94,7 +142,13 @@ class TestPosteriorCriteria:
 
     @pytest.mark.parametrize(
         ("criterion", "best"),
-        [(bmrs.BMRSNormal(), 1), (bmrs.BMRSUniform(), 1), (bmrs.SNR(), 2), (bmrs.L2(ratio=0.5), 2)],
+        [
+            (bmrs.BMRSNormal(), 1),
+            (bmrs.BMRSUniform(), 1),
+            (bmrs.BMRSOdds(), 2),
+            (bmrs.SNR(), 2),
+            (bmrs.L2(ratio=0.5), 2),
+        ],
     )
     def test_order_of_scores(self, criterion, best):
         scores = torch.tensor([0.5, -math.inf, 1e38])

@@ -117,6 +117,15 @@ class TestPrune:
             assert layer.lowest_score == pytest.approx(float(total[0]))
             assert layer.highest_score == pytest.approx(float(total[-1]))
 
+    def test_log_odds_of_tied_structures_add_up(self):
+        model, first, second = two_branches(200)
+        spread(model, 0)
+        alone = [bmrs.BMRSOdds()(layer) for layer in (first, second)]
+        bmrs.prune(model, bmrs.BMRSOdds(), example_inputs=EXAMPLE)
+        assert torch.equal(first.mask, alone[0].scores + alone[1].scores > 0)
+        assert torch.equal(second.mask, first.mask)
+        assert (~first.mask & ~(alone[0].prune & alone[1].prune)).any()
+
     @pytest.mark.parametrize("criterion", [bmrs.SNR(), bmrs.Mean(), bmrs.L2(ratio=0.5)], ids=repr)
     def test_other_criteria_must_agree(self, criterion):
         model, first, second = two_branches(200)
