@@ -57,12 +57,14 @@ class Operation:
         layer: float64 copy of its stock layer with noise folded in; None for a noise layer.
         factors: for a noise layer, its expected noise times its mask, float64 of shape (num_structures,).
         axis: dimension of its inputs along which the channels lie; None while no layer has told.
+        rows: output channels of a linear or convolution layer that are left; None for all.
     """
 
     step: Step
     layer: nn.Module | None
     factors: Tensor | None
     axis: int | None
+    rows: Tensor | None = None
 
     def flattened_channels(self) -> Tensor:
         """For a flattening, the channel that each feature of its output comes from."""

@@ -53,7 +53,9 @@ def remove_dead_channels(operations: list[Operation]) -> None:
             _add_to_bias(layer, before.value.masked_fill(~gone, 0.0))
             _keep_columns(layer, ~gone)
         if after is not None and isinstance(layer, (*WEIGHT_LAYERS, *BATCH_NORMS)):
-            _keep_rows(layer, ~removable[after.channel])
+            kept = ~removable[after.channel]
+            _keep_rows(layer, kept)
+            operation.rows = kept.nonzero().flatten()
 
 
 @dataclass

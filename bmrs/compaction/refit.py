@@ -1,0 +1,219 @@
+"""Weights of a compacted network refitted in closed form, so that its layers compute what the full network's do.
+
+When structures leave, the layers that read them lose what they contributed. Much of it can be told from the structures
+that stay: they are correlated. Layer by layer, from the input to the output, the weights and the bias of each linear
+or convolution layer become those with which its outputs, computed from the compacted network's own inputs, are closest
+in the mean square to the full network's outputs for the same examples: ordinary least squares with a small ridge
+towards the present weights. Later layers thus make up for the errors of earlier ones. No gradient, no labels and no
+learning rate are involved. (Channel pruning by reconstruction: He, Zhang & Sun 2017, arXiv 1707.06168.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bmrs.compaction.folding import is_depthwise
+from bmrs.compaction.stock_layers import WEIGHT_LAYERS, WeightLayer
+
+RIDGE = 1e-3
+"""Weight of the present weights, relative to the mean square of the inputs."""
+
+_BATCH = 500
+# Equations for each unknown that are enough: positions of feature maps beyond these are left out.
+_EQUATIONS_PER_UNKNOWN = 100
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a layer of a compacted network comes from.
+
+    Attributes:
+        name: qualified name of the layer in the full network.
+        call: which of the calls of that layer in a forward pass it stands for, from 0.
+        rows: its output channels that are left, int64 of shape (output channels,).
+    """
+
+    name: str
+    call: int
+    rows: Tensor
+
+
+class _FoundError(Exception):
+    """Ends a forward pass whose further results nobody needs."""
+
+
+@torch.no_grad()
+def refit(compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Module, inputs: Tensor) -> None:
+    """Refit a compacted network's linear and convolution layers, in place, in an order of execution.
+
+    Depthwise convolutions and batch norms, which do not mix channels, keep their weights.
+
+    Args:
+        compacted: the network.
+        origins: by name of its layers, in an order of execution, where each comes from.
+        reference: the full network with layers of these names, such as the trained one before noise was added.
+        inputs: examples, the more the better: a few for each input of the widest layer at least.
+
+    Raises:
+        ValueError: the reference lacks a layer or has one of another type or with fewer outputs; it is named.
+    """
+    layers = {name: compacted.get_submodule(name) for name in origins}
+    chosen = {name: layer for name, layer in layers.items() if _mixes(layer)}
+    for name, layer in chosen.items():
+        _check_reference(layer, origins[name], reference)
+    with _evaluating(compacted), _evaluating(reference):
+        for name, layer in chosen.items():
+            origin = origins[name]
+            _refit_layer(compacted, layer, reference, origin, inputs)
+
+
+def _refit_layer(
+    compacted: nn.Module,
+    layer: WeightLayer,
+    reference: nn.Module,
+    origin: Origin,
+    inputs: Tensor,
+) -> None:
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    weights = layer.weight.double().flatten(1).chunk(groups)
+    equations = [_NormalEquations(weight) for weight in weights]
+    for batch in inputs.split(_BATCH):
+        read = _input_of(compacted, layer, batch).movedim(axis, -1)
+        wanted = _output_of(reference, origin, batch).movedim(axis, -1)[..., origin.rows]
+        step = max(
+            1, len(inputs) * wanted[0, ..., 0].numel() // (_EQUATIONS_PER_UNKNOWN * weights[0].shape[1])
+        )
+        for part, x, y in zip(equations, read.chunk(groups, -1), wanted.chunk(groups, -1), strict=True):
+            rows_of_x = x if isinstance(layer, nn.Linear) else _patches(layer, x.movedim(-1, 1))
+            part.add(rows_of_x.flatten(0, -2)[::step].double(), y.flatten(0, -2)[::step].double())
+    solutions = [part.solve() for part in equations]
+    layer.weight.copy_(torch.cat([weight for weight, _ in solutions]).view_as(layer.weight))
+    bias = torch.cat([bias for _, bias in solutions]).to(layer.weight.dtype)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias)
+    else:
+        layer.bias.copy_(bias)
+
+
+class _NormalEquations:
+    """Sums for the least squares problem y ≈ x·Wᵀ + b over many rows; float64.
+
+    Args:
+        weight: the present W, of shape (outputs, inputs).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        outputs, inputs = weight.shape
+        self._weight = weight
+        # Of the rows (x, 1): their products with each other, and with y.
+        self._gram = weight.new_zeros(inputs + 1, inputs + 1)
+        self._cross = weight.new_zeros(inputs + 1, outputs)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows: x of shape (rows, inputs), y of shape (rows, outputs)."""
+        x = F.pad(x, (0, 1), value=1.0)
+        self._gram += x.T @ x
+        self._cross += x.T @ y
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """W and b."""
+        count = self._gram[-1, -1]
+        mean_x, mean_y = self._gram[-1, :-1] / count, self._cross[-1] / count
+        gram = self._gram[:-1, :-1] / count - mean_x.outer(mean_x)
+        cross = self._cross[:-1] / count - mean_x.outer(mean_y)
+        # Inputs that never vary leave their weights as they are.
+        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        change = torch.linalg.solve(system, cross - gram @ self._weight.T)
+        weight = self._weight + change.T
+        return weight, mean_y - weight @ mean_x
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """What each output position of a convolution reads, of shape (N, *positions, channels · kernel size)."""
+    if any(layer._reversed_padding_repeated_twice):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    for i, (size, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    ):
+        x = x.unfold(2 + i, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    spatial = len(layer.kernel_size)
+    # (N, channels, *positions, *kernel) to (N, *positions, channels, *kernel).
+    return x.movedim(1, 1 + spatial).flatten(1 + spatial)
+
+
+def _input_of(model: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
+    """The tensor that a layer of a model is called with."""
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.append(arguments[0])
+        raise _FoundError
+
+    _run_until_found(model, inputs, layer.register_forward_pre_hook(see))
+    return found[-1]
+
+
+def _output_of(model: nn.Module, origin: Origin, inputs: Tensor) -> Tensor:
+    """What a call of a layer of a model returns, before any other hook sees it."""
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(output)
+        if len(found) > origin.call:
+            raise _FoundError
+
+    layer = model.get_submodule(origin.name)
+    _run_until_found(model, inputs, layer.register_forward_hook(see, prepend=True))
+    return found[-1]
+
+
+def _run_until_found(model: nn.Module, inputs: Tensor, handle: RemovableHandle) -> None:
+    try:
+        # Cloned, as a model may overwrite its input.
+        model(inputs.clone())
+    except _FoundError:
+        pass
+    finally:
+        handle.remove()
+
+
+def _check_reference(layer: WeightLayer, origin: Origin, reference: nn.Module) -> None:
+    try:
+        found = reference.get_submodule(origin.name)
+    except AttributeError:
+        raise ValueError(
+            f"refit_to has no layer {origin.name!r}: give the full network that was pruned, "
+            f"was {type(reference).__name__}"
+        ) from None
+    outputs = len(getattr(found, "weight", ()))
+    if not isinstance(found, type(layer)) or outputs <= int(origin.rows.max()):
+        raise ValueError(
+            f"layer {origin.name!r} of refit_to must be a {type(layer).__name__} with more than "
+            f"{int(origin.rows.max())} outputs, was {type(found).__name__} with {outputs}"
+        )
+
+
+def _mixes(layer: nn.Module) -> TypeGuard[WeightLayer]:
+    return isinstance(layer, WEIGHT_LAYERS) and not is_depthwise(layer)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

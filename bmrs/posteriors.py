@@ -1,0 +1,285 @@
+"""Posteriors of a trained network's structures, learned while its weights stay as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bmrs.criteria import SNR, BMRSNormal, BMRSOdds
+from bmrs.divergence import kl_divergence
+from bmrs.noise_layer import noise_layers, required_noise_layers
+
+Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
+
+LEARNING_RATE = 5e-2
+LEAST_DISTANCE = 10.0
+"""Learning rate times steps before which nothing counts as settled.
+
+The KL term alone, with Adam, drives a structure that the data say nothing about past SNR = 1 after 6.4 and past
+ΔF_N = -0.919 after 8.5. Before that all structures are kept by every rule, because none has had the time to leave.
+"""
+MOST_DISTANCE = 60.0
+SETTLED = 0.01
+"""Share of the structures that may still be undecided when the posteriors count as settled."""
+
+# Of the structures that the KL term drives to the prior, the lax rule prunes early on the way and the strict one late.
+_LAX, _STRICT = SNR(threshold=1.0), BMRSNormal(tolerance=0.5 * math.log(2 * math.pi))
+_CHECK_EVERY = 2.5  # in learning rate times steps
+
+
+@dataclass(frozen=True)
+class PosteriorReport:
+    """How learning the posteriors went; ``str()`` says it in a sentence.
+
+    Attributes:
+        temperature: T of the likelihood.
+        steps: batches that were trained on.
+        distance: learning rate times steps, which is about how far a parameter can have moved.
+        unsettled: share of the kept structures on which rules that agree for converged posteriors still disagree.
+        changed: share of the kept structures that `BMRSOdds` judges otherwise than at the check before.
+        settled: False if learning was cut off before decisions stopped changing.
+        emptied: names of noise layers of which no structure is more likely on than off.
+    """
+
+    temperature: float
+    steps: int
+    distance: float
+    unsettled: float
+    changed: float
+    settled: bool
+    emptied: tuple[str, ...]
+
+    def __str__(self) -> str:
+        way = f"{self.steps} steps at temperature {self.temperature:g}"
+        text = (
+            f"posteriors settled after {way}"
+            if self.settled
+            else f"posteriors still move after {way}: rules disagree on {self.unsettled:.1%} of the structures and "
+            f"{self.changed:.1%} changed since the last check; train them longer before you prune"
+        )
+        if self.emptied:
+            text += (
+                f"; at this temperature nothing is left of {', '.join(map(repr, self.emptied))}: the evidence is for "
+                "no network at all, so lower it"
+            )
+        return text
+
+
+def unsettled(model: nn.Module) -> float:
+    """How far the posteriors are from converged: 0 where the decisions no longer depend on the rule.
+
+    A structure that the data say nothing about travels from its start towards the prior, and each rule is a line
+    across its way: SNR ≤ 1 is crossed early, ΔF_N ≥ -0.919 late. The share of kept structures between the two lines is
+    what a decision taken now would owe to the rule and the clock. At the very start it is 0 as well, because nothing
+    has left yet.
+
+    Returns:
+        A share of the kept structures, in [0, 1].
+
+    Raises:
+        ValueError: the model has no noise layer.
+    """
+    between, kept = 0, 0
+    for layer in required_noise_layers(model).values():
+        disagree = _LAX(layer).prune != _STRICT(layer).prune
+        between += int((disagree & layer.mask).sum())
+        kept += int(layer.mask.sum())
+    return between / max(kept, 1)
+
+
+class PosteriorLearner:
+    """Learns the posteriors of a model's noise layers step by step; `learn_posteriors` is the loop around it.
+
+    Within a ``with`` block the model is ready for it: only the noise layers are in training mode and require gradients
+    (with ``weight_lr`` the whole model). Afterwards modes and ``requires_grad`` flags are what they were.
+
+    Args:
+        model: see `learn_posteriors`, as for all further arguments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        dataset_size: int,
+        learning_rate: float = LEARNING_RATE,
+        weight_lr: float | None = None,
+    ) -> None:
+        _check_positive("temperature", temperature)
+        _check_positive("dataset_size", dataset_size)
+        _check_positive("learning_rate", learning_rate)
+        if weight_lr is not None:
+            _check_positive("weight_lr", weight_lr)
+        self.model = model
+        self.temperature = float(temperature)
+        self.learning_rate = float(learning_rate)
+        self._kl_weight = self.temperature / dataset_size
+        self._layers = required_noise_layers(model)
+        self._trains_weights = weight_lr is not None
+        of_noise = [p for layer in self._layers.values() for p in (layer.mu, layer.log_sigma)]
+        groups: list[dict[str, Any]] = [{"params": of_noise, "lr": self.learning_rate}]
+        if weight_lr is not None:
+            ids = {id(p) for p in of_noise}
+            weights = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
+            groups.append({"params": weights, "lr": weight_lr})
+        self.optimizer = torch.optim.Adam(groups, lr=self.learning_rate)
+        self.steps = 0
+        self.changed = 1.0
+        self._decided = self._decisions()
+
+    def __enter__(self) -> PosteriorLearner:
+        self._modes = {module: module.training for module in self.model.modules()}
+        self._flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        self.model.train(self._trains_weights)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(self._trains_weights and self._flags[parameter])
+        for layer in self._layers.values():
+            layer.train()
+            layer.mu.requires_grad_(True)
+            layer.log_sigma.requires_grad_(True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module, mode in self._modes.items():
+            module.training = mode
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Add the KL term to a batch's mean loss, go one step down, and return the KL term, detached."""
+        divergence = kl_divergence(self.model, weight=self._kl_weight)
+        self.optimizer.zero_grad()
+        (loss + divergence).backward()
+        self.optimizer.step()
+        self.steps += 1
+        return divergence.detach()
+
+    @property
+    def distance(self) -> float:
+        """Learning rate times steps so far."""
+        return self.learning_rate * self.steps
+
+    def check(self) -> PosteriorReport:
+        """Compare the decisions with those at the last check."""
+        decided = self._decisions()
+        kept = max(sum(int(layer.mask.sum()) for layer in self._layers.values()), 1)
+        self.changed = sum(int((decided[n] != self._decided[n]).sum()) for n in decided) / kept
+        self._decided = decided
+        share = unsettled(self.model)
+        settled = self.distance >= LEAST_DISTANCE and max(share, self.changed) <= SETTLED
+        emptied = tuple(name for name, kept in decided.items() if not kept.any())
+        return PosteriorReport(
+            self.temperature, self.steps, self.distance, share, self.changed, settled, emptied
+        )
+
+    def _decisions(self) -> dict[str, Tensor]:
+        rule = BMRSOdds()
+        return {name: layer.mask & ~rule(layer).prune for name, layer in self._layers.items()}
+
+
+def learn_posteriors(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    temperature: float = 1.0,
+    dataset_size: int | None = None,
+    learning_rate: float = LEARNING_RATE,
+    max_distance: float = MOST_DISTANCE,
+    weight_lr: float | None = None,
+    on_check: Callable[[PosteriorReport], None] | None = None,
+) -> PosteriorReport:
+    """Learn which structures a trained network needs: its weights stay, its noise learns, until decisions settle.
+
+    The posterior of each structure's θ is fitted to the likelihood to the power 1/T, by Adam on the mean loss of a
+    batch plus T/N times the KL divergence (Eq. 3 of arXiv 2406.01345 for T = 1). With the weights frozen these are few
+    numbers, and a few passes over the data do. Dropout and batch norms are in evaluation mode meanwhile, so that it is
+    the deployed network whose structures are judged. Then `bmrs.prune` decides, and `bmrs.compact` removes.
+
+    Args:
+        model: a trained network with noise layers, changed in place.
+        batches: a `torch.utils.data.DataLoader` or any other iterable that can be gone through again and again.
+        loss: called with the model and one of ``batches``; calls the model and returns the mean loss in nats of an
+            example, such as the cross entropy.
+        temperature: T > 0. 1 is the evidence bound. The larger, the less the data count, and the more goes; 400 to
+            500 images for each unit of N/T is where small image classifiers begin to lose accuracy.
+        dataset_size: N, the number of training examples; taken from ``batches.dataset`` if there is one.
+        learning_rate: Adam's, of μ and log σ; far larger than one for weights, because they have nats to travel.
+        max_distance: learning rate times steps at which learning is cut off, settled or not.
+        weight_lr: if given, the weights are trained as well, by the same optimizer at this learning rate, and the
+            network is in training mode.
+        on_check: called with the state of things at every check, some 50 steps apart.
+
+    Returns:
+        How it went; ``settled`` is False if it was cut off.
+
+    Raises:
+        ValueError: the model has no noise layer, ``dataset_size`` is neither given nor to be found, ``batches`` is
+            empty or can be gone through only once, or a number is out of range.
+        FloatingPointError: the loss or a posterior became NaN or infinite.
+    """
+    learner = PosteriorLearner(
+        model,
+        temperature=temperature,
+        dataset_size=_dataset_size(batches, dataset_size),
+        learning_rate=learning_rate,
+        weight_lr=weight_lr,
+    )
+    _check_positive("max_distance", max_distance)
+    every = max(1, round(_CHECK_EVERY / learning_rate))
+    with learner:
+        while True:
+            before = learner.steps
+            for batch in batches:
+                value = loss(model, batch)
+                learner.step(value)
+                if learner.steps % every and learner.distance < max_distance:
+                    continue
+                _check_finite(model, value, learner.steps)
+                report = learner.check()
+                if on_check is not None:
+                    on_check(report)
+                if report.settled or learner.distance >= max_distance:
+                    return report
+            if learner.steps == before:
+                raise ValueError(
+                    "batches gave nothing"
+                    + (" when gone through again: pass a DataLoader or a list" if before else "")
+                )
+
+
+def _dataset_size(batches: Iterable[Any], given: int | None) -> int:
+    if given is not None:
+        return given
+    try:
+        return len(batches.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"dataset_size is missing: {type(batches).__name__} has no dataset with a length; give the number of "
+            "training examples"
+        ) from None
+
+
+def _check_finite(model: nn.Module, loss: Tensor, steps: int) -> None:
+    if not bool(loss.isfinite().all()):
+        raise FloatingPointError(
+            f"the loss is {loss.detach().tolist()} at step {steps} of learning posteriors"
+        )
+    for name, layer in noise_layers(model).items():
+        if not bool((layer.mu.isfinite() & layer.log_sigma.isfinite()).all()):
+            raise FloatingPointError(
+                f"mu or log_sigma of noise layer {name!r} is not finite at step {steps} of learning posteriors"
+            )
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, was {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and greater than 0, was {value}")
