@@ -5,6 +5,7 @@ from bmrs.compaction import compact
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.divergence import kl_divergence
 from bmrs.noise_layer import NoiseLayer, add_noise
+from bmrs.posteriors import PosteriorReport, learn_posteriors, unsettled
 from bmrs.pruning import PruneReport, prune
 from bmrs.serialization import load, save
 
@@ -17,12 +18,15 @@ __all__ = [
     "GradientNorm",
     "Mean",
     "NoiseLayer",
+    "PosteriorReport",
     "PruneReport",
     "add_noise",
     "compact",
     "kl_divergence",
+    "learn_posteriors",
     "load",
     "models",
     "prune",
     "save",
+    "unsettled",
 ]
