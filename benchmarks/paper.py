@@ -30,7 +30,7 @@ from benchmarks.options import positive
 from benchmarks.records import machine_of
 from bmrs.data import EMBEDDED, DataError, Dataset
 from bmrs.noise_layer import Granularity
-from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, loop
+from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, algorithm1
 from bmrs.training.config import DataName, ModelName
 from bmrs.training.measure import accuracy
 from bmrs.training.run import device_of, load
@@ -210,6 +210,7 @@ def config_of(run: Run, conditions: Conditions) -> TrainConfig:
     """
     folder = None if conditions.data_dir is None or run.data == EMBEDDED else conditions.data_dir / run.data
     return TrainConfig(
+        recipe="paper",
         data=run.data,
         data_dir=None if folder is None else str(folder),
         model=run.network,
@@ -311,10 +312,10 @@ def train_run(run: Run, conditions: Conditions) -> Row | None:
     data = load_once(config.data, config.data_dir, config.seed, config.device)
     device = device_of(config)
     started = time.perf_counter()
-    state = loop.new_state(config, data, noise=run.criterion is not None, device=device)
+    state = algorithm1.new_state(config, data, noise=run.criterion is not None, device=device)
     failure = None
     try:
-        loop.train(state, data, config, save=lambda state: None, progress=Deadline(conditions.deadline))
+        algorithm1.train(state, data, config, save=lambda state: None, progress=Deadline(conditions.deadline))
     except OutOfTimeError:
         return None
     except NonFiniteError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn, get_type_hints
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bmrs.data import DataError
 from bmrs.training import (
+    CollapseError,
     ConfigError,
     InterruptedRunError,
     NonFiniteError,
@@ -26,9 +27,9 @@ from bmrs.training.config import expected_value, flag
 from bmrs.training.run_folder import RunFolder
 
 _TRAIN_HELP = """\
-Train a network with noise and prune it (Algorithm 1 of the BMRS paper), train it without noise for comparison, make
-the pruned one smaller, save it, reload it, check it and measure what was gained. Without options: LeNet-5 on a subset
-of Fashion-MNIST that comes with bmrs.
+Train a network, learn which of its structures it needs, prune, compact and fine-tune it, save, reload and check it, and
+measure what was gained; beside it, in as many epochs, what one would do instead: the dense network, the same widths
+from scratch, structures chosen at random. Without options: LeNet-5 on a subset of Fashion-MNIST that comes with bmrs.
 """
 
 
@@ -39,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments; None for those of the process.
 
     Returns:
-        The exit code. 0: done. 1: training met a NaN or an infinity. 2: an option, the data or the run folder is
-        bad. 130: interrupted.
+        The exit code. 0: done. 1: training met a NaN, an infinity or a collapse. 2: an option, the data or the run
+        folder is bad. 130: interrupted.
     """
     console = Console()
     try:
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         advice = "The checkpoint of the last good epoch is kept; a lower --lr may help"
         return _fail(f"{error}. {advice}", code=1)
+    except CollapseError as error:
+        return _fail(error, code=1)
     except InterruptedRunError as interruption:
         return _fail(interruption, code=130)
     except KeyboardInterrupt:
@@ -79,7 +82,7 @@ def _train(options: Namespace, console: Console) -> None:
     if output is not None:
         raise ConfigError("--output does not go with --resume, which continues in the run's folder")
     _, config = RunFolder.open(Path(options.resume))
-    for name, saved in asdict(config).items():
+    for name, saved in config.to_dict().items():
         if given.get(name, saved) != saved:
             raise ConfigError(f"{flag(name)} is {given[name]}, but the run to resume has {saved}")
     resume(Path(options.resume), console=console)

@@ -43,7 +43,7 @@ class PosteriorReport:
         unsettled: share of the kept structures on which rules that agree for converged posteriors still disagree.
         changed: share of the kept structures that `BMRSOdds` judges otherwise than at the check before.
         settled: False if learning was cut off before decisions stopped changing.
-        emptied: names of noise layers of which no structure is more likely on than off.
+        kept: structures of each noise layer that are not pruned and more likely on than off.
     """
 
     temperature: float
@@ -52,7 +52,12 @@ class PosteriorReport:
     unsettled: float
     changed: float
     settled: bool
-    emptied: tuple[str, ...]
+    kept: dict[str, int]
+
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """Names of noise layers of which no structure is more likely on than off."""
+        return tuple(name for name, kept in self.kept.items() if not kept)
 
     def __str__(self) -> str:
         way = f"{self.steps} steps at temperature {self.temperature:g}"
@@ -168,14 +173,14 @@ class PosteriorLearner:
     def check(self) -> PosteriorReport:
         """Compare the decisions with those at the last check."""
         decided = self._decisions()
-        kept = max(sum(int(layer.mask.sum()) for layer in self._layers.values()), 1)
-        self.changed = sum(int((decided[n] != self._decided[n]).sum()) for n in decided) / kept
+        structures = max(sum(int(layer.mask.sum()) for layer in self._layers.values()), 1)
+        self.changed = sum(int((decided[name] != self._decided[name]).sum()) for name in decided) / structures
         self._decided = decided
         share = unsettled(self.model)
         settled = self.distance >= LEAST_DISTANCE and max(share, self.changed) <= SETTLED
-        emptied = tuple(name for name, kept in decided.items() if not kept.any())
+        kept = {name: int(on.sum()) for name, on in decided.items()}
         return PosteriorReport(
-            self.temperature, self.steps, self.distance, share, self.changed, settled, emptied
+            self.temperature, self.steps, self.distance, share, self.changed, settled, kept
         )
 
     def _decisions(self) -> dict[str, Tensor]:

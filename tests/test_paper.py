@@ -17,7 +17,7 @@ from benchmarks import paper, paper_table, readme
 from benchmarks.__main__ import main
 from benchmarks.paper import Conditions, Run
 from bmrs.data import EMBEDDED, Split
-from bmrs.training import ConfigError, NonFiniteError, RunError, loop
+from bmrs.training import ConfigError, NonFiniteError, RunError, algorithm1
 from bmrs.training.run import load
 
 FEW = ("--data", EMBEDDED, "--networks", "mlp", "--seeds", "1", "--device", "cpu")
@@ -131,8 +131,8 @@ def test_a_run_trains_prunes_and_measures_as_bmrs_train_does(few_images):
 
     config = paper.config_of(run, conditions)
     data = paper.load(config, torch.device("cpu"))
-    state = loop.new_state(config, data, noise=True, device=torch.device("cpu"))
-    loop.train(state, data, config, save=lambda state: None, progress=paper.Deadline(math.inf))
+    state = algorithm1.new_state(config, data, noise=True, device=torch.device("cpu"))
+    algorithm1.train(state, data, config, save=lambda state: None, progress=paper.Deadline(math.inf))
     assert row["epochs"]["loss"] == [round(each["loss"], 5) for each in state.history]
     assert row["kept"] == state.history[-1]["kept"]
     assert row["compression_percent"] == state.history[-1]["compression_percent"]
@@ -204,14 +204,14 @@ def test_an_interrupted_command_has_its_finished_runs(few_images, tmp_path, monk
 
 
 def test_a_run_with_a_nan_is_kept_and_reported(few_images, tmp_path, capsys, monkeypatch):
-    train = loop.train
+    train = algorithm1.train
 
     def broken(state, data, config, **options):
         if config.criterion == "mean":
             raise NonFiniteError("NaN or infinity at epoch 1")
         train(state, data, config, **options)
 
-    monkeypatch.setattr(loop, "train", broken)
+    monkeypatch.setattr(algorithm1, "train", broken)
     assert main(["paper", *QUICK, "--output", str(tmp_path)]) == 1
     assert rows_in(tmp_path)[-1]["failure"] == "NaN or infinity at epoch 1"
     table = capsys.readouterr().out

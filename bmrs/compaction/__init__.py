@@ -8,6 +8,7 @@ gone, if asked to.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.removal import remove_dead_channels
 from bmrs.compaction.stock_layers import BATCH_NORMS, POOLS, WEIGHT_LAYERS, Addition
 from bmrs.compaction.tracing import Step, single_input, trace
+from bmrs.noise_layer import NoiseLayer, noise_layers
 
 __all__ = ["compact"]
 
@@ -27,7 +29,11 @@ TOLERANCE = 1e-4
 
 
 def compact(
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, refit_to: nn.Module | None = None
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    expected_noise: bool = True,
+    refit_to: nn.Module | None = None,
 ) -> nn.Sequential | fx.GraphModule:
     """Return the network that a masked model is in evaluation mode, without noise or pruned structures.
 
@@ -55,6 +61,9 @@ def compact(
         model: any such model, in any mode; it is left as it is.
         example_inputs: its input, or a sequence of that one input; at least one real example, in the model's
             dtype and on its device. With ``refit_to`` some thousand training examples.
+        expected_noise: False multiplies the structures that stay by 1 instead of E[θ], so that weights that were
+            trained without noise, as before `bmrs.learn_posteriors`, come out as they are: a better start for
+            fine-tuning. The outputs are then compared with those of the masked model with θ = 1.
         refit_to: the network that was pruned, as it was trained, with layers of the same names: a copy made before
             `bmrs.add_noise`, or the dense network whose weights the model has. It is left as it is.
 
@@ -72,6 +81,9 @@ def compact(
     """
     example = single_input(example_inputs)
     masked = copy.deepcopy(model).eval()
+    if not expected_noise:
+        for layer in noise_layers(masked).values():
+            layer.expected_noise = functools.partial(_mask_alone, layer)  # type: ignore[method-assign]
     with torch.no_grad():
         operations = fold_noise(trace(masked, example))
         remove_dead_channels(operations)
@@ -82,6 +94,10 @@ def compact(
             origins = _origins(nodes)
             refit(compacted, origins, refit_to, example)
     return compacted
+
+
+def _mask_alone(layer: NoiseLayer) -> Tensor:
+    return layer.mask.to(layer.mu.dtype)
 
 
 def _origins(nodes: list[tuple[Node, Operation]]) -> dict[str, Origin]:

@@ -2,10 +2,12 @@
 
 from bmrs.training.config import ConfigError, TrainConfig
 from bmrs.training.finite import NonFiniteError
+from bmrs.training.recipe import CollapseError
 from bmrs.training.run import InterruptedRunError, evaluate, resume, train
 from bmrs.training.run_folder import RunError
 
 __all__ = [
+    "CollapseError",
     "ConfigError",
     "InterruptedRunError",
     "NonFiniteError",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
 
-from bmrs.criteria import L2, SNR, BMRSNormal, BMRSUniform, Criterion, GradientNorm, Mean
+from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, Criterion, GradientNorm, Mean
 from bmrs.data import EMBEDDED
 from bmrs.noise_layer import Granularity, NoiseLayer
 
 DataName: TypeAlias = Literal["fashion-mnist-subset", "mnist", "fashion-mnist", "cifar10"]
 ModelName: TypeAlias = Literal["lenet5", "mlp"]
-CriterionName: TypeAlias = Literal["bmrs-normal", "bmrs-uniform", "snr", "mean", "l2", "gradient-norm"]
+RecipeName: TypeAlias = Literal["bmrs", "paper"]
+CriterionName: TypeAlias = Literal[
+    "bmrs-odds", "bmrs-normal", "bmrs-uniform", "snr", "mean", "l2", "gradient-norm"
+]
 
 
 class ConfigError(ValueError):
@@ -20,7 +23,10 @@ class ConfigError(ValueError):
 
 
 class Settings(NamedTuple):
-    """Defaults that depend on model and data; `num_blocks` and `hidden` are the MLP's alone."""
+    """Defaults that depend on recipe, model and data.
+
+    `num_blocks` and `hidden` are the MLP's alone, `noise_epochs` and `temperature` those of the recipe bmrs.
+    """
 
     epochs: int
     fine_tune_epochs: int
@@ -30,9 +36,11 @@ class Settings(NamedTuple):
     granularity: Granularity
     num_blocks: int | None = None
     hidden: int | None = None
+    noise_epochs: int | None = None
+    temperature: float | None = None
 
 
-SETTINGS: dict[tuple[ModelName, DataName], Settings] = {
+PAPER_SETTINGS: dict[tuple[ModelName, DataName], Settings] = {
     # The paper's (arXiv 2406.01345, Appendix C).
     ("lenet5", "mnist"): Settings(50, 10, 128, 1.4e-3, 1.4e-3, "element"),
     ("lenet5", "fashion-mnist"): Settings(50, 10, 32, 1.4e-3, 1.4e-3, "element"),
@@ -47,9 +55,32 @@ SETTINGS: dict[tuple[ModelName, DataName], Settings] = {
 }
 
 
+def _ours(model: ModelName, data: DataName) -> Settings:
+    """The recipe's own settings: the paper's network, and a schedule that was chosen on validation images."""
+    paper = PAPER_SETTINGS[model, data]
+    epochs, noise_epochs, fine_tune_epochs = (8, 4, 12) if data == EMBEDDED else (8, 2, 10)
+    return paper._replace(
+        epochs=epochs,
+        noise_epochs=noise_epochs,
+        fine_tune_epochs=fine_tune_epochs,
+        batch_size=32 if data == EMBEDDED else 64,
+        lr=2e-3,
+        noise_lr=5e-2,
+        granularity="sample",
+        temperature=10.0 if data == EMBEDDED else 100.0,
+    )
+
+
+SETTINGS: dict[RecipeName, dict[tuple[ModelName, DataName], Settings]] = {
+    "paper": PAPER_SETTINGS,
+    "bmrs": {key: _ours(*key) for key in PAPER_SETTINGS},
+}
+
+
 # Each criterion's own options, with the defaults of a run. The tolerance of bmrs-normal is what the paper's own code
 # amounts to, which leaves the 2π out of Eq. 8: the exact ΔF of a structure without evidence comes to 0 from below.
 _CRITERIA: dict[CriterionName, tuple[type[Criterion], dict[str, float | None]]] = {
+    "bmrs-odds": (BMRSOdds, {"p1": 8}),
     "bmrs-normal": (BMRSNormal, {"prior_mean": None, "tolerance": 0.5 * math.log(2 * math.pi)}),
     "bmrs-uniform": (BMRSUniform, {"p1": 8, "tolerance": 0.0}),
     "snr": (SNR, {"threshold": 1.0}),
@@ -57,6 +88,13 @@ _CRITERIA: dict[CriterionName, tuple[type[Criterion], dict[str, float | None]]] 
     "l2": (L2, {"ratio": None}),
     "gradient-norm": (GradientNorm, {"ratio": None}),
 }
+
+# Options of one recipe alone, with their defaults; the other one does not take them.
+_OWN_OPTIONS: dict[RecipeName, dict[str, Any]] = {
+    "bmrs": {"noise_epochs": None, "temperature": None, "distillation": 0.0},
+    "paper": {"kl_weight": "mean", "mode": "continuous", "fine_tune_noise": False, "prune_every": 1},
+}
+_DEFAULT_CRITERION: dict[RecipeName, CriterionName] = {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -67,7 +105,8 @@ def _help(text: str) -> dict[str, str]:
 class TrainConfig:
     """Options of one training run, each documented by its help text.
 
-    None stands for the default of model and data, which `settings` fills in.
+    None stands for a default. Those of the recipe are filled in at once, except where the other recipe owns the option;
+    those that depend on model and data are left to `settings`.
 
     Raises:
         ConfigError: A value is bad, or options do not go together.
@@ -84,14 +123,23 @@ class TrainConfig:
     hidden: int | None = field(
         default=None, metadata=_help("mlp: units of each hidden layer; default: the paper's")
     )
-    criterion: CriterionName = field(
-        default="bmrs-normal", metadata=_help("what decides which structures go")
+    recipe: RecipeName = field(
+        default="bmrs",
+        metadata=_help(
+            "bmrs: train, learn the noise with the weights frozen, prune, compact, fine-tune the smaller network; "
+            "paper: Algorithm 1 of the paper, which trains with noise and prunes on the way"
+        ),
+    )
+    criterion: CriterionName | None = field(
+        default=None,
+        metadata=_help("what decides which structures go; default: bmrs-odds (recipe paper: bmrs-normal)"),
     )
     prior_mean: float | None = field(
         default=None, metadata=_help("bmrs-normal: log θ where the reduced prior sits; default: -20")
     )
     p1: float | None = field(
-        default=None, metadata=_help("bmrs-uniform: the reduced prior ends at θ = 2^-p1; default: 8")
+        default=None,
+        metadata=_help("bmrs-odds, bmrs-uniform: bits; below 2^-p1 a structure counts as off; default: 8"),
     )
     tolerance: float | None = field(
         default=None,
@@ -113,35 +161,75 @@ class TrainConfig:
             "element (subset: sample)"
         ),
     )
-    kl_weight: Literal["elbo", "mean"] | float = field(
-        default="mean",
+    temperature: float | None = field(
+        default=None,
         metadata=_help(
-            "elbo: sum / training images; mean: mean over structures, then layers; or a factor on the sum"
+            "bmrs: T, the posterior is that of the likelihood to the power 1/T; 1 is the evidence bound, the larger "
+            "the more goes; default: 10 on the subset, 100 elsewhere"
         ),
     )
-    mode: Literal["continuous", "post-training"] = field(
-        default="continuous", metadata=_help("prune every --prune-every epochs of training, or once after it")
+    kl_weight: Literal["elbo", "mean"] | float | None = field(
+        default=None,
+        metadata=_help(
+            "paper: elbo: sum / training images; mean: mean over structures, then layers; or a factor on the sum; "
+            "default: mean"
+        ),
+    )
+    mode: Literal["continuous", "post-training"] | None = field(
+        default=None,
+        metadata=_help(
+            "paper: prune every --prune-every epochs of training, or once after it; default: continuous"
+        ),
     )
     epochs: int | None = field(
-        default=None, metadata=_help("epochs of training; default: the paper's 50 (subset: fewer)")
+        default=None,
+        metadata=_help("epochs of training; default: 8 (recipe paper: the paper's 50, subset: fewer)"),
+    )
+    noise_epochs: int | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs: epochs at most in which the noise learns; those left when decisions have settled go to fine-tuning; "
+            "default: 2 (subset: 4)"
+        ),
     )
     fine_tune_epochs: int | None = field(
-        default=None, metadata=_help("epochs after the last pruning; default: the paper's 10")
+        default=None,
+        metadata=_help("epochs after the last pruning; default: 10 (subset: 12)"),
     )
-    fine_tune_noise: bool = field(
-        default=False,
-        metadata=_help("fine-tune with noise and KL, as the paper does, and not with E[θ] in place of noise"),
+    distillation: float | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs: weight, from 0 to 1, of the trained network's softened answers in the loss of fine-tuning; "
+            "default: 0"
+        ),
     )
-    prune_every: int = field(default=1, metadata=_help("epochs from one pruning to the next"))
+    fine_tune_noise: bool | None = field(
+        default=None,
+        metadata=_help(
+            "paper: fine-tune with noise and KL, as the paper does, and not with E[θ] in place of noise; default: false"
+        ),
+    )
+    prune_every: int | None = field(
+        default=None, metadata=_help("paper: epochs from one pruning to the next; default: 1")
+    )
     batch_size: int | None = field(default=None, metadata=_help("images of a step; default: the paper's"))
-    lr: float | None = field(default=None, metadata=_help("Adam's learning rate; default: the paper's"))
+    lr: float | None = field(
+        default=None,
+        metadata=_help(
+            "Adam's learning rate; in recipe bmrs it starts at twice that and falls to 0 in each phase, as a cosine; "
+            "default: 2e-3 (recipe paper: the paper's)"
+        ),
+    )
     noise_lr: float | None = field(
         default=None,
         metadata=_help(
-            "Adam's learning rate of mu and log sigma; default: the paper's, the same (subset: larger)"
+            "Adam's learning rate of mu and log sigma; default: 0.05 (recipe paper: the same as --lr; subset: larger)"
         ),
     )
     seed: int = field(default=0, metadata=_help("seed of the split, the weights, the batches and the noise"))
+    seeds: int = field(
+        default=1, metadata=_help("number of runs, with seeds from --seed on; the table shows mean ± sd")
+    )
     device: str = field(default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if there is one"))
     cuda_graph: bool = field(
         default=False,
@@ -154,12 +242,22 @@ class TrainConfig:
         for name, kind in get_type_hints(type(self)).items():
             if not _fits(getattr(self, name), kind):
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}, expected {expected_value(name)}")
-        for name in ("epochs", "prune_every", "batch_size", "hidden"):
+        for name in ("epochs", "noise_epochs", "prune_every", "batch_size", "hidden", "seeds"):
             self._check_number(name, minimum=1)
-        for name in ("fine_tune_epochs", "num_blocks", "seed", "kl_weight"):
+        for name in ("fine_tune_epochs", "num_blocks", "seed", "kl_weight", "distillation"):
             self._check_number(name, minimum=0)
-        self._check_number("lr", minimum=0, or_equal=False)
-        self._check_number("noise_lr", minimum=0, or_equal=False)
+        for name in ("lr", "noise_lr", "temperature"):
+            self._check_number(name, minimum=0, or_equal=False)
+        if self.distillation is not None and self.distillation > 1:
+            raise ConfigError(f"--distillation is {self.distillation}, expected a number from 0 to 1")
+        for recipe, options in _OWN_OPTIONS.items():
+            for name, default in options.items():
+                if recipe != self.recipe:
+                    self._check_unused(name, f"--recipe {recipe}")
+                elif getattr(self, name) is None:
+                    self._fill_in(name, default)
+        if self.criterion is None:
+            self._fill_in("criterion", _DEFAULT_CRITERION[self.recipe])
 
         if self.data == EMBEDDED:
             self._check_unused("data_dir", "--data mnist, fashion-mnist or cifar10")
@@ -173,7 +271,7 @@ class TrainConfig:
     @property
     def settings(self) -> Settings:
         """The options that depend on model and data: as given, or else their defaults."""
-        defaults = SETTINGS[self.model, self.data]
+        defaults = SETTINGS[self.recipe][self.model, self.data]
         given = {name: getattr(self, name) for name in Settings._fields}
         return defaults._replace(**{name: value for name, value in given.items() if value is not None})
 
@@ -181,8 +279,13 @@ class TrainConfig:
         """Return the config with the defaults of its model and data written out."""
         return replace(self, **self.settings._asdict())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON values, which `TrainConfig` and `bmrs train --config` take."""
+        return asdict(self)
+
     def build_criterion(self) -> Criterion:
         """Return the criterion with its own options, as given or else their defaults."""
+        assert self.criterion is not None, "filled in"
         kind, defaults = _CRITERIA[self.criterion]
         for other in dict.fromkeys(name for _, options in _CRITERIA.values() for name in options):
             if other not in defaults:
@@ -198,6 +301,9 @@ class TrainConfig:
         except ValueError as error:
             raise ConfigError(f"--criterion {self.criterion}: {error}") from error
         return criterion
+
+    def _fill_in(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen for everybody else
 
     def _check_number(self, name: str, *, minimum: float, or_equal: bool = True) -> None:
         value: Any = getattr(self, name)

@@ -1,17 +1,19 @@
-"""The picture of a run: accuracy and structures over the epochs, E[θ] and ΔF of the structures."""
+"""The picture of a run: accuracy and structures over the epochs, E[θ] and scores of the structures."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bmrs.criteria import BMRSNormal, BMRSUniform, Mean
+from bmrs.criteria import BMRSNormal, BMRSOdds, BMRSUniform, Mean
 from bmrs.noise_layer import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
+from bmrs.training.run_folder import Network
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,13 +21,12 @@ if TYPE_CHECKING:
 _KEPT, _PRUNED, _DENSE = "#0072B2", "#D55E00", "#666666"
 
 
-def draw(path: Path, *, noisy: TrainingState, dense: TrainingState, config: TrainConfig) -> None:
+def draw(path: Path, states: Mapping[Network, TrainingState], config: TrainConfig) -> None:
     """Draw a finished run into a PNG file.
 
     Args:
         path: The file.
-        noisy: The pruned network with its noise layers and its history.
-        dense: The network trained without noise.
+        states: The run's networks with their histories; "noisy" has the noise layers.
         config: The run's options.
 
     Raises:
@@ -34,31 +35,46 @@ def draw(path: Path, *, noisy: TrainingState, dense: TrainingState, config: Trai
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    noisy = states["noisy"]
     figure = Figure(figsize=(12, 8), dpi=120, layout="constrained")
     figure.suptitle(
-        f"{config.model} on {config.data}: {config.mode} pruning by {config.criterion}", fontsize=14
+        f"{config.model} on {config.data}: recipe {config.recipe}, pruned by {config.criterion}", fontsize=14
     )
     axes = figure.subplots(2, 2)
-    _draw_accuracy(axes[0, 0], noisy.history, dense.history)
+    _draw_accuracy(axes[0, 0], states, config)
     _draw_kept(axes[0, 1], noisy)
-    last = len(noisy.history) + 0.5
     for axis in axes[0]:
-        if config.settings.fine_tune_epochs:
-            axis.axvspan(config.settings.epochs + 0.5, last, color="0.93", zorder=0, label="fine-tuning")
-        axis.set_xlim(0.5, last)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
+    axes[0, 0].set_xlabel("epoch")
+    axes[0, 1].set_xlabel("epoch" if config.recipe == "paper" else "epoch of learning the noise")
     _draw_expected_noise(axes[1, 0], noisy)
-    _draw_delta_f(axes[1, 1], noisy, config)
+    _draw_scores(axes[1, 1], noisy, config)
     figure.savefig(path)
 
 
-def _draw_accuracy(axis: Axes, noisy: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
-    for history, colour, label in ((dense, _DENSE, "dense, without noise"), (noisy, _KEPT, "masked")):
+def _draw_accuracy(axis: Axes, states: Mapping[Network, TrainingState], config: TrainConfig) -> None:
+    if config.recipe == "paper":
+        curves = {"dense, without noise": states["dense"].history, "masked": states["noisy"].history}
+        phases = {"fine-tuning": config.settings.epochs}
+    else:
+        before = states["trained"].history
+        ours = [*before, *states["noisy"].history, *states["fine-tuned"].history]
+        curves = {
+            "dense": states["dense"].history,
+            "random structures": [*before, *states["random"].history],
+            "the widths from scratch": states["scratch"].history,
+            "this recipe": ours,
+        }
+        phases = {"noise": len(before), "fine-tuning": len(before) + len(states["noisy"].history)}
+    colours = (_DENSE, "#CC79A7", _PRUNED, _KEPT)[-len(curves) :] if len(curves) > 2 else (_DENSE, _KEPT)
+    for (label, history), colour in zip(curves.items(), colours, strict=True):
         values = [100 * row["validation_accuracy"] for row in history]
-        axis.plot([row["epoch"] for row in history], values, ".-", color=colour, label=label)
+        axis.plot(range(1, len(values) + 1), values, ".-", color=colour, label=label)
+    for name, start in phases.items():
+        axis.axvline(start + 0.5, color="0.6", linestyle=":")
+        axis.text(start + 0.6, 0.02, name, transform=axis.get_xaxis_transform(), fontsize=8, color="0.4")
     axis.set_title("Accuracy")
     axis.set_ylabel("validation accuracy (%)")
 
@@ -88,21 +104,24 @@ def _draw_expected_noise(axis: Axes, noisy: TrainingState) -> None:
     axis.legend(fontsize=9)
 
 
-def _draw_delta_f(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None:
+def _draw_scores(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None:
     chosen_by = config.build_criterion()
-    criterion = chosen_by if isinstance(chosen_by, BMRSNormal | BMRSUniform) else BMRSNormal()
+    criterion = chosen_by if isinstance(chosen_by, BMRSOdds | BMRSNormal | BMRSUniform) else BMRSOdds()
+    border = 0.0 if isinstance(criterion, BMRSOdds) else -criterion.tolerance
+    sign = "≤" if isinstance(criterion, BMRSOdds) else "≥"
     layers = noise_layers(noisy.model)
     for position, layer in enumerate(layers.values()):
         scores, kept = criterion(layer).scores.cpu(), layer.mask.cpu()
         spread = position + torch.linspace(-0.3, 0.3, len(scores))
         for chosen, colour, label in ((~kept, _PRUNED, "pruned"), (kept, _KEPT, "kept")):
             _scatter(axis, spread[chosen], scores[chosen], colour, label if position == 0 else None)
-    axis.axhline(-criterion.tolerance, color="black", linewidth=1)
+    axis.axhline(border, color="black", linewidth=1)
     axis.set_yscale("symlog", linthresh=0.1)
-    axis.set_ylim(top=max(1.0, 2 * axis.dataLim.ymax))  # margins of a logarithmic axis take up half of it
+    if not isinstance(criterion, BMRSOdds):
+        axis.set_ylim(top=max(1.0, 2 * axis.dataLim.ymax))  # margins of a logarithmic axis take up half of it
     axis.set_xticks(range(len(layers)), list(layers))
-    axis.set_title(f"ΔF of each structure; pruned where ΔF ≥ {0 - criterion.tolerance:.3g}")
-    axis.set_ylabel("ΔF (nats, logarithmic beyond ±0.1)")
+    axis.set_title(f"{criterion.score_name} of each structure; pruned where {sign} {border + 0:.3g}")
+    axis.set_ylabel(f"{criterion.score_name} (nats, logarithmic beyond ±0.1)")
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=9)
 

@@ -55,6 +55,8 @@ class TrainingProgress:
         self._accuracy = f" accuracy {row['validation_accuracy']:.1%}"
         if "kept" in row:
             self._kept = f" kept {'/'.join(map(str, row['kept'].values()))}"
+            if "unsettled" in row:
+                self._kept += f" unsettled {row['unsettled']:.1%}"
         if not self._console.is_terminal:
             self._console.print(
                 f"{self.title}: epoch {row['epoch']}/{self._epochs} ({row['phase']}) loss {row['loss']:.3f} "

@@ -1,19 +1,24 @@
-"""A whole run: train with and without noise, compact, save, reload, measure, draw."""
+"""A whole run: train, prune, compact, save, reload, compare, measure, draw."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from safetensors.torch import save as serialize
+from torch import nn
 
 import bmrs
 from bmrs.data import Dataset, Split, load_dataset, preprocess
-from bmrs.training import loop
+from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from bmrs.training.config import TrainConfig
+from bmrs.training.epoch import Progress
+from bmrs.training.fit import fit, fitting_state
 from bmrs.training.picture import draw
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import (
@@ -24,9 +29,7 @@ from bmrs.training.run_folder import (
     write_json,
     write_json_lines,
 )
-from bmrs.training.summary import Summary, summarise
-
-_TITLES: dict[Network, str] = {"noisy": "with noise", "dense": "dense"}
+from bmrs.training.summary import Summary, show_seeds, summarise
 
 
 class InterruptedRunError(Exception):
@@ -37,7 +40,9 @@ class InterruptedRunError(Exception):
         self.path = path
 
 
-def train(config: TrainConfig, *, output: Path | None = None, console: Console | None = None) -> Summary:
+def train(
+    config: TrainConfig, *, output: Path | None = None, console: Console | None = None
+) -> list[Summary]:
     """Start a run and bring it to its end.
 
     Args:
@@ -45,28 +50,31 @@ def train(config: TrainConfig, *, output: Path | None = None, console: Console |
         output: The run's folder, empty or not there yet; None for a fresh numbered one in `runs`.
         console: Where progress and result are shown.
 
+    Returns:
+        The result of each of its seeds.
+
     Raises:
         RunError: The folder or the device cannot be used.
         DataError, FileNotFoundError: The data cannot be read.
         NonFiniteError: A NaN or an infinity turned up.
+        CollapseError: At this temperature nothing would be left.
         InterruptedRunError: The user pressed Ctrl-C; the run can be resumed.
     """
     config = config.resolved()
     device = device_of(config)
-    data = load(config, device)
-    return _finish(RunFolder.create(config, output), config, data, device, console or Console())
+    load(config, device)  # says what is wrong with the data before there is a folder
+    return _finish(RunFolder.create(config, output), config, device, console or Console())
 
 
-def resume(path: Path, *, console: Console | None = None) -> Summary:
+def resume(path: Path, *, console: Console | None = None) -> list[Summary]:
     """Bring an interrupted run to its end; on the CPU with bitwise the result that it would have had."""
     folder, config = RunFolder.open(path)
-    device = device_of(config)
-    return _finish(folder, config, load(config, device), device, console or Console())
+    return _finish(folder, config, device_of(config), console or Console())
 
 
 def evaluate(
     path: Path, *, data_dir: str | None = None, device: str | None = None, console: Console | None = None
-) -> Summary:
+) -> list[Summary]:
     """Measure a finished run's networks again.
 
     Args:
@@ -79,62 +87,197 @@ def evaluate(
         RunError: Files of the run are missing or broken, or the device cannot be used.
         DataError, FileNotFoundError: The data cannot be read.
     """
+    console = console or Console()
     folder, config = RunFolder.open(path)
     config = replace(
         config, data_dir=data_dir or config.data_dir, device=device or config.device, cuda_graph=False
     )
     chosen = device_of(config)
-    summary = summarise(folder, config, load(config, chosen), chosen)
-    summary.show(console or Console(), _title(config))
-    return summary
+    summaries = []
+    for seed, seed_folder in folder.of_seeds(config):
+        own = replace(config, seed=seed, seeds=1)
+        summaries.append(summarise(seed_folder, own, load(own, chosen), chosen))
+        summaries[-1].show(console, _title(own))
+    show_seeds(summaries, console, _title(config))
+    return summaries
 
 
-def _finish(
-    folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device, console: Console
-) -> Summary:
+def _finish(folder: RunFolder, config: TrainConfig, device: torch.device, console: Console) -> list[Summary]:
     console.print(f"run folder: {folder.path}", soft_wrap=True)
+    summaries = []
     try:
-        noisy = _train_network("noisy", folder, config, data, device, console)
-        dense = _train_network("dense", folder, config, data, device, console)
+        for seed, seed_folder in folder.of_seeds(config):
+            own = replace(config, seed=seed, seeds=1)
+            seed_folder.path.mkdir(exist_ok=True)
+            if config.seeds > 1:
+                console.print(f"seed {seed}: {seed_folder.path}", soft_wrap=True)
+                write_json(seed_folder.config, own.to_dict())
+            summaries.append(_finish_seed(seed_folder, own, load(own, device), device, console))
     except KeyboardInterrupt:
         raise InterruptedRunError(folder.path) from None
-    write_atomically(folder.dense, serialize(dense.model.state_dict()))
-    bmrs.save(folder.compacted, bmrs.compact(noisy.model, data.validation.images[:8]))
+    if len(summaries) > 1:
+        write_json(folder.summary, {"seeds": [summary.to_dict() for summary in summaries]})
+    show_seeds(summaries, console, _title(config))
+    return summaries
+
+
+def _finish_seed(
+    folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device, console: Console
+) -> Summary:
+    trainer = _Trainer(folder, config, console)
+    run = _run_paper if config.recipe == "paper" else _run_recipe
+    states = run(trainer, config, data, device)
+    write_atomically(folder.dense, serialize(states["dense"].model.state_dict()))
     summary = summarise(folder, config, data, device)
     write_json(folder.summary, summary.to_dict())
-    summary.show(console, _title(config))
     try:
-        draw(folder.picture, noisy=noisy, dense=dense, config=config)
-        console.print(f"picture: {folder.picture}", soft_wrap=True)
+        draw(folder.picture, states, config)
+        picture = f"picture: {folder.picture}"
     except ModuleNotFoundError as error:
-        console.print(
-            f"no picture, as {error.name} is missing: pip install 'bmrs-kernels\\[plot]'", soft_wrap=True
-        )
+        picture = f"no picture, as {error.name} is missing: pip install 'bmrs-kernels\\[plot]'"
+    summary.show(console, _title(config))
+    console.print(picture, soft_wrap=True)
     return summary
 
 
-def _train_network(
-    network: Network,
-    folder: RunFolder,
-    config: TrainConfig,
-    data: Dataset,
-    device: torch.device,
-    console: Console,
-) -> TrainingState:
-    """Train one network from its checkpoint, or from the start if there is none."""
+@dataclass(frozen=True)
+class _Trainer:
+    """Trains the networks of a run, each from its checkpoint if there is one."""
 
-    def save(state: TrainingState) -> None:
-        save_checkpoint(folder.checkpoint(network), state)
-        write_json_lines(folder.metrics(network), state.history)
+    folder: RunFolder
+    config: TrainConfig
+    console: Console
 
-    state = loop.new_state(config, data, noise=network == "noisy", device=device)
-    if folder.checkpoint(network).exists():
-        load_checkpoint(folder.checkpoint(network), state)
-    save(state)
+    def __call__(
+        self,
+        network: Network,
+        title: str,
+        state: TrainingState,
+        epochs: int,
+        train: Callable[[Callable[[TrainingState], None], Progress], None],
+    ) -> TrainingState:
+        """Train a fresh state by a function that is given how to save and whom to tell."""
+
+        def save(state: TrainingState) -> None:
+            save_checkpoint(self.folder.checkpoint(network), state)
+            write_json_lines(self.folder.metrics(network), state.history)
+
+        if self.folder.checkpoint(network).exists():
+            load_checkpoint(self.folder.checkpoint(network), state)
+        save(state)
+        with TrainingProgress(self.console, title, epochs=epochs, done=len(state.history)) as progress:
+            train(save, progress)
+        return state
+
+    def fit(
+        self,
+        network: Network,
+        title: str,
+        model: nn.Module,
+        data: Dataset,
+        epochs: int,
+        teacher: nn.Module | None = None,
+    ) -> TrainingState:
+        """Train a network's weights."""
+        state = fitting_state(model, self.config, data.train.labels.device)
+        return self(
+            network,
+            title,
+            state,
+            epochs,
+            lambda save, progress: fit(
+                state,
+                data,
+                self.config,
+                epochs=epochs,
+                phase=title,
+                save=save,
+                progress=progress,
+                teacher=teacher,
+            ),
+        )
+
+
+def _run_paper(
+    trainer: _Trainer, config: TrainConfig, data: Dataset, device: torch.device
+) -> dict[Network, TrainingState]:
     epochs = config.settings.epochs + config.settings.fine_tune_epochs
-    with TrainingProgress(console, _TITLES[network], epochs=epochs, done=len(state.history)) as progress:
-        loop.train(state, data, config, save=save, progress=progress)
-    return state
+
+    def network(name: Network, title: str) -> TrainingState:
+        state = algorithm1.new_state(config, data, noise=name == "noisy", device=device)
+        return trainer(
+            name,
+            title,
+            state,
+            epochs,
+            lambda save, progress: algorithm1.train(state, data, config, save=save, progress=progress),
+        )
+
+    states: dict[Network, TrainingState] = {
+        "noisy": network("noisy", "with noise"),
+        "dense": network("dense", "dense"),
+    }
+    compacted = bmrs.compact(states["noisy"].model, data.validation.images[:8])
+    bmrs.save(trainer.folder.network("compacted"), compacted)
+    return states
+
+
+def _run_recipe(
+    trainer: _Trainer, config: TrainConfig, data: Dataset, device: torch.device
+) -> dict[Network, TrainingState]:
+    folder, settings = trainer.folder, config.settings
+    assert settings.noise_epochs is not None, "settings have it for this recipe"
+    epochs = recipe.total_epochs(config)
+
+    trained = trainer.fit(
+        "trained", "training", recipe.untrained(config, data, device), data, settings.epochs
+    )
+    noisy = recipe.noisy_state(trained.model, config, data, device)
+    trainer(
+        "noisy",
+        "noise",
+        noisy,
+        settings.noise_epochs,
+        lambda save, progress: recipe.learn_noise(noisy, data, config, save=save, progress=progress),
+    )
+    if "pruning" not in noisy.history[-1]:  # not yet, in a run that was interrupted
+        noisy.history[-1]["pruning"] = bmrs.prune(noisy.model, config.build_criterion()).to_dict()
+        save_checkpoint(folder.checkpoint("noisy"), noisy)
+        write_json_lines(folder.metrics("noisy"), noisy.history)
+
+    examples = data.train.images[: recipe.EXAMPLES]
+    refitted = bmrs.compact(noisy.model, examples, refit_to=trained.model)
+    tuning_epochs = recipe.fine_tuning_epochs(config, noisy)
+    start = bmrs.compact(noisy.model, examples, expected_noise=False) if tuning_epochs else refitted
+    fine_tuned = trainer.fit(
+        "fine-tuned",
+        "fine-tuning",
+        copy.deepcopy(start),
+        data,
+        tuning_epochs,
+        teacher=trained.model if config.distillation else None,
+    )
+    dense = trainer.fit("dense", "dense", recipe.untrained(config, data, device), data, epochs)
+    chosen = recipe.random_structures(trained.model, noisy.model, config, data)
+    random = trainer.fit("random", "random structures", chosen, data, epochs - settings.epochs)
+    same_widths = recipe.untrained_copy(fine_tuned.model, config)
+    scratch = trainer.fit("scratch", "from scratch", same_widths, data, epochs)
+    for name, model in (
+        ("pruned", bmrs.compact(noisy.model, examples)),
+        ("refitted", refitted),
+        ("compacted", fine_tuned.model),
+        ("random", random.model),
+        ("scratch", scratch.model),
+    ):
+        bmrs.save(folder.network(name), model)
+    return {
+        "trained": trained,
+        "noisy": noisy,
+        "fine-tuned": fine_tuned,
+        "dense": dense,
+        "random": random,
+        "scratch": scratch,
+    }
 
 
 def load(config: TrainConfig, device: torch.device) -> Dataset:
@@ -171,4 +314,5 @@ def device_of(config: TrainConfig) -> torch.device:
 
 
 def _title(config: TrainConfig) -> str:
-    return f"{config.model} on {config.data}, {config.mode} pruning by {config.criterion}"
+    seeds = f", {config.seeds} seeds" if config.seeds > 1 else ""
+    return f"{config.model} on {config.data}, recipe {config.recipe}, pruned by {config.criterion}{seeds}"

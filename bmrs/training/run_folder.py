@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from bmrs.training.config import TrainConfig
 
-Network: TypeAlias = Literal["noisy", "dense"]
+Network: TypeAlias = Literal["trained", "noisy", "fine-tuned", "dense", "random", "scratch"]
+"""What a checkpoint is of; a run of the recipe paper has "noisy" and "dense" alone."""
 
 
 class RunError(Exception):
@@ -41,10 +43,9 @@ class RunFolder:
         """Weights of the trained dense network."""
         return self.path / "dense.safetensors"
 
-    @property
-    def compacted(self) -> Path:
-        """The compacted model, which `bmrs.load` reads."""
-        return self.path / "compacted.safetensors"
+    def network(self, name: str) -> Path:
+        """A model that `bmrs.load` reads: "compacted", the result, and in the recipe bmrs what it is compared with."""
+        return self.path / f"{name}.safetensors"
 
     @property
     def summary(self) -> Path:
@@ -56,10 +57,10 @@ class RunFolder:
         """The picture of the run."""
         return self.path / "picture.png"
 
-    def missing(self) -> list[str]:
-        """Names of the files that evaluation needs and that are not there."""
-        needed = (self.config, self.checkpoint("noisy"), self.dense, self.compacted)
-        return [path.name for path in needed if not path.is_file()]
+    def of_seeds(self, config: TrainConfig) -> Iterator[tuple[int, RunFolder]]:
+        """The seeds of a run and their folders: this one if there is one seed."""
+        for seed in range(config.seed, config.seed + config.seeds):
+            yield seed, self if config.seeds == 1 else RunFolder(self.path / f"seed-{seed}")
 
     @classmethod
     def create(cls, config: TrainConfig, output: Path | None) -> RunFolder:
@@ -82,7 +83,7 @@ class RunFolder:
             output.mkdir(parents=True, exist_ok=True)
             path = output
         folder = cls(path)
-        write_json(folder.config, asdict(config))
+        write_json(folder.config, config.to_dict())
         return folder
 
     @classmethod

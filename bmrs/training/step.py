@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import bmrs
 from bmrs.data import Split
@@ -17,38 +17,63 @@ from bmrs.training.cuda_graph import GraphedStep
 from bmrs.training.finite import FiniteWatch
 
 Step: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
+DataLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of the logits, the labels and the indices of a batch, to the mean loss in nats."""
+Update: TypeAlias = Callable[[Tensor], Tensor]
+"""Of the data loss: goes one step down and returns the KL term in nats, detached."""
 
 
 def new_step(
-    state: TrainingState, split: Split, config: TrainConfig, watch: FiniteWatch, *, noise: bool
+    model: nn.Module,
+    split: Split,
+    config: TrainConfig,
+    watch: FiniteWatch,
+    *,
+    data_loss: DataLoss,
+    update: Update,
 ) -> Step:
     """Return a function that trains on the images of given indices and waits for nothing.
 
-    It returns means over the batch, float64 of shape (3,): the negative log likelihood and the KL term in nats and the
-    share of images that were classified rightly, with noise by the noisy network; and what `watch` is to record.
+    It returns means over the batch, float64 of shape (3,): the data loss and the KL term in nats and the share of
+    images that were classified rightly, with noise by the noisy network; and what `watch` is to record.
 
     Args:
-        state: The network and its optimizer, changed in place.
+        model: The network.
         split: Preprocessed images.
         config: The options; with `cuda_graph` the step is captured and replayed.
         watch: Is asked for the step's magnitudes.
-        noise: Whether the loss has a KL term.
+        data_loss: What is to become small.
+        update: How.
     """
-    model, optimizer = state.model, state.optimizer
 
     def step(batch: Tensor) -> tuple[Tensor, ...]:
         images, labels = split.images[batch], split.labels[batch]
         logits = model(images)
-        nll = F.cross_entropy(logits, labels)
-        kl = torch.zeros_like(nll)
-        if noise:
-            kl = bmrs.kl_divergence(model, weight=config.kl_weight, dataset_size=len(split))
-        loss = nll + kl
-        optimizer.zero_grad()
-        loss.backward()
-        magnitudes = watch.magnitudes(loss)
-        optimizer.step()
+        loss = data_loss(logits, labels, batch)
+        kl = update(loss)
+        magnitudes = watch.magnitudes(loss + kl)
         correct = (logits.argmax(dim=1) == labels).double().mean()
-        return torch.stack([nll.detach().double(), kl.detach().double(), correct]), magnitudes
+        return torch.stack([loss.detach().double(), kl.double(), correct]), magnitudes
 
-    return GraphedStep(step, config.settings.batch_size, state.device) if config.cuda_graph else step
+    return GraphedStep(step, config.settings.batch_size, split.labels.device) if config.cuda_graph else step
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:
+    """The data loss of plain training."""
+    return F.cross_entropy(logits, labels)
+
+
+def update_of(state: TrainingState, config: TrainConfig, dataset_size: int, *, noise: bool) -> Update:
+    """Return the step of a state's optimizer, with noise on the loss plus the KL term that the options weigh."""
+
+    def update(loss: Tensor) -> Tensor:
+        kl = torch.zeros_like(loss)
+        if noise:
+            assert config.kl_weight is not None, "filled in for the recipe that has it"
+            kl = bmrs.kl_divergence(state.model, weight=config.kl_weight, dataset_size=dataset_size)
+        state.optimizer.zero_grad()
+        (loss + kl).backward()
+        state.optimizer.step()
+        return kl.detach()
+
+    return update

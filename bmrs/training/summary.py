@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,22 +14,29 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
-from torch import nn
+from torch import Tensor, nn
 
 import bmrs
 from bmrs.data import Dataset, Split
 from bmrs.noise_layer import noise_layers
-from bmrs.training.checkpoint import load_checkpoint
+from bmrs.training import algorithm1, recipe
+from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.config import TrainConfig
-from bmrs.training.loop import new_state
+from bmrs.training.fit import fitting_state
 from bmrs.training.measure import accuracy, compression, flops, in_batches, latency, num_parameters
-from bmrs.training.run_folder import RunError, RunFolder
+from bmrs.training.run_folder import Network, RunError, RunFolder
 
 LATENCY_BATCHES = (1, 64)
 """Numbers of images that latency is measured with."""
 
 TOLERANCE = 1e-4
 """Largest difference of the compacted network's outputs, relative to the masked network's largest output."""
+
+# What the table compares, in its order, and what "bmrs" made of it.
+_COLUMNS = {"paper": ("dense", "masked", "compacted"), "bmrs": ("dense", "compacted", "scratch", "random")}
+_HEADINGS = {"scratch": "its widths\nfrom scratch", "random": "random\nstructures"}
+# Accuracies on the way, in the order in which they came about.
+_ON_THE_WAY = {"trained": "trained", "pruned": "pruned", "refitted": "refitted"}
 
 
 @dataclass(frozen=True)
@@ -55,22 +63,32 @@ class Summary:
     """What a run gained.
 
     Attributes:
-        dense: The network trained the same way without noise.
-        masked: The pruned network before compaction.
-        compacted: The network that `bmrs.load` returns.
+        recipe: "bmrs" or "paper".
+        networks: By name. "dense": trained as long without noise. "compacted": what `bmrs.load` returns. Of the recipe
+            paper, "masked": the pruned network before compaction. Of the recipe bmrs, "scratch": the compacted
+            network's widths, trained from scratch; "random": as many structures of the trained network, chosen at
+            random and fine-tuned; both in as many epochs.
+        on_the_way: Of the recipe bmrs, test accuracies of the network before pruning ("trained"), after pruning and
+            folding ("pruned") and after refitting ("refitted"), no weight having been trained after pruning.
         kept: Structures kept and structures in all, by noise layer.
         compression_percent: The paper's measure; see `measure.compression`.
-        reload_error: Largest difference between the outputs of the reloaded compacted network and the masked one,
-            relative to the largest output, on the test images.
+        reload_error: Largest difference between the outputs of the reloaded network that compaction gave and the
+            masked one, relative to the largest output, on the test images.
+        unsettled: Share of the structures on which rules that agree for converged posteriors disagree.
+        settled: False if the noise was cut off before decisions stopped changing; of the recipe bmrs.
+        temperature: That of the posteriors; of the recipe bmrs.
         device: Where it was measured.
     """
 
-    dense: Measurement
-    masked: Measurement
-    compacted: Measurement
+    recipe: str
+    networks: dict[str, Measurement]
+    on_the_way: dict[str, float]
     kept: dict[str, tuple[int, int]]
     compression_percent: float
     reload_error: float
+    unsettled: float
+    settled: bool | None
+    temperature: float | None
     device: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,32 +97,74 @@ class Summary:
 
     def show(self, console: Console, title: str) -> None:
         """Print the numbers as a table."""
-        networks = (self.dense, self.masked, self.compacted)
-        table = Table(title=title, title_justify="left")
-        for column in ("", "dense", "masked", "compacted", "dense / compacted"):
-            table.add_column(column, justify="right" if column else "left", overflow="fold")
-        table.add_row("test accuracy", *(f"{each.accuracy:.2%}" for each in networks))
-        for name, values in (
-            ("parameters", [each.parameters for each in networks]),
-            ("FLOPs per image", [each.flops for each in networks]),
-            ("bytes on disk", [each.file_size for each in networks]),
-        ):
-            table.add_row(name, *(f"{value:,}" for value in values), _ratio(values))
-        for position, size in enumerate(LATENCY_BATCHES):
-            times = [each.latency[position] for each in networks]
-            texts = (f"{1e3 * time:.3f}" for time in times)
-            table.add_row(f"ms for {size} image{'s' * (size > 1)}", *texts, _ratio(times))
-        table.add_section()
-        for name, (kept, structures) in self.kept.items():
-            counts = (structures, kept, kept)
-            table.add_row(f"structures, {name}", *map(str, counts), _ratio(counts))
-        console.print(table)
-        for line in (
+        _show([self], console, title)
+        for line in self._notes():
+            console.print(line, soft_wrap=True, highlight=False)
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.on_the_way:
+            way = ", ".join(f"{name} {self.on_the_way[key]:.2%}" for key, name in _ON_THE_WAY.items())
+            notes.append(f"Test accuracy without training a weight after pruning: {way}.")
+        if self.temperature is not None:
+            notes.append(
+                f"Posteriors at temperature {self.temperature:g}: rules that agree once they have converged disagree "
+                f"on {self.unsettled:.1%} of the structures"
+                + ("." if self.settled else "; they were cut off before they settled (--noise-epochs).")
+            )
+        return [
+            *notes,
             f"Compression as the paper counts it: {self.compression_percent:.1f} % of all parameters, μ and log σ too.",
             f"The reloaded network's outputs differ from the masked one's by {self.reload_error:.0e} of the largest.",
             f"Times are medians on {self.device}, with one thread if that is a CPU. A multiply-add counts as 2 FLOPs.",
-        ):
-            console.print(line, soft_wrap=True, highlight=False)
+        ]
+
+
+def show_seeds(summaries: Sequence[Summary], console: Console, title: str) -> None:
+    """Print means and standard deviations of several seeds' results; nothing for one."""
+    if len(summaries) > 1:
+        _show(summaries, console, title)
+        console.print(f"Means ± standard deviations of {len(summaries)} seeds.", soft_wrap=True)
+
+
+def _show(summaries: Sequence[Summary], console: Console, title: str) -> None:
+    names = _COLUMNS[summaries[0].recipe]
+    table = Table(title=title, title_justify="left")
+    for column in ("", *(_HEADINGS.get(name, name) for name in names), "dense /\ncompacted"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+
+    def values(name: str, value: Callable[[Measurement], float]) -> list[float]:
+        return [value(summary.networks[name]) for summary in summaries]
+
+    def add(row: str, value: Callable[[Measurement], float], form: Callable[[float], str]) -> None:
+        ratio = statistics.mean(values("dense", value)) / statistics.mean(values("compacted", value))
+        table.add_row(row, *(_spread(values(name, value), form) for name in names), f"{ratio:.2f}×")
+
+    table.add_row(
+        "test accuracy, %",
+        *(_spread(values(name, lambda m: 100 * m.accuracy), "{:.2f}".format) for name in names),
+        "",
+    )
+    add("parameters", lambda m: m.parameters, "{:,.0f}".format)
+    add("FLOPs per image", lambda m: m.flops, "{:,.0f}".format)
+    add("bytes on disk", lambda m: m.file_size, "{:,.0f}".format)
+    for position, size in enumerate(LATENCY_BATCHES):
+        add(
+            f"ms for {size} image{'s' * (size > 1)}",
+            lambda m, position=position: 1e3 * m.latency[position],  # type: ignore[misc]
+            "{:.3f}".format,
+        )
+    table.add_section()
+    for name, (_, structures) in summaries[0].kept.items():
+        kept = [float(summary.kept[name][0]) for summary in summaries]
+        counts = [str(structures)] + [_spread(kept, "{:.0f}".format)] * (len(names) - 1)
+        table.add_row(f"structures, {name}", *counts, f"{structures / statistics.mean(kept):.2f}×")
+    console.print(table)
+
+
+def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    mean = form(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form(statistics.stdev(values))}"
 
 
 def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device) -> Summary:
@@ -113,60 +173,106 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     Raises:
         RunError: A file is missing or broken, or the compacted network's outputs are not the masked network's.
     """
-    missing = folder.missing()
+    names = (
+        ["compacted"]
+        if config.recipe == "paper"
+        else ["compacted", "scratch", "random", "pruned", "refitted"]
+    )
+    needed = [folder.config, folder.checkpoint("noisy"), folder.dense, *map(folder.network, names)]
+    if config.recipe == "bmrs":
+        needed.append(folder.checkpoint("trained"))
+    missing = [path.name for path in needed if not path.is_file()]
     if missing:
         raise RunError(
             f"{folder.path} lacks {', '.join(missing)}: not a finished run; continue it with --resume {folder.path}"
         )
-    noisy = new_state(config, data, noise=True, device=device)
-    load_checkpoint(folder.checkpoint("noisy"), noisy)
-    dense = new_state(config, data, noise=False, device=device).model
-    try:
-        dense.load_state_dict(load_file(folder.dense, device=str(device)))
-        compacted = bmrs.load(folder.compacted, device=device)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise RunError(f"{folder.dense.name} or {folder.compacted.name} is broken: {error}") from error
+    noisy = _load_state(folder, "noisy", config, data, device)
+    dense = recipe.untrained(config, data, device)
+    _load(folder.dense.name, lambda: dense.load_state_dict(load_file(folder.dense, device=str(device))))
+    networks: dict[str, nn.Module] = {"dense": dense}
+    for name in names:
+        path = folder.network(name)
+        networks[name] = _load(path.name, lambda path=path: bmrs.load(path, device=device))  # type: ignore[misc]
 
-    # In float64, since TF32 and the like would differ by more than the tolerance.
-    images = data.test.images.double()
-    expected, found = (
-        in_batches(copy.deepcopy(model).double(), images) for model in (noisy.model, compacted)
-    )
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not difference <= TOLERANCE:
-        raise RunError(
-            f"{folder.compacted}: its outputs differ from the masked network's by {difference:.1e} of the "
-            f"largest, expected at most {TOLERANCE}"
-        )
-
-    file_sizes = [
-        folder.dense.stat().st_size,
-        len(serialize(noisy.model.state_dict())),
-        folder.compacted.stat().st_size,
-    ]
-    measured = _measure([dense, noisy.model, compacted], file_sizes, data.test)
+    compaction = "compacted" if config.recipe == "paper" else "pruned"
+    error = _difference(noisy.model, networks[compaction], data.test.images, folder.network(compaction).name)
+    sizes = {name: folder.network(name).stat().st_size for name in networks}
+    if config.recipe == "paper":
+        networks["masked"] = noisy.model
+        sizes["masked"] = len(serialize(noisy.model.state_dict()))
+    compared = {name: networks[name] for name in _COLUMNS[config.recipe]}
+    last = noisy.history[-1] if noisy.history else {}
+    on_the_way = {}
+    if config.recipe == "bmrs":
+        trained = _load_state(folder, "trained", config, data, device)
+        on_the_way = {
+            name: accuracy(trained.model if name == "trained" else networks[name], data.test)
+            for name in _ON_THE_WAY
+        }
     return Summary(
-        dense=measured[0],
-        masked=measured[1],
-        compacted=measured[2],
+        recipe=config.recipe,
+        networks=_measure(compared, sizes, data.test),
+        on_the_way=on_the_way,
         kept={
             name: (int(layer.mask.sum()), layer.num_structures)
             for name, layer in noise_layers(noisy.model).items()
         },
         compression_percent=compression(noisy.model, data.test.images[:1]),
-        reload_error=difference,
+        reload_error=error,
+        unsettled=last.get("unsettled", bmrs.unsettled(noisy.model)),
+        settled=last.get("settled"),
+        temperature=last.get("temperature"),
         device=str(device),
     )
 
 
-def _measure(models: Sequence[nn.Module], file_sizes: Sequence[int], test: Split) -> list[Measurement]:
+def _load_state(
+    folder: RunFolder, network: Network, config: TrainConfig, data: Dataset, device: torch.device
+) -> TrainingState:
+    if config.recipe == "paper":
+        state = algorithm1.new_state(config, data, noise=True, device=device)
+    elif network == "noisy":
+        state = recipe.noisy_state(recipe.untrained(config, data, device), config, data, device)
+    else:
+        state = fitting_state(recipe.untrained(config, data, device), config, device)
+    load_checkpoint(folder.checkpoint(network), state)
+    return state
+
+
+def _load(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise RunError(f"{name} is broken: {error}") from error
+
+
+def _difference(masked: nn.Module, compacted: nn.Module, images: Tensor, name: str) -> float:
+    """The largest difference of the outputs, relative to the largest output."""
+    # In float64, since TF32 and the like would differ by more than the tolerance.
+    expected, found = (
+        in_batches(copy.deepcopy(model).double(), images.double()) for model in (masked, compacted)
+    )
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCE:
+        raise RunError(
+            f"{name}: its outputs differ from the masked network's by {difference:.1e} of the "
+            f"largest, expected at most {TOLERANCE}"
+        )
+    return difference
+
+
+def _measure(
+    models: Mapping[str, nn.Module], file_sizes: Mapping[str, int], test: Split
+) -> dict[str, Measurement]:
     # Each batch size gives one time for each model; the table wants it the other way round.
-    latencies = zip(*(latency(models, test.images[:size]) for size in LATENCY_BATCHES), strict=True)
-    return [
-        Measurement(accuracy(model, test), num_parameters(model), flops(model, test.images[:1]), size, times)
-        for model, size, times in zip(models, file_sizes, latencies, strict=True)
-    ]
-
-
-def _ratio(values: Sequence[float]) -> str:
-    return f"{values[0] / values[-1]:.2f}×"
+    turns = [latency(list(models.values()), test.images[:size]) for size in LATENCY_BATCHES]
+    return {
+        name: Measurement(
+            accuracy(model, test),
+            num_parameters(model),
+            flops(model, test.images[:1]),
+            file_sizes[name],
+            times,
+        )
+        for (name, model), times in zip(models.items(), zip(*turns, strict=True), strict=True)
+    }

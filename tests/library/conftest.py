@@ -6,11 +6,12 @@ from bmrs.training import TrainConfig
 
 @pytest.fixture
 def tiny_config(tmp_path):
-    """Makes options for a run of a few seconds, on images that are noise."""
+    """Makes options for a run of Algorithm 1 of a few seconds, on images that are noise."""
     folder = write_idx_folder(tmp_path / "images", train=60, test=64)
 
     def make(**options):
         defaults = {
+            "recipe": "paper",
             "data": "mnist",
             "data_dir": str(folder),
             "model": "mlp",

@@ -37,7 +37,7 @@ def images(tmp_path_factory):
 def options(images):
     data = f"--data mnist --data-dir {images} --device cpu"
     network = "--model mlp --num-blocks 1 --hidden 6 --batch-size 16"
-    schedule = "--epochs 2 --fine-tune-epochs 1 --criterion l2 --ratio 0.34"
+    schedule = "--recipe paper --epochs 2 --fine-tune-epochs 1 --criterion l2 --ratio 0.34"
     return ["train", *data.split(), *network.split(), *schedule.split()]
 
 
@@ -58,7 +58,7 @@ def run_copy(finished, tmp_path):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Saves the time of drawing."""
-    monkeypatch.setattr("bmrs.training.run.draw", lambda path, **options: None)
+    monkeypatch.setattr("bmrs.training.run.draw", lambda *arguments: None)
 
 
 def rows(path):
@@ -87,13 +87,14 @@ def test_a_run_leaves_its_files_and_a_table(finished):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["kept"] == {"hidden0_tanh": [3, 6], "hidden1_tanh": [3, 6]}
     assert summary["reload_error"] < 1e-4
-    dense, compacted = summary["dense"], summary["compacted"]
+    networks = summary["networks"]
+    dense, compacted = networks["dense"], networks["compacted"]
     assert dense["parameters"] == 1024 * 6 + 6 + 6 * 6 + 6 + 6 * 10 + 10
     assert compacted["parameters"] == 1024 * 3 + 3 + 3 * 3 + 3 + 3 * 10 + 10
     assert compacted["flops"] == 2 * (1024 * 3 + 3 * 3 + 3 * 10)
     assert compacted["file_size"] == (run / "compacted.safetensors").stat().st_size < dense["file_size"]
-    assert compacted["accuracy"] == summary["masked"]["accuracy"]
-    assert all(time > 0 for name in ("dense", "masked", "compacted") for time in summary[name]["latency"])
+    assert compacted["accuracy"] == networks["masked"]["accuracy"]
+    assert all(time > 0 for network in networks.values() for time in network["latency"])
     assert bmrs.load(run / "compacted.safetensors")(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
     assert (run / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert [row["epoch"] for row in rows(run / "metrics.jsonl")] == [1, 2, 3]
@@ -182,7 +183,8 @@ def test_evaluation_measures_a_run_again(run_copy, tmp_path, images, capsys):
     assert main(["evaluate", str(run_copy), "--data-dir", str(moved), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "test accuracy" in text
-    assert f"{json.loads(before['summary.json'])['compacted']['accuracy']:.2%}" in text
+    accuracy = json.loads(before["summary.json"])["networks"]["compacted"]["accuracy"]
+    assert f"{100 * accuracy:.2f}" in text
     assert {path.name: path.read_bytes() for path in run_copy.iterdir()} == before
 
 
@@ -236,7 +238,7 @@ def test_options_come_from_a_file_and_flags_win(options, images, tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text(
         f"data: mnist\ndata_dir: {images}\nmodel: mlp\nhidden: 6\nnum_blocks: 0\nlr: 1e-3\nkl_weight: 0.5\n"
-        "epochs: 5\nfine_tune_epochs: 0\ndevice: cpu\n"
+        "recipe: paper\nepochs: 5\nfine_tune_epochs: 0\ndevice: cpu\n"
     )
     run = tmp_path / "run"
     assert main(["train", "--config", str(settings), "--epochs", "1", "--output", str(run)]) == 0

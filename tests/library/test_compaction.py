@@ -163,3 +163,17 @@ class TestModels:
         assert compacted.hidden0.out_features < 8
         expected = model.eval()(x)
         assert (compacted(x) - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_structures_that_stay_can_keep_the_weights_that_were_trained_without_noise():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    model = bmrs.add_noise(copy.deepcopy(dense), where="0", initial_mu=-1.0)
+    model[0].noise.mask[1::2] = False
+    inputs = torch.randn(5, 4)
+    compacted = bmrs.compact(model, inputs, expected_noise=False)
+    assert compacted[0].weight.shape == (3, 4)
+    assert torch.equal(compacted[0].weight, dense[0].weight[::2])
+    assert torch.equal(compacted[2].weight, dense[2].weight[:, ::2])
+    assert not torch.allclose(compacted(inputs), bmrs.compact(model, inputs)(inputs))
+    assert model[0].noise.expected_noise().detach()[0] < 0.4

@@ -8,10 +8,10 @@ from idx_files import write_idx_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmrs.noise_layer import noise_layers
-from bmrs.training import NonFiniteError, RunError, TrainConfig, cuda_graph, loop, run
+from bmrs.training import NonFiniteError, RunError, TrainConfig, algorithm1, cuda_graph, run
 from bmrs.training.cuda_graph import WARM_UPS, GraphedStep
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.step import new_step
+from bmrs.training.step import cross_entropy, new_step, update_of
 
 CPU = torch.device("cpu")
 
@@ -58,8 +58,8 @@ class Silent:
 
 def trained(config, device=CPU, *, noise=True):
     data = run.load(config, device)
-    state = loop.new_state(config, data, noise=noise, device=device)
-    loop.train(state, data, config, save=lambda state: None, progress=Silent())
+    state = algorithm1.new_state(config, data, noise=noise, device=device)
+    algorithm1.train(state, data, config, save=lambda state: None, progress=Silent())
     return state
 
 
@@ -118,7 +118,7 @@ def test_graphed_training_is_bitwise_that_of_single_operations(
 def test_training_writes_into_the_tensors_that_a_graph_knows(tiny_config):
     config = tiny_config(criterion="l2", ratio=0.34, epochs=2, fine_tune_epochs=1, fine_tune_noise=True)
     data = run.load(config, CPU)
-    state = loop.new_state(config, data, noise=True, device=CPU)
+    state = algorithm1.new_state(config, data, noise=True, device=CPU)
     addresses = []
 
     def note(state):
@@ -127,7 +127,7 @@ def test_training_writes_into_the_tensors_that_a_graph_knows(tiny_config):
         tensors = [*state.model.state_dict().values(), *(layer.mask for layer in layers), *of_optimizer]
         addresses.append([tensor.data_ptr() for tensor in tensors])
 
-    loop.train(state, data, config, save=note, progress=Silent())
+    algorithm1.train(state, data, config, save=note, progress=Silent())
     assert state.history[-1]["kept"] == {"hidden0_tanh": 3, "hidden1_tanh": 3}
     assert addresses[0] == addresses[1] == addresses[2]
 
@@ -150,10 +150,11 @@ def test_a_step_waits_for_no_value_and_copies_nothing_to_a_device(tiny_config, m
     only_mlp = {"num_blocks": None, "hidden": None} if model == "lenet5" else {}
     config = tiny_config(model=model, **only_mlp)
     data = run.load(config, CPU)
-    state = loop.new_state(config, data, noise=noise, device=CPU)
+    state = algorithm1.new_state(config, data, noise=noise, device=CPU)
     state.optimizer.step = lambda: None  # on a CPU it does ask for values
     watch = FiniteWatch(state.model)
-    step = new_step(state, data.train, config, watch, noise=noise)
+    update = update_of(state, config, len(data.train), noise=noise)
+    step = new_step(state.model, data.train, config, watch, data_loss=cross_entropy, update=update)
     with watch, Operations() as operations:
         step(torch.arange(16))
     assert ("bmrs_kernels::multiply_noise" in operations.names) == noise
@@ -165,7 +166,7 @@ def test_a_step_waits_for_no_value_and_copies_nothing_to_a_device(tiny_config, m
 def test_a_nan_in_a_replay_is_found(tiny_config, stand_in):
     config = tiny_config(cuda_graph=True)
     data = run.load(config, CPU)
-    state = loop.new_state(config, data, noise=True, device=CPU)
+    state = algorithm1.new_state(config, data, noise=True, device=CPU)
 
     def break_it(state):
         torch.nn.init.constant_(state.model.classes.bias, torch.nan)
@@ -173,7 +174,7 @@ def test_a_nan_in_a_replay_is_found(tiny_config, stand_in):
     with pytest.raises(
         NonFiniteError, match=r"epoch 2, step 1: first seen in the output of layer 'classes'$"
     ):
-        loop.train(state, data, config, save=break_it, progress=Silent())
+        algorithm1.train(state, data, config, save=break_it, progress=Silent())
     assert stand_in.replays
 
 

@@ -21,8 +21,8 @@ from bmrs.training.run_folder import RunFolder, write_atomically, write_json_lin
     ],
 )
 def test_defaults_are_the_papers(model, data, batch_size, lr, num_blocks, hidden):
-    settings = TrainConfig(model=model, data=data, data_dir="somewhere").settings
-    assert settings == (
+    settings = TrainConfig(recipe="paper", model=model, data=data, data_dir="somewhere").settings
+    assert settings[:8] == (
         50,
         10,
         batch_size,
@@ -32,6 +32,21 @@ def test_defaults_are_the_papers(model, data, batch_size, lr, num_blocks, hidden
         num_blocks,
         hidden,
     )  # one learning rate for all
+
+
+@pytest.mark.parametrize("recipe", ["bmrs", "paper"])
+def test_each_recipe_fills_in_its_own_options_and_no_others(recipe):
+    config = TrainConfig(recipe=recipe).resolved()
+    own = {
+        "bmrs": ("noise_epochs", "temperature", "distillation"),
+        "paper": ("kl_weight", "mode", "prune_every", "fine_tune_noise"),
+    }
+    for name in own[recipe]:
+        assert getattr(config, name) is not None, name
+    for name in own["paper" if recipe == "bmrs" else "bmrs"]:
+        assert getattr(config, name) is None, name
+    assert config.criterion == {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}[recipe]
+    assert TrainConfig(**config.to_dict()) == config
 
 
 def test_given_options_win_over_defaults():
@@ -46,7 +61,7 @@ def test_given_options_win_over_defaults():
     ("options", "message"),
     [
         ({"epochs": 0}, "--epochs is 0, expected a number at least 1"),
-        ({"prune_every": 0}, "--prune-every is 0, expected a number at least 1"),
+        ({"recipe": "paper", "prune_every": 0}, "--prune-every is 0, expected a number at least 1"),
         ({"batch_size": -1}, "--batch-size is -1, expected a number at least 1"),
         ({"model": "mlp", "hidden": 0}, "--hidden is 0, expected a number at least 1"),
         ({"model": "mlp", "num_blocks": -1}, "--num-blocks is -1, expected a number at least 0"),
@@ -55,16 +70,16 @@ def test_given_options_win_over_defaults():
         ({"lr": 0.0}, "--lr is 0.0, expected a number greater than 0"),
         ({"noise_lr": -1.0}, "--noise-lr is -1.0, expected a number greater than 0"),
         ({"lr": float("inf")}, "--lr is inf, expected a number greater than 0"),
-        ({"kl_weight": -0.5}, "--kl-weight is -0.5, expected a number at least 0"),
-        ({"kl_weight": float("nan")}, "--kl-weight is nan, expected a number at least 0"),
-        ({"kl_weight": "max"}, "--kl-weight is 'max', expected elbo, mean or a number"),
+        ({"recipe": "paper", "kl_weight": -0.5}, "--kl-weight is -0.5, expected a number at least 0"),
+        ({"recipe": "paper", "kl_weight": float("nan")}, "--kl-weight is nan, expected a number at least 0"),
+        ({"recipe": "paper", "kl_weight": "max"}, "--kl-weight is 'max', expected elbo, mean or a number"),
         ({"lr": "fast"}, "--lr is 'fast', expected a number"),
         ({"seed": 1.5}, "--seed is 1.5, expected a whole number"),
         ({"epochs": True}, "--epochs is True, expected a whole number"),
         ({"data_dir": 3}, "--data-dir is 3, expected a text"),
         ({"model": "vgg"}, "--model is 'vgg', expected lenet5, mlp"),
         ({"data": "imagenet"}, "--data is 'imagenet', expected fashion-mnist-subset, mnist"),
-        ({"mode": "never"}, "--mode is 'never', expected continuous, post-training"),
+        ({"recipe": "paper", "mode": "never"}, "--mode is 'never', expected continuous, post-training"),
         ({"granularity": "row"}, "--granularity is 'row', expected element, sample, batch"),
         ({"data": "mnist"}, "--data mnist needs --data-dir"),
         ({"data_dir": "x"}, "--data-dir x goes with --data mnist, fashion-mnist or cifar10 only"),
@@ -72,7 +87,23 @@ def test_given_options_win_over_defaults():
         ({"num_blocks": 5}, "--num-blocks 5 goes with --model mlp only"),
         ({"threshold": 1.0}, "--threshold 1.0 goes with --criterion snr or mean only"),
         ({"ratio": 0.5}, "--ratio 0.5 goes with --criterion l2 or gradient-norm only"),
-        ({"p1": 4.0}, "--p1 4.0 goes with --criterion bmrs-uniform only"),
+        (
+            {"criterion": "snr", "p1": 4.0},
+            "--p1 4.0 goes with --criterion bmrs-odds or bmrs-uniform only",
+        ),
+        ({"criterion": "bmrs-odds", "p1": 0.0}, "--criterion bmrs-odds: p1=0.0 of BMRSOdds puts the border"),
+        ({"temperature": 0.0}, "--temperature is 0.0, expected a number greater than 0"),
+        ({"noise_epochs": 0}, "--noise-epochs is 0, expected a number at least 1"),
+        ({"distillation": 1.5}, "--distillation is 1.5, expected a number from 0 to 1"),
+        ({"seeds": 0}, "--seeds is 0, expected a number at least 1"),
+        ({"recipe": "chef"}, "--recipe is 'chef', expected bmrs, paper"),
+        ({"kl_weight": "elbo"}, "--kl-weight elbo goes with --recipe paper only"),
+        ({"mode": "continuous"}, "--mode continuous goes with --recipe paper only"),
+        ({"prune_every": 2}, "--prune-every 2 goes with --recipe paper only"),
+        ({"fine_tune_noise": True}, "--fine-tune-noise True goes with --recipe paper only"),
+        ({"recipe": "paper", "temperature": 3.0}, "--temperature 3.0 goes with --recipe bmrs only"),
+        ({"recipe": "paper", "noise_epochs": 3}, "--noise-epochs 3 goes with --recipe bmrs only"),
+        ({"recipe": "paper", "distillation": 0.5}, "--distillation 0.5 goes with --recipe bmrs only"),
         (
             {"criterion": "snr", "prior_mean": -10.0},
             "--prior-mean -10.0 goes with --criterion bmrs-normal only",
@@ -81,11 +112,17 @@ def test_given_options_win_over_defaults():
             {"criterion": "snr", "tolerance": 1.0},
             "--tolerance 1.0 goes with --criterion bmrs-normal or bmrs-uniform",
         ),
-        ({"tolerance": -1.0}, "--criterion bmrs-normal: tolerance must be finite and at least 0"),
+        (
+            {"criterion": "bmrs-normal", "tolerance": -1.0},
+            "--criterion bmrs-normal: tolerance must be finite and at least 0",
+        ),
         ({"criterion": "l2"}, "--criterion l2 needs --ratio"),
         ({"criterion": "l2", "ratio": 1.5}, "--criterion l2: ratio must be less than 1"),
         ({"criterion": "bmrs-uniform", "p1": -3.0}, "--criterion bmrs-uniform: the reduced interval"),
-        ({"prior_mean": 3.0}, "--criterion bmrs-normal: prior_mean must lie in the noise layer's interval"),
+        (
+            {"criterion": "bmrs-normal", "prior_mean": 3.0},
+            "--criterion bmrs-normal: prior_mean must lie in the noise layer's interval",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -97,9 +134,14 @@ def test_bad_options_are_named(options, message):
 @pytest.mark.parametrize(
     ("options", "criterion"),
     [
-        ({}, bmrs.BMRSNormal(tolerance=0.5 * math.log(2 * math.pi))),
-        ({"tolerance": 0.0}, bmrs.BMRSNormal()),
-        ({"prior_mean": -5.0, "tolerance": 0.5}, bmrs.BMRSNormal(prior_mean=-5.0, tolerance=0.5)),
+        ({}, bmrs.BMRSOdds(p1=8)),
+        ({"p1": 4.0}, bmrs.BMRSOdds(p1=4)),
+        ({"recipe": "paper"}, bmrs.BMRSNormal(tolerance=0.5 * math.log(2 * math.pi))),
+        ({"criterion": "bmrs-normal", "tolerance": 0.0}, bmrs.BMRSNormal()),
+        (
+            {"criterion": "bmrs-normal", "prior_mean": -5.0, "tolerance": 0.5},
+            bmrs.BMRSNormal(prior_mean=-5.0, tolerance=0.5),
+        ),
         ({"criterion": "bmrs-uniform"}, bmrs.BMRSUniform(p1=8)),
         ({"criterion": "bmrs-uniform", "p1": 4.0}, bmrs.BMRSUniform(p1=4)),
         ({"criterion": "snr"}, bmrs.SNR(threshold=1.0)),
@@ -125,7 +167,7 @@ def test_new_runs_get_fresh_numbered_folders(tmp_path, monkeypatch):
 
 
 def test_config_survives_the_folder(tmp_path):
-    config = TrainConfig(model="mlp", kl_weight=0.5, criterion="snr", threshold=2.0).resolved()
+    config = TrainConfig(model="mlp", temperature=0.5, criterion="snr", threshold=2.0).resolved()
     RunFolder.create(config, tmp_path / "run")
     assert RunFolder.open(tmp_path / "run") == (RunFolder(tmp_path / "run"), config)
 
@@ -157,12 +199,6 @@ def test_a_broken_config_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(RunError, match=r"config.json is broken: ."):
         RunFolder.open(tmp_path)
-
-
-def test_missing_files_are_listed(tmp_path):
-    folder = RunFolder.create(TrainConfig(), tmp_path)
-    folder.dense.touch()
-    assert folder.missing() == ["checkpoint.safetensors", "compacted.safetensors"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

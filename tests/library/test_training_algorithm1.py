@@ -6,8 +6,8 @@ import torch
 from bmrs.data import load_dataset, preprocess
 from bmrs.noise_layer import noise_layers
 from bmrs.training import RunError
+from bmrs.training.algorithm1 import new_state, train
 from bmrs.training.checkpoint import load_checkpoint, save_checkpoint
-from bmrs.training.loop import new_state, train
 
 CPU = torch.device("cpu")
 

@@ -1,42 +1,30 @@
-"""The training loop: Algorithm 1 of arXiv 2406.01345, and the same without noise."""
+"""Recipe "paper": Algorithm 1 of arXiv 2406.01345, which trains with noise and prunes on the way."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import bmrs
-from bmrs.data import Dataset, Split
+from bmrs.data import Dataset
 from bmrs.noise_layer import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
+from bmrs.training.epoch import Progress, batches_of, train_epoch
 from bmrs.training.finite import FiniteWatch
 from bmrs.training.measure import accuracy, compression
-from bmrs.training.step import Step, new_step
-
-CHECK_EVERY = 50
-"""Steps between two looks at the device, for the progress report and for NaN."""
-
-
-class Progress(Protocol):
-    """What is told while training goes on."""
-
-    def step(self, *, epoch: int, step: int, steps: int, loss: float, kl: float) -> None:
-        """Take note of a step; `loss` and `kl` are means over the epoch so far, in nats."""
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Take note of a finished and saved epoch with these metrics."""
+from bmrs.training.step import Step, cross_entropy, new_step, update_of
 
 
 def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.device) -> TrainingState:
     """Return an untrained network; with and without noise it has the same weights and sees the same batches."""
     torch.manual_seed(config.seed)
-    model = _build_model(config, data, noise=noise).to(device)
+    model = build_model(config, data, noise=noise).to(device)
     of_noise = [parameter for layer in noise_layers(model).values() for parameter in layer.parameters()]
     identities = {id(parameter) for parameter in of_noise}
     weights = [parameter for parameter in model.parameters() if id(parameter) not in identities]
@@ -83,17 +71,23 @@ def train(
     for epoch in range(len(state.history) + 1, settings.epochs + settings.fine_tune_epochs + 1):
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "phase": "train" if epoch <= settings.epochs else "fine-tune"}
-        noise = bool(layers) and (epoch <= settings.epochs or config.fine_tune_noise)
+        noise = bool(layers) and (epoch <= settings.epochs or bool(config.fine_tune_noise))
         state.model.train()
         if noise not in steps:
-            steps = {noise: new_step(state, data.train, config, watch, noise=noise)}
+            update = update_of(state, config, len(data.train), noise=noise)
+            steps = {
+                noise: new_step(
+                    state.model, data.train, config, watch, data_loss=cross_entropy, update=update
+                )
+            }
         with nullcontext() if noise else _without_noise(state.model), watch:
-            batches = _batches(state, data.train, config)
-            row |= _train_epoch(steps[noise], batches, epoch, watch, progress)
+            batches = batches_of(state, data.train, config)
+            row |= train_epoch(steps[noise], batches, epoch, watch, progress)
         if layers:
             if _prunes_after(epoch, config):
                 row["pruning"] = bmrs.prune(state.model, criterion).to_dict()
             row["kept"] = {name: int(layer.mask.sum()) for name, layer in layers.items()}
+            row["unsettled"] = bmrs.unsettled(state.model)
             before: dict[str, Any] = state.history[-1] if state.history else {}
             row["compression_percent"] = (
                 before["compression_percent"]
@@ -107,7 +101,8 @@ def train(
         progress.epoch(row)
 
 
-def _build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module:
+def build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module:
+    """Return the untrained network that the options name."""
     channels, height, width = data.train.images.shape[1:]
     granularity = config.settings.granularity
     if config.model == "lenet5":
@@ -129,6 +124,7 @@ def _build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Modul
 
 def _prunes_after(epoch: int, config: TrainConfig) -> bool:
     last = config.settings.epochs
+    assert config.prune_every is not None, "filled in for this recipe"
     return epoch == last or (config.mode == "continuous" and epoch < last and epoch % config.prune_every == 0)
 
 
@@ -143,28 +139,3 @@ def _without_noise(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.requires_grad_(True)
-
-
-def _batches(state: TrainingState, split: Split, config: TrainConfig) -> Sequence[Tensor]:
-    """The indices of an epoch's batches, in random order; the last one may be smaller."""
-    order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
-    return order.split(config.settings.batch_size)
-
-
-def _train_epoch(
-    step: Step, batches: Sequence[Tensor], epoch: int, watch: FiniteWatch, progress: Progress
-) -> dict[str, float]:
-    """One pass over the images; returns means over them. With noise, accuracy is that of the noisy network."""
-    totals = torch.zeros(3, dtype=torch.float64, device=batches[0].device)
-    seen = 0
-    for number, batch in enumerate(batches, start=1):
-        means, magnitudes = step(batch)
-        watch.record(magnitudes)
-        seen += len(batch)
-        totals += len(batch) * means
-        if number % CHECK_EVERY == 0 or number == len(batches):
-            watch.check(epoch)
-            nll, kl, train_accuracy = (totals / seen).tolist()
-            progress.step(epoch=epoch, step=number, steps=len(batches), loss=nll + kl, kl=kl)
-    watch.check_parameters(epoch)
-    return {"loss": nll + kl, "nll": nll, "kl": kl, "train_accuracy": train_accuracy}

@@ -1,0 +1,53 @@
+"""One epoch of training, whatever a step does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bmrs.data import Split
+from bmrs.training.checkpoint import TrainingState
+from bmrs.training.config import TrainConfig
+from bmrs.training.finite import FiniteWatch
+from bmrs.training.step import Step
+
+CHECK_EVERY = 50
+"""Steps between two looks at the device, for the progress report and for NaN."""
+
+
+class Progress(Protocol):
+    """What is told while training goes on."""
+
+    def step(self, *, epoch: int, step: int, steps: int, loss: float, kl: float) -> None:
+        """Take note of a step; `loss` and `kl` are means over the epoch so far, in nats."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Take note of a finished and saved epoch with these metrics."""
+
+
+def batches_of(state: TrainingState, split: Split, config: TrainConfig) -> Sequence[Tensor]:
+    """The indices of an epoch's batches, in random order; the last one may be smaller."""
+    order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
+    return order.split(config.settings.batch_size)
+
+
+def train_epoch(
+    step: Step, batches: Sequence[Tensor], epoch: int, watch: FiniteWatch, progress: Progress
+) -> dict[str, float]:
+    """One pass over the images; returns means over them. With noise, accuracy is that of the noisy network."""
+    totals = torch.zeros(3, dtype=torch.float64, device=batches[0].device)
+    seen = 0
+    for number, batch in enumerate(batches, start=1):
+        means, magnitudes = step(batch)
+        watch.record(magnitudes)
+        seen += len(batch)
+        totals += len(batch) * means
+        if number % CHECK_EVERY == 0 or number == len(batches):
+            watch.check(epoch)
+            nll, kl, train_accuracy = (totals / seen).tolist()
+            progress.step(epoch=epoch, step=number, steps=len(batches), loss=nll + kl, kl=kl)
+    watch.check_parameters(epoch)
+    return {"loss": nll + kl, "nll": nll, "kl": kl, "train_accuracy": train_accuracy}

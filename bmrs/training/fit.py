@@ -1,0 +1,127 @@
+"""Training of a network's weights: Adam, a learning rate that falls as a cosine, and a teacher if there is one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bmrs.data import Dataset
+from bmrs.training.checkpoint import TrainingState
+from bmrs.training.config import TrainConfig
+from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.finite import FiniteWatch
+from bmrs.training.measure import accuracy, in_batches
+from bmrs.training.step import DataLoss, cross_entropy, new_step
+
+WARM_UP = 0.05
+"""Share of the steps in which the learning rate rises."""
+
+SOFTENING = 2.0
+"""What the logits are divided by before the answers of teacher and network are compared."""
+
+
+def fitting_state(model: nn.Module, config: TrainConfig, device: torch.device) -> TrainingState:
+    """Return a network with a fresh optimizer, whose batches and random draws depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    graph = device.type == "cuda" and config.cuda_graph
+    rate = config.settings.lr
+    optimizer = torch.optim.Adam(
+        model.train().requires_grad_(True).parameters(),
+        # A graph reads the learning rate where it is.
+        lr=torch.tensor(rate, device=device) if graph else rate,
+        fused=True,
+        capturable=graph,
+    )
+    return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
+
+
+def cosine(progress: float) -> float:
+    """The learning rate in units of `--lr`, from 2 to 0 after a warm-up, at a share of the steps in [0, 1)."""
+    return (1 + math.cos(math.pi * progress)) * min(1.0, progress / WARM_UP)
+
+
+def fit(
+    state: TrainingState,
+    data: Dataset,
+    config: TrainConfig,
+    *,
+    epochs: int,
+    phase: str,
+    save: Callable[[TrainingState], None],
+    progress: Progress,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Train the weights from the state's epoch to the last one.
+
+    Args:
+        state: Where to start from; changed in place.
+        data: Preprocessed images on the model's device.
+        config: The options.
+        epochs: How many there are in all.
+        phase: What the rows of metrics say that this is.
+        save: Called with the state after each epoch.
+        progress: Told about steps and epochs.
+        teacher: A network whose answers on the training images are imitated, with the weight `config.distillation`.
+
+    Raises:
+        NonFiniteError: A NaN or an infinity turned up; its epoch is not saved.
+    """
+    watch = FiniteWatch(state.model)
+    steps_an_epoch = math.ceil(len(data.train) / config.settings.batch_size)
+    taken = len(state.history) * steps_an_epoch
+
+    def update(loss: Tensor) -> Tensor:
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+        return torch.zeros_like(loss.detach())
+
+    data_loss = cross_entropy if teacher is None else _distillation(teacher, data, config)
+    step = new_step(state.model, data.train, config, watch, data_loss=data_loss, update=update)
+
+    def scheduled_step(batch: Tensor) -> tuple[Tensor, ...]:
+        nonlocal taken
+        taken += 1
+        _set_learning_rate(state, config.settings.lr * cosine((taken - 0.5) / (epochs * steps_an_epoch)))
+        return step(batch)
+
+    for epoch in range(len(state.history) + 1, epochs + 1):
+        start = time.perf_counter()
+        state.model.train()
+        with watch:
+            row = {"epoch": epoch, "phase": phase} | train_epoch(
+                scheduled_step, batches_of(state, data.train, config), epoch, watch, progress
+            )
+        row["validation_accuracy"] = accuracy(state.model, data.validation)
+        row["seconds"] = time.perf_counter() - start
+        state.history.append(row)
+        save(state)
+        progress.epoch(row)
+    state.model.eval()
+
+
+def _distillation(teacher: nn.Module, data: Dataset, config: TrainConfig) -> DataLoss:
+    """The mean of two losses: against the labels, and against the teacher (Hinton et al. 2015, arXiv 1503.02531)."""
+    weight = config.distillation
+    assert weight is not None, "filled in for the recipe that has it"
+    answers = (in_batches(teacher, data.train.images) / SOFTENING).softmax(dim=1).clone()
+
+    def loss(logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:
+        softened = F.log_softmax(logits / SOFTENING, dim=1)
+        imitation = F.kl_div(softened, answers[batch], reduction="batchmean") * SOFTENING**2
+        return (1 - weight) * F.cross_entropy(logits, labels) + weight * imitation
+
+    return loss
+
+
+def _set_learning_rate(state: TrainingState, rate: float) -> None:
+    for group in state.optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

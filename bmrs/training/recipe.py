@@ -1,0 +1,186 @@
+"""Recipe "bmrs": train, learn the noise of the trained network, prune, compact, fine-tune what is left.
+
+Each phase has a fresh optimizer and a learning rate of its own, and trains the network that it is about: fine-tuning
+the compacted one, without noise. Beside it stands what people would do instead, with the same number of epochs: the
+dense network, a network of the compacted one's widths from scratch, and one whose structures were chosen at random.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import bmrs
+from bmrs.data import Dataset
+from bmrs.noise_layer import noise_layers
+from bmrs.posteriors import PosteriorLearner
+from bmrs.training.algorithm1 import build_model
+from bmrs.training.checkpoint import TrainingState
+from bmrs.training.config import TrainConfig
+from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.finite import FiniteWatch
+from bmrs.training.measure import accuracy
+from bmrs.training.step import cross_entropy, new_step
+
+Save = Callable[[TrainingState], None]
+
+EXAMPLES = 2000
+"""Training images that the compacted network is refitted on."""
+
+
+class CollapseError(Exception):
+    """The posteriors leave nothing of a layer at any temperature that was tried; the message says what to do."""
+
+
+def untrained(config: TrainConfig, data: Dataset, device: torch.device) -> nn.Module:
+    """Return the dense network with initial weights."""
+    torch.manual_seed(config.seed)
+    return build_model(config, data, noise=False).to(device)
+
+
+def noisy_state(
+    trained: nn.Module, config: TrainConfig, data: Dataset, device: torch.device
+) -> TrainingState:
+    """Return a trained network with noise near θ = 1, for `learn_noise`."""
+    torch.manual_seed(config.seed)
+    model = build_model(config, data, noise=True).to(device)
+    model.load_state_dict(trained.state_dict(), strict=False)
+    learner = _learner(model, config, data, _first_temperature(config))
+    return TrainingState(model, learner.optimizer, order=torch.Generator().manual_seed(config.seed))
+
+
+def learn_noise(
+    state: TrainingState, data: Dataset, config: TrainConfig, *, save: Save, progress: Progress
+) -> None:
+    """Learn the posteriors with the weights frozen, until decisions have settled or the epochs are used up.
+
+    Where the posteriors leave nothing of a layer, the temperature is too high for this network. They then start afresh
+    at half of it, so that a collapse is never delivered; the epochs that it took count.
+
+    Args:
+        state: What `noisy_state` returned, or its state after some epochs.
+        data: Preprocessed images on the model's device.
+        config: The options.
+        save: Called with the state after each epoch.
+        progress: Told about steps and epochs.
+
+    Raises:
+        NonFiniteError: A NaN or an infinity turned up; its epoch is not saved.
+        CollapseError: The last epoch ended in a collapse.
+    """
+    learner = None
+    epochs = config.settings.noise_epochs
+    assert epochs is not None, "settings have it for this recipe"
+    watch = FiniteWatch(state.model)
+    while len(state.history) < epochs and not (state.history and state.history[-1]["settled"]):
+        temperature, collapsed = _next_temperature(state, config)
+        if learner is None or collapsed:
+            learner = _started(state, config, data, temperature, afresh=collapsed or not state.history)
+            step = new_step(
+                state.model, data.train, config, watch, data_loss=cross_entropy, update=learner.step
+            )
+        epoch = len(state.history) + 1
+        start = time.perf_counter()
+        row: dict[str, Any] = {"epoch": epoch, "phase": "noise"}
+        with learner, watch:
+            row |= train_epoch(step, batches_of(state, data.train, config), epoch, watch, progress)
+        report = learner.check()
+        row |= {
+            **{name: getattr(report, name) for name in ("temperature", "steps", "unsettled", "changed")},
+            "settled": report.settled and not report.emptied,
+            "emptied": list(report.emptied),
+            "kept": report.kept,
+            "validation_accuracy": accuracy(state.model, data.validation),
+            "seconds": time.perf_counter() - start,
+        }
+        state.history.append(row)
+        save(state)
+        progress.epoch(row)
+    if state.history[-1]["emptied"]:
+        raise CollapseError(
+            f"the noise epochs are used up, and at temperature {state.history[-1]['temperature']:g} the posteriors "
+            f"leave nothing of {', '.join(state.history[-1]['emptied'])}; nothing was pruned. Start again with a "
+            "--temperature well below that"
+        )
+
+
+def _next_temperature(state: TrainingState, config: TrainConfig) -> tuple[float, bool]:
+    """The temperature of the next epoch, and whether the one before ended in a collapse."""
+    if not state.history:
+        return _first_temperature(config), False
+    last = state.history[-1]
+    return (last["temperature"] / 2, True) if last["emptied"] else (last["temperature"], False)
+
+
+def _first_temperature(config: TrainConfig) -> float:
+    temperature = config.settings.temperature
+    assert temperature is not None, "settings have it for this recipe"
+    return temperature
+
+
+def _started(
+    state: TrainingState, config: TrainConfig, data: Dataset, temperature: float, *, afresh: bool
+) -> PosteriorLearner:
+    """A learner of the state's posteriors, which goes on where the last epoch ended, or from the start."""
+    if afresh:
+        for layer in noise_layers(state.model).values():
+            layer.reset_parameters()
+    learner = _learner(state.model, config, data, temperature)
+    if not afresh:
+        learner.optimizer.load_state_dict(state.optimizer.state_dict())
+        learner.steps = state.history[-1]["steps"]
+    state.optimizer = learner.optimizer
+    return learner
+
+
+def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: float) -> PosteriorLearner:
+    return PosteriorLearner(
+        model,
+        temperature=temperature,
+        dataset_size=len(data.train),
+        learning_rate=config.settings.noise_lr,
+    )
+
+
+def fine_tuning_epochs(config: TrainConfig, noisy: TrainingState) -> int:
+    """Those of the options, and what learning the noise has left of its own."""
+    assert config.settings.noise_epochs is not None, "settings have it for this recipe"
+    left = config.settings.noise_epochs - len(noisy.history)
+    return config.settings.fine_tune_epochs + left
+
+
+def total_epochs(config: TrainConfig) -> int:
+    """Epochs of the whole recipe, which all that it is compared with has too."""
+    settings = config.settings
+    assert settings.noise_epochs is not None, "settings have it for this recipe"
+    return settings.epochs + settings.noise_epochs + settings.fine_tune_epochs
+
+
+def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig, data: Dataset) -> nn.Module:
+    """Return a trained network with as many structures as another has kept, but chosen at random."""
+    device = next(trained.parameters()).device
+    model = build_model(config, data, noise=True).to(device)
+    model.load_state_dict(trained.state_dict(), strict=False)
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, layer in noise_layers(model).items():
+        kept = int(noise_layers(noisy)[name].mask.sum())
+        chosen = torch.randperm(layer.num_structures, generator=generator)[:kept]
+        layer.mask.zero_()
+        layer.mask[chosen.to(device)] = True
+    return bmrs.compact(model, data.train.images[:1], expected_noise=False)
+
+
+def untrained_copy(network: nn.Module, config: TrainConfig) -> nn.Module:
+    """Return a network of the same widths with initial weights."""
+    torch.manual_seed(config.seed)
+    copied = copy.deepcopy(network)
+    for layer in copied.modules():
+        reset = getattr(layer, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return copied
