@@ -2,6 +2,7 @@
 
 from bmrs import models
 from bmrs.compaction import compact
+from bmrs.costs import StructureCost, structure_costs, structure_prices
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.divergence import kl_divergence
 from bmrs.noise_layer import NoiseLayer, add_noise
@@ -20,6 +21,7 @@ __all__ = [
     "NoiseLayer",
     "PosteriorReport",
     "PruneReport",
+    "StructureCost",
     "add_noise",
     "compact",
     "kl_divergence",
@@ -28,5 +30,7 @@ __all__ = [
     "models",
     "prune",
     "save",
+    "structure_costs",
+    "structure_prices",
     "unsettled",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import bmrs_kernels
 from bmrs.noise_layer import NoiseLayer, layers_of_one_kind, required_noise_layers
 
-KLWeight: TypeAlias = Literal["elbo", "mean"] | float
+KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 
 
 def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | None = None) -> Tensor:
@@ -25,24 +26,33 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
         weight: ``"elbo"``: the sum over all structures divided by ``dataset_size``, which with the mean data
             loss of a minibatch is the negative ELBO per example (Eq. 3 of arXiv 2406.01345). ``"mean"``: the
             mean over each layer's structures, pruned ones included as zeros, then over layers (what the paper's
-            tables were made with). A number: that number times the sum.
+            tables were made with). A number: that number times the sum. A mapping from the qualified names of all noise
+            layers to numbers: the sum of each layer, times its number.
         dataset_size: number of training examples; required by ``"elbo"``, unused otherwise.
 
     Returns:
         A scalar tensor in nats, on the first noise layer's device.
 
     Raises:
-        ValueError: the model has no noise layer, ``weight`` is unknown, negative or not finite, or ``"elbo"``
-            comes without a positive ``dataset_size``.
+        ValueError: the model has no noise layer, ``weight`` is unknown, negative or not finite or not of the model's
+            noise layers, or ``"elbo"`` comes without a positive ``dataset_size``.
     """
-    layers = list(required_noise_layers(model).values())
-    scale = _scale(weight, dataset_size, len(layers))
-    groups = layers_of_one_kind(layers)
-    terms = [_group_divergence(group, average=weight == "mean") for group in groups]
+    layers = required_noise_layers(model)
+    shares: dict[NoiseLayer, float] | None = None
+    if isinstance(weight, Mapping):
+        shares, scale = _shares(weight, layers), 1.0
+    else:
+        scale = _scale(weight, dataset_size, len(layers))
+        if weight == "mean":
+            # All structures, not the kept ones: these would pay more with each one pruned, until none is left.
+            shares = {layer: 1.0 / layer.num_structures for layer in layers.values()}
+    groups = layers_of_one_kind(layers.values())
+    terms = [_group_divergence(group, shares) for group in groups]
     return scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
 
 
-def _group_divergence(group: list[NoiseLayer], *, average: bool) -> Tensor:
+def _group_divergence(group: list[NoiseLayer], shares: dict[NoiseLayer, float] | None) -> Tensor:
+    """The sum over the structures of layers of one kind, each times its layer's share if there are any."""
     divergence = bmrs_kernels.kl_divergence(
         torch.cat([layer.mu for layer in group]),
         torch.cat([layer.log_sigma for layer in group]),
@@ -51,13 +61,20 @@ def _group_divergence(group: list[NoiseLayer], *, average: bool) -> Tensor:
         backend=group[0].backend,
     )
     divergence = divergence.where(torch.cat([layer.mask for layer in group]), 0.0)
-    if average:
-        # All structures, not the kept ones: these would otherwise pay more with each one pruned, until none is left.
-        divergence = divergence / torch.cat([torch.full_like(layer.mu, len(layer.mu)) for layer in group])
+    if shares is not None:
+        divergence = divergence * torch.cat([torch.full_like(layer.mu, shares[layer]) for layer in group])
     return divergence.sum()
 
 
-def _scale(weight: KLWeight, dataset_size: int | None, num_layers: int) -> float:
+def _shares(weights: Mapping[str, float], layers: dict[str, NoiseLayer]) -> dict[NoiseLayer, float]:
+    if weights.keys() != layers.keys():
+        raise ValueError(
+            f"weight must name the model's noise layers {sorted(layers)}, named {sorted(weights)}"
+        )
+    return {layer: _scale(weights[name], None, 1) for name, layer in layers.items()}
+
+
+def _scale(weight: Literal["elbo", "mean"] | float, dataset_size: int | None, num_layers: int) -> float:
     if weight == "elbo":
         if dataset_size is None or dataset_size < 1:
             raise ValueError(

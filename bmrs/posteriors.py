@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,7 +24,7 @@ The KL term alone, with Adam, drives a structure that the data say nothing about
 ΔF_N = -0.919 after 8.5. Before that all structures are kept by every rule, because none has had the time to leave.
 """
 MOST_DISTANCE = 60.0
-SETTLED = 0.01
+SETTLED = 0.02
 """Share of the structures that may still be undecided when the posteriors count as settled."""
 
 # Of the structures that the KL term drives to the prior, the lax rule prunes early on the way and the strict one late.
@@ -114,6 +114,7 @@ class PosteriorLearner:
         temperature: float,
         dataset_size: int,
         learning_rate: float = LEARNING_RATE,
+        prices: Mapping[str, float] | None = None,
         weight_lr: float | None = None,
     ) -> None:
         _check_positive("temperature", temperature)
@@ -124,8 +125,12 @@ class PosteriorLearner:
         self.model = model
         self.temperature = float(temperature)
         self.learning_rate = float(learning_rate)
-        self._kl_weight = self.temperature / dataset_size
         self._layers = required_noise_layers(model)
+        weight = self.temperature / dataset_size
+        self._kl_weight: float | dict[str, float] = weight
+        if prices is not None:
+            self._kl_weight = {name: weight * price for name, price in prices.items()}
+        kl_divergence(model, weight=self._kl_weight)  # says what is wrong with the prices
         self._trains_weights = weight_lr is not None
         of_noise = [p for layer in self._layers.values() for p in (layer.mu, layer.log_sigma)]
         groups: list[dict[str, Any]] = [{"params": of_noise, "lr": self.learning_rate}]
@@ -196,6 +201,7 @@ def learn_posteriors(
     temperature: float = 1.0,
     dataset_size: int | None = None,
     learning_rate: float = LEARNING_RATE,
+    prices: Mapping[str, float] | None = None,
     max_distance: float = MOST_DISTANCE,
     weight_lr: float | None = None,
     on_check: Callable[[PosteriorReport], None] | None = None,
@@ -216,6 +222,8 @@ def learn_posteriors(
             500 images for each unit of N/T is where small image classifiers begin to lose accuracy.
         dataset_size: N, the number of training examples; taken from ``batches.dataset`` if there is one.
         learning_rate: Adam's, of μ and log σ; far larger than one for weights, because they have nats to travel.
+        prices: factors on the temperature, by qualified name of each noise layer, such as `bmrs.structure_prices`
+            makes from what a structure takes; all 1 if None.
         max_distance: learning rate times steps at which learning is cut off, settled or not.
         weight_lr: if given, the weights are trained as well, by the same optimizer at this learning rate, and the
             network is in training mode.
@@ -234,6 +242,7 @@ def learn_posteriors(
         temperature=temperature,
         dataset_size=_dataset_size(batches, dataset_size),
         learning_rate=learning_rate,
+        prices=prices,
         weight_lr=weight_lr,
     )
     _check_positive("max_distance", max_distance)

@@ -8,9 +8,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 import bmrs
+from bmrs.costs import num_parameters
 from bmrs.data import Split
 from bmrs.noise_layer import noise_layers
 
@@ -29,11 +29,6 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return (in_batches(model, split.images).argmax(dim=1) == split.labels).double().mean().item()
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Return the number of trainable values."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def compression(model: nn.Module, example: Tensor) -> float:
     """Return the paper's compression of a masked model, in percent.
 
@@ -47,13 +42,6 @@ def compression(model: nn.Module, example: Tensor) -> float:
     kept = sum(int(layer.mask.sum()) for layer in noise_layers(model).values())
     remaining = num_parameters(bmrs.compact(model, example)) + 2 * kept
     return 100 * (1 - remaining / num_parameters(model))
-
-
-def flops(model: nn.Module, example: Tensor) -> int:
-    """Return the floating-point operations of a forward pass, two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(example)
-    return counter.get_total_flops()
 
 
 def latency(

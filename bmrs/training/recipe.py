@@ -139,11 +139,13 @@ def _started(
 
 
 def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: float) -> PosteriorLearner:
+    assert config.price_exponent is not None, "filled in for this recipe"
     return PosteriorLearner(
         model,
         temperature=temperature,
         dataset_size=len(data.train),
         learning_rate=config.settings.noise_lr,
+        prices=bmrs.structure_prices(model, data.train.images[:1], exponent=config.price_exponent),
     )
 
 

@@ -1,0 +1,143 @@
+"""Widths of a chain of layers within a budget of parameters and FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bmrs.compaction.stock_layers import WEIGHT_LAYERS
+
+TOLERANCE = 0.05
+"""How far parameters and FLOPs of networks that are compared may lie apart."""
+
+_MOST_WIDTHS = 2_000_000  # that are all tried
+
+
+class Cost(NamedTuple):
+    """What a network takes: numbers, or arrays of them."""
+
+    parameters: Tensor
+    flops: Tensor  # for one example; a multiply-add counts as 2
+
+    def close_to(self, other: Cost) -> Tensor:
+        """Where both lie within the tolerance of another network's."""
+        near = [(mine - theirs).abs() <= TOLERANCE * theirs for mine, theirs in zip(self, other, strict=True)]
+        return near[0] & near[1]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A network of linear and convolution layers, each reading the one before it.
+
+    Attributes:
+        names: qualified names of the layers whose outputs can be pruned: all but the last one.
+        widths: their numbers of outputs.
+        layers: of each layer, the last one too, weights for each pair of an input and an output channel, and
+            positions of its output.
+        inputs: channels of the network's input.
+        outputs: of the last layer.
+        biases: whether the layers have biases.
+    """
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+    layers: tuple[tuple[int, int], ...]
+    inputs: int
+    outputs: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, example: Tensor) -> Chain:
+        """Read the chain off a model whose layers have biases, in the order of their calls."""
+        seen: list[tuple[str, int, int, int]] = []
+        names = {module: name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)}
+
+        def see(module: nn.Module, _: object, output: Tensor) -> None:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            positions = output[0].numel() // len(weight)
+            seen.append((names[module], weight.numel() // len(weight), len(weight), positions))
+
+        handles = [module.register_forward_hook(see) for module in names]
+        model.eval()(example)
+        for handle in handles:
+            handle.remove()
+        before = [example.shape[1] if example.dim() > 2 else 1, *(outputs for _, _, outputs, _ in seen)]
+        if isinstance(model.get_submodule(seen[0][0]), nn.Linear):
+            before[0] = 1  # none of a flattened input can go
+        return cls(
+            tuple(name for name, *_ in seen[:-1]),
+            tuple(outputs for _, _, outputs, _ in seen[:-1]),
+            tuple(
+                (fan_in // inputs, positions)
+                for (_, fan_in, _, positions), inputs in zip(seen, before, strict=False)
+            ),
+            before[0],
+            seen[-1][2],
+        )
+
+    def cost(self, widths: Sequence[Tensor | float]) -> Cost:
+        """Parameters and FLOPs of the chain at other widths, one for each name."""
+        channels = [self.inputs, *widths, self.outputs]
+        parameters, flops = torch.zeros(()), torch.zeros(())
+        for (weights, positions), before, after in zip(self.layers, channels, channels[1:], strict=False):
+            pairs = torch.as_tensor(before, dtype=torch.float64) * torch.as_tensor(after, dtype=torch.float64)
+            parameters = parameters + pairs * weights + torch.as_tensor(after, dtype=torch.float64)
+            flops = flops + 2 * pairs * weights * positions
+        return Cost(parameters, flops)
+
+    def uniform(self, share: float) -> tuple[int, ...]:
+        """The widths, all narrowed by the same factor, whose FLOPs come nearest to a share of the full ones."""
+        full = self.cost(self.widths).flops
+
+        def narrowed(factor: float) -> tuple[int, ...]:
+            return tuple(max(1, round(factor * width)) for width in self.widths)
+
+        factors = [step / 1000 for step in range(1, 1001)]
+        return min(
+            (narrowed(factor) for factor in factors),
+            key=lambda widths: abs(math.log(self.cost(widths).flops / (share * full))),
+        )
+
+    def best(self, scores: Sequence[Tensor], target: Cost) -> tuple[int, ...] | None:
+        """The widths within the tolerance of a cost whose best structures have the largest sum of scores.
+
+        Args:
+            scores: at least 0, of each layer's structures.
+            target: what the network is to take.
+
+        Returns:
+            None if no widths come near enough.
+        """
+        gains = [
+            torch.cat([torch.zeros(1), each.sort(descending=True).values.double().cumsum(0)])
+            for each in scores
+        ]
+        if math.prod(self.widths) <= _MOST_WIDTHS:
+            grid = torch.cartesian_prod(*(torch.arange(1, width + 1) for width in self.widths)).T
+            total = torch.stack([gain[widths] for gain, widths in zip(gains, grid, strict=True)]).sum(dim=0)
+            total = total.masked_fill(~self.cost(tuple(grid.double())).close_to(target), -math.inf)
+            return None if total.max() == -math.inf else tuple(grid[:, total.argmax()].tolist())
+        return self._narrowed_one_by_one(gains, target)
+
+    def _narrowed_one_by_one(self, gains: Sequence[Tensor], target: Cost) -> tuple[int, ...] | None:
+        """The structure whose score is least for what it takes goes first, until the budget is kept."""
+        widths = list(self.widths)
+        while any(mine > theirs for mine, theirs in zip(self.cost(widths), target, strict=True)):
+            before = self.cost(widths)
+            price = []
+            for layer, width in enumerate(widths):
+                narrower = self.cost([*widths[:layer], width - 1, *widths[layer + 1 :]])
+                saved = sum(
+                    float((old - new) / theirs)
+                    for old, new, theirs in zip(before, narrower, target, strict=True)
+                    if old > theirs
+                )
+                lost = float(gains[layer][width] - gains[layer][width - 1])
+                price.append(lost / saved if width > 1 else math.inf)
+            widths[min(range(len(widths)), key=price.__getitem__)] -= 1
+        return tuple(widths) if self.cost(widths).close_to(target) else None

@@ -1,0 +1,124 @@
+"""What networks and their structures take: parameters and floating-point operations."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bmrs.compaction import compact
+from bmrs.compaction.ties import tied_noise_layers
+from bmrs.compaction.tracing import single_input
+from bmrs.noise_layer import noise_layers, required_noise_layers
+
+# Of the mean price, for structures whose removal saves nothing.
+_LEAST_PRICE = 1e-3
+
+
+@dataclass(frozen=True)
+class StructureCost:
+    """What the network saves without one structure of a layer.
+
+    Attributes:
+        parameters: trainable values.
+        flops: floating-point operations for one example, two for each multiply-add.
+    """
+
+    parameters: float
+    flops: float
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of trainable values."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def flops(model: nn.Module, example: Tensor) -> int:
+    """Return the floating-point operations of a forward pass, two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(example)
+    return counter.get_total_flops()
+
+
+def structure_costs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> dict[str, StructureCost]:
+    """Measure what the compacted network saves when one more structure of each noise layer is pruned.
+
+    Structures that additions tie are pruned together, and what that saves is divided among their layers.
+
+    Args:
+        model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
+        example_inputs: as for `bmrs.compact`; FLOPs are those of its first example.
+
+    Returns:
+        By qualified name of the noise layer. All zeros where the layer's structures cannot be removed, or only one is
+        left.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `bmrs.compact`.
+    """
+    example = single_input(example_inputs)[:1]
+    names = list(required_noise_layers(model))
+    tied = {name: group for group in tied_noise_layers(model, example) for name in group}
+    before = _cost(model, example)
+    costs = {}
+    for name in names:
+        group = tied.get(name, [name])
+        masked = copy.deepcopy(model)
+        layers = [noise_layers(masked)[member] for member in group]
+        kept = layers[0].mask.nonzero().flatten()
+        if len(kept) > 1:
+            for layer in layers:
+                layer.mask[kept[-1]] = False
+        after = _cost(masked, example)
+        costs[name] = StructureCost(
+            (before.parameters - after.parameters) / len(group), (before.flops - after.flops) / len(group)
+        )
+    return costs
+
+
+def structure_prices(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, exponent: float = 0.5
+) -> dict[str, float]:
+    """Prices that make pruning save what a network takes, for `bmrs.learn_posteriors`.
+
+    ΔF and odds know no cost: they empty cheap linear layers and leave expensive filters alone. A price is a declared
+    factor on the temperature of a layer's structures. Here it is a power of the mean of the two shares, of the
+    network's parameters and of its FLOPs, that one of them takes; the mean price of all structures is 1.
+
+    Args:
+        model: see `structure_costs`.
+        example_inputs: see `structure_costs`.
+        exponent: 0 has all structures pay alike, 1 in proportion to what they take. With ½, the default, LeNet-5 on
+            images keeps its accuracy with fewer parameters and fewer FLOPs than with either.
+
+    Returns:
+        By qualified name of the noise layer.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `bmrs.compact`, or ``exponent`` is not a finite number at least 0.
+    """
+    if not 0 <= exponent < math.inf:
+        raise ValueError(f"exponent must be finite and at least 0, was {exponent}")
+    layers = required_noise_layers(model)
+    costs = structure_costs(model, example_inputs)
+    whole = _cost(model, single_input(example_inputs)[:1])
+    shares = {
+        name: (cost.parameters / whole.parameters + cost.flops / max(whole.flops, 1)) / 2
+        for name, cost in costs.items()
+    }
+    if not any(shares.values()):
+        return dict.fromkeys(layers, 1.0)
+    raised = {name: share**exponent if share else 0.0 for name, share in shares.items()}
+    structures = {name: int(layer.mask.sum()) for name, layer in layers.items()}
+    mean = sum(raised[name] * count for name, count in structures.items()) / sum(structures.values())
+    return {name: max(price / mean, _LEAST_PRICE) for name, price in raised.items()}
+
+
+def _cost(model: nn.Module, example: Tensor) -> StructureCost:
+    compacted = compact(model, example)
+    return StructureCost(sum(p.numel() for p in compacted.parameters()), flops(compacted, example))
