@@ -16,6 +16,10 @@ COMMANDS = {
     ),
     "gpu-check": ("benchmarks.gpu_check", "test and time the kernels on this machine's GPU"),
     "paper": ("benchmarks.paper", "repeat the paper's experiment on its small networks"),
+    "peers": (
+        "benchmarks.peers.command",
+        "compare the recipe with other ways to a network of the same size",
+    ),
     "scaling": ("benchmarks.scaling", "time everything against its size, and fit the slopes"),
     "readme": ("benchmarks.readme", "write the README's tables from the committed results"),
     "step": ("benchmarks.step", "time training steps with noise against the same network without"),

@@ -1,0 +1,116 @@
+"""The tables of the comparison with what one would do instead, from the rows of ``python -m benchmarks peers``."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import table
+
+RUNS = "runs.jsonl"
+NAMES = {
+    "fashion-mnist-subset": "embedded images",
+    "fashion-mnist": "Fashion-MNIST",
+    "mnist": "MNIST",
+    "lenet5": "LeNet-5",
+    "mlp": "MLP",
+}
+# In the order of the tables.
+SIZES = ("dense", "own", "40 %", "20 %", "8 %")
+METHODS = {
+    "dense": "dense, all epochs",
+    "bmrs": "**this recipe**",
+    "bmrs, uniform": "this recipe, uniform widths",
+    "scratch": "this recipe's widths from scratch",
+    "random, uniform": "Torch-Pruning, random, uniform",
+    "L2, uniform": "Torch-Pruning, L2, uniform",
+    "Taylor, uniform": "Torch-Pruning, Taylor, uniform",
+    "L2, global": "Torch-Pruning, L2, global scores",
+    "Taylor, global": "Torch-Pruning, Taylor, global scores",
+    "paper's training, uniform": "training of Algorithm 1, ΔF_N, uniform",
+}
+
+Row = dict[str, Any]
+
+
+def load(path: Path) -> list[Row]:
+    """Return the rows of a file, none if there is no file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def readme(results: Path) -> str:
+    """Return the tables of the committed rows."""
+    rows = load(results / "peers" / RUNS)
+    machines = sorted({row["environment"]["CPU"] for row in rows})
+    versions = sorted({row["environment"]["torch"] for row in rows})
+    return f"{', '.join(machines)}; torch {', '.join(versions)}; float32.\n\n{as_markdown(rows)}"
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """Return a table for each data set and network."""
+    parts = []
+    for data in NAMES:
+        for network in ("lenet5", "mlp"):
+            own = [row for row in rows if (row["data"], row["network"]) == (data, network)]
+            if own:
+                parts.append(f"**{NAMES[network]}, {NAMES[data]}**\n\n{_table(own)}")
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = []
+    for size in SIZES:
+        ours = {row["seed"]: row for row in rows if (row["size"], row["method"]) == (size, "bmrs")}
+        for method, name in METHODS.items():
+            found = sorted(
+                (row for row in rows if (row["size"], row["method"]) == (size, method)),
+                key=lambda row: row["seed"],
+            )
+            if not found:
+                continue
+            pairs = [
+                100 * (row["accuracy"] - ours[row["seed"]]["accuracy"])
+                for row in found
+                if row["seed"] in ours and method != "bmrs"
+            ]
+            lines.append(
+                (
+                    "" if size == "dense" else size,
+                    name,
+                    f"{statistics.mean(row['parameters'] for row in found):,.0f}",
+                    f"{statistics.mean(row['flops'] for row in found):,.0f}",
+                    _spread(row["pruned_accuracy"] for row in found if "pruned_accuracy" in row),
+                    _spread(row["refitted_accuracy"] for row in found if "refitted_accuracy" in row),
+                    _spread(row["accuracy"] for row in found),
+                    _difference(pairs),
+                    " ".join(f"{100 * row['accuracy']:.2f}" for row in found),
+                )
+            )
+    return table(
+        (
+            *("size", "way", "parameters", "FLOPs", "pruned, %", "refitted, %"),
+            *("fine-tuned, %", "against this recipe", "each seed"),
+        ),
+        lines,
+    )
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = [100 * value for value in values]
+    if not found:
+        return ""
+    mean = f"{statistics.mean(found):.2f}"
+    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.2f}"
+
+
+def _difference(pairs: Sequence[float]) -> str:
+    """Mean difference on the same seeds, with its standard error."""
+    if not pairs:
+        return ""
+    mean = f"{statistics.mean(pairs):+.2f}"
+    if len(pairs) == 1:
+        return mean
+    return f"{mean} (± {statistics.stdev(pairs) / len(pairs) ** 0.5:.2f})"
