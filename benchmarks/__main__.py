@@ -20,6 +20,7 @@ COMMANDS = {
         "benchmarks.peers.command",
         "compare the recipe with other ways to a network of the same size",
     ),
+    "rules": ("benchmarks.peers.rules", "compare the decisions of rules on converged posteriors"),
     "scaling": ("benchmarks.scaling", "time everything against its size, and fit the slopes"),
     "readme": ("benchmarks.readme", "write the README's tables from the committed results"),
     "step": ("benchmarks.step", "time training steps with noise against the same network without"),

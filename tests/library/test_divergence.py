@@ -120,3 +120,17 @@ def test_errors(model, options, message):
 def test_model_without_noise_is_an_error():
     with pytest.raises(ValueError, match=r"the model \(Linear\) has no noise layer"):
         bmrs.kl_divergence(nn.Linear(2, 2), weight="mean")
+
+
+def test_a_weight_for_each_layer():
+    model = nn.Sequential(NoiseLayer(3), NoiseLayer(5, upper=1.0), NoiseLayer(2, dim=-1))
+    model[2].mask[0] = False
+    alone = [bmrs.kl_divergence(layer, weight=1.0) for layer in model]
+    found = bmrs.kl_divergence(model, weight={"0": 0.5, "1": 2.0, "2": 3.0})
+    torch.testing.assert_close(found, 0.5 * alone[0] + 2 * alone[1] + 3 * alone[2])
+    with pytest.raises(
+        ValueError, match=r"weight must name the model's noise layers \['0', '1', '2'\], named \['0', '3'\]"
+    ):
+        bmrs.kl_divergence(model, weight={"0": 1.0, "3": 1.0})
+    with pytest.raises(ValueError, match="weight must be 'elbo', 'mean' or a finite number >= 0, was -1"):
+        bmrs.kl_divergence(model, weight={"0": 1.0, "1": 1.0, "2": -1.0})

@@ -127,6 +127,29 @@ def test_the_higher_the_temperature_the_more_goes(trained, data):
     assert kept[0] > kept[2]
 
 
+def test_prices_make_some_structures_cheaper_to_lose(data):
+    """Two hidden layers of equal use; the one with the higher price ends with fewer structures."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        *(nn.Linear(NUM_INPUTS, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+    )
+    optimizer = torch.optim.Adam(dense.parameters(), lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(dense, data.tensors).backward()
+        optimizer.step()
+    kept = {}
+    for first, second in ((10.0, 0.1), (0.1, 10.0)):
+        torch.manual_seed(0)
+        model = bmrs.add_noise(copy.deepcopy(dense), where=lambda name, _: name in ("0", "2"))
+        prices = {"0.noise": first, "2.noise": second}
+        kept[first] = bmrs.learn_posteriors(model, loader(data), loss, temperature=1.0, prices=prices).kept
+    assert kept[10.0]["0.noise"] < kept[0.1]["0.noise"]
+    assert kept[10.0]["2.noise"] > kept[0.1]["2.noise"]
+    with pytest.raises(ValueError, match="weight must name the model's noise layers"):
+        bmrs.learn_posteriors(model, loader(data), loss, prices={"0": 1.0})
+
+
 def test_a_collapse_is_reported(noisy, data):
     report = bmrs.learn_posteriors(noisy, loader(data), loss, temperature=1e4)
     assert report.emptied == ("0.noise",)
