@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 import bmrs
+from bmrs.costs import flops, num_parameters
 from bmrs.data import Split
-from bmrs.training.measure import accuracy, compression, flops, in_batches, latency, num_parameters
+from bmrs.training.measure import accuracy, compression, in_batches, latency
 
 
 def test_accuracy_is_the_share_of_right_answers():

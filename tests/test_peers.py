@@ -1,0 +1,241 @@
+"""The comparison with what one would do instead: sizes, rivals, runs and tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import bmrs
+from benchmarks.__main__ import main as benchmarks
+from benchmarks.peers import command, rivals, rules, table, trainings
+from benchmarks.peers.budget import Chain, Cost
+from bmrs.costs import flops, num_parameters
+from bmrs.data import EMBEDDED, Split
+from bmrs.models import MLP, LeNet5
+
+IMAGES = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+NETWORKS = {
+    "lenet5": lambda: LeNet5(noise=False),
+    "lenet5 in colour": lambda: LeNet5(in_channels=3, noise=False),
+    "mlp": lambda: MLP(in_features=1024, num_blocks=2, hidden=9, noise=False),
+}
+
+
+def example(name: str) -> torch.Tensor:
+    return IMAGES.expand(-1, 3, -1, -1) if "colour" in name else IMAGES
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return NETWORKS[request.param](), example(request.param)
+
+
+class TestBudget:
+    @pytest.mark.parametrize("narrow", [False, True])
+    def test_cost_is_what_torch_counts(self, network, narrow):
+        model, images = network
+        chain = Chain.of(model, images[:1])
+        widths = tuple(max(1, width // 2 - i) if narrow else width for i, width in enumerate(chain.widths))
+        kept = {name: torch.arange(width) for name, width in zip(chain.names, widths, strict=True)}
+        pruned = rivals.pruned(model, kept, images[:2])
+        assert chain.cost(widths) == Cost(num_parameters(pruned), flops(pruned, images[:1]))
+
+    def test_uniform_widths_come_near_their_share(self, network):
+        chain = Chain.of(network[0], network[1][:1])
+        for share in (0.4, 0.2):
+            widths = chain.uniform(share)
+            assert chain.cost(widths).flops / chain.cost(chain.widths).flops == pytest.approx(share, rel=0.2)
+            ratios = [mine / full for mine, full in zip(widths, chain.widths, strict=True)]
+            assert max(ratios) - min(ratios) < 0.5 / min(chain.widths) + 0.1
+
+    @pytest.mark.parametrize("most", [2_000_000, 0])
+    def test_best_widths_keep_the_budget_and_the_best_structures(self, most, monkeypatch):
+        monkeypatch.setattr("benchmarks.peers.budget._MOST_WIDTHS", most)
+        chain = Chain.of(MLP(in_features=20, num_blocks=1, hidden=40, noise=False), torch.randn(1, 20))
+        target = chain.cost((20, 20))
+        even = [torch.full((40,), 1.0), torch.full((40,), 1.0)]
+        first = [torch.full((40,), 5.0), torch.full((40,), 0.01)]
+        for scores in (even, first):
+            widths = chain.best(scores, target)
+            assert chain.cost(widths).close_to(target)
+        assert chain.best(first, target)[0] > chain.best(even, target)[0]
+        assert chain.best(first, target)[1] < chain.best(even, target)[1]
+        assert chain.best(even, Cost(torch.tensor(1.0), torch.tensor(1e9))) is None
+
+
+class TestRivals:
+    def test_scores_are_torch_prunings_and_cover_every_structure(self):
+        torch.manual_seed(0)
+        model = LeNet5(noise=False)
+        names = ("conv1", "conv2", "hidden1", "hidden2")
+        split = Split(IMAGES, torch.arange(8))
+        scores = rivals.scores(model, names, split, seed=1)
+        assert set(scores) == {"random", "L2", "Taylor"}
+        for each in scores.values():
+            assert [len(layer) for layer in each] == [6, 16, 120, 84]
+            assert all(layer.isfinite().all() for layer in each)
+        again = rivals.scores(model, names, split, seed=1)
+        assert all(torch.equal(a, b) for a, b in zip(scores["random"], again["random"], strict=True))
+        with torch.no_grad():
+            model.hidden2.weight[3] = 0
+            model.classes.weight[:, 3] = 0
+        assert rivals.scores(model, names, split, seed=1)["L2"][3].argmin() == 3
+
+    def test_what_is_kept_computes_what_it_did(self, network):
+        model, images = network
+        chain = Chain.of(model, images[:1])
+        kept = {
+            name: torch.arange(0, width, 2) for name, width in zip(chain.names, chain.widths, strict=True)
+        }
+        pruned = rivals.pruned(model, kept, images[:2])
+        silenced = bmrs.add_noise(
+            model, where=lambda name, _: name in chain.names, initial_mu=0.0, initial_log_sigma=-20.0
+        )
+        for name, indices in kept.items():
+            mask = silenced.get_submodule(name).noise.mask
+            mask.zero_()
+            mask[indices] = True
+        torch.testing.assert_close(pruned(images), silenced.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """One epoch of each phase on a tenth of the embedded images, and one size beside the posteriors' own."""
+    config_of, load = trainings.config_of, command.load
+
+    def short(subject, data_dir):
+        return config_of(subject, data_dir, epochs=1, noise_epochs=1, fine_tune_epochs=1)
+
+    def few(config, device):
+        data = load(config, device)
+        return type(data)(
+            data.name,
+            data.num_classes,
+            *(
+                Split(part.images[:480], part.labels[:480])
+                for part in (data.train, data.validation, data.test)
+            ),
+        )
+
+    monkeypatch.setattr(command, "config_of", short)
+    monkeypatch.setattr(command, "load", few)
+    monkeypatch.setattr(trainings, "SIZES", ("own", "20 %"))
+
+
+def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rows.jsonl"
+    arguments = ["peers", "--data", EMBEDDED, "--networks", "mlp", "--seeds", "1", "--output", str(output)]
+    assert benchmarks([*arguments, "--minutes", "0"]) == 0
+    assert table.load(output) == []
+
+    trained = []
+    rows = trainings.Comparison.rows
+
+    def first_ones(self, done):
+        for row in rows(self, done):
+            trained.append((row["size"], row["method"]))
+            yield row
+            if len(trained) == 3:
+                return
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainings.Comparison, "rows", first_ones)
+        assert benchmarks(arguments) == 0
+    assert trained == [("dense", "dense"), ("own", "bmrs"), ("own", "scratch")]
+    before = output.read_text("utf-8")
+    assert benchmarks(arguments) == 0
+    text = output.read_text("utf-8")
+    assert text.startswith(before)
+    found = table.load(output)
+    assert len({(row["size"], row["method"]) for row in found}) == len(found)
+    assert {row["method"] for row in found if row["size"] == "20 %"} == {
+        *("bmrs", "bmrs, uniform", "scratch", "paper's training, uniform"),
+        *trainings.RIVALS,
+    }
+    for size in ("own", "20 %"):
+        costs = [
+            Cost(*(torch.tensor(float(row[n])) for n in ("parameters", "flops")))
+            for row in found
+            if row["size"] == size
+        ]
+        assert all(cost.close_to(costs[0]) for cost in costs)
+    for row in found:
+        assert row["epochs"] == 3
+        assert 0 < row["accuracy"] <= 1
+        assert ("pruned_accuracy" in row) == (row["method"] not in ("dense", "scratch"))
+        assert ("refitted_accuracy" in row) == row["method"].startswith("bmrs")
+        assert row["environment"]["torch"] == torch.__version__
+    out = capsys.readouterr().out
+    assert "**MLP, embedded images**" in out
+    assert "Torch-Pruning, Taylor, uniform" in out
+    assert benchmarks(arguments) == 0
+    assert output.read_text("utf-8") == text
+
+
+def test_a_failure_is_named_and_the_others_go_on(quick, tmp_path, capsys):
+    arguments = [
+        "peers",
+        "--data",
+        "mnist",
+        "--networks",
+        "mlp",
+        "--seeds",
+        "1",
+        "--output",
+        str(tmp_path / "rows"),
+    ]
+    assert benchmarks(arguments) == 1
+    assert "peers: mnist mlp 0: --data mnist needs --data-dir" in capsys.readouterr().err
+
+
+def row(**values):
+    return {
+        **dict(
+            data="mnist", network="lenet5", seed=0, size="8 %", method="bmrs", parameters=1000, flops=2000
+        ),
+        "accuracy": 0.9,
+        **values,
+    }
+
+
+def test_tables_show_means_differences_on_the_same_seeds_and_each_seed():
+    rows = [row(seed=seed, accuracy=value, refitted_accuracy=0.8) for seed, value in enumerate((0.90, 0.92))]
+    rows += [row(seed=s, method="scratch", accuracy=v) for s, v in enumerate((0.89, 0.90, 0.50))]
+    lines = table.as_markdown(rows).splitlines()
+    assert lines[0] == "**LeNet-5, MNIST**"
+    assert lines[-2] == (
+        "| 8 % | **this recipe** | 1,000 | 2,000 |  | 80.00 ± 0.00 | 91.00 ± 1.41 |  | 90.00 92.00 |"
+    )
+    assert lines[-1] == (
+        "| 8 % | this recipe's widths from scratch | 1,000 | 2,000 |  |  | 76.33 ± 22.81 | -1.50 (± 0.50) | "
+        "89.00 90.00 50.00 |"
+    )
+
+
+def test_rules_are_compared_structure_by_structure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rules, "TEMPERATURES", (1.0,))
+    monkeypatch.setattr(rules, "DISTANCE", 0.3)
+    load = rules.load_data
+
+    def few(config, device):
+        data = load(trainings.config_of(trainings.Subject(EMBEDDED, "lenet5", 0), None), device)
+        return type(data)(
+            data.name,
+            10,
+            *(Split(p.images[:256], p.labels[:256]) for p in (data.train, data.validation, data.test)),
+        )
+
+    monkeypatch.setattr(rules, "load_data", few)
+    arguments = ["rules", "--data", "mnist", "--data-dir", str(tmp_path), "--seeds", "1"]
+    output = tmp_path / "rules.jsonl"
+    assert benchmarks([*arguments, "--output", str(output)]) == 0
+    found = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [each["lower"] for each in found] == [-20.0, -40.0]
+    assert all(each["pruned by odds"] == 0 and each["structures"] == 226 for each in found)
+    assert found[0]["distance"] == pytest.approx(0.3)
+    assert found[1]["lower ends differ"] == 0
+    assert "| MNIST | 1 | -20 | 1 | 0 of 226 | 0.0% (0.0%) | 0.0% (0.0%) |  |" in capsys.readouterr().out
