@@ -55,10 +55,10 @@ class TestBudget:
     @pytest.mark.parametrize("most", [2_000_000, 0])
     def test_best_widths_keep_the_budget_and_the_best_structures(self, most, monkeypatch):
         monkeypatch.setattr("benchmarks.peers.budget._MOST_WIDTHS", most)
-        chain = Chain.of(MLP(in_features=20, num_blocks=1, hidden=40, noise=False), torch.randn(1, 20))
-        target = chain.cost((20, 20))
-        even = [torch.full((40,), 1.0), torch.full((40,), 1.0)]
-        first = [torch.full((40,), 5.0), torch.full((40,), 0.01)]
+        chain = Chain.of(MLP(in_features=50, num_blocks=1, hidden=100, noise=False), torch.randn(1, 50))
+        target = chain.cost((50, 50))
+        even = [torch.full((100,), 1.0), torch.full((100,), 1.0)]
+        first = [torch.full((100,), 5.0), torch.full((100,), 0.01)]
         for scores in (even, first):
             widths = chain.best(scores, target)
             assert chain.cost(widths).close_to(target)
@@ -194,9 +194,13 @@ def test_a_failure_is_named_and_the_others_go_on(quick, tmp_path, capsys):
 
 def row(**values):
     return {
-        **dict(
-            data="mnist", network="lenet5", seed=0, size="8 %", method="bmrs", parameters=1000, flops=2000
-        ),
+        "data": "mnist",
+        "network": "lenet5",
+        "seed": 0,
+        "size": "8 %",
+        "method": "bmrs",
+        "parameters": 1000,
+        "flops": 2000,
         "accuracy": 0.9,
         **values,
     }
