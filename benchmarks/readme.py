@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks import paper_table, plots, speed_tables
 from benchmarks.markdown import table
+from benchmarks.peers import rules
+from benchmarks.peers import table as peers_table
 from benchmarks.processes import ROOT
 
 README = ROOT / "README.md"
@@ -116,4 +118,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "pruning": speed_tables.pruning,
     "scaling": speed_tables.scaling,
     "paper": paper_table.readme,
+    "peers": peers_table.readme,
+    "rules": rules.readme,
 }

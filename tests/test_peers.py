@@ -155,6 +155,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
     assert {row["method"] for row in found if row["size"] == "20 %"} == {
         *("bmrs", "bmrs, uniform", "scratch", "paper's training, uniform"),
         *trainings.RIVALS,
+        *trainings.WEIGHT_RATES,
     }
     for size in ("own", "20 %"):
         costs = [

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import bmrs
 from benchmarks import readme
 from benchmarks.__main__ import COMMANDS
 from benchmarks.__main__ import main as benchmarks
@@ -26,11 +29,23 @@ def test_library_example(blocks, tmp_path, monkeypatch, capsys):
     (example,) = blocks["python"]
     assert len([line for line in example.splitlines() if line.strip()]) <= 20
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(compile(example, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.count("pruned by BMRSNormal") == 4
+    assert printed.count("pruned by BMRSOdds") == 1
+    assert "posteriors settled after" in printed
     assert "Linear" in printed
-    assert list(tmp_path.iterdir())
+    # It really is smaller, as good, and what was saved.
+    small, loaded = names["small"], bmrs.load("small")
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (names["model"], small)]
+    assert sizes[1] < sizes[0] / 2
+    inputs = torch.randn(4000, 20)
+    labels = (inputs[:, 0] * inputs[:, 1] > 0).long()
+    dense, pruned = ((model(inputs).argmax(1) == labels).double().mean() for model in (names["model"], small))
+    assert dense > 0.9
+    assert pruned > dense - 0.04
+    assert torch.equal(loaded(inputs), small(inputs))
 
 
 def test_commands_for_newcomers_stand_on_one_line(blocks):

@@ -24,6 +24,8 @@ METHODS = {
     "dense": "dense, all epochs",
     "bmrs": "**this recipe**",
     "bmrs, uniform": "this recipe, uniform widths",
+    "weights trained slowly, uniform": "this recipe, weights trained with the noise, a tenth of the rate",
+    "weights trained, uniform": "this recipe, weights trained with the noise",
     "scratch": "this recipe's widths from scratch",
     "random, uniform": "Torch-Pruning, random, uniform",
     "L2, uniform": "Torch-Pruning, L2, uniform",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bmrs
@@ -18,9 +19,11 @@ from benchmarks.peers.budget import Chain
 from bmrs.costs import flops, num_parameters
 from bmrs.data import EMBEDDED, Dataset
 from bmrs.noise_layer import noise_layers
+from bmrs.posteriors import PosteriorLearner
 from bmrs.training import TrainConfig, algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import DataName, ModelName
+from bmrs.training.epoch import batches_of
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.measure import accuracy
 
@@ -35,6 +38,10 @@ RIVALS = {
     "L2, global": ("L2", True),
     "Taylor, global": ("Taylor", True),
 }
+
+
+WEIGHT_RATES = {"weights trained slowly, uniform": 0.1, "weights trained, uniform": 1.0}
+"""Variants that train the weights while the noise learns, at a share of the learning rate; on the embedded images."""
 
 
 class Subject(NamedTuple):
@@ -84,7 +91,7 @@ class Built(NamedTuple):
     epochs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """All ways for one subject.
 
@@ -137,6 +144,9 @@ class Comparison:
             if size != "own":
                 yield size, "bmrs, uniform", functools.partial(self._bmrs, size, uniform=True)
                 yield size, "paper's training, uniform", functools.partial(self._paper, size)
+            if size != "own" and self.subject.data == EMBEDDED:
+                for method in WEIGHT_RATES:
+                    yield size, method, functools.partial(self._weights_trained, size, method)
 
     # What the ways have in common, made once.
 
@@ -252,6 +262,40 @@ class Comparison:
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = self.config.settings.fine_tune_epochs
         return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))
+
+    def _weights_trained(self, size: str, method: str) -> Built:
+        model = self._noisy_with_weights(WEIGHT_RATES[method])
+        scores = [bmrs.SNR()(layer).scores.cpu() for layer in noise_layers(model).values()]
+        start = bmrs.compact(
+            _masked(model, scores, self._uniform(size)), self.data.train.images[: recipe.EXAMPLES]
+        )
+        before = {"pruned": accuracy(start, self.data.test)}
+        epochs = recipe.total_epochs(self.config)
+        return Built(self._fit(start, self.config.settings.fine_tune_epochs), before, epochs)
+
+    @functools.cache  # noqa: B019 - as long as the comparison lives
+    def _noisy_with_weights(self, share: float) -> nn.Module:
+        """The trained network with posteriors that were learned while its weights went on training."""
+        settings, train = self.config.settings, self.data.train
+        assert settings.noise_epochs is not None, "settings have it for this recipe"
+        state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
+        prices = bmrs.structure_prices(
+            state.model, train.images[:1], exponent=self.config.price_exponent or 0.0
+        )
+        learner = PosteriorLearner(
+            state.model,
+            temperature=settings.temperature or 1.0,
+            dataset_size=len(train),
+            learning_rate=settings.noise_lr,
+            prices=prices,
+            weight_lr=share * settings.lr,
+        )
+        with learner:
+            for _ in range(settings.noise_epochs):
+                for batch in batches_of(state, train, self.config):
+                    self.check_time()
+                    learner.step(F.cross_entropy(state.model(train.images[batch]), train.labels[batch]))
+        return state.model
 
     def _own_widths(self, size: str) -> tuple[int, ...] | None:
         if size != "own":
