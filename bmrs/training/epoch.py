@@ -41,8 +41,8 @@ def train_epoch(
     totals = torch.zeros(3, dtype=torch.float64, device=batches[0].device)
     seen = 0
     for number, batch in enumerate(batches, start=1):
-        means, magnitudes = step(batch)
-        watch.record(magnitudes)
+        means, probes = step(batch)
+        watch.record(probes)
         seen += len(batch)
         totals += len(batch) * means
         if number % CHECK_EVERY == 0 or number == len(batches):

@@ -14,10 +14,10 @@ class NonFiniteError(ArithmeticError):
 
 
 class FiniteWatch:
-    """Records, on the device, the largest magnitude of every layer's output and gradient at each step.
+    """Records, on the device, a probe of every layer's output and gradient at each step.
 
     As a context manager, for one epoch at a time, it hooks into the layers that have parameters of their own.
-    `magnitudes` and `record` add one step without synchronising; `check` looks at all the steps since the last check at
+    `probes` and `record` add one step without synchronising; `check` looks at all the steps since the last check at
     once.
 
     Args:
@@ -53,18 +53,18 @@ class FiniteWatch:
         for handle in self._handles:
             handle.remove()
 
-    def magnitudes(self, loss: Tensor) -> Tensor:
+    def probes(self, loss: Tensor) -> Tensor:
         """Return those of the step whose forward and backward passes have just been run, shape (places,)."""
         outputs = [self._outputs[layer] for layer in self._layers.values()]
         gradients = [
-            loss.new_zeros(()) if parameter.grad is None else _magnitude(parameter.grad)
+            loss.new_zeros(()) if parameter.grad is None else _probe(parameter.grad)
             for parameter in self._parameters.values()
         ]
         return torch.stack([*outputs, *gradients, loss.detach()])
 
-    def record(self, magnitudes: Tensor) -> None:
-        """Note a step's magnitudes."""
-        self._rows.append(magnitudes)
+    def record(self, probes: Tensor) -> None:
+        """Note a step's probes."""
+        self._rows.append(probes)
 
     def check(self, epoch: int) -> None:
         """Look at the steps since the last check; synchronises once.
@@ -85,18 +85,20 @@ class FiniteWatch:
         Raises:
             NonFiniteError: If one of them holds a NaN or an infinity.
         """
-        wrong = ~torch.stack([_magnitude(parameter) for parameter in self._parameters.values()]).isfinite()
+        wrong = ~torch.stack([_probe(parameter) for parameter in self._parameters.values()]).isfinite()
         if wrong.any():
             name = list(self._parameters)[int(wrong.nonzero()[0])]
             raise NonFiniteError(_message(epoch, self._steps, f"parameter {name!r}"))
 
     def _see_output(self, layer: nn.Module, inputs: object, output: Tensor) -> None:
-        self._outputs[layer] = _magnitude(output)
+        self._outputs[layer] = _probe(output)
 
 
-def _magnitude(values: Tensor) -> Tensor:
-    """The largest absolute value: unlike a sum it cannot overflow, and NaN comes through."""
-    return torch.linalg.vector_norm(values.detach(), ord=torch.inf)
+def _probe(values: Tensor) -> Tensor:
+    """The mean of the least and the largest value: finite exactly where all values are, and cannot overflow."""
+    # One pass; an infinity norm takes ten times as long on a CPU.
+    least, largest = values.detach().aminmax()
+    return (least / 2).add(largest, alpha=0.5)
 
 
 def _message(epoch: int, step: int, place: str) -> str:

@@ -41,7 +41,7 @@ def new_step(
         model: The network.
         split: Preprocessed images.
         config: The options; with `cuda_graph` the step is captured and replayed.
-        watch: Is asked for the step's magnitudes.
+        watch: Is asked for the step's probes.
         data_loss: What is to become small.
         update: How.
     """
@@ -51,9 +51,9 @@ def new_step(
         logits = model(images)
         loss = data_loss(logits, labels, batch)
         kl = update(loss)
-        magnitudes = watch.magnitudes(loss + kl)
+        probes = watch.probes(loss + kl)
         correct = (logits.argmax(dim=1) == labels).double().mean()
-        return torch.stack([loss.detach().double(), kl.double(), correct]), magnitudes
+        return torch.stack([loss.detach().double(), kl.double(), correct]), probes
 
     return GraphedStep(step, config.settings.batch_size, split.labels.device) if config.cuda_graph else step
 

@@ -33,7 +33,7 @@ def take_steps(network, watch, count):
         network.zero_grad()
         loss = network(torch.ones(4, 2)).mean()
         loss.backward()
-        watch.record(watch.magnitudes(loss))
+        watch.record(watch.probes(loss))
 
 
 def test_finite_steps_pass_and_hooks_are_removed():
@@ -74,7 +74,7 @@ def test_a_bad_loss_alone_is_named():
     network = Network()
     with FiniteWatch(network) as watch:
         take_steps(network, watch, 1)
-        watch.record(watch.magnitudes(torch.tensor(torch.nan)))
+        watch.record(watch.probes(torch.tensor(torch.nan)))
         with pytest.raises(NonFiniteError, match="epoch 1, step 2: first seen in the loss"):
             watch.check(1)
 
