@@ -97,7 +97,9 @@ class RunFolder:
         if not folder.config.is_file():
             raise RunError(f"{path} is no run folder: {folder.config.name} is missing")
         try:
-            return folder, TrainConfig(**json.loads(folder.config.read_text(encoding="utf-8")))
+            options = json.loads(folder.config.read_text(encoding="utf-8"))
+            # Before there were recipes, all runs were of what is now called "paper".
+            return folder, TrainConfig(**{"recipe": "paper", **options})
         except (ValueError, TypeError) as error:
             raise RunError(f"{folder.config} is broken: {error}") from error
 

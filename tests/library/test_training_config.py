@@ -219,3 +219,12 @@ def test_json_lines_are_one_object_a_line(tmp_path):
 
 def test_every_option_has_a_help_text():
     assert all(option.metadata["help"] for option in dataclasses.fields(TrainConfig))
+
+
+def test_runs_from_before_there_were_recipes_are_the_papers(tmp_path):
+    config = TrainConfig(recipe="paper", model="mlp", kl_weight=0.5).resolved()
+    folder = RunFolder.create(config, tmp_path / "run")
+    new = ("recipe", "temperature", "noise_epochs", "price_exponent", "distillation", "seeds")
+    old = {name: value for name, value in config.to_dict().items() if name not in new}
+    folder.config.write_text(json.dumps(old))
+    assert RunFolder.open(tmp_path / "run") == (folder, config)
