@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import paper_table, plots, speed_tables
 from benchmarks.markdown import table
-from benchmarks.peers import rules
+from benchmarks.peers import picture, rules
 from benchmarks.peers import table as peers_table
 from benchmarks.processes import ROOT
 
@@ -33,12 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     after = with_results(before, RESULTS)
     if options.check:
         wrong = [*(["README.md"] if before != after else []), *map(str, plots.stale_files(RESULTS))]
+        wrong += [str(picture.path_of(RESULTS))] if picture.is_stale(RESULTS) else []
         if wrong:
             names = ", ".join(wrong)
             print(f"{names}: not from these results: run python -m benchmarks readme", file=sys.stderr)
         return int(bool(wrong))
     README.write_text(after, "utf-8")
     plots.write(RESULTS)
+    picture.write(RESULTS)
     return 0
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import bmrs
 from benchmarks.__main__ import main as benchmarks
-from benchmarks.peers import command, rivals, rules, table, trainings
+from benchmarks.peers import command, picture, rivals, rules, table, trainings
 from benchmarks.peers.budget import Chain, Cost
 from bmrs.costs import flops, num_parameters
 from bmrs.data import EMBEDDED, Split
@@ -244,3 +244,24 @@ def test_rules_are_compared_structure_by_structure(tmp_path, monkeypatch, capsys
     assert found[0]["distance"] == pytest.approx(0.3)
     assert found[1]["lower ends differ"] == 0
     assert "| MNIST | 1 | -20 | 1 | 0 of 226 | 0.0% (0.0%) | 0.0% (0.0%) |  |" in capsys.readouterr().out
+
+
+def test_the_picture_goes_with_the_rows(tmp_path):
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    assert not picture.is_stale(tmp_path)
+    rows = [
+        row(size=size, method=method, seed=seed, accuracy=0.8 + seed / 100, pruned_accuracy=0.5)
+        for size in ("own", "8 %")
+        for method in ("bmrs", "L2, uniform", "dense")
+        for seed in (0, 1)
+    ]
+    (folder / table.RUNS).write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert picture.is_stale(tmp_path)
+    picture.write(tmp_path)
+    assert not picture.is_stale(tmp_path)
+    before = picture.path_of(tmp_path).stat().st_mtime_ns
+    picture.write(tmp_path)
+    assert picture.path_of(tmp_path).stat().st_mtime_ns == before
+    (folder / table.RUNS).write_text(json.dumps(rows[0]) + "\n")
+    assert picture.is_stale(tmp_path)

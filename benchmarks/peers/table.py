@@ -46,9 +46,14 @@ def load(path: Path) -> list[Row]:
 def readme(results: Path) -> str:
     """Return the tables of the committed rows."""
     rows = load(results / "peers" / RUNS)
+    if not rows:
+        return ""
     machines = sorted({row["environment"]["CPU"] for row in rows})
     versions = sorted({row["environment"]["torch"] for row in rows})
-    return f"{', '.join(machines)}; torch {', '.join(versions)}; float32.\n\n{as_markdown(rows)}"
+    about = f"{', '.join(machines)}; torch {', '.join(versions)}; float32, one thread a run."
+    return (
+        f"{about}\n\n{as_markdown(rows)}\n\n![Accuracy against size](benchmarks/results/peers/accuracy.png)"
+    )
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
