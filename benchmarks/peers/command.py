@@ -87,6 +87,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=RESULTS / "peers" / table.RUNS,
         help="file that rows are added to; by default the committed one",
     )
+    parser.add_argument("--methods", nargs="+", choices=table.METHODS, help="ways to a smaller network (all)")
     parser.add_argument("--minutes", type=float, default=1e9, help="time limit (none)")
     parser.add_argument("--jobs", type=positive, default=1, help="processes of one thread (%(default)s)")
     parser.add_argument("--commit", help="what is run, where git cannot tell")
@@ -119,7 +120,7 @@ def _train(subject: Subject, *, options: argparse.Namespace, deadline: float, ab
     try:
         check_time()
         config = config_of(subject, folder)
-        comparison = Comparison(subject, config, load(config, CPU), check_time)
+        comparison = Comparison(subject, config, load(config, CPU), check_time, options.methods)
         for row in comparison.rows(done):
             options.output.parent.mkdir(parents=True, exist_ok=True)
             with options.output.open("a", encoding="utf-8") as file:

@@ -63,10 +63,17 @@ def write(results: Path) -> None:
         )
         _draw(line[1], own, cost="parameters", title=f"{name}: fine-tuned", trained=True)
         _draw(line[2], own, cost="flops", title=f"{name}: fine-tuned", trained=True)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path_of(results), dpi=DPI, metadata={DIGEST: digest(rows)})
 
 
 def _draw(axis: Axes, rows: Sequence[Row], *, cost: str, title: str, trained: bool) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     dense = [row for row in rows if row["method"] == "dense"]
     if dense:
         level = 100 * statistics.mean(row["accuracy"] for row in dense)
@@ -95,13 +102,15 @@ def _draw(axis: Axes, rows: Sequence[Row], *, cost: str, title: str, trained: bo
                     **hollow,
                 )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel({"parameters": "parameters", "flops": "FLOPs of an image"}[cost])
     axis.set_ylabel("test accuracy (%)")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
     if trained:
         axis.set_ylim(bottom=max(0.0, axis.dataLim.ymin - 0.5))
-    axis.legend(fontsize=6.5, loc="lower right")
 
 
 def _points(rows: Sequence[Row], cost: str, kind: str) -> list[tuple[float, float, float]]:

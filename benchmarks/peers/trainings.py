@@ -100,18 +100,20 @@ class Comparison:
         config: The options of the recipe; the others get as many epochs.
         data: Preprocessed images.
         check_time: Called at each step; raises when there is no time left.
+        methods: The ways that are wanted; None for all.
     """
 
     subject: Subject
     config: TrainConfig
     data: Dataset
     check_time: Callable[[], None]
+    methods: Sequence[str] | None = None
 
     def rows(self, done: Sequence[Row]) -> Iterator[Row]:
         """Train what is not done yet, and yield a row for each network, the most informative ones first."""
         finished = {(row["size"], row["method"]) for row in done}
         for size, method, build in self._ways():
-            if (size, method) in finished:
+            if (size, method) in finished or (self.methods is not None and method not in self.methods):
                 continue
             started = time.perf_counter()
             built = build()
