@@ -63,10 +63,10 @@ def write(results: Path) -> None:
         )
         _draw(line[1], own, cost="parameters", title=f"{name}: fine-tuned", trained=True)
         _draw(line[2], own, cost="flops", title=f"{name}: fine-tuned", trained=True)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    shown = dict(zip(labels, handles, strict=True))
-    handles, labels = axes[0, 1].get_legend_handles_labels()
-    shown |= dict(zip(labels, handles, strict=True))
+    shown = {}
+    for axis in (axes[0, 1], axes[0, 0]):
+        handles, labels = axis.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path_of(results), dpi=DPI, metadata={DIGEST: digest(rows)})
 
