@@ -85,7 +85,7 @@ def _refit_layer(
     axis = -1 if isinstance(layer, nn.Linear) else 1
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     weights = layer.weight.double().flatten(1).chunk(groups)
-    equations = [_NormalEquations(weight) for weight in weights]
+    equations = [_NormalEquations(weight, shifts=layer.bias is not None) for weight in weights]
     for batch in inputs.split(_BATCH):
         read = _input_of(compacted, layer, batch).movedim(axis, -1)
         wanted = _output_of(reference, origin, batch).movedim(axis, -1)[..., origin.rows]
@@ -97,11 +97,8 @@ def _refit_layer(
             part.add(rows_of_x.flatten(0, -2)[::step].double(), y.flatten(0, -2)[::step].double())
     solutions = [part.solve() for part in equations]
     layer.weight.copy_(torch.cat([weight for weight, _ in solutions]).view_as(layer.weight))
-    bias = torch.cat([bias for _, bias in solutions]).to(layer.weight.dtype)
-    if layer.bias is None:
-        layer.bias = nn.Parameter(bias)
-    else:
-        layer.bias.copy_(bias)
+    if layer.bias is not None:
+        layer.bias.copy_(torch.cat([bias for _, bias in solutions]))
 
 
 class _NormalEquations:
@@ -109,11 +106,12 @@ class _NormalEquations:
 
     Args:
         weight: the present W, of shape (outputs, inputs).
+        shifts: whether there is a b; a layer without a bias gets none, so that it does not grow.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, *, shifts: bool) -> None:
         outputs, inputs = weight.shape
-        self._weight = weight
+        self._weight, self._shifts = weight, shifts
         # Of the rows (x, 1): their products with each other, and with y.
         self._gram = weight.new_zeros(inputs + 1, inputs + 1)
         self._cross = weight.new_zeros(inputs + 1, outputs)
@@ -125,13 +123,16 @@ class _NormalEquations:
         self._cross += x.T @ y
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """W and b."""
+        """W and b, which is 0 where there is none."""
         count = self._gram[-1, -1]
         mean_x, mean_y = self._gram[-1, :-1] / count, self._cross[-1] / count
+        if not self._shifts:
+            mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
         gram = self._gram[:-1, :-1] / count - mean_x.outer(mean_x)
         cross = self._cross[:-1] / count - mean_x.outer(mean_y)
-        # Inputs that never vary leave their weights as they are.
-        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        # Inputs that never vary, and leave rounding errors only, leave their weights as they are.
+        size = self._gram.diagonal()[:-1].mean() / count
+        ridge = RIDGE * gram.diagonal().mean() + 1e-12 * size + torch.finfo(gram.dtype).tiny
         system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         change = torch.linalg.solve(system, cross - gram @ self._weight.T)
         weight = self._weight + change.T

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,8 +82,10 @@ def learn_noise(
         temperature, collapsed = _next_temperature(state, config)
         if learner is None or collapsed:
             learner = _started(state, config, data, temperature, afresh=collapsed or not state.history)
+            # Not as a CUDA graph, in whose replays the learner would not count its steps.
+            eager = replace(config, cuda_graph=False)
             step = new_step(
-                state.model, data.train, config, watch, data_loss=cross_entropy, update=learner.step
+                state.model, data.train, eager, watch, data_loss=cross_entropy, update=learner.step
             )
         epoch = len(state.history) + 1
         start = time.perf_counter()

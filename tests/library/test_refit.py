@@ -81,6 +81,19 @@ def test_few_examples_leave_the_weights_where_they_were_in_all_directions_that_t
     assert error(found, mlp, inputs) < error(bmrs.compact(model, inputs), mlp, inputs)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_inputs_that_never_vary_leave_the_weights_as_they_are(mlp, value):
+    """Units that are the same for all examples, dead ones among them, tell of nothing."""
+    with torch.no_grad():
+        mlp[0].weight.zero_()
+        mlp[0].bias.fill_(value)
+    model = masked_copy(mlp, 0.5, where="0")
+    inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
+    plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=mlp)
+    torch.testing.assert_close(refitted[2].weight, plain[2].weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(refitted(inputs), mlp(inputs), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -120,6 +133,7 @@ def test_convolutions(groups, dtype):
     plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
     assert sum(p.numel() for p in refitted.parameters()) <= sum(p.numel() for p in dense.parameters())
     assert all(parameter.dtype == dtype for parameter in refitted.parameters())
+    assert refitted[2].bias is None  # a layer does not grow
     assert error(refitted, dense, others) < 0.7 * error(plain, dense, others)
 
 
