@@ -132,7 +132,7 @@ class _NormalEquations:
         cross = self._cross[:-1] / count - mean_x.outer(mean_y)
         # Inputs that never vary, and leave rounding errors only, leave their weights as they are.
         size = self._gram.diagonal()[:-1].mean() / count
-        ridge = RIDGE * gram.diagonal().mean() + 1e-12 * size + torch.finfo(gram.dtype).tiny
+        ridge = RIDGE * gram.diagonal().mean() + 1e-9 * size + torch.finfo(gram.dtype).tiny
         system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         change = torch.linalg.solve(system, cross - gram @ self._weight.T)
         weight = self._weight + change.T
