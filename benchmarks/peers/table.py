@@ -22,6 +22,7 @@ NAMES = {
 SIZES = ("dense", "own", "40 %", "20 %", "8 %")
 METHODS = {
     "dense": "dense, all epochs",
+    "trained": "dense, where pruning starts",
     "bmrs": "**this recipe**",
     "bmrs, uniform": "this recipe, uniform widths",
     "weights trained slowly, uniform": "this recipe, weights trained with the noise, a tenth of the rate",

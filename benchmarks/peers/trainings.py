@@ -136,6 +136,7 @@ class Comparison:
 
     def _ways(self) -> Iterator[tuple[str, str, Callable[[], Built | None]]]:
         yield "dense", "dense", self._dense
+        yield "dense", "trained", lambda: Built(self.trained, {}, self.config.settings.epochs)
         for size in SIZES:
             yield size, "bmrs", functools.partial(self._bmrs, size, uniform=False)
             yield size, "scratch", functools.partial(self._scratch, size)

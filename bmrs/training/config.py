@@ -100,7 +100,13 @@ _CRITERIA: dict[CriterionName, tuple[type[Criterion], dict[str, float | None]]] 
 
 # Options of one recipe alone, with their defaults; the other one does not take them.
 _OWN_OPTIONS: dict[RecipeName, dict[str, Any]] = {
-    "bmrs": {"noise_epochs": None, "temperature": None, "price_exponent": 0.5, "distillation": 0.0},
+    "bmrs": {
+        "noise_epochs": None,
+        "temperature": None,
+        "weight_lr": 0.0,
+        "price_exponent": 0.5,
+        "distillation": 0.0,
+    },
     "paper": {"kl_weight": "mean", "mode": "continuous", "fine_tune_noise": False, "prune_every": 1},
 }
 _DEFAULT_CRITERION: dict[RecipeName, CriterionName] = {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}
@@ -175,6 +181,13 @@ class TrainConfig:
         metadata=_help(
             "bmrs: T, the posterior is that of the likelihood to the power 1/T; 1 is the evidence bound, the larger "
             "the more goes; default: 10 on the subset, 100 elsewhere (mlp: 30)"
+        ),
+    )
+    weight_lr: float | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs: Adam's learning rate of the weights while the noise learns; 0 freezes them, which is best where half "
+            "of the network stays; a tenth of --lr is better for much smaller ones; default: 0"
         ),
     )
     price_exponent: float | None = field(
@@ -260,7 +273,15 @@ class TrainConfig:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}, expected {expected_value(name)}")
         for name in ("epochs", "noise_epochs", "prune_every", "batch_size", "hidden", "seeds"):
             self._check_number(name, minimum=1)
-        for name in ("fine_tune_epochs", "num_blocks", "seed", "kl_weight", "price_exponent", "distillation"):
+        for name in (
+            "fine_tune_epochs",
+            "num_blocks",
+            "seed",
+            "kl_weight",
+            "weight_lr",
+            "price_exponent",
+            "distillation",
+        ):
             self._check_number(name, minimum=0)
         for name in ("lr", "noise_lr", "temperature"):
             self._check_number(name, minimum=0, or_equal=False)

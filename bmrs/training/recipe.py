@@ -58,13 +58,14 @@ def noisy_state(
 def learn_noise(
     state: TrainingState, data: Dataset, config: TrainConfig, *, save: Save, progress: Progress
 ) -> None:
-    """Learn the posteriors with the weights frozen, until decisions have settled or the epochs are used up.
+    """Learn the posteriors, the weights frozen by default, until decisions have settled or the epochs are used up.
 
     Where the posteriors leave nothing of a layer, the temperature is too high for this network. They then start afresh
     at half of it, so that a collapse is never delivered; the epochs that it took count.
 
     Args:
-        state: What `noisy_state` returned, or its state after some epochs.
+        state: What `noisy_state` returned, or its state after some epochs. Weights that `config.weight_lr` trains go
+            on from a collapse as they are.
         data: Preprocessed images on the model's device.
         config: The options.
         save: Called with the state after each epoch.
@@ -149,6 +150,7 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
         dataset_size=len(data.train),
         learning_rate=config.settings.noise_lr,
         prices=bmrs.structure_prices(model, data.train.images[:1], exponent=config.price_exponent),
+        weight_lr=config.weight_lr or None,
     )
 
 

@@ -246,9 +246,14 @@ def _run_recipe(
         write_json_lines(folder.metrics("noisy"), noisy.history)
 
     examples = data.train.images[: recipe.EXAMPLES]
-    refitted = bmrs.compact(noisy.model, examples, refit_to=trained.model)
+    pruned = bmrs.compact(noisy.model, examples)
+    # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
+    frozen = not config.weight_lr
+    refitted = bmrs.compact(noisy.model, examples, refit_to=trained.model) if frozen else pruned
     tuning_epochs = recipe.fine_tuning_epochs(config, noisy)
-    start = bmrs.compact(noisy.model, examples, expected_noise=False) if tuning_epochs else refitted
+    start: nn.Module = refitted
+    if tuning_epochs:
+        start = bmrs.compact(noisy.model, examples, expected_noise=not frozen)
     fine_tuned = trainer.fit(
         "fine-tuned",
         "fine-tuning",
@@ -263,7 +268,7 @@ def _run_recipe(
     same_widths = recipe.untrained_copy(fine_tuned.model, config)
     scratch = trainer.fit("scratch", "from scratch", same_widths, data, epochs)
     for name, model in (
-        ("pruned", bmrs.compact(noisy.model, examples)),
+        ("pruned", pruned),
         ("refitted", refitted),
         ("compacted", fine_tuned.model),
         ("random", random.model),

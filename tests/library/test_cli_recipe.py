@@ -160,6 +160,17 @@ def test_without_fine_tuning_the_refitted_network_is_the_result(options, tmp_pat
 
 
 @pytest.mark.usefixtures("no_picture")
+def test_weights_can_go_on_training_with_the_noise(options, tmp_path):
+    run = tmp_path / "run"
+    assert main([*options, "--weight-lr", "1e-3", "--output", str(run)]) == 0
+    trained, noisy = (load_file(run / f"{stage}checkpoint.safetensors") for stage in ("trained.", ""))
+    assert not torch.equal(noisy["model.hidden0.weight"], trained["model.hidden0.weight"])
+    pruned, refitted = (load_file(run / f"{name}.safetensors") for name in ("pruned", "refitted"))
+    assert all(torch.equal(refitted[key], tensor) for key, tensor in pruned.items())
+    assert main(["evaluate", str(run)]) == 0
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_several_seeds_have_a_folder_each_and_a_table_of_means(options, tmp_path, capsys):
     run = tmp_path / "run"
     assert main([*options, "--seed", "3", "--seeds", "2", "--distillation", "0.5", "--output", str(run)]) == 0
