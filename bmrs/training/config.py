@@ -186,8 +186,8 @@ class TrainConfig:
     weight_lr: float | None = field(
         default=None,
         metadata=_help(
-            "bmrs: Adam's learning rate of the weights while the noise learns; 0 freezes them, which is best where half "
-            "of the network stays; a tenth of --lr is better for much smaller ones; default: 0"
+            "bmrs: Adam's learning rate of the weights while the noise learns; 0 freezes them, which is best where "
+            "half of the network stays; a tenth of --lr is better for much smaller ones; default: 0"
         ),
     )
     price_exponent: float | None = field(
