@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bmrs.criteria import SNR, BMRSNormal, BMRSOdds
+from bmrs.criteria import SNR, BMRSNormal, BMRSOdds, PosteriorCriterion
+from bmrs.criteria.evidence import LN2
 from bmrs.divergence import kl_divergence
-from bmrs.noise_layer import noise_layers, required_noise_layers
+from bmrs.noise_layer import NoiseLayer, noise_layers, required_noise_layers
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
@@ -43,7 +44,8 @@ class PosteriorReport:
         unsettled: share of the kept structures on which rules that agree for converged posteriors still disagree.
         changed: share of the kept structures that `BMRSOdds` judges otherwise than at the check before.
         settled: False if learning was cut off before decisions stopped changing.
-        kept: structures of each noise layer that are not pruned and more likely on than off.
+        kept: structures of each noise layer that are not pruned and more likely on (θ > 2⁻⁸) than off; for layers whose
+            interval lies on one side of 2⁻⁸, with an SNR above 1.
     """
 
     temperature: float
@@ -189,8 +191,13 @@ class PosteriorLearner:
         )
 
     def _decisions(self) -> dict[str, Tensor]:
-        rule = BMRSOdds()
-        return {name: layer.mask & ~rule(layer).prune for name, layer in self._layers.items()}
+        return {name: layer.mask & ~_rule(layer)(layer).prune for name, layer in self._layers.items()}
+
+
+def _rule(layer: NoiseLayer) -> PosteriorCriterion:
+    """Odds, or where the interval lies on one side of their border the signal-to-noise ratio."""
+    odds = BMRSOdds()
+    return odds if layer.lower < -odds.p1 * LN2 < layer.upper else _LAX
 
 
 def learn_posteriors(

@@ -150,6 +150,12 @@ def test_prices_make_some_structures_cheaper_to_lose(data):
         bmrs.learn_posteriors(model, loader(data), loss, prices={"0": 1.0})
 
 
+def test_an_interval_above_the_border_of_odds_is_judged_by_the_ratio(trained, data):
+    model = bmrs.add_noise(copy.deepcopy(trained), where="0", lower=-4.0)
+    report = bmrs.learn_posteriors(model, loader(data), loss, max_distance=5.0)
+    assert report.kept["0.noise"] == int((~bmrs.SNR()(model[0].noise).prune).sum())
+
+
 def test_a_collapse_is_reported(noisy, data):
     report = bmrs.learn_posteriors(noisy, loader(data), loss, temperature=1e4)
     assert report.emptied == ("0.noise",)
