@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         wrong = [*(["README.md"] if before != after else []), *map(str, plots.stale_files(RESULTS))]
         wrong += [str(picture.path_of(RESULTS))] if picture.is_stale(RESULTS) else []
+        full = RESULTS / "peers" / "tables.md"
+        wrong += [str(full)] if full.read_text("utf-8") != peers_table.tables(RESULTS) else []
         if wrong:
             names = ", ".join(wrong)
             print(f"{names}: not from these results: run python -m benchmarks readme", file=sys.stderr)
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     README.write_text(after, "utf-8")
     plots.write(RESULTS)
     picture.write(RESULTS)
+    (RESULTS / "peers" / "tables.md").write_text(peers_table.tables(RESULTS), "utf-8")
     return 0
 
 

@@ -221,6 +221,37 @@ def test_tables_show_means_differences_on_the_same_seeds_and_each_seed():
     )
 
 
+def test_the_short_table_shows_the_seeds_that_all_ways_have(tmp_path):
+    (tmp_path / "peers").mkdir()
+    rivals_rows = [
+        row(method=method, seed=seed, accuracy=0.5 + seed / 10, pruned_accuracy=value)
+        for method, value in (
+            ("scratch", 0.0),
+            ("random, uniform", 0.1),
+            ("L2, uniform", 0.3),
+            ("Taylor, uniform", 0.2),
+        )
+        for seed in (0, 1)
+    ]
+    ours = [
+        row(seed=s, accuracy=0.9, pruned_accuracy=0.6, refitted_accuracy=0.8, parameters=900 + s)
+        for s in (0, 2)
+    ]
+    trained = [row(size="dense", method="trained", seed=s, accuracy=0.95 - s / 10) for s in (0, 1)]
+    for each in (*rivals_rows, *ours, *trained):
+        each["environment"] = {"CPU": "a core", "torch": "2.13"}
+    text = "".join(json.dumps(each) + "\n" for each in (*rivals_rows, *ours, *trained))
+    (tmp_path / "peers" / table.RUNS).write_text(text)
+    short = table.readme(tmp_path)
+    assert "a core; torch 2.13; float32" in short
+    assert (
+        "| LeNet-5, MNIST | 8 % | 1 | 900 | 2,000 | 95.00 | 60.00 | **80.00** | 30.00 (L2) | **90.00** | "
+        "50.00 | 50.00 | 50.00 | 50.00 |"
+    ) in short
+    assert "**this recipe**" in table.tables(tmp_path)
+    assert table.readme(tmp_path / "nowhere") == ""
+
+
 def test_rules_are_compared_structure_by_structure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rules, "TEMPERATURES", (1.0,))
     monkeypatch.setattr(rules, "DISTANCE", 0.3)

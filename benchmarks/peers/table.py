@@ -45,15 +45,78 @@ def load(path: Path) -> list[Row]:
 
 
 def readme(results: Path) -> str:
-    """Return the tables of the committed rows."""
+    """Return the committed rows in short, with the picture and a link to the full tables."""
     rows = load(results / "peers" / RUNS)
     if not rows:
         return ""
+    return (
+        f"{_about(rows)}\n\n{_short(rows)}\n\n"
+        "Means over the seeds that all these ways have. [All ways with standard deviations, differences and every seed]"
+        "(benchmarks/results/peers/tables.md).\n\n![Accuracy against size](benchmarks/results/peers/accuracy.png)"
+    )
+
+
+def tables(results: Path) -> str:
+    """Return the file of the full tables of the committed rows."""
+    rows = load(results / "peers" / RUNS)
+    return (
+        "# What one would do instead\n\nMade by `python -m benchmarks readme` from the rows beside it; the project's "
+        f"README says what they mean.\n\n{_about(rows)}\n\n{as_markdown(rows)}\n"
+    )
+
+
+def _about(rows: Sequence[Row]) -> str:
     machines = sorted({row["environment"]["CPU"] for row in rows})
     versions = sorted({row["environment"]["torch"] for row in rows})
-    about = f"{', '.join(machines)}; torch {', '.join(versions)}; float32, one thread a run."
-    return (
-        f"{about}\n\n{as_markdown(rows)}\n\n![Accuracy against size](benchmarks/results/peers/accuracy.png)"
+    return f"{', '.join(machines)}; torch {', '.join(versions)}; float32, one thread a run."
+
+
+def _short(rows: Sequence[Row]) -> str:
+    lines = []
+    rivals = ("scratch", "random, uniform", "L2, uniform", "Taylor, uniform")
+    for data in NAMES:
+        for network in ("lenet5", "mlp"):
+            own = [row for row in rows if (row["data"], row["network"]) == (data, network)]
+            for size in SIZES[1:]:
+                ways = {
+                    method: [row for row in own if (row["size"], row["method"]) == (size, method)]
+                    for method in METHODS
+                }
+                # The same seeds in all columns.
+                seeds = set.intersection(*({row["seed"] for row in ways[m]} for m in ("bmrs", *rivals)))
+                dense = [row for row in own if row["method"] == "trained" and row["seed"] in seeds]
+                if not seeds:
+                    continue
+
+                def mean(method: str, name: str, seeds: set[int] = seeds, ways: Any = ways) -> str:
+                    values = [row[name] for row in ways[method] if row["seed"] in seeds]
+                    return f"{100 * statistics.mean(values):.2f}"
+
+                before = {method: mean(method, "pruned_accuracy") for method in rivals if method != "scratch"}
+                best = max(before, key=lambda method: float(before[method]))
+                ours = [row for row in ways["bmrs"] if row["seed"] in seeds]
+                lines.append(
+                    (
+                        f"{NAMES[network]}, {NAMES[data]}",
+                        size,
+                        len(seeds),
+                        f"{statistics.mean(row['parameters'] for row in ours):,.0f}",
+                        f"{statistics.mean(row['flops'] for row in ours):,.0f}",
+                        f"{100 * statistics.mean(row['accuracy'] for row in dense):.2f}" if dense else "",
+                        mean("bmrs", "pruned_accuracy"),
+                        f"**{mean('bmrs', 'refitted_accuracy')}**",
+                        f"{before[best]} ({best.partition(',')[0]})",
+                        f"**{mean('bmrs', 'accuracy')}**",
+                        *(mean(method, "accuracy") for method in rivals),
+                    )
+                )
+    return table(
+        (
+            *("network, data", "size", "seeds", "parameters", "FLOPs", "before pruning"),
+            *("untrained: pruned", "refitted", "best rival"),
+            *("fine-tuned: this recipe", "from scratch", "random", "L2", "Taylor"),
+        ),
+        lines,
     )
 
 
