@@ -55,8 +55,8 @@ def structure_costs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor])
         example_inputs: as for `bmrs.compact`; FLOPs are those of its first example.
 
     Returns:
-        By qualified name of the noise layer. All zeros where the layer's structures cannot be removed, or only one is
-        left.
+        By qualified name of the noise layer. All zeros where a structure cannot be removed alone: as an output of the
+        model, in a grouped convolution, or if it is the last one.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `bmrs.compact`.
@@ -105,6 +105,8 @@ def structure_prices(
     if not 0 <= exponent < math.inf:
         raise ValueError(f"exponent must be finite and at least 0, was {exponent}")
     layers = required_noise_layers(model)
+    if exponent == 0:
+        return dict.fromkeys(layers, 1.0)
     costs = structure_costs(model, example_inputs)
     whole = _cost(model, single_input(example_inputs)[:1])
     shares = {

@@ -71,6 +71,9 @@ def _shares(weights: Mapping[str, float], layers: dict[str, NoiseLayer]) -> dict
         raise ValueError(
             f"weight must name the model's noise layers {sorted(layers)}, named {sorted(weights)}"
         )
+    words = [name for name, weight in weights.items() if isinstance(weight, str)]
+    if words:
+        raise ValueError(f"weight must map {words[0]!r} to a number, was {weights[words[0]]!r}")
     return {layer: _scale(weights[name], None, 1) for name, layer in layers.items()}
 
 

@@ -42,10 +42,10 @@ class PosteriorReport:
         steps: batches that were trained on.
         distance: learning rate times steps, which is about how far a parameter can have moved.
         unsettled: share of the kept structures on which rules that agree for converged posteriors still disagree.
-        changed: share of the kept structures that `BMRSOdds` judges otherwise than at the check before.
+        changed: share of the kept structures that are judged otherwise than at the check before.
         settled: False if learning was cut off before decisions stopped changing.
-        kept: structures of each noise layer that are not pruned and more likely on (θ > 2⁻⁸) than off; for layers whose
-            interval lies on one side of 2⁻⁸, with an SNR above 1.
+        kept: structures of each noise layer that the criterion would keep: by default those more likely on (θ > 2⁻⁸)
+            than off, or, where the layer's interval lies on one side of 2⁻⁸, with an SNR above 1.
     """
 
     temperature: float
@@ -58,7 +58,7 @@ class PosteriorReport:
 
     @property
     def emptied(self) -> tuple[str, ...]:
-        """Names of noise layers of which no structure is more likely on than off."""
+        """Names of noise layers of which the criterion would keep no structure."""
         return tuple(name for name, kept in self.kept.items() if not kept)
 
     def __str__(self) -> str:
@@ -118,6 +118,7 @@ class PosteriorLearner:
         learning_rate: float = LEARNING_RATE,
         prices: Mapping[str, float] | None = None,
         weight_lr: float | None = None,
+        criterion: PosteriorCriterion | None = None,
     ) -> None:
         _check_positive("temperature", temperature)
         _check_positive("dataset_size", dataset_size)
@@ -142,6 +143,10 @@ class PosteriorLearner:
             groups.append({"params": weights, "lr": weight_lr})
         self.optimizer = torch.optim.Adam(groups, lr=self.learning_rate)
         self.steps = 0
+        self._criterion = criterion
+        # Sharper posteriors than those that `NoiseLayer` starts from have farther to go.
+        start = min(float(layer.log_sigma.detach().min()) for layer in self._layers.values())
+        self._least_distance = LEAST_DISTANCE + max(0.0, -5.0 - start)
         self.changed = 1.0
         self._decided = self._decisions()
 
@@ -184,14 +189,17 @@ class PosteriorLearner:
         self.changed = sum(int((decided[name] != self._decided[name]).sum()) for name in decided) / structures
         self._decided = decided
         share = unsettled(self.model)
-        settled = self.distance >= LEAST_DISTANCE and max(share, self.changed) <= SETTLED
+        settled = self.distance >= self._least_distance and max(share, self.changed) <= SETTLED
         kept = {name: int(on.sum()) for name, on in decided.items()}
         return PosteriorReport(
             self.temperature, self.steps, self.distance, share, self.changed, settled, kept
         )
 
     def _decisions(self) -> dict[str, Tensor]:
-        return {name: layer.mask & ~_rule(layer)(layer).prune for name, layer in self._layers.items()}
+        return {
+            name: layer.mask & ~(self._criterion or _rule(layer))(layer).prune
+            for name, layer in self._layers.items()
+        }
 
 
 def _rule(layer: NoiseLayer) -> PosteriorCriterion:
@@ -211,6 +219,7 @@ def learn_posteriors(
     prices: Mapping[str, float] | None = None,
     max_distance: float = MOST_DISTANCE,
     weight_lr: float | None = None,
+    criterion: PosteriorCriterion | None = None,
     on_check: Callable[[PosteriorReport], None] | None = None,
 ) -> PosteriorReport:
     """Learn which structures a trained network needs: its weights stay, its noise learns, until decisions settle.
@@ -234,6 +243,7 @@ def learn_posteriors(
         max_distance: learning rate times steps at which learning is cut off, settled or not.
         weight_lr: if given, the weights are trained as well, by the same optimizer at this learning rate, and the
             network is in training mode.
+        criterion: whose decisions have to settle and are reported; `BMRSOdds` if None.
         on_check: called with the state of things at every check, some 50 steps apart.
 
     Returns:
@@ -251,6 +261,7 @@ def learn_posteriors(
         learning_rate=learning_rate,
         prices=prices,
         weight_lr=weight_lr,
+        criterion=criterion,
     )
     _check_positive("max_distance", max_distance)
     every = max(1, round(_CHECK_EVERY / learning_rate))
@@ -279,12 +290,19 @@ def _dataset_size(batches: Iterable[Any], given: int | None) -> int:
     if given is not None:
         return given
     try:
-        return len(batches.dataset)  # type: ignore[attr-defined]
+        size = len(batches.dataset)  # type: ignore[attr-defined]
     except (AttributeError, TypeError):
         raise ValueError(
             f"dataset_size is missing: {type(batches).__name__} has no dataset with a length; give the number of "
             "training examples"
         ) from None
+    sampled = len(batches.sampler) if hasattr(batches, "sampler") else size
+    if sampled != size:
+        raise ValueError(
+            f"dataset_size is missing: the sampler of batches draws {sampled} of the {size} examples of its dataset; "
+            "give the number of training examples, of all processes together"
+        )
+    return size
 
 
 def _check_finite(model: nn.Module, loss: Tensor, steps: int) -> None:

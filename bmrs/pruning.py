@@ -123,9 +123,9 @@ def prune(
 
     In a network with residual additions a channel can only be removed if all branches that are added prune it.
     With ``example_inputs``, structures tied by additions are pruned together or not at all: by `BMRSNormal` and
-    `BMRSUniform` where the sum of their ΔF is at least 0, because log evidences add, and by the other criteria where
-    each of them should be. Without, every layer decides by itself, and a channel that one branch alone prunes is
-    masked, but stays in the compacted network.
+    `BMRSUniform` where the sum of their ΔF is at least 0, because log evidences add, by `BMRSOdds` where the sum of
+    their log odds is at most 0, and by the other criteria where each of them should be. Without, every layer decides by
+    itself, and a channel that one branch alone prunes is masked, but stays in the compacted network.
 
     Args:
         model: a model with noise layers.

@@ -10,6 +10,7 @@ learning rate are involved. (Channel pruning by reconstruction: He, Zhang & Sun 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from bmrs.compaction.stock_layers import WEIGHT_LAYERS, WeightLayer
 RIDGE = 1e-3
 """Weight of the present weights, relative to the mean square of the inputs."""
 
-_BATCH = 500
-# Equations for each unknown that are enough: positions of feature maps beyond these are left out.
-_EQUATIONS_PER_UNKNOWN = 100
+_BATCH = 100
+# Equations for each unknown: of positions of feature maps beyond the most a random choice is taken, and with fewer than
+# the least a layer keeps its weights.
+_MOST_EQUATIONS, _LEAST_EQUATIONS = 100, 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class _FoundError(Exception):
 def refit(compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Module, inputs: Tensor) -> None:
     """Refit a compacted network's linear and convolution layers, in place, in an order of execution.
 
-    Depthwise convolutions and batch norms, which do not mix channels, keep their weights.
+    Depthwise convolutions and batch norms, which do not mix channels, keep their weights. So do layers that read what
+    they read in the full network, such as the first one, and, with a warning, those with too few examples.
 
     Args:
         compacted: the network.
@@ -63,20 +66,31 @@ def refit(compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Mod
         inputs: examples, the more the better: a few for each input of the widest layer at least.
 
     Raises:
-        ValueError: the reference lacks a layer or has one of another type or with fewer outputs; it is named.
+        ValueError: the reference lacks a layer or has one of another type or with fewer outputs; it is named. Or its
+            dtype or device is another one than that of ``inputs``.
     """
+    for parameter in reference.parameters():
+        if parameter.is_floating_point() and (parameter.dtype, parameter.device) != (
+            inputs.dtype,
+            inputs.device,
+        ):
+            raise ValueError(
+                f"refit_to must be {inputs.dtype} on {inputs.device} as example_inputs are, "
+                f"was {parameter.dtype} on {parameter.device}"
+            )
     layers = {name: compacted.get_submodule(name) for name in origins}
     chosen = {name: layer for name, layer in layers.items() if _mixes(layer)}
     for name, layer in chosen.items():
         _check_reference(layer, origins[name], reference)
     with _evaluating(compacted), _evaluating(reference):
         for name, layer in chosen.items():
-            origin = origins[name]
-            _refit_layer(compacted, layer, reference, origin, inputs)
+            if not _reads_the_same(compacted, layer, reference, origins[name], inputs[:_BATCH]):
+                _refit_layer(compacted, name, layer, reference, origins[name], inputs)
 
 
 def _refit_layer(
     compacted: nn.Module,
+    name: str,
     layer: WeightLayer,
     reference: nn.Module,
     origin: Origin,
@@ -85,20 +99,35 @@ def _refit_layer(
     axis = -1 if isinstance(layer, nn.Linear) else 1
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     weights = layer.weight.double().flatten(1).chunk(groups)
+    unknowns = weights[0].shape[1]
     equations = [_NormalEquations(weight, shifts=layer.bias is not None) for weight in weights]
+    generator = torch.Generator().manual_seed(0)
     for batch in inputs.split(_BATCH):
         read = _input_of(compacted, layer, batch).movedim(axis, -1)
         wanted = _output_of(reference, origin, batch).movedim(axis, -1)[..., origin.rows]
-        step = max(
-            1, len(inputs) * wanted[0, ..., 0].numel() // (_EQUATIONS_PER_UNKNOWN * weights[0].shape[1])
-        )
+        available = wanted[..., 0].numel()
+        most = max(1, _MOST_EQUATIONS * unknowns * len(batch) // len(inputs))
+        # At random: a regular stride would meet the same few positions in every feature map.
+        chosen = torch.randperm(available, generator=generator)[:most].to(wanted.device)
         for part, x, y in zip(equations, read.chunk(groups, -1), wanted.chunk(groups, -1), strict=True):
-            rows_of_x = x if isinstance(layer, nn.Linear) else _patches(layer, x.movedim(-1, 1))
-            part.add(rows_of_x.flatten(0, -2)[::step].double(), y.flatten(0, -2)[::step].double())
+            features = x if isinstance(layer, nn.Linear) else _patches(layer, x.movedim(-1, 1))
+            part.add(features.flatten(0, -2)[chosen].double(), y.flatten(0, -2)[chosen].double())
+    if equations[0].count < _LEAST_EQUATIONS * unknowns:
+        warnings.warn(
+            f"layer {name!r} keeps its weights, as {equations[0].count} examples (positions of feature maps count) are "
+            f"too few to refit its {unknowns} inputs; give at least {_LEAST_EQUATIONS * unknowns}",
+            stacklevel=4,
+        )
+        return
     solutions = [part.solve() for part in equations]
-    layer.weight.copy_(torch.cat([weight for weight, _ in solutions]).view_as(layer.weight))
+    # Pruned structures that stay, in rows of zeros, stay pruned.
+    dead = ~layer.weight.flatten(1).any(dim=1)
     if layer.bias is not None:
-        layer.bias.copy_(torch.cat([bias for _, bias in solutions]))
+        dead &= layer.bias == 0
+        bias = torch.cat([bias for _, bias in solutions])
+        layer.bias.copy_(bias.masked_fill(dead, 0.0))
+    weight = torch.cat([weight for weight, _ in solutions]).masked_fill(dead[:, None], 0.0)
+    layer.weight.copy_(weight.view_as(layer.weight))
 
 
 class _NormalEquations:
@@ -116,6 +145,11 @@ class _NormalEquations:
         self._gram = weight.new_zeros(inputs + 1, inputs + 1)
         self._cross = weight.new_zeros(inputs + 1, outputs)
 
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return int(self._gram[-1, -1])
+
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: x of shape (rows, inputs), y of shape (rows, outputs)."""
         x = F.pad(x, (0, 1), value=1.0)
@@ -125,6 +159,8 @@ class _NormalEquations:
     def solve(self) -> tuple[Tensor, Tensor]:
         """W and b, which is 0 where there is none."""
         count = self._gram[-1, -1]
+        # Columns of zeros are of pruned structures that stay: they go on being ignored.
+        read = self._weight.any(dim=0)
         mean_x, mean_y = self._gram[-1, :-1] / count, self._cross[-1] / count
         if not self._shifts:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
@@ -134,8 +170,9 @@ class _NormalEquations:
         size = self._gram.diagonal()[:-1].mean() / count
         ridge = RIDGE * gram.diagonal().mean() + 1e-9 * size + torch.finfo(gram.dtype).tiny
         system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        change = torch.linalg.solve(system, cross - gram @ self._weight.T)
-        weight = self._weight + change.T
+        missing = cross - gram @ self._weight.T
+        weight = self._weight.clone()
+        weight[:, read] += torch.linalg.solve(system[read][:, read], missing[read]).T
         return weight, mean_y - weight @ mean_x
 
 
@@ -153,13 +190,22 @@ def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     return x.movedim(1, 1 + spatial).flatten(1 + spatial)
 
 
-def _input_of(model: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
-    """The tensor that a layer of a model is called with."""
+def _reads_the_same(
+    compacted: nn.Module, layer: nn.Module, reference: nn.Module, origin: Origin, inputs: Tensor
+) -> bool:
+    found = _input_of(compacted, layer, inputs)
+    expected = _input_of(reference, reference.get_submodule(origin.name), inputs, call=origin.call)
+    return torch.equal(found, expected)
+
+
+def _input_of(model: nn.Module, layer: nn.Module, inputs: Tensor, call: int = 0) -> Tensor:
+    """The tensor that a call of a layer of a model gets."""
     found: list[Tensor] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         found.append(arguments[0])
-        raise _FoundError
+        if len(found) > call:
+            raise _FoundError
 
     _run_until_found(model, inputs, layer.register_forward_pre_hook(see))
     return found[-1]

@@ -168,6 +168,8 @@ class BMRSOdds(PosteriorCriterion):
 
     def __post_init__(self) -> None:
         check_number("p1", self.p1)
+        if self.p1 <= 0:
+            raise ValueError(f"p1 must be greater than 0, was {self.p1}")
 
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend

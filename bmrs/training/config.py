@@ -159,8 +159,8 @@ class TrainConfig:
     tolerance: float | None = field(
         default=None,
         metadata=_help(
-            "bmrs-*: nats of log evidence that a structure may be worth and still go; default: 0, but for bmrs-normal "
-            "0.919, half of log 2π, which the paper's own code left out"
+            "bmrs-normal, bmrs-uniform: nats of log evidence that a structure may be worth and still go; default: 0, "
+            "but for bmrs-normal 0.919, half of log 2π, which the paper's own code left out"
         ),
     )
     threshold: float | None = field(
@@ -172,8 +172,8 @@ class TrainConfig:
     granularity: Granularity | None = field(
         default=None,
         metadata=_help(
-            "draw noise per activation, per example and structure, or per batch and structure; default: the paper's "
-            "element (subset: sample)"
+            "draw noise per activation, per example and structure, or per batch and structure; default: sample "
+            "(recipe paper: the paper's element, subset: sample)"
         ),
     )
     temperature: float | None = field(
@@ -241,7 +241,9 @@ class TrainConfig:
     prune_every: int | None = field(
         default=None, metadata=_help("paper: epochs from one pruning to the next; default: 1")
     )
-    batch_size: int | None = field(default=None, metadata=_help("images of a step; default: the paper's"))
+    batch_size: int | None = field(
+        default=None, metadata=_help("images of a step; default: 64, subset: 32 (recipe paper: the paper's)")
+    )
     lr: float | None = field(
         default=None,
         metadata=_help(
@@ -293,6 +295,10 @@ class TrainConfig:
                     self._check_unused(name, f"--recipe {recipe}")
                 elif getattr(self, name) is None:
                     self._fill_in(name, default)
+        if self.recipe == "bmrs" and self.criterion == "gradient-norm":
+            raise ConfigError(
+                "--criterion gradient-norm goes with --recipe paper only: frozen weights have no gradient"
+            )
         if self.criterion is None:
             self._fill_in("criterion", _DEFAULT_CRITERION[self.recipe])
 

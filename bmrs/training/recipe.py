@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import bmrs
+from bmrs.criteria import PosteriorCriterion
 from bmrs.data import Dataset
 from bmrs.noise_layer import noise_layers
 from bmrs.posteriors import PosteriorLearner
@@ -144,6 +145,7 @@ def _started(
 
 def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: float) -> PosteriorLearner:
     assert config.price_exponent is not None, "filled in for this recipe"
+    criterion = config.build_criterion()
     return PosteriorLearner(
         model,
         temperature=temperature,
@@ -151,6 +153,7 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
         learning_rate=config.settings.noise_lr,
         prices=bmrs.structure_prices(model, data.train.images[:1], exponent=config.price_exponent),
         weight_lr=config.weight_lr or None,
+        criterion=criterion if isinstance(criterion, PosteriorCriterion) else None,
     )
 
 

@@ -241,7 +241,9 @@ def _run_recipe(
         lambda save, progress: recipe.learn_noise(noisy, data, config, save=save, progress=progress),
     )
     if "pruning" not in noisy.history[-1]:  # not yet, in a run that was interrupted
-        noisy.history[-1]["pruning"] = bmrs.prune(noisy.model, config.build_criterion()).to_dict()
+        report = bmrs.prune(noisy.model, config.build_criterion())
+        noisy.history[-1]["pruning"] = report.to_dict()
+        noisy.history[-1]["kept"] = {layer.name: layer.after for layer in report.layers}
         save_checkpoint(folder.checkpoint("noisy"), noisy)
         write_json_lines(folder.metrics("noisy"), noisy.history)
 

@@ -24,6 +24,12 @@ class RunFolder:
     """Paths of everything that a run leaves behind."""
 
     path: Path
+    root: Path | None = None
+
+    @property
+    def to_resume(self) -> Path:
+        """The folder that `--resume` takes: of a run of several seeds, the one that holds theirs."""
+        return self.root or self.path
 
     @property
     def config(self) -> Path:
@@ -60,7 +66,7 @@ class RunFolder:
     def of_seeds(self, config: TrainConfig) -> Iterator[tuple[int, RunFolder]]:
         """The seeds of a run and their folders: this one if there is one seed."""
         for seed in range(config.seed, config.seed + config.seeds):
-            yield seed, self if config.seeds == 1 else RunFolder(self.path / f"seed-{seed}")
+            yield seed, self if config.seeds == 1 else RunFolder(self.path / f"seed-{seed}", self.path)
 
     @classmethod
     def create(cls, config: TrainConfig, output: Path | None) -> RunFolder:

@@ -165,7 +165,7 @@ def _show(summaries: Sequence[Summary], console: Console, title: str) -> None:
 
 def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
     mean = form(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ± {form(statistics.stdev(values))}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {form(statistics.stdev(values))}"
 
 
 def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device) -> Summary:
@@ -185,7 +185,8 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     missing = [path.name for path in needed if not path.is_file()]
     if missing:
         raise RunError(
-            f"{folder.path} lacks {', '.join(missing)}: not a finished run; continue it with --resume {folder.path}"
+            f"{folder.path} lacks {', '.join(missing)}: not a finished run; "
+            f"continue it with --resume {folder.to_resume}"
         )
     noisy = _load_state(folder, "noisy", config, data, device)
     dense = recipe.untrained(config, data, device)

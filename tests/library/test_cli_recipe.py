@@ -194,7 +194,9 @@ def test_several_seeds_have_a_folder_each_and_a_table_of_means(options, tmp_path
     assert f"{50 * sum(accuracies):.2f} ± " in capsys.readouterr().out
     (run / "seed-4" / "scratch.safetensors").unlink()
     assert main(["evaluate", str(run)]) == 2
-    assert "seed-4 lacks scratch.safetensors: not a finished run" in capsys.readouterr().err
+    line = " ".join(capsys.readouterr().err.split())
+    assert f"seed-4 lacks scratch.safetensors: not a finished run; continue it with --resume {run}" in line
+    assert not line.endswith("seed-4")
 
 
 def test_evaluation_notices_a_network_that_differs(finished, tmp_path, capsys):

@@ -60,6 +60,8 @@ def test_prices_are_powers_of_the_share_with_mean_one(lenet, exponent):
     assert sum(prices[name] * layer.num_structures for name, layer in layers.items()) == pytest.approx(total)
     costs = bmrs.structure_costs(lenet, IMAGE)
     shares = {n: (c.parameters / 61706 + c.flops / 833040) / 2 for n, c in costs.items()}
+    if exponent == 0:
+        assert set(prices.values()) == {1.0}
     ratio = (shares["conv1_relu"] / shares["hidden2_relu"]) ** exponent
     assert prices["conv1_relu"] / prices["hidden2_relu"] == pytest.approx(ratio)
     if exponent:

@@ -132,5 +132,7 @@ def test_a_weight_for_each_layer():
         ValueError, match=r"weight must name the model's noise layers \['0', '1', '2'\], named \['0', '3'\]"
     ):
         bmrs.kl_divergence(model, weight={"0": 1.0, "3": 1.0})
+    with pytest.raises(ValueError, match="weight must map '1' to a number, was 'mean'"):
+        bmrs.kl_divergence(model, weight={"0": 1.0, "1": "mean", "2": 1.0})
     with pytest.raises(ValueError, match="weight must be 'elbo', 'mean' or a finite number >= 0, was -1"):
         bmrs.kl_divergence(model, weight={"0": 1.0, "1": 1.0, "2": -1.0})

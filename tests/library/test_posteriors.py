@@ -150,6 +150,28 @@ def test_prices_make_some_structures_cheaper_to_lose(data):
         bmrs.learn_posteriors(model, loader(data), loss, prices={"0": 1.0})
 
 
+def test_sharper_posteriors_have_farther_to_go_before_they_count_as_settled(trained, data):
+    model = bmrs.add_noise(copy.deepcopy(trained), where="0", initial_log_sigma=-15.0)
+    report = bmrs.learn_posteriors(model, loader(data), loss)
+    assert report.settled
+    assert report.distance >= 20
+    assert report.kept["0.noise"] <= USEFUL
+
+
+def test_the_criterion_that_will_decide_is_watched(trained, data):
+    model = bmrs.add_noise(copy.deepcopy(trained), where="0")
+    rule = bmrs.SNR(threshold=1e9)
+    report = bmrs.learn_posteriors(model, loader(data), loss, criterion=rule, max_distance=5.0)
+    assert report.emptied == ("0.noise",)
+
+
+def test_a_sampler_of_a_part_needs_the_number_of_examples(noisy, data):
+    part = DataLoader(data, batch_size=50, sampler=torch.utils.data.SubsetRandomSampler(range(400)))
+    with pytest.raises(ValueError, match="draws 400 of the 1000 examples of its dataset"):
+        bmrs.learn_posteriors(noisy, part, loss)
+    bmrs.learn_posteriors(noisy, part, loss, dataset_size=400, max_distance=1.0)
+
+
 def test_an_interval_above_the_border_of_odds_is_judged_by_the_ratio(trained, data):
     model = bmrs.add_noise(copy.deepcopy(trained), where="0", lower=-4.0)
     report = bmrs.learn_posteriors(model, loader(data), loss, max_distance=5.0)

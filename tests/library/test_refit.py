@@ -1,4 +1,5 @@
 import copy
+import importlib
 
 import pytest
 import torch
@@ -73,12 +74,63 @@ def test_nothing_pruned_and_no_noise_to_speak_of_changes_nothing(mlp):
         torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-6)
 
 
-def test_few_examples_leave_the_weights_where_they_were_in_all_directions_that_these_do_not_show(mlp):
+def test_with_too_few_examples_a_layer_keeps_its_weights_and_says_so(mlp):
     model = masked_copy(mlp, 0.5, where="0")
-    inputs = torch.randn(2, 6, generator=generator(), dtype=torch.float64)
+    inputs = torch.randn(15, 6, generator=generator(), dtype=torch.float64)
+    with pytest.warns(
+        UserWarning, match=r"layer '4' keeps its weights, as 15 examples .* to refit its 10 inputs"
+    ):
+        found = bmrs.compact(model, inputs, refit_to=mlp)
+    plain = bmrs.compact(model, inputs)
+    assert torch.equal(found[4].weight, plain[4].weight)
+    assert not torch.equal(found[2].weight, plain[2].weight)
+
+
+def test_pruned_structures_that_stay_stay_pruned(mlp):
+    """The model's outputs cannot go, nor, with zero padding, a channel with a constant behind it."""
+    model = masked_copy(mlp, 0.4, where=lambda name, _: name in ("0", "4"))
+    model[4].noise.mask[1] = False
+    inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
     found = bmrs.compact(model, inputs, refit_to=mlp)
-    assert all(parameter.isfinite().all() for parameter in found.parameters())
-    assert error(found, mlp, inputs) < error(bmrs.compact(model, inputs), mlp, inputs)
+    assert not found[4].weight[1].any()
+    assert found[4].bias[1] == 0
+    assert found[4].weight[0].any()
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1)).double()
+    model = bmrs.add_noise(copy.deepcopy(dense), where="0", activation="relu")
+    images = torch.randn(50, 1, 8, 8, generator=generator(), dtype=torch.float64)
+    model[0].noise.mask[2] = False
+    plain, found = bmrs.compact(model, images), bmrs.compact(model, images, refit_to=dense)
+    for before, after in zip(plain, found, strict=True):
+        if isinstance(before, nn.Conv2d):
+            assert torch.equal(before.weight == 0, after.weight == 0)
+
+
+def test_positions_of_feature_maps_are_chosen_at_random(monkeypatch):
+    """Every 20th of 10 × 10 positions would be five of one column."""
+    seen = []
+    refit = importlib.import_module("bmrs.compaction.refit")  # the package has a function of this name
+    patches = refit._patches
+
+    def watching(layer, x):
+        found = patches(layer, x)
+        seen.append(found.shape[1:3])
+        return found
+
+    monkeypatch.setattr(refit, "_patches", watching)
+    monkeypatch.setattr(refit, "_MOST_EQUATIONS", 20)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 6, 5)).double()
+    model = masked_copy(dense, 0.0, where="0")
+    model[0].noise.mask[:2] = False
+    images = torch.randn(300, 1, 18, 18, generator=generator(), dtype=torch.float64)
+    images[..., 9:] *= 0.01  # what one column shows is not what the others do
+    few = bmrs.compact(model, images, refit_to=dense)
+    monkeypatch.setattr(refit, "_MOST_EQUATIONS", 10**6)
+    all_of_them = bmrs.compact(model, images, refit_to=dense)
+    assert set(seen) == {(10, 10)}
+    assert error(few, dense, images) < 1.2 * error(all_of_them, dense, images)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3])
@@ -182,6 +234,15 @@ def test_noise_in_the_reference_does_not_count(mlp):
         unmasked[0].noise.mu.fill_(0.0)
     second = bmrs.compact(model, inputs, refit_to=unmasked)
     torch.testing.assert_close(second[2].weight, first[2].weight, rtol=1e-6, atol=1e-6)
+
+
+def test_another_dtype_is_refused(mlp):
+    model = masked_copy(mlp, 0.5, where="0")
+    inputs = torch.randn(50, 6, generator=generator(), dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"refit_to must be torch.float64 on cpu .* was torch.float32 on cpu"
+    ):
+        bmrs.compact(model, inputs, refit_to=copy.deepcopy(mlp).float())
 
 
 def test_another_network_is_refused_by_name(mlp):

@@ -91,7 +91,15 @@ def test_given_options_win_over_defaults():
             {"criterion": "snr", "p1": 4.0},
             "--p1 4.0 goes with --criterion bmrs-odds or bmrs-uniform only",
         ),
-        ({"criterion": "bmrs-odds", "p1": 0.0}, "--criterion bmrs-odds: p1=0.0 of BMRSOdds puts the border"),
+        ({"criterion": "bmrs-odds", "p1": 0.0}, "--criterion bmrs-odds: p1 must be greater than 0"),
+        (
+            {"criterion": "bmrs-odds", "p1": 30.0},
+            "--criterion bmrs-odds: p1=30.0 of BMRSOdds puts the border",
+        ),
+        (
+            {"criterion": "gradient-norm", "ratio": 0.5},
+            "--criterion gradient-norm goes with --recipe paper only",
+        ),
         ({"temperature": 0.0}, "--temperature is 0.0, expected a number greater than 0"),
         ({"noise_epochs": 0}, "--noise-epochs is 0, expected a number at least 1"),
         ({"distillation": 1.5}, "--distillation is 1.5, expected a number from 0 to 1"),
@@ -147,7 +155,7 @@ def test_bad_options_are_named(options, message):
         ({"criterion": "snr"}, bmrs.SNR(threshold=1.0)),
         ({"criterion": "mean", "threshold": 0.2}, bmrs.Mean(threshold=0.2)),
         ({"criterion": "l2", "ratio": 0.2}, bmrs.L2(ratio=0.2)),
-        ({"criterion": "gradient-norm", "ratio": 0.2}, bmrs.GradientNorm(ratio=0.2)),
+        ({"recipe": "paper", "criterion": "gradient-norm", "ratio": 0.2}, bmrs.GradientNorm(ratio=0.2)),
     ],
 )
 def test_options_choose_the_criterion(options, criterion):
