@@ -33,7 +33,7 @@ METHODS = {
     "Taylor, uniform": "Torch-Pruning, Taylor, uniform",
     "L2, global": "Torch-Pruning, L2, global scores",
     "Taylor, global": "Torch-Pruning, Taylor, global scores",
-    "paper's training, uniform": "training of Algorithm 1, ΔF_N, uniform",
+    "paper's training, uniform": "Algorithm 1's training (own rates), ranked by ΔF_N, uniform",
 }
 
 Row = dict[str, Any]
