@@ -34,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         wrong = [*(["README.md"] if before != after else []), *map(str, plots.stale_files(RESULTS))]
         wrong += [str(picture.path_of(RESULTS))] if picture.is_stale(RESULTS) else []
-        full = RESULTS / "peers" / "tables.md"
-        wrong += [str(full)] if full.read_text("utf-8") != peers_table.tables(RESULTS) else []
+        wrong += [str(path) for path in peers_table.stale_files(RESULTS)]
         if wrong:
             names = ", ".join(wrong)
             print(f"{names}: not from these results: run python -m benchmarks readme", file=sys.stderr)
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     README.write_text(after, "utf-8")
     plots.write(RESULTS)
     picture.write(RESULTS)
-    (RESULTS / "peers" / "tables.md").write_text(peers_table.tables(RESULTS), "utf-8")
+    peers_table.write(RESULTS)
     return 0
 
 

@@ -249,6 +249,13 @@ def test_the_short_table_shows_the_seeds_that_all_ways_have(tmp_path):
         "50.00 | 50.00 | 50.00 | 50.00 |"
     ) in short
     assert "**this recipe**" in table.tables(tmp_path)
+    full = tmp_path / "peers" / "tables.md"
+    assert table.stale_files(tmp_path) == [full]
+    table.write(tmp_path)
+    assert table.stale_files(tmp_path) == []
+    full.write_text("something else")
+    assert table.stale_files(tmp_path) == [full]
+    assert table.stale_files(tmp_path / "nowhere") == []
     assert table.readme(tmp_path / "nowhere") == ""
 
 

@@ -57,12 +57,26 @@ def readme(results: Path) -> str:
 
 
 def tables(results: Path) -> str:
-    """Return the file of the full tables of the committed rows."""
+    """Return the full tables of the committed rows, as a file beside them."""
     rows = load(results / "peers" / RUNS)
     return (
         "# What one would do instead\n\nMade by `python -m benchmarks readme` from the rows beside it; the project's "
         f"README says what they mean.\n\n{_about(rows)}\n\n{as_markdown(rows)}\n"
     )
+
+
+def write(results: Path) -> None:
+    """Write the file of the full tables, if it says something else than the rows."""
+    for path in stale_files(results):
+        path.write_text(tables(results), "utf-8")
+
+
+def stale_files(results: Path) -> list[Path]:
+    """Return the file of the full tables if there are rows that it does not show."""
+    path = results / "peers" / "tables.md"
+    wanted = load(results / "peers" / RUNS)
+    fresh = not wanted or (path.exists() and path.read_text("utf-8") == tables(results))
+    return [] if fresh else [path]
 
 
 def _about(rows: Sequence[Row]) -> str:
