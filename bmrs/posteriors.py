@@ -147,7 +147,6 @@ class PosteriorLearner:
         # Sharper posteriors than those that `NoiseLayer` starts from have farther to go.
         start = min(float(layer.log_sigma.detach().min()) for layer in self._layers.values())
         self._least_distance = LEAST_DISTANCE + max(0.0, -5.0 - start)
-        self.changed = 1.0
         self._decided = self._decisions()
 
     def __enter__(self) -> PosteriorLearner:
@@ -186,14 +185,12 @@ class PosteriorLearner:
         """Compare the decisions with those at the last check."""
         decided = self._decisions()
         structures = max(sum(int(layer.mask.sum()) for layer in self._layers.values()), 1)
-        self.changed = sum(int((decided[name] != self._decided[name]).sum()) for name in decided) / structures
+        changed = sum(int((decided[name] != self._decided[name]).sum()) for name in decided) / structures
         self._decided = decided
         share = unsettled(self.model)
-        settled = self.distance >= self._least_distance and max(share, self.changed) <= SETTLED
+        settled = self.distance >= self._least_distance and max(share, changed) <= SETTLED
         kept = {name: int(on.sum()) for name, on in decided.items()}
-        return PosteriorReport(
-            self.temperature, self.steps, self.distance, share, self.changed, settled, kept
-        )
+        return PosteriorReport(self.temperature, self.steps, self.distance, share, changed, settled, kept)
 
     def _decisions(self) -> dict[str, Tensor]:
         return {
@@ -234,8 +231,8 @@ def learn_posteriors(
         batches: a `torch.utils.data.DataLoader` or any other iterable that can be gone through again and again.
         loss: called with the model and one of ``batches``; calls the model and returns the mean loss in nats of an
             example, such as the cross entropy.
-        temperature: T > 0. 1 is the evidence bound. The larger, the less the data count, and the more goes; 400 to
-            500 images for each unit of N/T is where small image classifiers begin to lose accuracy.
+        temperature: T > 0. 1 is the evidence bound. The larger, the less the data count, and the more goes. LeNet-5
+            begins to lose accuracy where N/T is about 500 images.
         dataset_size: N, the number of training examples; taken from ``batches.dataset`` if there is one.
         learning_rate: Adam's, of μ and log σ; far larger than one for weights, because they have nats to travel.
         prices: factors on the temperature, by qualified name of each noise layer, such as `bmrs.structure_prices`
