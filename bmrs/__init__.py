@@ -1,7 +1,7 @@
 """Threshold-free Bayesian structured pruning (BMRS) for PyTorch."""
 
 from bmrs import models
-from bmrs.compaction import compact
+from bmrs.compaction import CompactReport, compact, compact_report, fold
 from bmrs.costs import StructureCost, structure_costs, structure_prices
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.divergence import kl_divergence
@@ -16,6 +16,7 @@ __all__ = [
     "BMRSNormal",
     "BMRSOdds",
     "BMRSUniform",
+    "CompactReport",
     "GradientNorm",
     "Mean",
     "NoiseLayer",
@@ -24,6 +25,8 @@ __all__ = [
     "StructureCost",
     "add_noise",
     "compact",
+    "compact_report",
+    "fold",
     "kl_divergence",
     "learn_posteriors",
     "load",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bmrs.compaction import compact
-from bmrs.compaction.ties import tied_noise_layers
-from bmrs.compaction.tracing import single_input
+from bmrs.graph.capture import as_inputs, map_tensors
+from bmrs.graph.ties import tied_noise_layers
 from bmrs.noise_layer import noise_layers, required_noise_layers
 
 # Of the mean price, for structures whose removal saves nothing.

@@ -21,7 +21,10 @@ Activation: TypeAlias = Literal["relu", "tanh"]
 Backend: TypeAlias = Literal["auto", "torch", "triton", "numba"]
 Where: TypeAlias = "type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]"
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
+
+ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+"""The layers that do what a noise layer's ``activation`` does."""
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -125,6 +128,10 @@ class NoiseLayer(nn.Module):
         )
         return mean * self.mask
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the structures, of shape (num_structures,), for the entries along ``dim``."""
+        return values
+
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x by the noise, or in evaluation mode by its expectation.
 
@@ -155,7 +162,7 @@ class NoiseLayer(nn.Module):
         shape = [1] * x.dim()
         shape[self.dim] = self.num_structures
         factors = self.expected_noise().to(x.dtype).view(shape)
-        return (x if self.activation is None else _ACTIVATIONS[self.activation](x)) * factors
+        return (x if self.activation is None else ACTIVATIONS[self.activation](x)) * factors
 
     def extra_repr(self) -> str:
         """Constructor arguments, as ``print(model)`` shows them."""
@@ -298,6 +305,14 @@ def add_noise(
 def added_noise(layer: nn.Module) -> NoiseLayer | None:
     """The noise layer that `add_noise` put behind a layer, or None."""
     return layer.noise if _multiply_output in layer._forward_hooks.values() else None  # type: ignore[return-value]
+
+
+def remove_noise_hook(layer: nn.Module) -> bool:
+    """Take the hook that `add_noise` registered off a layer; False if it has none."""
+    hooks = [key for key, hook in layer._forward_hooks.items() if hook is _multiply_output]
+    for key in hooks:
+        del layer._forward_hooks[key]
+    return bool(hooks)
 
 
 def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

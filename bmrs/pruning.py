@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmrs.compaction.ties import tied_noise_layers
-from bmrs.compaction.tracing import producers
 from bmrs.criteria import Criterion, Decision, PosteriorCriterion
+from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise_layer import NoiseLayer, layers_of_one_kind, required_noise_layers
 
 

@@ -1,321 +1,328 @@
-"""First half of compaction: noise layers folded into their neighbours, every layer at its full width.
+"""Noise factors moved into the parameters around them.
 
-A noise layer multiplies the channels of a tensor y by factors f = E[θ] · mask ≥ 0. The network that computes y
-instead of f·y, and whose other layers make up for it, is found in one of two ways, and exactly so:
+A noise layer multiplies a tensor y by factors f = E[θ] · mask ≥ 0. A network that computes the same without it is found
+in one of two ways, and exactly so:
 
-- Forward, if all that read f·y can: with weights W, a linear or convolution layer has W(f·y) = (W·f)y, so that its
-  input columns take up f (zero padding is 0 either way); a batch norm takes f up in its statistics; and
-  r(f·y) = f·r(y) for an operation r that is positively homogeneous and keeps channels apart, such as ReLU,
-  pooling or another noise layer, behind which f moves on.
-- Backward, if forward is barred by an operation that is not homogeneous, by an addition, whose other
-  operand would have to carry the same factors, or by the model's output: the same rules, read from right to left, lead
-  to the layers whose output rows take f up, W and bias alike. f·(a + b) = f·a + f·b moves into both operands of an
-  addition. Nothing else may read a tensor on the way, because it would see the factors too.
+- Backward, towards the inputs: f·(W·y + b) = (f·W)·y + f·b, so that linear layers, convolutions and the affine parts of
+  normalisations take f up in their rows; f·r(y) = r(f·y) for what is positively homogeneous and keeps channels apart,
+  such as ReLU and pooling; f·(a + b) = f·a + f·b; f·(a · b) = (f·a) · b. Nothing else may read a tensor on the way,
+  because it would see the factors too.
+- Forward, towards the outputs: W·(f·y) = (W·f)·y, so that linear layers and convolutions take f up in their columns and
+  batch norms in their statistics, behind what is homogeneous. All that read the tensor have to.
 
-Noise behind the batch norm of a residual branch thus moves backward into that batch norm.
+Parameters that are used several times can take factors up only if they meet the same ones every time. Where neither way
+is open, the factors stay, as one multiplication.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx
 
-from bmrs.compaction.stock_layers import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    DROPOUTS,
-    HOMOGENEOUS_ACTIVATIONS,
-    POOLS,
-    STOCK_LAYERS,
-    WEIGHT_LAYERS,
-    Addition,
-    WeightLayer,
-    copy_layer,
-    number_of_spatial_dimensions,
+from bmrs.graph.analysis import Analysis
+from bmrs.graph.channels import compressed, varying_axes
+from bmrs.graph.rules import Call
+from bmrs.graph.values import Value
+
+_HOMOGENEOUS = (
+    *("relu", "leaky_relu", "dropout", "feature_dropout", "alpha_dropout", "mark_noise"),
+    *("to", "_to_copy", "contiguous", "clone", "alias", "detach", "abs"),
 )
-from bmrs.compaction.tracing import Step
-from bmrs.noise_layer import NoiseLayer
+_POOLS = (
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+)
+_RESHAPINGS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
+_PERMUTATIONS = ("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_AFFINE_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1}
 
-_NO_TAKER = "no linear, convolution or batch norm layer can take it up before"
-# Layers, each with factors on its input or output channels.
-_Takers: TypeAlias = list[tuple[nn.Module, Tensor]]
+Tensors = dict[str, Tensor]
 
 
-@dataclass
-class Operation:
-    """A folded step.
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change of the parameters of one operation.
 
     Attributes:
-        step: the step of the original network.
-        layer: float64 copy of its stock layer with noise folded in; None for a noise layer.
-        factors: for a noise layer, its expected noise times its mask, float64 of shape (num_structures,).
-        axis: dimension of its inputs along which the channels lie; None while no layer has told.
-        rows: output channels of a linear or convolution layer that are left; None for all.
+        node: the operation.
+        parameters: qualified names of those that change.
+        factors: what they are changed by.
+        apply: changes them, given all tensors by name; float64, in place.
     """
 
-    step: Step
-    layer: nn.Module | None
-    factors: Tensor | None
-    axis: int | None
-    rows: Tensor | None = None
-
-    def flattened_channels(self) -> Tensor:
-        """For a flattening, the channel that each feature of its output comes from."""
-        assert self.axis is not None
-        shape = self.step.input_shape
-        return (
-            torch.arange(shape[self.axis])
-            .repeat_interleave(math.prod(shape[self.axis + 1 :]))
-            .repeat(math.prod(shape[1 : self.axis]))
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating dtype of the original layer's tensors."""
-        tensors = self.step.module.state_dict().values()
-        return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
-
-
-def is_depthwise(layer: nn.Module) -> bool:
-    """True for a convolution with one filter for each channel, which keeps channels apart."""
-    return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
-
-
-def fold_noise(steps: list[Step]) -> list[Operation]:
-    """Fold the expected noise of a network, times its mask, into float64 copies of the other layers.
-
-    Raises:
-        ValueError: a layer is not supported, or a noise layer cannot be folded; both are named.
-    """
-    axes = channel_axes(steps)
-    operations = []
-    for step in steps:
-        if isinstance(step.module, NoiseLayer):
-            operations.append(Operation(step, None, step.module.expected_noise().double(), axes[step]))
-        else:
-            layer = _with_affine(copy_layer(step.module, torch.float64))
-            operations.append(Operation(step, layer, None, axes[step]))
-    folding = _Folding(operations)
-    for operation in operations:
-        if operation.factors is not None:
-            folding.fold(operation.step, operation.factors)
-    return operations
-
-
-def channel_axes(steps: list[Step]) -> dict[Step, int | None]:
-    """The dimension of each step's inputs along which the channels lie, None while no layer has told.
-
-    Raises:
-        ValueError: a step is not supported, or does not act along the channels; it is named.
-    """
-    input_axes: dict[Step, int | None] = {}
-    output_axes: dict[Step | None, int | None] = {None: None}
-    for step in steps:
-        _check_supported(step)
-        axes = {output_axes[source] for source in step.inputs} - {None}
-        if len(axes) > 1:
-            raise ValueError(
-                f"compact cannot follow the channels through {step}: they lie along dimensions "
-                f"{' and '.join(map(str, sorted(axes, key=str)))} of its inputs"
-            )
-        axis = axes.pop() if axes else None
-        _check_axis(step, axis)
-        input_axes[step] = axis
-        output_axes[step] = _output_axis(step, axis)
-    return input_axes
-
-
-def _output_axis(step: Step, axis: int | None) -> int | None:
-    module = step.module
-    if isinstance(module, nn.Linear):
-        return len(step.output_shape) - 1
-    if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)):
-        return 1
-    if isinstance(module, NoiseLayer):
-        return module.dim % len(step.input_shape)
-    return 1 if axis is not None and isinstance(module, nn.Flatten) else axis
+    node: fx.Node
+    parameters: tuple[str, ...]
+    factors: Tensor
+    apply: Callable[[Tensors], None]
 
 
 class _BarredError(Exception):
     """Factors cannot move on; the message says why, as the end of a sentence."""
 
 
-class _Folding:
-    """Moves factors through a network to the layers that take them up."""
+@dataclass(frozen=True)
+class Folding:
+    """How the noise layers of a network are folded.
 
-    def __init__(self, operations: Sequence[Operation]) -> None:
-        self.operations = {operation.step: operation for operation in operations}
-        self.last = operations[-1].step if operations else None
-        self.readers: dict[Step | None, list[Operation]] = defaultdict(list)
-        for operation in operations:
-            for source in dict.fromkeys(operation.step.inputs):
-                self.readers[source].append(operation)
+    Attributes:
+        edits: changes of parameters, in the order in which they are to be made.
+        remaining: by name of a noise layer that cannot be folded, why not.
+    """
 
-    def fold(self, noise: Step, factors: Tensor) -> None:
-        """Make the network the same without a noise layer as it was with it."""
+    edits: list[Edit]
+    remaining: dict[str, str]
+
+
+def fold_noise(analysis: Analysis, new_biases: Mapping[fx.Node, str]) -> Folding:
+    """Find the parameters that take up the factors of every noise layer.
+
+    Args:
+        analysis: the network.
+        new_biases: names of biases that operations without one get.
+    """
+    folder = _Folder(analysis, new_biases)
+    proposals: dict[str, list[Edit]] = defaultdict(list)
+    remaining: dict[str, str] = {}
+    for node, call in analysis.calls.items():
+        if call.operator != "mark_noise":
+            continue
+        name, factors = call["name"], call["factors"].tensor.detach().cpu().double()
+        if bool((factors == 1).all()):
+            continue
+        shape = [1] * len(call.shape)
+        shape[call["dim"]] = len(factors)
+        placed = compressed(factors.view(shape).expand(call.shape))
         try:
-            for layer, its_factors in self._forward(noise, factors):
-                _multiply_input(layer, its_factors)
-            return
+            proposals[name] += folder.fold(node, placed)
+        except _BarredError as error:
+            remaining.setdefault(name, str(error))
+    edits = []
+    for name, proposed in proposals.items():
+        reason = remaining.get(name) or folder.contradiction(proposed)
+        if reason:
+            remaining[name] = reason
+        else:
+            edits += folder.once_each(proposed)
+    return Folding(edits, remaining)
+
+
+class _Folder:
+    def __init__(self, analysis: Analysis, new_biases: Mapping[fx.Node, str]) -> None:
+        self.calls, self.values, self.new_biases = analysis.calls, analysis.values, new_biases
+        self.users: dict[int, set[fx.Node]] = defaultdict(set)
+        for node, call in analysis.calls.items():
+            for value in call.values():
+                if value.tensor is not None:
+                    self.users[id(value.tensor)].add(node)
+        self.tensors = {name: value.tensor for name, value in analysis.parameters.items()}
+
+    def fold(self, noise: fx.Node, factors: Tensor) -> list[Edit]:
+        """The edits that make up for the absence of a noise layer's multiplication."""
+        try:
+            return self._backward(noise.args[0], noise, factors)
         except _BarredError as error:
             obstacle = error
         try:
-            for layer, its_factors in self._backward(noise, factors):
-                _multiply_rows(layer, its_factors)
+            return self._forward(noise, factors)
         except _BarredError as error:
-            raise ValueError(
-                f"noise layer {noise} cannot be folded: it cannot move forward past {obstacle}, and {error}"
-            ) from None
+            raise _BarredError(f"{obstacle}, and {error}") from None
 
-    def _forward(self, step: Step, factors: Tensor) -> _Takers:
-        """The layers that can take up factors on a step's result in their inputs."""
-        if step is self.last:
-            raise _BarredError("the model's output")
-        takers: _Takers = []
-        for reader in self.readers[step]:
-            if isinstance(reader.layer, (*WEIGHT_LAYERS, *BATCH_NORMS)):
-                takers.append((reader.layer, factors))
-            elif isinstance(reader.layer, nn.Flatten):
-                takers += self._forward(reader.step, factors[reader.flattened_channels()])
-            elif _lets_factors_pass(reader):
-                takers += self._forward(reader.step, factors)
-            else:
-                raise _BarredError(str(reader.step))
-        return takers
+    def contradiction(self, edits: list[Edit]) -> str:
+        """Why edits cannot be made: another use of a parameter meets other factors. Empty if they can."""
+        by_parameter: dict[str, list[Edit]] = defaultdict(list)
+        for edit in edits:
+            for name in edit.parameters:
+                by_parameter[name].append(edit)
+        for name, its_edits in by_parameter.items():
+            tensor = self.tensors.get(name)
+            users = self.users[id(tensor)] if tensor is not None else {its_edits[0].node}
+            if len(users) == 1:
+                continue
+            same = all(torch.equal(edit.factors, its_edits[0].factors) for edit in its_edits)
+            if {edit.node for edit in its_edits} != users or not same or len(its_edits) != len(users):
+                return f"{name!r} is also used without this noise"
+        return ""
 
-    def _backward(self, step: Step, factors: Tensor) -> _Takers:
-        """The layers that can take up factors on each of a step's inputs in their outputs."""
-        takers: _Takers = []
-        for source in dict.fromkeys(step.inputs):
-            others = [reader.step for reader in self.readers[source] if reader.step is not step]
-            if source is not None and others:
-                raise _BarredError(f"backward it would act on {' and '.join(map(str, others))} too")
-            operation = None if source is None else self.operations[source]
-            if operation is None:
-                raise _BarredError(_NO_TAKER)
-            if isinstance(operation.layer, (*WEIGHT_LAYERS, *BATCH_NORMS)):
-                takers.append((operation.layer, factors))
-            elif isinstance(operation.layer, nn.Flatten) and operation.axis is not None:
-                takers += self._backward(operation.step, _unflattened(operation, factors))
-            elif _lets_factors_pass(operation) or isinstance(operation.layer, Addition):
-                takers += self._backward(operation.step, factors)
-            else:
-                raise _BarredError(_NO_TAKER)
-        return takers
-
-
-def _lets_factors_pass(operation: Operation) -> bool:
-    passing = (*HOMOGENEOUS_ACTIVATIONS, *POOLS, *DROPOUTS)
-    return operation.layer is None or isinstance(operation.layer, passing)
-
-
-def _unflattened(flatten: Operation, factors: Tensor) -> Tensor:
-    """The factors of the channels, from those of the features that a flattening makes of them."""
-    channel = flatten.flattened_channels()
-    unflattened = factors.new_zeros(int(channel.max()) + 1)
-    unflattened[channel] = factors
-    if not torch.equal(unflattened[channel], factors):
-        raise _BarredError("it scales features of one channel differently")
-    return unflattened
-
-
-def _check_supported(step: Step) -> None:
-    module = step.module
-    if not isinstance(module, NoiseLayer) and type(module) not in (*STOCK_LAYERS, Addition):
-        raise ValueError(f"compact does not support layer {step}")
-    if isinstance(module, BATCH_NORMS) and module.running_mean is None:
-        raise ValueError(f"compact does not support layer {step} without running statistics")
-    if isinstance(module, (*CONVOLUTIONS, *POOLS)):
-        expected = number_of_spatial_dimensions(module) + 2
-        if len(step.input_shape) != expected:
-            raise ValueError(
-                f"compact needs batched input of {expected} dimensions at layer {step}, "
-                f"got shape {tuple(step.input_shape)}"
+    def once_each(self, edits: list[Edit]) -> list[Edit]:
+        """One edit for every parameter, of those that several uses of it ask for alike."""
+        seen: set[tuple[str, ...]] = set()
+        result = []
+        for edit in edits:
+            shared = any(
+                len(self.users[id(self.tensors[name])]) > 1 for name in edit.parameters if name in self.tensors
             )
+            if shared and edit.parameters in seen:
+                continue
+            seen.add(edit.parameters)
+            result.append(edit)
+        return result
 
+    def _backward(self, node: object, reader: fx.Node, factors: Tensor) -> list[Edit]:
+        if not isinstance(node, fx.Node) or node not in self.calls:
+            raise _BarredError("backward it meets what has no parameters")
+        others = [user for user in node.users if user is not reader]
+        if others:
+            raise _BarredError(f"backward it would act on {others[0].name} too")
+        call = self.calls[node]
+        if call.operator in ("linear", "addmm", *_CONVOLUTIONS, *_TRANSPOSED) or call.operator in _AFFINE_NORMS:
+            return [self._rows(node, call, factors)]
+        if call.operator in (*_HOMOGENEOUS, *_POOLS):
+            return self._backward(node.args[0], node, _resized(factors, self._shape(node.args[0])))
+        if call.operator in _RESHAPINGS:
+            return self._backward(node.args[0], node, compressed(factors.reshape(self._shape(node.args[0]))))
+        if call.operator in _PERMUTATIONS:
+            places = torch.arange(factors.numel()).view(self._shape(node.args[0]))
+            moved = _run(call, places).flatten()
+            back = torch.empty_like(moved)
+            back[moved] = torch.arange(len(moved))
+            return self._backward(node.args[0], node, compressed(factors.flatten()[back].view(places.shape)))
+        if call.operator == "add" and call["alpha"] == 1:
+            parts = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+            if len(parts) == 2 and parts[0] is not parts[1] and all(self._shape(p) == factors.shape for p in parts):
+                return [edit for part in parts for edit in self._backward(part, node, factors)]
+        if call.operator == "mul":
+            for part in (a for a in node.args[:2] if isinstance(a, fx.Node)):
+                if self._shape(part) == factors.shape:
+                    try:
+                        return self._backward(part, node, factors)
+                    except _BarredError:
+                        continue
+        raise _BarredError(f"backward it cannot pass {node.name}")
 
-def _check_axis(step: Step, axis: int | None) -> None:
-    """Raise unless a layer acts along the dimension of its input that the channels lie along."""
-    if isinstance(step.module, NoiseLayer):
-        acts_along = step.module.dim % len(step.input_shape)
-    elif isinstance(step.module, nn.Linear):
-        acts_along = len(step.input_shape) - 1
-    elif isinstance(step.module, (*CONVOLUTIONS, *BATCH_NORMS, *POOLS)):
-        acts_along = 1
-    else:
-        return
-    if acts_along == 0 or axis not in (None, acts_along):
-        raise ValueError(
-            f"compact cannot follow the channels through layer {step}: it acts along dimension {acts_along} "
-            f"of its input of shape {tuple(step.input_shape)}, whose channels lie along {axis or 1}"
+    def _forward(self, node: fx.Node, factors: Tensor) -> list[Edit]:
+        edits: list[Edit] = []
+        for reader in node.users:
+            call = self.calls.get(reader)
+            if call is None:
+                raise _BarredError("forward it meets the model's output")
+            if call.operator in ("linear", "addmm", *_CONVOLUTIONS, *_TRANSPOSED):
+                edits.append(self._columns(reader, call, node, factors))
+            elif call.operator == "batch_norm" and not call["training"]:
+                edits.append(self._statistics(reader, call, factors))
+            elif call.operator in (*_HOMOGENEOUS, *_POOLS):
+                edits += self._forward(reader, _resized(factors, call.shape))
+            elif call.operator in (*_RESHAPINGS, *_PERMUTATIONS):
+                edits += self._forward(reader, compressed(_run(call, factors)))
+            elif call.operator == "mul" and reader.args[0] is not reader.args[1]:
+                edits += self._forward(reader, factors.expand(call.shape))
+            else:
+                raise _BarredError(f"forward it cannot pass {reader.name}")
+        return edits
+
+    def _shape(self, node: object) -> torch.Size:
+        value = self.values.get(node)  # type: ignore[arg-type]
+        if not isinstance(value, Value):
+            raise _BarredError("backward it meets what has no parameters")
+        return value.shape
+
+    def _rows(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
+        """f·(W·x + b)."""
+        axis = _AFFINE_NORMS.get(call.operator, -1 if call.operator in ("linear", "addmm") else 1)
+        vector = _vector(factors, axis)
+        weight = self._own(call["mat2"] if call.operator == "addmm" else call["weight"])
+        bias_value = call["self"] if call.operator == "addmm" else call["bias"]
+        names = [weight]
+        if bias_value is not None:
+            names.append(self._own(bias_value))
+        elif node in self.new_biases:
+            names.append(self.new_biases[node])
+        elif call.operator in _AFFINE_NORMS:
+            raise _BarredError(f"{node.name} has no bias")
+        if call.operator in _TRANSPOSED and call["groups"] > 1:
+            raise _BarredError(f"{node.name} is grouped and transposed")
+        rows = 1 if call.operator == "addmm" or call.operator in _TRANSPOSED else 0
+        expected = call["mat2"] if call.operator == "addmm" else call["weight"]
+        if expected.shape[rows] != len(vector):
+            raise _BarredError(f"{node.name} has a weight of another shape")
+
+        def apply(tensors: Tensors) -> None:
+            for name, dim in zip(names, (rows, 0), strict=False):
+                shape = [1] * tensors[name].dim()
+                shape[dim] = -1
+                tensors[name].mul_(vector.to(tensors[name].device).view(shape))
+
+        return Edit(node, tuple(names), vector, apply)
+
+    def _columns(self, node: fx.Node, call: Call, source: fx.Node, factors: Tensor) -> Edit:
+        """W·(f·x)."""
+        x = "mat1" if call.operator == "addmm" else "input"
+        if call[x] is not self.values[source]:
+            raise _BarredError(f"{node.name} takes it as a weight")
+        vector = _vector(factors, -1 if call.operator in ("linear", "addmm") else 1)
+        value = call["mat2"] if call.operator == "addmm" else call["weight"]
+        name, shape = self._own(value), value.shape
+        if call.operator in ("addmm", *_TRANSPOSED):
+            per_weight = vector.view(-1, *[1] * (len(shape) - 1))
+        else:
+            groups = call["groups"] or 1
+            per_weight = vector.view(groups, -1).repeat_interleave(shape[0] // groups, dim=0)
+            per_weight = per_weight.view(*shape[:2], *[1] * (len(shape) - 2))
+
+        def apply(tensors: Tensors) -> None:
+            tensors[name].mul_(per_weight.to(tensors[name].device))
+
+        return Edit(node, (name,), vector, apply)
+
+    def _statistics(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
+        """A batch norm of f·x, as one of x.
+
+        The statistics become those of x, so that the layer can be trained further, and the weight makes up for eps. A
+        channel with factor 0 has a constant output.
+        """
+        vector, eps = _vector(factors, 1), call["eps"]
+        weight, bias, mean, var = (
+            self._own(call[name]) for name in ("weight", "bias", "running_mean", "running_var")
         )
 
+        def apply(tensors: Tensors) -> None:
+            f = vector.to(tensors[mean].device)
+            zero = f == 0
+            divisor = f.masked_fill(zero, 1.0)
+            scale = tensors[weight] * (tensors[var] + eps).rsqrt()
+            tensors[bias].copy_((tensors[bias] - tensors[mean] * scale).where(zero, tensors[bias]))
+            tensors[weight].mul_(((tensors[var] + eps * f**2) / (tensors[var] + eps)).sqrt()).masked_fill_(zero, 0.0)
+            tensors[var].div_(divisor**2)
+            tensors[mean].div_(divisor)
 
-def _with_affine(layer: nn.Module) -> nn.Module:
-    """Batch norm with weight and bias, which can take up factors; any other layer as it is."""
-    if isinstance(layer, BATCH_NORMS) and layer.running_mean is not None:
-        layer.affine = True
-        if layer.weight is None:
-            layer.weight = nn.Parameter(torch.ones_like(layer.running_mean))
-        if layer.bias is None:
-            layer.bias = nn.Parameter(torch.zeros_like(layer.running_mean))
-    return layer
+        return Edit(node, (weight, bias, mean, var), vector, apply)
 
-
-def _multiply_rows(layer: nn.Module, factors: Tensor) -> None:
-    """Multiply each output channel of a linear, convolution or batch norm layer by a factor."""
-    with torch.no_grad():
-        for parameter in layer.parameters(recurse=False):
-            parameter.mul_(factors.view(-1, *[1] * (parameter.dim() - 1)))
-
-
-def _multiply_columns(layer: WeightLayer, factors: Tensor) -> None:
-    """Multiply each input channel of a linear or convolution layer by a factor."""
-    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    weight = layer.weight
-    per_row = factors.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-    with torch.no_grad():
-        weight.mul_(per_row.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
+    def _own(self, value: Value | None) -> str:
+        if value is None or value.parameter is None:
+            raise _BarredError("a weight there is none or is computed")
+        return value.parameter
 
 
-def batch_norm_scale_and_shift(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Batch norm in evaluation mode as scale · x + shift, each of shape (num_features,)."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    scale = layer.weight * (layer.running_var + layer.eps).rsqrt()
-    return scale, layer.bias - layer.running_mean * scale
+def _vector(factors: Tensor, axis: int) -> Tensor:
+    """Factors that vary along one dimension alone, of shape (its size,)."""
+    axis %= factors.dim()
+    if set(varying_axes(factors)) - {axis}:
+        raise _BarredError("it scales parts of one channel differently")
+    for d in range(factors.dim() - 1, -1, -1):
+        if d != axis:
+            factors = factors.select(d, 0)
+    return factors
 
 
-def _multiply_input(layer: nn.Module, factors: Tensor) -> None:
-    """Make a linear, convolution or batch norm layer of x what it was of factors · x."""
-    if isinstance(layer, WEIGHT_LAYERS):
-        _multiply_columns(layer, factors)
-    elif isinstance(layer, BATCH_NORMS):
-        _scale_batch_norm_input(layer, factors)
+def _resized(factors: Tensor, shape: torch.Size) -> Tensor:
+    """Factors for a tensor of other sizes along dimensions that they do not vary along."""
+    for d in range(factors.dim()):
+        if factors.shape[d] != shape[d]:
+            if factors.stride(d) != 0 and factors.shape[d] > 1:
+                raise _BarredError("it scales parts of one channel differently")
+            factors = factors.narrow(d, 0, 1)
+    return factors.expand(shape)
 
 
-def _scale_batch_norm_input(layer: _BatchNorm, factors: Tensor) -> None:
-    """Make batch norm of x what it was of factors · x.
-
-    The statistics become those of x, so that the layer can be trained further, and the weight makes up for eps. A
-    channel with factor 0 has a constant output.
-    """
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    zero = factors == 0
-    divisor = factors.masked_fill(zero, 1.0)
-    _, constant = batch_norm_scale_and_shift(layer)
-    with torch.no_grad():
-        layer.bias.copy_(constant.where(zero, layer.bias))
-        eps_of_x = layer.eps * factors**2
-        layer.weight.mul_(((layer.running_var + eps_of_x) / (layer.running_var + layer.eps)).sqrt())
-        layer.weight.masked_fill_(zero, 0.0)
-        layer.running_var.div_(divisor**2)
-        layer.running_mean.div_(divisor)
+def _run(call: Call, x: Tensor) -> Tensor:
+    result = call.target(**{**call.arguments, "self": x})
+    assert isinstance(result, Tensor)
+    assert result.numel() == math.prod(call.shape)
+    return result

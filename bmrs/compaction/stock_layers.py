@@ -118,6 +118,11 @@ def copy_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     return build_layer(type(layer), arguments, tensors).to(dtype)
 
 
+def is_depthwise(layer: nn.Module) -> bool:
+    """True for a convolution with one filter for each channel, which keeps channels apart."""
+    return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
 def number_of_spatial_dimensions(layer: nn.Module) -> int:
     """1, 2 or 3 for a convolution or pooling layer, as in its name."""
     return int(type(layer).__name__[-2])

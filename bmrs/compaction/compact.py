@@ -1,0 +1,295 @@
+"""`compact`: from a masked model to a smaller one, checked before it is returned."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from bmrs.compaction.folding import Folding, fold_noise
+from bmrs.compaction.graph_network import build_graph_network
+from bmrs.compaction.refit import Origin, refit
+from bmrs.compaction.report import CompactReport, LayerCompaction
+from bmrs.compaction.surgery import Cut, cut, narrowed, new_biases, replace_noise, shifts
+from bmrs.graph.analysis import Analysis, analyse
+from bmrs.graph.capture import Inputs, as_inputs, capture, copied, evaluation_copy, map_tensors, mark, unwrapped
+from bmrs.graph.channels import without_repetition
+from bmrs.noise_layer import NoiseLayer, noise_layers
+
+TOLERANCE, TOLERANCE_IN_FLOAT64 = 1e-4, 1e-9
+_REPORT = "_bmrs_report"
+INPUTS = "_bmrs_inputs"
+
+
+def compact(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    expected_noise: bool = True,
+    refit_to: nn.Module | None = None,
+) -> nn.Module:
+    """Return the network that a masked model is in evaluation mode, without noise or pruned structures.
+
+    The model is captured with torch.export, and channels are followed through its operators: what belongs together is
+    found from the graph, not from a list of layers. A pruned structure is removed from the layer that makes it, from
+    what lies behind, and from the input of all that read it. What it still contributes as a constant, through the bias
+    of a batch norm behind it, moves into the biases of these. The expected noise of the structures that stay is folded
+    into the parameters around it, in float64.
+
+    A pruned structure stays, with zero weights, where removal would not be exact: where it is an output of the model;
+    where a branch that is added to it keeps its channel (`bmrs.prune` with ``example_inputs`` decides on such channels
+    together); where zero padding makes its constant differ from place to place; where it is counted in the statistics
+    of a LayerNorm, in a softmax or in a mean over channels; where sizes would not agree, as the widths of attention
+    heads; where an operator is not known. `compact_report` says so, with the reason. Noise that no parameter can take
+    up becomes one multiplication by fixed factors.
+
+    Args:
+        model: any model that torch.export can capture, in any mode, also inside `torch.compile` or
+            DistributedDataParallel; it is left as it is.
+        example_inputs: its input, a sequence of its positional arguments, or a mapping of its keyword arguments; real
+            examples, in the model's dtype and on its device. With ``refit_to`` some thousand training examples.
+        expected_noise: False multiplies the structures that stay by 1 instead of E[θ], so that weights that were
+            trained without noise, as before `bmrs.learn_posteriors`, come out as they are: a better start for
+            fine-tuning. The outputs are then compared with those of the masked model with θ = 1.
+        refit_to: the network that was pruned, as it was trained, with layers of the same names: a copy made before
+            `bmrs.add_noise`, or the dense network whose weights the model has. It is left as it is. Each linear and
+            convolution layer then gets the weights with which its outputs on ``example_inputs`` are closest to those
+            of the full network, by least squares. That takes no training and no labels.
+
+    Returns:
+        A copy of the model with narrower layers: its own classes, names, hooks, shared weights, frozen parameters,
+        dtypes and memory formats. Where the model's own code has sizes in it that cannot be narrower, a
+        ``torch.fx.GraphModule`` of its operators instead. It is in evaluation mode. Before refitting, its outputs
+        equal the masked model's within 1e-9 of the largest in float64, which is checked on the example, and within
+        what rounding makes of that in the model's dtype.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``example_inputs`` hold no tensor.
+        ValueError: the model does not run on the example or cannot be captured, has NaN parameters or such on the meta
+            device, is sharded, or ``refit_to`` is another network; the place is named.
+        RuntimeError: the outputs differ on the example.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = as_inputs(example_inputs)
+        masked = evaluation_copy(model)
+        layers = noise_layers(masked)
+        _check_finite(masked)
+        mark(masked, {name: _factors(layer, expected_noise) for name, layer in layers.items()})
+        examples = _few(inputs) if refit_to is not None else inputs
+        analysis = analyse(capture(masked, examples, "compact", dynamic="first"))
+        result = _compacted(masked, analysis, layers, examples)
+        setattr(result, INPUTS, map_tensors(lambda t: t.detach().clone(), _few(inputs)))
+        if refit_to is not None:
+            refit(result, _origins(analysis, result), unwrapped(refit_to), _single(inputs))
+    return result
+
+
+def compact_report(compacted: nn.Module) -> CompactReport:
+    """What `compact` did to make a network.
+
+    Raises:
+        TypeError: the network is not one that `compact` returned, or a copy of one.
+    """
+    report = getattr(compacted, _REPORT, None)
+    if not isinstance(report, CompactReport):
+        raise TypeError(f"compact_report needs a network that bmrs.compact returned, got {type(compacted).__name__}")
+    return report
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Return the network that a masked model is in evaluation mode, without noise layers, at its full size.
+
+    Every noise layer becomes one multiplication by its expected noise times its mask. That works for any model, so that
+    what `compact` cannot take can be exported and saved all the same.
+
+    Args:
+        model: any model, in any mode, with or without noise layers; it is left as it is.
+
+    Returns:
+        A copy of the model, with its own classes and names, in evaluation mode.
+
+    Raises:
+        TypeError, ValueError: ``model`` is not a module, is sharded, or has parameters on the meta device.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        masked = evaluation_copy(model)
+        layers = noise_layers(masked)
+        mark(masked, {name: _factors(layer, expected_noise=True) for name, layer in layers.items()})
+        result = copied(masked, share=False)
+        replace_noise(result, dict.fromkeys(layers, "asked for"))
+    return result.eval()
+
+
+def _factors(layer: NoiseLayer, expected_noise: bool) -> Tensor:
+    factors = layer.expected_noise() if expected_noise else layer.mask.to(layer.mu.dtype)
+    return layer.spread(factors).detach()
+
+
+def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, NoiseLayer], inputs: Inputs) -> nn.Module:
+    found = shifts(analysis)
+    names = new_biases(analysis, found)
+    folding = fold_noise(analysis, names)
+    the_cut = cut(analysis, folding, found, names)
+    reference = _outputs(masked, inputs)
+    result = narrowed(analysis, the_cut, folding.remaining)
+    form, because, error = "module", "", torch.inf
+    try:
+        error = _difference(reference, _outputs(result, inputs))
+        if not error <= TOLERANCE_IN_FLOAT64:
+            because = f"its outputs would differ by {error:.2g} of the largest"
+    except Exception as failure:
+        because = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
+    if because:
+        form = "graph"
+        result = build_graph_network(analysis, the_cut, folding.remaining)
+        error = _difference(reference, _outputs(result, inputs))
+    if not error <= TOLERANCE_IN_FLOAT64:
+        raise RuntimeError(
+            f"the compacted model's outputs differ from the masked model's by {error:.3g} of the largest, more than "
+            f"{TOLERANCE_IN_FLOAT64:g}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+        )
+    _check_stored(result)
+    report = CompactReport(
+        form,
+        because,
+        tuple(_layer_report(analysis, folding, name, layer) for name, layer in layers.items()),
+        *(_number_of_values(m) for m in (masked, result)),
+        *(_number_of_bytes(m) for m in (masked, result)),
+        *(_flops(m, inputs) for m in (masked, result)),
+        error,
+    )
+    setattr(result, _REPORT, report)
+    return result
+
+
+def _layer_report(analysis: Analysis, folding: Folding, name: str, layer: NoiseLayer) -> LayerCompaction:
+    pruned = layer.spread(~layer.mask).cpu()
+    kept = torch.zeros_like(pruned)
+    reasons: Counter[str] = Counter()
+    for call in analysis.calls.values():
+        if call.operator != "mark_noise" or call["name"] != name:
+            continue
+        axis, value = call["dim"] % len(call.shape), call["x"]
+        channels = value.layer_along(axis)
+        if channels is None:
+            kept |= pruned
+            reasons["it multiplies what always stays"] = int(pruned.sum())
+            continue
+        (channels,) = without_repetition(channels)
+        channels = channels.movedim(axis, 0).flatten(1)
+        stay = analysis.stays(channels)
+        kept |= pruned & stay.any(dim=1)
+        for row, its_stay in zip(channels[pruned], stay[pruned], strict=True):
+            if its_stay.any():
+                reasons[analysis.reason(int(row[its_stay][0]))] += 1
+    width = len(pruned) // layer.num_structures
+    return LayerCompaction(
+        name,
+        layer.num_structures,
+        int((~layer.mask).sum()),
+        int((pruned & ~kept).view(-1, width).all(dim=1).sum()),
+        dict(reasons),
+        name not in folding.remaining,
+        folding.remaining.get(name, ""),
+    )
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Outputs in float64: TF32 and the like would make differently shaped products differ by more than the tolerance."""
+    double = copied(model, share=False).double().eval()
+    args, kwargs = map_tensors(lambda t: t.double() if t.is_floating_point() else t.clone(), inputs)
+    outputs = double(*args, **kwargs)
+    return [leaf for leaf in tree_flatten(_plain(outputs))[0] if isinstance(leaf, Tensor)]
+
+
+def _plain(outputs: Any) -> Any:
+    """Outputs of transformers' classes as dicts."""
+    return dict(outputs) if isinstance(outputs, Mapping) else outputs
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Largest difference of two lists of outputs, relative to the largest magnitude in each."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return torch.inf
+    largest = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if a.numel() == 0:
+            continue
+        # Equal infinities, as in attention masks, differ by nothing.
+        same = a == b
+        error = (a.double() - b.double()).abs().masked_fill(same, 0.0).max().item()
+        scale = a.double().masked_fill(same & ~a.isfinite(), 0.0).abs().max().item()
+        largest = max(largest, error / scale if scale else error)
+        if error != error:
+            return torch.inf
+    return largest
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"parameter {name!r} is NaN or infinite; nothing was compacted")
+
+
+def _check_stored(model: nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise RuntimeError(f"parameter {name!r} of the compacted model is not finite in {tensor.dtype}")
+
+
+def _number_of_values(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _number_of_bytes(model: nn.Module) -> int:
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = {name: t for name, t in named.items() if not name.endswith("noise.factors")}
+    return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+
+
+def _flops(model: nn.Module, inputs: Inputs) -> int:
+    args, kwargs = map_tensors(torch.clone, inputs)
+    with FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return int(counter.get_total_flops())
+
+
+def _few(inputs: Inputs) -> Inputs:
+    """The first examples of a batch, where all tensors have one dimension of examples in front."""
+    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    return map_tensors(lambda t: t[:2], inputs) if len(sizes) == 1 and sizes.pop() > 2 else inputs
+
+
+def _single(inputs: Inputs) -> Tensor:
+    args, kwargs = inputs
+    values = [*args, *kwargs.values()]
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise TypeError(f"refit_to needs a model of one input, example_inputs were {len(values)}")
+    return values[0]
+
+
+def _origins(analysis: Analysis, result: nn.Module) -> dict[str, Origin]:
+    """Where linear and convolution layers come from, by name, in the order of their use."""
+    origins: dict[str, Origin] = {}
+    if isinstance(result, fx.GraphModule):
+        raise ValueError("refit_to needs a network of the model's own classes, and this one became a graph")
+    for call in analysis.calls.values():
+        if call.operator != "linear" and not call.operator.startswith("conv"):
+            continue
+        weight = call["weight"]
+        path, _, name = (weight.parameter or "").rpartition(".")
+        if name != "weight" or path in origins:
+            continue
+        rows = analysis.kept(weight, 0)
+        origins[path] = Origin(path, 0, torch.arange(weight.shape[0]) if rows is None else rows)
+    return origins
+
+
+__all__ = ["compact", "compact_report", "fold"]

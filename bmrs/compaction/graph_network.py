@@ -1,0 +1,481 @@
+"""Networks put together from operators: for models whose own code cannot run narrower, and for files.
+
+A `Description` is plain data: the operations of a captured graph in their order, with the sizes that are written into
+them corrected for what is left. `build` makes a ``torch.fx.GraphModule`` of it. Batch norms and dropout are stock layers
+there, so that it can be trained further; everything else is an operator of ATen.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from bmrs.compaction.stock_layers import BATCH_NORMS, constructor_arguments
+from bmrs.compaction.surgery import Cut, groups_left
+from bmrs.graph.analysis import Analysis, layer_of
+from bmrs.graph.rules import RULES, Call
+from bmrs.graph.values import Value
+
+SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "lt", "le", "gt", "ge")
+}
+"""What is computed with sizes."""
+
+_DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+_FACTORIES = (
+    *("arange", "full", "zeros", "ones", "scalar_tensor", "sym_size", "new_zeros", "new_ones", "new_full", "eye"),
+    *("linspace", "tril", "triu", "bitwise_not", "logical_not", "item", "_local_scalar_dense", "new_empty", "empty"),
+    *("one_hot", "searchsorted", "bucketize", "histc", "isin", "nonzero", "count_nonzero", "index_put", "scatter"),
+    *("slice_scatter", "select_scatter", "masked_scatter", "diff", "outer", "tensordot", "chain_matmul", "cross"),
+    *("cdist", "cosine_similarity", "pairwise_distance", "im2col", "col2im", "unfold_backward", "scatter_add"),
+    *("addmv", "addbmm", "grid_sampler_2d", "affine_grid_generator", "roi_align", "bernoulli", "numel", "stride"),
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a description.
+
+    Attributes:
+        name: of its result.
+        kind: ``"input"``, ``"tensor"`` (a parameter, buffer or constant), ``"call"`` (an operator), ``"scalar"``
+            (a function of sizes), ``"item"`` (a part of a list), ``"layer"`` (a stock layer) or ``"scale"``.
+        target: name of the tensor, operator, function or type of layer; "" otherwise.
+        args: arguments, with `Reference` for results of other operations.
+        kwargs: of operators, and of stock layers those of their constructor.
+    """
+
+    name: str
+    kind: str
+    target: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The result of an operation, by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A whole network.
+
+    Attributes:
+        operations: in an order of execution.
+        outputs: arguments with references, in the tree that the model returns.
+        input_names: of the model's arguments, for the signature.
+        in_tree: how (args, kwargs) are nested: lists, tuples and dicts with None at the leaves.
+    """
+
+    operations: tuple[Operation, ...]
+    outputs: Any
+    input_names: tuple[str, ...]
+    in_tree: Any
+
+
+class UnsupportedError(ValueError):
+    """A graph holds what a description cannot."""
+
+
+def build_graph_network(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> fx.GraphModule:
+    """The network of what is left of a captured model.
+
+    Args:
+        analysis: the model.
+        the_cut: its smaller tensors.
+        remaining: names of noise layers of which the multiplication stays.
+    """
+    description = describe(analysis, remaining)
+    tensors = dict(the_cut.tensors)
+    for placeholder, tensor in analysis.captured.tensors.items():
+        tensors.setdefault(analysis.captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
+    frozen = {n for n, p in analysis.captured.model.named_parameters() if not p.requires_grad}
+    parameters = {n for n, _ in analysis.captured.model.named_parameters(remove_duplicate=False)}
+    parameters |= {name for name in the_cut.tensors if name not in analysis.parameters}
+    return build(description, tensors, parameters=parameters, frozen=frozen)
+
+
+def describe(analysis: Analysis, remaining: Mapping[str, str]) -> Description:
+    """The operations of a captured model, narrower where channels leave.
+
+    Raises:
+        UnsupportedError: an operation cannot be described; it is named.
+    """
+    return _Describer(analysis, remaining).description()
+
+
+class _Describer:
+    def __init__(self, analysis: Analysis, remaining: Mapping[str, str]) -> None:
+        self.analysis, self.remaining = analysis, remaining
+        self.operations: list[Operation] = []
+        self.references: dict[fx.Node, Any] = {}
+        self.layers: set[str] = set()
+        self._cut_biases: set[str] = set()
+
+    def description(self) -> Description:
+        program = self.analysis.captured.program
+        names = self._graph(program.graph, program.graph_module, None)
+        results = self._output(program.graph.output_node())
+        spec = program.call_spec
+        flat = results[-len(program.graph_signature.user_outputs) :]
+        out_tree = _plain_tree(pytree.tree_unflatten(flat, spec.out_spec))
+        in_tree = _plain_tree(pytree.tree_unflatten([None] * spec.in_spec.num_leaves, spec.in_spec))
+        return Description(tuple(self.operations), out_tree, tuple(names), in_tree)
+
+    def _output(self, node: fx.Node) -> list[Any]:
+        return [self._argument(value) for value in node.args[0]]  # type: ignore[union-attr]
+
+    def _graph(self, graph: fx.Graph, owner: nn.Module, inputs: list[Any] | None) -> list[str]:
+        given, names = iter(inputs or ()), []
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if inputs is not None:
+                    self.references[node] = next(given)
+                    continue
+                if node.name not in self.analysis.captured.tensors:
+                    names.append(node.name)
+                self._placeholder(node)
+            elif node.op == "call_function":
+                self._call(node, owner)
+        return names
+
+    def _placeholder(self, node: fx.Node) -> None:
+        captured = self.analysis.captured
+        if node.name in captured.tensors:
+            target = captured.names.get(node.name, f"constants.{node.name}")
+            self._add(Operation(node.name, "tensor", target), node)
+        else:
+            self._add(Operation(node.name, "input", ""), node)
+
+    def _add(self, operation: Operation, node: fx.Node) -> None:
+        self.operations.append(operation)
+        self.references[node] = Reference(operation.name)
+
+    def _call(self, node: fx.Node, owner: nn.Module) -> None:
+        target = node.target
+        if target is operator.getitem:
+            source = self.references[node.args[0]]  # type: ignore[index]
+            if isinstance(source, list | tuple):
+                self.references[node] = source[node.args[1]]  # type: ignore[index]
+            elif source.name in self.layers:
+                self.references[node] = source
+            else:
+                self._add(Operation(node.name, "item", "", (source, node.args[1])), node)
+            return
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self._inner_graph(node, owner)
+            return
+        if not isinstance(target, torch._ops.OpOverload):
+            name = getattr(target, "__name__", "")
+            if name not in SCALAR_FUNCTIONS:
+                raise UnsupportedError(f"a network cannot be described with {node.name!r}, a call of {target}")
+            self._add(Operation(node.name, "scalar", name, tuple(map(self._argument, node.args))), node)
+            return
+        call = self.analysis.calls.get(node)
+        name = target._schema.name.split("::")[1]
+        if name in _DROPPED:
+            return
+        if call is not None and call.operator == "mark_noise":
+            self._noise(node, call)
+        elif call is not None and self._is_layer(node, call):
+            self._layer(node, call)
+        else:
+            args, kwargs = self._narrower(node, call) if call is not None else (node.args, node.kwargs)
+            operator_name = f"{target.namespace}.{name}.{target._overloadname}"
+            check_operator(operator_name, node.name)
+            self._add(
+                Operation(
+                    node.name,
+                    "call",
+                    operator_name,
+                    tuple(map(self._argument, args)),
+                    {key: self._argument(value) for key, value in kwargs.items()},
+                ),
+                node,
+            )
+
+    def _inner_graph(self, node: fx.Node, owner: nn.Module) -> None:
+        graphs = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        if len(graphs) != 1:
+            raise UnsupportedError(f"a network cannot be described with {node.name!r}, a call of {node.target}")
+        inner = owner.get_submodule(str(graphs[0].target))
+        assert isinstance(inner, fx.GraphModule)
+        place = node.args.index(graphs[0])
+        self._graph(inner.graph, inner, [self._argument(a) for a in node.args[place + 1 :]])
+        outputs = inner.graph.output_node().args[0]
+        self.references[node] = [self._argument(value) for value in outputs]  # type: ignore[union-attr]
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return self.references[argument]
+        if isinstance(argument, list | tuple):
+            return [self._argument(item) for item in argument]
+        return argument
+
+    def _noise(self, node: fx.Node, call: Call) -> None:
+        x = self._argument(node.args[0])
+        if call["name"] in self.remaining:
+            factors = self._argument(node.args[1])
+            self._add(Operation(node.name, "scale", "", (x, factors, call["dim"])), node)
+        else:
+            self.references[node] = x
+
+    def _is_layer(self, node: fx.Node, call: Call) -> bool:
+        if call.operator in _DROPOUTS:
+            return True
+        return call.operator == "batch_norm" and type(self._module(node)) in BATCH_NORMS
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        path = layer_of(node)
+        try:
+            return self.analysis.captured.model.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def _layer(self, node: fx.Node, call: Call) -> None:
+        module = self._module(node)
+        x = self._argument(node.args[0])
+        if call.operator in _DROPOUTS:
+            kinds = {"dropout": "Dropout", "feature_dropout": "Dropout2d", "alpha_dropout": "AlphaDropout"}
+            kind = kinds.get(call.operator, "Dropout")
+            arguments: dict[str, Any] = {"p": call["p"]}
+            path = f"dropouts.{node.name}"
+        else:
+            assert module is not None
+            kind, path = type(module).__name__, layer_of(node)
+            arguments = constructor_arguments(module)
+            arguments["num_features"] = self.analysis.kept_shape(call["running_mean"] or call["weight"])[0]
+        self.layers.add(node.name)
+        self._add(Operation(node.name, "layer", kind, (x, path), arguments), node)
+
+    def _narrower(self, node: fx.Node, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of an operator for smaller tensors."""
+        changes = self._changes(node, call)
+        assert isinstance(node.target, torch._ops.OpOverload)
+        names = [argument.name for argument in node.target._schema.arguments]
+        args, kwargs = list(node.args), dict(node.kwargs)
+        for name, value in changes.items():
+            place = names.index(name)
+            if place < len(args):
+                args[place] = value
+            else:
+                kwargs[name] = value
+        return tuple(args), kwargs
+
+    def _changes(self, node: fx.Node, call: Call) -> dict[str, Any]:
+        analysis, name = self.analysis, call.operator
+        result = analysis.values.get(node)
+        source = call["self"] if isinstance(call["self"], Value) else call["input"]
+        if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to") and isinstance(result, Value):
+            key = "size" if call["size"] is not None else "shape"
+            given = self._given(node, key)
+            kept = analysis.kept_shape(result)
+            offset = len(given) - len(kept)
+            return {
+                key: [
+                    new if isinstance(old, int) and old >= 0 and new != result.shape[i - offset] else old
+                    for i, (old, new) in enumerate(zip(given, kept, strict=True))
+                ]
+            }
+        if name == "unflatten" and isinstance(result, Value):
+            axis, sizes = call["dim"] % len(source.shape), self._given(node, "sizes")
+            kept = analysis.kept_shape(result)[axis : axis + len(sizes)]
+            return {"sizes": [k if isinstance(s, int) and s >= 0 else s for s, k in zip(sizes, kept, strict=True)]}
+        if name in ("slice", "narrow", "select") and isinstance(source, Value):
+            return self._positions(call, source)
+        if name in ("layer_norm", "rms_norm"):
+            rank = len(call["normalized_shape"])
+            return {"normalized_shape": list(analysis.kept_shape(source)[-rank:])}
+        if name == "group_norm":
+            size = source.shape[1] // call["num_groups"]
+            return {"num_groups": analysis.kept_shape(source)[1] // size}
+        if name.startswith("conv") and (call["groups"] or 1) > 1:
+            return {"groups": groups_left(analysis, call)}
+        if name == "scaled_dot_product_attention":
+            width = call["query"].shape[-1]
+            return {"scale": 1 / math.sqrt(width)} if call["scale"] is None else {}
+        return {}
+
+    def _given(self, node: fx.Node, name: str) -> list[Any]:
+        assert isinstance(node.target, torch._ops.OpOverload)
+        names = [argument.name for argument in node.target._schema.arguments]
+        place = names.index(name)
+        given = node.args[place] if place < len(node.args) else node.kwargs[name]
+        return list(given)  # type: ignore[arg-type]
+
+    def _positions(self, call: Call, source: Value) -> dict[str, Any]:
+        axis = call["dim"] % len(source.shape)
+        kept = self.analysis.kept(source, axis)
+        if kept is None:
+            return {}
+        size = source.shape[axis]
+
+        def moved(position: Any) -> int:
+            position = size if position is None else max(0, position + size) if position < 0 else min(position, size)
+            return int((kept < position).sum())
+
+        if call.operator == "select":
+            return {"index": moved(call["index"])}
+        if call.operator == "narrow":
+            start = moved(call["start"])
+            return {"start": start, "length": moved(call["start"] + call["length"]) - start}
+        return {"start": moved(call["start"] or 0), "end": moved(call["end"])} if call["step"] == 1 else {}
+
+
+def check_operator(name: str, place: str) -> torch._ops.OpOverload:
+    """The operator of a name, of those that a description may hold.
+
+    Raises:
+        UnsupportedError: it may not.
+    """
+    namespace, _, rest = name.partition(".")
+    operator_name, _, overload = rest.rpartition(".")
+    plain = operator_name[:-1] if operator_name.endswith("_") and not operator_name.endswith("__") else operator_name
+    if namespace != "aten" or not (plain in RULES or plain in _FACTORIES):
+        raise UnsupportedError(f"a network cannot be described with {place!r}, a call of {name}")
+    packet = getattr(torch.ops.aten, operator_name, None)
+    found = getattr(packet, overload, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise UnsupportedError(f"there is no operator {name} in this version of torch, at {place!r}")
+    return found
+
+
+def _plain_tree(tree: Any) -> Any:
+    """A tree with dicts, lists and tuples only, such as of outputs of transformers' classes."""
+    if isinstance(tree, Mapping):
+        return {str(key): _plain_tree(value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_plain_tree(value) for value in tree)
+    if isinstance(tree, list):
+        return [_plain_tree(value) for value in tree]
+    return tree
+
+
+def build(
+    description: Description, tensors: Mapping[str, Tensor], *, parameters: set[str], frozen: set[str]
+) -> fx.GraphModule:
+    """Make a network of a description.
+
+    Args:
+        description: its operations.
+        tensors: its tensors by name.
+        parameters: names of those that are parameters; the others are buffers.
+        frozen: names of parameters that are not trained.
+
+    Raises:
+        UnsupportedError: an operator is not one of those that a description may hold.
+        KeyError: a tensor is missing.
+    """
+    root = nn.Module()
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    made: dict[int, Tensor] = {}
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, Reference):
+            return nodes[value.name]
+        return [argument(item) for item in value] if isinstance(value, list | tuple) else value
+
+    inside_layers = {op.args[1]: op for op in description.operations if op.kind == "layer"}
+    for operation in description.operations:
+        name, args = operation.name, operation.args
+        if operation.kind == "input":
+            nodes[name] = graph.placeholder(name)
+        elif operation.kind == "tensor":
+            if operation.target.rpartition(".")[0] in inside_layers:
+                continue
+            tensor = tensors[operation.target]
+            if id(tensor) not in made:
+                is_parameter = operation.target in parameters
+                clone = tensor.detach().clone()
+                made[id(tensor)] = (
+                    nn.Parameter(clone, requires_grad=operation.target not in frozen) if is_parameter else clone
+                )
+            path = _register(root, operation.target, made[id(tensor)])
+            nodes[name] = graph.get_attr(path)
+        elif operation.kind == "call":
+            target = check_operator(operation.target, name)
+            kwargs = {key: argument(value) for key, value in operation.kwargs.items()}
+            nodes[name] = graph.call_function(target, tuple(map(argument, args)), kwargs)
+        elif operation.kind == "scalar":
+            nodes[name] = graph.call_function(SCALAR_FUNCTIONS[operation.target], tuple(map(argument, args)))
+        elif operation.kind == "item":
+            nodes[name] = graph.call_function(operator.getitem, (argument(args[0]), args[1]))
+        elif operation.kind == "layer":
+            nodes[name] = graph.call_module(_add_layer(root, operation, tensors, frozen), (argument(args[0]),))
+        elif operation.kind == "scale":
+            nodes[name] = _scale(graph, argument(args[0]), argument(args[1]), args[2])
+    graph.output(pytree.tree_map(argument, description.outputs, is_leaf=lambda x: isinstance(x, Reference)))
+    _take_arguments(graph, description)
+    graph.eliminate_dead_code()
+    module = fx.GraphModule(root, graph).eval()
+    for index, tensor in list(module.named_buffers()):
+        del index, tensor
+    return module
+
+
+def _take_arguments(graph: fx.Graph, description: Description) -> None:
+    """Let the network be called with the arguments of the model that it was made from."""
+    args, kwargs = description.in_tree
+    if not kwargs and all(value is None for value in args):
+        return
+    in_spec = pytree.tree_structure((tuple(args), dict(kwargs)), is_leaf=lambda x: x is None)
+    names = [*(f"argument_{i}" for i in range(len(args))), *kwargs]
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, None)))
+
+
+def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
+    path, _, last = name.rpartition(".")
+    owner = _submodule(root, path)
+    if last not in owner._parameters and last not in owner._buffers:
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            owner.register_buffer(last, tensor)
+    return name
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    owner = root
+    for part in path.split(".") if path else ():
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner._modules[part]  # type: ignore[assignment]
+    return owner
+
+
+def _add_layer(root: nn.Module, operation: Operation, tensors: Mapping[str, Tensor], frozen: set[str]) -> str:
+    path = str(operation.args[1])
+    parent, _, last = path.rpartition(".")
+    owner = _submodule(root, parent)
+    if last not in owner._modules:
+        layer = getattr(nn, operation.target)(**operation.kwargs)
+        own = {key: tensors[f"{path}.{key}"].detach().clone() for key in layer.state_dict() if f"{path}.{key}" in tensors}
+        layer.load_state_dict(own, assign=True, strict=False)
+        for key, parameter in layer.named_parameters():
+            parameter.requires_grad_(f"{path}.{key}" not in frozen)
+        owner.add_module(last, layer.eval())
+    return path
+
+
+def _scale(graph: fx.Graph, x: fx.Node, factors: fx.Node, dim: int) -> fx.Node:
+    """x · factors along a dimension, counted from the front or the end."""
+    aten = torch.ops.aten
+    if dim == -1:
+        return graph.call_function(aten.mul.Tensor, (x, factors))
+    moved = graph.call_function(aten.movedim.int, (x, dim, -1))
+    scaled = graph.call_function(aten.mul.Tensor, (moved, factors))
+    return graph.call_function(aten.movedim.int, (scaled, -1, dim))

@@ -1,0 +1,120 @@
+"""What compaction did to a network."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerCompaction:
+    """What became of the structures of one noise layer.
+
+    Attributes:
+        name: qualified name of the noise layer.
+        structures: all its structures.
+        pruned: those that its mask prunes.
+        removed: those of them that are gone.
+        kept_because: why others of them stay, with zero weights: reasons with numbers of structures.
+        folded: whether its factors went into parameters; otherwise one multiplication by them remains.
+        not_folded_because: why not; empty if they did.
+    """
+
+    name: str
+    structures: int
+    pruned: int
+    removed: int
+    kept_because: dict[str, int]
+    folded: bool
+    not_folded_because: str = ""
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What compaction did; ``str()`` gives a text.
+
+    Attributes:
+        form: ``"module"``, the user's own classes with narrower layers, or ``"graph"``, a ``torch.fx.GraphModule`` of
+            operators, because the user's code cannot run narrower.
+        form_because: for ``"graph"``, why.
+        layers: an entry for each noise layer.
+        parameters_before: values of all parameters without noise.
+        parameters_after: the same of the compacted network.
+        bytes_before: of parameters and buffers, without noise.
+        bytes_after: the same of the compacted network.
+        flops_before: floating-point operations for the example, two for each multiply-add.
+        flops_after: the same of the compacted network.
+        error: largest difference of the outputs from the masked network's, relative to the largest output; float64.
+    """
+
+    form: str
+    form_because: str
+    layers: tuple[LayerCompaction, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_before: int
+    flops_after: int
+    error: float
+
+    @property
+    def pruned(self) -> int:
+        """Structures that masks prune, over all layers."""
+        return sum(layer.pruned for layer in self.layers)
+
+    @property
+    def removed(self) -> int:
+        """Structures that are gone, over all layers."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def paper_compression(self) -> float:
+        """ "Compression %" as the paper counts it: pruned structures in percent, whether or not they could be removed."""
+        structures = sum(layer.structures for layer in self.layers)
+        return 100.0 * self.pruned / structures if structures else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        return {
+            **asdict(self),
+            "layers": [asdict(layer) for layer in self.layers],
+            "pruned": self.pruned,
+            "removed": self.removed,
+            "paper_compression": self.paper_compression,
+        }
+
+    def __str__(self) -> str:
+        header = ("layer", "structures", "pruned", "removed", "kept")
+        rows = [
+            (
+                layer.name or "(model)",
+                *map(str, (layer.structures, layer.pruned, layer.removed, layer.pruned - layer.removed)),
+            )
+            for layer in self.layers
+        ]
+        table = [header, *rows]
+        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+        for what, before, after in (
+            ("parameters", self.parameters_before, self.parameters_after),
+            ("bytes", self.bytes_before, self.bytes_after),
+            ("FLOPs", self.flops_before, self.flops_after),
+        ):
+            lines.append(f"{what}: {before:,} before, {after:,} after ({_percent(before, after)})")
+        lines.append(f"outputs differ by {self.error:.1e} of the largest, in float64")
+        for layer in self.layers:
+            name = layer.name or "(model)"
+            lines += [
+                f"{name}: {number} pruned, but kept with zero weights: {reason}"
+                for reason, number in layer.kept_because.items()
+            ]
+            if not layer.folded:
+                lines.append(f"{name}: one multiplication by its factors remains: {layer.not_folded_because}")
+        if self.form == "graph":
+            lines.append(f"a graph of operators instead of the model's own classes: {self.form_because}")
+        return "\n".join(lines)
+
+
+def _percent(before: int, after: int) -> str:
+    return f"{100 * after / before:.1f} %" if before else "no change"

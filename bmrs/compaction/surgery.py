@@ -1,0 +1,304 @@
+"""The user's own network with narrower layers: parameters cut, sizes set right, noise layers gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from bmrs.compaction.folding import Edit, Folding
+from bmrs.graph.analysis import Analysis
+from bmrs.graph.capture import MarkedNoise, copied
+from bmrs.graph.channels import varying_axes, without_repetition
+from bmrs.graph.rules import Call
+from bmrs.graph.rules.contraction import uniform
+from bmrs.graph.values import Value
+from bmrs.noise_layer import ACTIVATION_LAYERS, remove_noise_hook
+
+
+class ChannelScale(nn.Module):
+    """A fixed factor for each entry along a dimension: the noise that no layer could take up.
+
+    Args:
+        factors: the factors.
+        dim: the dimension.
+        activation: what is applied before, as in `bmrs.NoiseLayer`.
+    """
+
+    factors: Tensor
+
+    def __init__(self, factors: Tensor, *, dim: int, activation: str | None = None) -> None:
+        super().__init__()
+        self.dim, self.activation = dim, activation
+        self.register_buffer("factors", factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return activation(x) · factors."""
+        if self.activation == "relu":
+            x = torch.relu(x)
+        elif self.activation == "tanh":
+            x = torch.tanh(x)
+        shape = [1] * x.dim()
+        shape[self.dim] = -1
+        return x * self.factors.to(x.dtype).view(shape)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{len(self.factors)}, dim={self.dim}, activation={self.activation!r}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The tensors of a smaller network.
+
+    Attributes:
+        tensors: by qualified name of a parameter or buffer of the masked network; biases that are new too.
+        kept: by qualified name, for every dimension that became smaller the entries that are left, int64.
+    """
+
+    tensors: dict[str, Tensor]
+    kept: dict[str, dict[int, Tensor]]
+
+
+def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
+    """What constant channels that leave contribute to the operations that read them, float64 for each output channel."""
+    found = {}
+    for node, call in analysis.calls.items():
+        if call.operator in ("linear", "addmm") or call.operator.startswith("conv"):
+            shift = _shift(analysis, call)
+            if shift is not None and bool(shift.any()):
+                found[node] = shift
+    return found
+
+
+def _shift(analysis: Analysis, call: Call) -> Tensor | None:
+    affine = call.operator in ("linear", "addmm")
+    x: Value = call["mat1"] if call.operator == "addmm" else call["input"]
+    weight = call["mat2"] if call.operator == "addmm" else call["weight"]
+    if x.constant is None or not call.can_shift or weight.tensor is None:
+        return None
+    axis = len(x.shape) - 1 if affine else 1
+    layer = x.layer_along(axis)
+    if layer is None or varying_axes(layer) != (axis,):
+        return None
+    constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != axis])
+    constant = constant.movedim(axis, -1).flatten().expand(x.shape[axis])
+    (channels,) = without_repetition(layer)
+    leaves = ~analysis.stays(channels).flatten()
+    constant = constant.nan_to_num(0.0) * leaves
+    if not constant.any() or call.operator.startswith("conv_transpose"):
+        return None
+    matrix = weight.tensor.detach().cpu().double().flatten(2).sum(2) if weight.tensor.dim() > 2 else (
+        weight.tensor.detach().cpu().double()
+    )
+    if call.operator == "addmm":
+        return constant @ matrix
+    groups = 1 if affine else call["groups"]
+    if groups > 1 and weight.shape[1] == 1:
+        # Every channel of the input leaves with its own outputs.
+        return None
+    per_row = constant.view(groups, -1).repeat_interleave(len(matrix) // groups, dim=0)
+    return (matrix * per_row).sum(dim=1)
+
+
+def new_biases(analysis: Analysis, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, str]:
+    """Names for the biases of operations that need one and have none."""
+    names = {}
+    for node in found:
+        call = analysis.calls[node]
+        if call.operator != "addmm" and call["bias"] is None:
+            names[node] = call["weight"].parameter.rpartition(".")[0] + ".bias"
+    return {node: name.lstrip(".") for node, name in names.items()}
+
+
+def cut(
+    analysis: Analysis, folding: Folding, found_shifts: Mapping[fx.Node, Tensor], names: Mapping[fx.Node, str]
+) -> Cut:
+    """Compute the tensors of the smaller network, in float64 where they change in value."""
+    changed: dict[str, Tensor] = {}
+
+    def changing(name: str) -> Tensor:
+        if name not in changed:
+            tensor = analysis.parameters[name].tensor
+            assert tensor is not None
+            # Even a tensor that is double already is changed in a copy.
+            changed[name] = tensor.detach().double().clone()
+        return changed[name]
+
+    dtypes = {name: value.tensor.dtype for name, value in analysis.parameters.items() if value.tensor is not None}
+    for node, shift in found_shifts.items():
+        call = analysis.calls[node]
+        weight = call["mat2"] if call.operator == "addmm" else call["weight"]
+        bias = call["self"] if call.operator == "addmm" else call["bias"]
+        if bias is None:
+            changed[names[node]] = shift.to(weight.tensor.device)
+            dtypes[names[node]] = weight.tensor.dtype
+        else:
+            changing(bias.parameter).add_(shift.to(bias.tensor.device))
+    for edit in folding.edits:
+        _apply(edit, changing, changed)
+    tensors, kept = {}, {}
+    aliases = {id(value.tensor): name for name, value in analysis.parameters.items()}
+    for name, value in analysis.parameters.items():
+        first = aliases[id(value.tensor)]
+        source = changed.get(first, changed.get(name))
+        assert value.tensor is not None
+        tensor = value.tensor.detach() if source is None else source
+        kept[name] = {
+            axis: entries for axis in range(len(value.shape)) if (entries := analysis.kept(value, axis)) is not None
+        }
+        tensors[name] = _cut_tensor(analysis, value, tensor).to(dtypes[name])
+    for node, name in names.items():
+        weight = analysis.calls[node]["weight"]
+        rows = kept[weight.parameter].get(1 if "transpose" in analysis.calls[node].operator else 0)
+        bias = changed[name]
+        tensors[name] = (bias if rows is None else bias[rows.to(bias.device)]).to(dtypes[name])
+    return Cut(tensors, kept)
+
+
+def _apply(edit: Edit, changing: object, changed: dict[str, Tensor]) -> None:
+    for name in edit.parameters:
+        if name not in changed:
+            changing(name)  # type: ignore[operator]
+    edit.apply(changed)
+
+
+def _cut_tensor(analysis: Analysis, value: Value, tensor: Tensor) -> Tensor:
+    """What stays of a parameter."""
+    joint = [layer for layer in value.layers if len(varying_axes(layer)) > 1]
+    for axis in range(tensor.dim()):
+        if any(axis in varying_axes(layer) for layer in joint) and axis != 0:
+            continue
+        kept = analysis.kept(value, axis)
+        if kept is not None:
+            tensor = tensor.index_select(axis, kept.to(tensor.device))
+    for layer in joint:
+        # Columns of a grouped convolution: other ones in every group, but equally many.
+        stays = analysis.stays(layer.flatten(2)[..., 0] if layer.dim() > 2 else layer)
+        rows = analysis.kept(value, 0)
+        stays = stays if rows is None else stays[rows]
+        columns = stays.nonzero()[:, 1].view(len(stays), -1).to(tensor.device)
+        index = columns.view(*columns.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
+        tensor = tensor.gather(1, index)
+    return tensor
+
+
+def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> nn.Module:
+    """A copy of the captured model with the smaller tensors.
+
+    Args:
+        analysis: the network.
+        the_cut: its smaller tensors.
+        remaining: names of the noise layers that are not folded; they become `ChannelScale`.
+    """
+    model = copied(analysis.captured.model, share=True)
+    old = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    new: dict[int, Tensor] = {}
+    for name, tensor in old.items():
+        if id(tensor) not in new:
+            new[id(tensor)] = _like(the_cut.tensors.get(name, tensor.detach()), tensor)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None and id(tensor) in new:
+                    holder[name] = new[id(tensor)]
+        for name in ("bias",):
+            full = f"{path}.{name}" if path else name
+            if full in the_cut.tensors and full not in old:
+                weight = module._parameters["weight"]
+                assert weight is not None
+                module._parameters[name] = nn.Parameter(the_cut.tensors[full], requires_grad=weight.requires_grad)
+    _set_groups(analysis, model)
+    for module in model.modules():
+        set_sizes(module)
+    replace_noise(model, remaining)
+    return model.eval()
+
+
+def _like(tensor: Tensor, old: Tensor) -> Tensor:
+    """A tensor of its own with the flags and the memory format of another."""
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    if old.dim() in (4, 5) and not old.is_contiguous():
+        channels_last = torch.channels_last if old.dim() == 4 else torch.channels_last_3d
+        if old.is_contiguous(memory_format=channels_last):
+            tensor = tensor.contiguous(memory_format=channels_last)
+    return nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+
+
+def set_sizes(module: nn.Module) -> None:
+    """Make the sizes that a stock layer states those of its tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        shape = weight.shape
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = shape
+        elif isinstance(module, _ConvNd):
+            _set_convolution(module, shape)
+        elif isinstance(module, _NormBase):
+            module.num_features = shape[0]
+        elif isinstance(module, nn.GroupNorm):
+            size = module.num_channels // module.num_groups
+            module.num_channels, module.num_groups = shape[0], shape[0] // size
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.normalized_shape = tuple(shape)
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = shape[0]
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = shape
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            module.nf = shape[1]  # the linear layer of GPT-2, whose weight is transposed
+            if hasattr(module, "nx"):
+                module.nx = shape[0]
+    elif isinstance(module, _NormBase) and module.running_mean is not None:
+        module.num_features = len(module.running_mean)
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.weight_ih_l0.shape[1]  # type: ignore[union-attr]
+
+
+def _set_convolution(module: _ConvNd, shape: torch.Size) -> None:
+    rows, columns = shape[0], shape[1] * module.groups
+    transposed = isinstance(module, _ConvTransposeNd)
+    module.in_channels, module.out_channels = (rows, columns) if transposed else (columns, rows)
+
+
+def _set_groups(analysis: Analysis, model: nn.Module) -> None:
+    """Make the groups of convolutions those that are left; sizes alone do not tell their number."""
+    for call in analysis.calls.values():
+        groups = call["groups"] if call.operator.startswith("conv") else 1
+        if groups > 1 and (name := call["weight"].parameter):
+            module = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, _ConvNd):
+                module.groups = groups_left(analysis, call)
+
+
+def groups_left(analysis: Analysis, call: Call) -> int:
+    """Groups of a convolution of which something stays."""
+    rows = call["weight"].channels_along(0)
+    if rows is None:
+        return int(call["groups"])
+    return int(analysis.stays(rows).view(call["groups"], -1).any(dim=1).sum())
+
+
+def replace_noise(model: nn.Module, remaining: Mapping[str, str]) -> None:
+    """Take marked noise layers out of a model, in place; those that remain become `ChannelScale`."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if not isinstance(child, MarkedNoise):
+                continue
+            if child.name in remaining:
+                module._modules[name] = ChannelScale(child.factors, dim=child.dim, activation=child.activation)
+            elif remove_noise_hook(module):
+                del module._modules[name]
+            elif child.activation is not None:
+                module._modules[name] = ACTIVATION_LAYERS[child.activation]()
+            elif type(module) is nn.Sequential and len(module) > 1:
+                del module._modules[name]
+            else:
+                module._modules[name] = nn.Identity()

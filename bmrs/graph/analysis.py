@@ -1,0 +1,355 @@
+"""Which channels of a captured model can leave it: the rules, asked for every operation, and what follows from them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.nn.modules.conv import _ConvNd
+
+from bmrs.graph.capture import Captured
+from bmrs.graph.channels import STAYS, Staying, compressed, smallest_staying, varying_axes
+from bmrs.graph.rules import RULES, Call, unknown
+from bmrs.graph.values import Network, Value
+
+_LARGEST_CONSTANT = 10_000_000
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What can leave a captured model.
+
+    Attributes:
+        captured: the model.
+        network: channels and constraints.
+        values: of each node of the graph; a list for one with several results.
+        calls: of each node that calls an operator.
+        parameters: values of parameters and buffers by qualified name, once each.
+        staying: the channels that stay with the masks as they are.
+        staying_unmasked: those that stay if nothing is pruned; others are not read even then, and are left alone.
+    """
+
+    captured: Captured
+    network: Network
+    values: dict[fx.Node, Any]
+    calls: dict[fx.Node, Call]
+    parameters: dict[str, Value]
+    staying: Staying
+    staying_unmasked: Staying
+
+    def stays(self, channels: Tensor) -> Tensor:
+        """Which channels are kept, bool of their shape."""
+        return self.staying.of(channels) | ~self.staying_unmasked.of(channels)
+
+    def kept(self, value: Value, axis: int) -> Tensor | None:
+        """The entries of a value that are kept along a dimension, int64; None for all."""
+        layer = value.layer_along(axis)
+        if layer is None:
+            return None
+        stays = self.stays(layer)
+        others = [d for d in range(stays.dim()) if d != axis % stays.dim()]
+        stays = stays.any(dim=others) if others else stays
+        return None if stays.all() else stays.nonzero().flatten()
+
+    def kept_shape(self, value: Value) -> torch.Size:
+        """Shape of what is kept of a value."""
+        sizes = []
+        for axis, size in enumerate(value.shape):
+            kept = self.kept(value, axis)
+            sizes.append(size if kept is None else len(kept))
+        return torch.Size(sizes)
+
+    def reason(self, channel: int) -> str:
+        """Why a channel stays."""
+        cause = int(self.staying.cause_of(torch.tensor([channel])))
+        if cause < 0:
+            return ""
+        note, place = self.network.notes[cause]
+        return f"{note} at {place}" if place else note
+
+
+def analyse(captured: Captured) -> Analysis:
+    """Ask the rules for every operation of a captured model, and find the channels that stay."""
+    reader = _Reader(captured)
+    reader.run(captured.graph)
+    for node in captured.graph.output_node().all_input_nodes:
+        for value in _as_list(reader.values.get(node)):
+            reader.network.place = "the model's output"
+            reader.network.stay_all(value, "it is an output of the model")
+    network = reader.network
+    return Analysis(
+        captured,
+        network,
+        reader.values,
+        reader.calls,
+        reader.parameters,
+        smallest_staying(network.ties, network.constraints),
+        smallest_staying(network.ties, network.constraints, nothing_is_quiet=True),
+    )
+
+
+class _Reader:
+    """Goes through a graph in an order of computation."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.network = Network()
+        self.values: dict[fx.Node, Any] = {}
+        self.calls: dict[fx.Node, Call] = {}
+        self.parameters: dict[str, Value] = {}
+        self._by_tensor: dict[int, Value] = {}
+        self._uses = Counter(
+            id(captured.tensors[user_input.name])
+            for node in captured.graph.nodes
+            for user_input in node.all_input_nodes
+            if user_input.name in captured.tensors
+        )
+
+    def run(self, graph: fx.Graph, inputs: Sequence[Any] = ()) -> list[Any]:
+        """Read a graph; of one that is called by another the values of its inputs are given, and its results returned."""
+        given = iter(inputs)
+        for node in graph.nodes:
+            self.network.place = place_of(node)
+            if node.op == "placeholder":
+                self.values[node] = next(given) if inputs else self._placeholder(node)
+            elif node.op == "call_function":
+                self.values[node] = self._call(node)
+            elif node.op == "output":
+                results = node.args[0]
+                return [self._resolve(x) for x in (results if isinstance(results, list | tuple) else [results])]
+        return []
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        example = node.meta.get("val")
+        tensor = self.captured.tensors.get(node.name)
+        if tensor is None:
+            return Value(_sizes(example.shape)) if isinstance(example, Tensor) else _concrete(example)
+        name = self.captured.names.get(node.name)
+        if id(tensor) not in self._by_tensor:
+            self._by_tensor[id(tensor)] = Value(
+                tensor.shape, tuple(self._layers_of(node, tensor, name)), None, tensor, name
+            )
+        value = self._by_tensor[id(tensor)]
+        if name is not None:
+            self.parameters[name] = value
+        return value
+
+    def _layers_of(self, node: fx.Node, tensor: Tensor, name: str | None) -> list[Tensor]:
+        """Channels of a parameter along every dimension that can be cut."""
+        if name is None or not tensor.is_floating_point():
+            return []
+        users = [user for user in node.users if user.op == "call_function"]
+        names = {_operator_name(user) for user in users}
+        if names & {*_CONVOLUTIONS, *_TRANSPOSED} and tensor.dim() > 2:
+            groups = _groups_of(next(u for u in users if _operator_name(u) in (*_CONVOLUTIONS, *_TRANSPOSED)))
+            rows = self.network.new_layer(tensor.shape, 0)
+            if groups == 1:
+                return [rows, self.network.new_layer(tensor.shape, 1)]
+            if tensor.shape[1] == 1:
+                return [rows]
+            per_group = self.network.ties.new(groups, 1, tensor.shape[1])
+            columns = per_group.expand(groups, len(tensor) // groups, -1).reshape(tensor.shape[:2])
+            return [rows, columns.view(*tensor.shape[:2], *[1] * (tensor.dim() - 2)).expand(tensor.shape)]
+        axes = [1] if "embedding" in names else range(tensor.dim())
+        return [self.network.new_layer(tensor.shape, axis) for axis in axes if tensor.shape[axis] > 1]
+
+    def _call(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            container = self._resolve(node.args[0])
+            return container[node.args[1]] if isinstance(container, list | tuple) else None
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._call_graph(node)
+        example = node.meta.get("val")
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return _concrete(example)
+        if not _tensors_in(example):
+            return _concrete(example)
+        call = self._described(node, example)
+        self.calls[node] = call
+        constant = self._evaluated(call)
+        if constant is not None and not any(value.layers for value in call.values()):
+            return constant
+        result = _rule(call)(self.network, call)
+        if isinstance(result, list) and not isinstance(example, list | tuple):
+            (result,) = result
+        if isinstance(constant, Value) and isinstance(result, Value):
+            result = replace(result, constant=None, tensor=constant.tensor)
+        self._overwrite(node, result)
+        return result
+
+    def _described(self, node: fx.Node, example: Any) -> Call:
+        assert isinstance(node.target, torch._ops.OpOverload)
+        arguments: dict[str, Any] = {}
+        for i, argument in enumerate(node.target._schema.arguments):
+            if i < len(node.args) and not argument.kwarg_only:
+                arguments[argument.name] = self._resolve(node.args[i])
+            elif argument.name in node.kwargs:
+                arguments[argument.name] = self._resolve(node.kwargs[argument.name])
+            else:
+                arguments[argument.name] = argument.default_value
+        shapes = tuple(_sizes(tensor.shape) for tensor in _tensors_in(example))
+        return Call(_operator_name(node), node.target, arguments, shapes, self._can_shift(node, arguments))
+
+    def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> bool:
+        weight = arguments.get("weight") or arguments.get("mat2")
+        bias = arguments.get("bias") or (arguments.get("self") if _operator_name(node) == "addmm" else None)
+        if not isinstance(weight, Value) or weight.parameter is None or self._uses[id(weight.tensor)] != 1:
+            return False
+        if isinstance(bias, Value):
+            return bias.parameter is not None and self._uses[id(bias.tensor)] == 1
+        path, _, name = weight.parameter.rpartition(".")
+        layer = self.captured.model.get_submodule(path)
+        for kind in (nn.Linear, _ConvNd):
+            if isinstance(layer, kind):
+                stock = type(layer).forward in (nn.Linear.forward, *_forwards_of_convolutions())
+                return name == "weight" and stock and layer.bias is None
+        return False
+
+    def _evaluated(self, call: Call) -> Value | list[Value] | None:
+        """The result itself, where it does not depend on the input."""
+        values = call.values()
+        if any(value.tensor is None for value in values) or sum(s.numel() for s in call.shapes) > _LARGEST_CONSTANT:
+            return None
+        if torch.Tag.nondeterministic_seeded in call.target.tags or call.target._schema.is_mutable:
+            return None
+        if call.target is torch.ops.bmrs.mark_noise.default:
+            return None
+        arguments = {name: _own_tensors(argument) for name, argument in call.arguments.items()}
+        with torch.no_grad():
+            results = call.target(**arguments)
+        if isinstance(results, Tensor):
+            return Value(results.shape, tensor=results)
+        return [Value(result.shape, tensor=result) for result in results]
+
+    def _call_graph(self, node: fx.Node) -> Any:
+        """A call of another graph, such as a part without autocast; its values are those of its operations."""
+        owner = node.graph.owning_module
+        graphs = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        if len(graphs) != 1 or owner is None:
+            return self._stop(node)
+        place = node.args.index(graphs[0])
+        inner = owner.get_submodule(str(graphs[0].target))
+        assert isinstance(inner, fx.GraphModule)
+        results = self.run(inner.graph, [self._resolve(a) for a in node.args[place + 1 :]])
+        return results
+
+    def _stop(self, node: fx.Node) -> Any:
+        for source in node.all_input_nodes:
+            for value in _as_list(self.values.get(source)):
+                self.network.stay_all(value, f"there is no rule for {node.target}")
+        example = node.meta.get("val")
+        values = [Value(_sizes(t.shape)) for t in _tensors_in(example)]
+        return values if isinstance(example, list | tuple) else values[0] if values else None
+
+    def _overwrite(self, node: fx.Node, result: Any) -> None:
+        """After an operation in place, all who read the same memory later read its result."""
+        assert isinstance(node.target, torch._ops.OpOverload)
+        if not node.target._schema.is_mutable or not isinstance(result, Value) or not node.args:
+            return
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return
+        self.values[source] = replace(result, parameter=None)
+        while _is_view(source):
+            source = source.args[0]
+            assert isinstance(source, fx.Node)
+            value = self.values[source]
+            if isinstance(value, Value):
+                self.values[source] = replace(value, constant=None, tensor=None, parameter=None)
+
+    def _resolve(self, argument: Any) -> Any:
+        """An argument with values and numbers in place of nodes."""
+        return map_arg(argument, lambda n: self.values.get(n)) if not _is_flat_list(argument) else [
+            self._resolve(item) for item in argument
+        ]
+
+
+def place_of(node: fx.Node) -> str:
+    """An operation by its name and the layer that it belongs to, for messages."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(path) for path, _ in reversed(stack.values())), "")
+    name = _operator_name(node) if node.op == "call_function" else node.name
+    return f"{name} in layer {path!r}" if path else str(name)
+
+
+def layer_of(node: fx.Node) -> str:
+    """Qualified name of the innermost layer that an operation belongs to, empty for the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values())), "")
+
+
+def _operator_name(node: fx.Node) -> str:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", str(target))
+    name = target._schema.name.split("::")[1]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _rule(call: Call) -> Any:
+    return RULES.get(call.operator, unknown)
+
+
+def _groups_of(node: fx.Node) -> int:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    place = names.index("groups")
+    return int(node.args[place] if place < len(node.args) else node.kwargs.get("groups", 1))  # type: ignore[arg-type]
+
+
+def _is_view(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None and not node.target._schema.is_mutable
+
+
+def _tensors_in(example: Any) -> list[Tensor]:
+    if isinstance(example, Tensor):
+        return [example]
+    return [t for t in example if isinstance(t, Tensor)] if isinstance(example, list | tuple) else []
+
+
+def _sizes(shape: Sequence[Any]) -> torch.Size:
+    return torch.Size([_concrete(size) for size in shape])
+
+
+def _concrete(value: Any) -> Any:
+    """A number instead of a symbol, as it is in the example."""
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value.node.hint
+    return value
+
+
+def _own_tensors(argument: Any) -> Any:
+    if isinstance(argument, Value):
+        return argument.tensor
+    return [_own_tensors(item) for item in argument] if isinstance(argument, list | tuple) else argument
+
+
+def _as_list(values: Any) -> list[Value]:
+    return [v for v in (values if isinstance(values, list | tuple) else [values]) if isinstance(v, Value)]
+
+
+def _is_flat_list(argument: Any) -> bool:
+    return isinstance(argument, list | tuple)
+
+
+@functools.cache
+def _forwards_of_convolutions() -> tuple[Any, ...]:
+    return (
+        *(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward),
+        *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
+    )
+
+
+__all__ = ["STAYS", "Analysis", "analyse", "compressed", "layer_of", "place_of", "varying_axes"]

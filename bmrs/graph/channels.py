@@ -1,0 +1,301 @@
+"""Channels: what can leave a network, what has to leave together, and what has to stay.
+
+A channel is an integer. Tensors of channels are laid over the values of a network: an element that carries a channel
+leaves with it. -1 is carried by what always stays. Channels that meet in one element of a computation leave together:
+they are tied. Everything else that keeps a smaller network whole is a `Constraint`, which looks at the channels that
+stay so far and names further ones that have to. Starting from the fewest, the outputs of the network, and asking until
+nobody names any more gives the smallest set of channels that can stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+STAYS = -1
+"""Carried by elements that never leave."""
+
+
+class Ties:
+    """Channels and which of them are tied: a union-find structure."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def new(self, *shape: int) -> Tensor:
+        """New channels, each tied to itself alone."""
+        start = len(self._parent)
+        channels = torch.arange(start, start + torch.Size(shape).numel())
+        self._parent.extend(range(start, start + channels.numel()))
+        return channels.view(shape)
+
+    def tie(self, a: Tensor, b: Tensor) -> Tensor:
+        """Tie the channels of two tensors of one shape that lie at the same place.
+
+        Returns:
+            The channels that thereby always stay, because they met one that does.
+        """
+        a, b = without_repetition(a, b)
+        pairs = torch.stack([a.flatten(), b.flatten()])
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        if pairs.shape[1] > 1:
+            pairs = pairs.unique(dim=1)
+        staying = pairs.max(dim=0).values[pairs.min(dim=0).values == STAYS]
+        for first, second in pairs[:, pairs.min(dim=0).values != STAYS].T.tolist():
+            self._parent[self._root(first)] = self._root(second)
+        return staying
+
+    def roots(self) -> Tensor:
+        """A representative for every channel, equal for tied ones, int64 of shape (number of channels,)."""
+        parent = torch.tensor(self._parent, dtype=torch.int64)
+        while True:
+            grandparent = parent[parent]
+            if torch.equal(grandparent, parent):
+                return parent
+            parent = grandparent
+
+    def _root(self, channel: int) -> int:
+        parent = self._parent
+        while parent[channel] != channel:
+            parent[channel] = parent[parent[channel]]
+            channel = parent[channel]
+        return channel
+
+
+def varying_axes(x: Tensor) -> tuple[int, ...]:
+    """The dimensions along which a tensor is not the same everywhere; NaN counts as equal to NaN."""
+    return tuple(d for d in range(x.dim()) if x.shape[d] > 1 and x.stride(d) != 0)
+
+
+def compressed(x: Tensor) -> Tensor:
+    """The same tensor with stride 0 along every dimension along which it is the same everywhere."""
+    shape = x.shape
+    if 0 in shape:
+        return x
+    for d in range(x.dim()):
+        if shape[d] == 1:
+            continue
+        first = x.narrow(d, 0, 1)
+        if x.stride(d) == 0 or _equal_along(x, first):
+            x = first
+    return x.expand(shape)
+
+
+def _equal_along(x: Tensor, first: Tensor) -> bool:
+    same = x == first
+    if x.is_floating_point():
+        same |= x.isnan() & first.isnan()
+    return bool(same.all())
+
+
+def without_repetition(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one shape, reduced to size 1 along the dimensions along which none of them varies."""
+    for d in range(tensors[0].dim()):
+        if tensors[0].shape[d] > 1 and all(t.stride(d) == 0 for t in tensors):
+            tensors = tuple(t.narrow(d, 0, 1) for t in tensors)
+    return tensors
+
+
+class Staying:
+    """The channels that stay so far.
+
+    Args:
+        roots: see `Ties.roots`.
+        nothing_is_quiet: whether constant channels are read like all others.
+    """
+
+    def __init__(self, roots: Tensor, *, nothing_is_quiet: bool = False) -> None:
+        self.nothing_is_quiet = nothing_is_quiet
+        # Shifted by one, so that STAYS is an index too.
+        self._roots = torch.cat([roots.new_zeros(1), roots + 1])
+        self._stays = torch.zeros(len(roots) + 1, dtype=torch.bool)
+        self._stays[0] = True
+        self._cause = torch.full((len(roots) + 1,), -1)
+
+    def of(self, channels: Tensor) -> Tensor:
+        """Which of some channels stay, bool of their shape."""
+        return self._stays[self._roots[channels + 1]]
+
+    def cause_of(self, channels: Tensor) -> Tensor:
+        """The number of the constraint that first asked for each channel, -1 for those that leave."""
+        return self._cause[self._roots[channels + 1]]
+
+    def add(self, channels: Tensor, cause: int) -> bool:
+        """Let channels stay because of a constraint; True if one of them did not before."""
+        roots = self._roots[channels.flatten() + 1]
+        roots = roots[~self._stays[roots]]
+        self._stays[roots] = True
+        self._cause[roots] = cause
+        return len(roots) > 0
+
+
+class Constraint(Protocol):
+    """Something that has to hold for a smaller network to be whole."""
+
+    def required(self, staying: Staying) -> Tensor:
+        """Channels that have to stay because of those that stay so far."""
+
+
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Channels that stay whatever happens, such as those of the outputs."""
+
+    channels: Tensor
+
+    def required(self, staying: Staying) -> Tensor:
+        """See `Constraint`."""
+        return self.channels
+
+
+@dataclass(frozen=True)
+class Product:
+    """The elements of a value that stay are a product of entries along each of its dimensions."""
+
+    channels: Tensor
+
+    def required(self, staying: Staying) -> Tensor:
+        """See `Constraint`."""
+        stays = staying.of(self.channels)
+        product = torch.ones_like(stays)
+        for d in range(stays.dim()):
+            others = [i for i in range(stays.dim()) if i != d]
+            product &= stays.any(dim=others, keepdim=True) if others else stays
+        return self.channels[product & ~stays]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Where one element stays, all stay that differ from it along some dimensions only."""
+
+    channels: Tensor
+    axes: tuple[int, ...]
+
+    def required(self, staying: Staying) -> Tensor:
+        """See `Constraint`."""
+        stays = staying.of(self.channels)
+        return self.channels[stays.any(dim=self.axes, keepdim=True) & ~stays]
+
+
+@dataclass(frozen=True)
+class SameEntries:
+    """Two values keep the same entries along dimensions that they share.
+
+    Attributes:
+        first, second: channels of one number of dimensions, 1 along those that are not shared or not varied.
+        axes: the shared dimensions.
+    """
+
+    first: Tensor
+    second: Tensor
+    axes: tuple[int, ...]
+
+    def required(self, staying: Staying) -> Tensor:
+        """See `Constraint`."""
+        kept = [self._entries(channels, staying) for channels in (self.first, self.second)]
+        wanted = kept[0] | kept[1]
+        found = []
+        for channels, has in zip((self.first, self.second), kept, strict=True):
+            missing = (wanted & ~has).expand(channels.shape)
+            if missing.any():
+                others = [d for d in range(channels.dim()) if d not in self.axes]
+                # What stays elsewhere along the other dimensions is enough, or everything where nothing does.
+                elsewhere = staying.of(channels)
+                for d in self.axes:
+                    elsewhere = elsewhere.any(dim=d, keepdim=True)
+                elsewhere = elsewhere if others and elsewhere.any() else torch.ones_like(elsewhere)
+                found.append(channels[missing & elsewhere])
+        return torch.cat(found) if found else _NONE
+
+    def _entries(self, channels: Tensor, staying: Staying) -> Tensor:
+        others = [d for d in range(channels.dim()) if d not in self.axes]
+        stays = staying.of(channels)
+        return stays.any(dim=others, keepdim=True) if others else stays
+
+
+@dataclass(frozen=True)
+class Read:
+    """Channels that are read wherever one of others stays.
+
+    Attributes:
+        channels: those that are read.
+        by: channels of the result. Of as many dimensions as ``channels``, each one reads those that it broadcasts to;
+            otherwise any one reads all. None: they are read in any case.
+        quiet: bool of the shape of ``channels``: those that say nothing, as they are constant.
+    """
+
+    channels: Tensor
+    by: Tensor | None
+    quiet: Tensor | None
+
+    def required(self, staying: Staying) -> Tensor:
+        """See `Constraint`."""
+        read = torch.ones_like(self.channels, dtype=torch.bool)
+        if self.quiet is not None and not staying.nothing_is_quiet:
+            read &= ~self.quiet
+        if self.by is not None:
+            stays = staying.of(self.by)
+            read &= stays if self.by.dim() == self.channels.dim() else stays.any()
+        return self.channels[read]
+
+
+@dataclass(frozen=True)
+class EqualNumbers:
+    """Equally many stay in every row of which something stays; those that stay to make it so come in order."""
+
+    channels: Tensor
+
+    def required(self, staying: Staying) -> Tensor:
+        """See `Constraint`."""
+        stays = staying.of(self.channels)
+        numbers = stays.sum(dim=1, keepdim=True)
+        most = int(numbers.max()) if numbers.numel() else 0
+        missing = (most - numbers) * (numbers > 0)
+        return self.channels[~stays & ((~stays).cumsum(dim=1) <= missing)]
+
+
+@dataclass(frozen=True)
+class AtLeastOne:
+    """Something stays: no layer is left with nothing."""
+
+    channels: Tensor
+
+    def required(self, staying: Staying) -> Tensor:
+        """See `Constraint`."""
+        return _NONE if staying.of(self.channels).any() else self.channels.flatten()[:1]
+
+
+def smallest_staying(
+    ties: Ties, constraints: Sequence[Constraint], *, nothing_is_quiet: bool = False
+) -> Staying:
+    """The smallest set of channels that satisfies all constraints.
+
+    Args:
+        ties: the channels.
+        nothing_is_quiet: see `Staying`.
+        constraints: in an order of computation. They are asked backwards, because needs travel from the outputs to
+            the inputs; those that nothing needs, but that keep layers from being empty or uneven, are asked last.
+    """
+    staying = Staying(ties.roots(), nothing_is_quiet=nothing_is_quiet)
+    backwards = list(enumerate(constraints))[::-1]
+    first = [(i, c) for i, c in backwards if not isinstance(c, AtLeastOne | EqualNumbers)]
+    last = [(i, c) for i, c in backwards if isinstance(c, AtLeastOne | EqualNumbers)]
+
+    def asks(i: int, constraint: Constraint) -> bool:
+        needed = constraint.required(staying)
+        return needed.numel() > 0 and staying.add(needed, i)
+
+    while True:
+        while any([asks(i, c) for i, c in first]):  # noqa: C419 (each is to be asked)
+            pass
+        if not any(asks(i, c) for i, c in last):
+            return staying

@@ -1,0 +1,442 @@
+"""Operators that multiply and sum: linear layers, convolutions, products of matrices, attention, embeddings.
+
+In the space of all their indices these are pointwise products, of which the summed-over dimensions vanish. Channels along
+those are *read*: they stay where what reads them does, unless they are constant and the constant can be accounted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bmrs.graph.channels import (
+    STAYS,
+    EqualNumbers,
+    compressed,
+    varying_axes,
+    without_repetition,
+)
+from bmrs.graph.rules.registry import Call, rule
+from bmrs.graph.values import Network, Value, combine
+
+
+def contract(
+    network: Network, a: Value, a_axes: str, b: Value, b_axes: str, out_axes: str, *, ignored: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Layers of a sum of products, with a letter for each dimension, as in Einstein's notation.
+
+    Args:
+        network: where ties and constraints go.
+        a, b: the factors.
+        a_axes, b_axes: letters of their dimensions.
+        out_axes: letters of the result's.
+        ignored: bool of the shape of ``a``: elements that the sum need not read though they are not zero.
+
+    Returns:
+        Layers with the dimensions ``out_axes``; sizes of letters that are not in ``a`` or ``b`` are 1.
+    """
+    letters = "".join(dict.fromkeys(out_axes + a_axes + b_axes))
+    sizes = {letter: 1 for letter in letters}
+    for value, axes in ((a, a_axes), (b, b_axes)):
+        for letter, size in zip(axes, value.shape, strict=True):
+            sizes[letter] = max(sizes[letter], size)
+    space = [sizes[letter] for letter in letters]
+    summed = {i for i, letter in enumerate(letters) if letter not in out_axes}
+
+    def placed(x: Tensor, axes: str) -> Tensor:
+        order = sorted(range(len(axes)), key=lambda d: letters.index(axes[d]))
+        present = set(axes)
+        x = x.permute(order)
+        for i, letter in enumerate(letters):
+            if letter not in present:
+                x = x.unsqueeze(i)
+        return x
+
+    operands = []
+    for value, axes in ((a, a_axes), (b, b_axes)):
+        shape = list(placed(torch.empty(1).expand(value.shape), axes).shape)
+        operands.append((shape, [placed(layer, axes) for layer in value.layers]))
+    layers = combine(network, space, operands)
+    silent = torch.zeros(1, dtype=torch.bool).expand(space)
+    for value, axes in ((a, a_axes), (b, b_axes)):
+        known = value.constant
+        if known is not None:
+            silent = silent | (placed(known, axes) == 0).expand(space)
+    if ignored is not None:
+        silent = silent | placed(ignored, a_axes).expand(space)
+    return tuple(sum_layers(network, layers, tuple(summed), compressed(silent)))
+
+
+def sum_layers(
+    network: Network, layers: Sequence[Tensor], summed: Sequence[int], silent: Tensor | None
+) -> list[Tensor]:
+    """Layers of a sum over dimensions, which vanish.
+
+    Args:
+        network: where constraints go.
+        layers: those of what is summed.
+        summed: the dimensions.
+        silent: bool, elements that can leave the sum without changing it; None if there are none.
+    """
+    rest, read = [], []
+    for layer in layers:
+        axes = set(varying_axes(layer))
+        if not axes & set(summed):
+            rest.append(_without_axes(layer, summed))
+        elif axes <= set(summed):
+            read.append((layer, None))
+        else:
+            entries = network.entries(layer, [d for d in axes if d not in summed])
+            read.append((layer, entries))
+            shape = list(layer.shape)
+            rest.append(_without_axes(entries.expand(shape), summed))
+    for layer, entries in read:
+        _read(network, layer, entries, rest, silent)
+    return rest
+
+
+def _without_axes(layer: Tensor, axes: Sequence[int]) -> Tensor:
+    for d in sorted(axes, reverse=True):
+        layer = layer.select(d, 0)
+    return layer
+
+
+def _read(
+    network: Network, layer: Tensor, entries: Tensor | None, results: Sequence[Tensor], silent: Tensor | None
+) -> None:
+    """Note that a sum reads channels, where what it results in stays."""
+    if silent is None:
+        silent = torch.zeros(1, dtype=torch.bool).expand(layer.shape)
+    # Silent at all places where the channels lie.
+    axes = varying_axes(layer)
+    others = [d for d in range(layer.dim()) if d not in axes]
+    quiet = silent.all(dim=others, keepdim=True) if others else silent
+    (channels,) = without_repetition(layer)
+    quiet = quiet.expand(channels.shape)
+    if entries is not None:
+        network.read(channels, entries.expand(channels.shape), quiet, "it is read")
+        return
+    result = next((r for r in results if varying_axes(r)), None)
+    by = None if result is None else without_repetition(result)[0].flatten()[None]
+    network.read(channels.flatten(), by, quiet.flatten(), "it is read")
+
+
+@rule("linear")
+def linear(network: Network, call: Call) -> Value:
+    """y = x·Wᵀ + b; a channel that is constant at all places is made up for in the bias."""
+    return _affine(network, call, call["input"], call["weight"], "oi", call["bias"])
+
+
+@rule("addmm")
+def addmm(network: Network, call: Call) -> Value:
+    """b + x·W."""
+    plain = call["beta"] == 1 and call["alpha"] == 1
+    if not plain:
+        network.stay_all(call["mat1"], "a factor of addmm is not 1")
+    return _affine(network, call, call["mat1"], call["mat2"], "io", call["self"])
+
+
+def _affine(network: Network, call: Call, x: Value, weight: Value, weight_axes: str, bias: Value | None) -> Value:
+    around = "abcdefgh"[: len(x.shape) - 1]
+    ignored = _movable_constants(call, x, len(x.shape) - 1)
+    layers = contract(network, x, around + "i", weight, weight_axes, around + "o", ignored=ignored)
+    layers = tuple(layer.expand(call.shape) for layer in layers)
+    if bias is not None:
+        layers = combine(network, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
+    return Value(call.shape, layers)
+
+
+def _movable_constants(call: Call, x: Value, axis: int) -> Tensor | None:
+    """Which elements of x have a constant that a bias can make up for: those of channels that are equal everywhere."""
+    if x.constant is None or not call.can_shift:
+        return None
+    equal = uniform(x.constant, [d for d in range(len(x.shape)) if d != axis])
+    return (~equal.isnan()).expand(x.shape)
+
+
+def uniform(constant: Tensor, axes: Sequence[int]) -> Tensor:
+    """Constants that are equal along dimensions, NaN where they are not; these dimensions have size 1."""
+    (reduced,) = without_repetition(constant)
+    axes = [d for d in axes if reduced.shape[d] > 1]
+    if axes:
+        same = reduced.amax(axes, keepdim=True) == reduced.amin(axes, keepdim=True)
+        first = reduced
+        for d in axes:
+            first = first.narrow(d, 0, 1)
+        reduced = first.where(same, torch.nan)
+    return reduced
+
+
+@rule("matmul", "bmm", "mm", "dot", "mv", "baddbmm")
+def matmul(network: Network, call: Call) -> Value:
+    """Products of matrices, in batches that broadcast."""
+    a, b = (call["self"], call["other"] or call["mat2"] or call["vec"] or call["tensor"])
+    if call.operator == "baddbmm":
+        a, b = call["batch1"], call["batch2"]
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        for value in (a, b):
+            network.stay_all(value, "it is a vector in a product")
+        return Value(call.shape)
+    rank = len(call.shape)
+    a, b = (_with_rank(value, rank) for value in (a, b))
+    batch = "abcdefgh"[: rank - 2]
+    layers = tuple(
+        layer.expand(call.shape) for layer in contract(network, a, batch + "mk", b, batch + "kn", batch + "mn")
+    )
+    if call.operator == "baddbmm":
+        bias = call["self"]
+        layers = combine(network, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
+        return Value(call.shape, layers)
+    return Value(call.shape, layers, _zero_products(a, b, call.shape))
+
+
+def _with_rank(value: Value, rank: int) -> Value:
+    missing = rank - len(value.shape)
+    shape = torch.Size([1] * missing + list(value.shape))
+    raise_ = lambda x: x[(None,) * missing] if missing else x  # noqa: E731
+    return Value(
+        shape,
+        tuple(map(raise_, value.layers)),
+        None if value.constant is None else raise_(value.constant),
+        None if value.tensor is None else raise_(value.tensor),
+    )
+
+
+def _zero_products(a: Value, b: Value, shape: torch.Size) -> Tensor | None:
+    """Products are 0 where a whole row of the one or a whole column of the other is."""
+    zero = torch.zeros(1, dtype=torch.bool).expand(shape)
+    if a.constant is not None:
+        zero = zero | (a.constant == 0).all(dim=-1, keepdim=True)
+    if b.constant is not None:
+        zero = zero | (b.constant == 0).all(dim=-2, keepdim=True)
+    if not zero.any():
+        return None
+    return compressed(torch.zeros(shape, dtype=torch.float64).masked_fill(~zero, torch.nan))
+
+
+@rule("einsum")
+def einsum(network: Network, call: Call) -> Value:
+    """Sums of products of two tensors with a letter for each dimension."""
+    values: list[Value] = list(call["tensors"])
+    equation = call["equation"].replace(" ", "")
+    inputs, _, out = equation.partition("->")
+    names = inputs.split(",")
+    plain = len(values) == 2 and out and "." not in equation and all(len(set(n)) == len(n) for n in names)
+    if not plain:
+        for value in values:
+            network.stay_all(value, f"einsum {equation} is not followed")
+        return Value(call.shape)
+    layers = contract(network, values[0], names[0], values[1], names[1], out)
+    return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers))
+
+
+@rule("embedding")
+def embedding(network: Network, call: Call) -> Value:
+    """Rows of a table: its columns are channels of the result."""
+    weight = call["weight"]
+    along = weight.channels_along(1)
+    rows = weight.layer_along(0)
+    if rows is not None:
+        network.stay(rows, "rows of a table are picked by the input")
+    if along is None:
+        network.stay_all(weight, "a table is picked from by the input")
+        return Value(call.shape)
+    return Value(call.shape, (along.expand(call.shape),))
+
+
+@rule("scaled_dot_product_attention")
+def attention(network: Network, call: Call) -> Value:
+    """softmax(q·kᵀ·scale + mask)·v; the scale is kept as it is when the width of heads changes."""
+    q, k, v, mask = call["query"], call["key"], call["value"], call["attn_mask"]
+    rank = len(call.shape)
+    batch = "abcdefgh"[: rank - 2]
+    if call["enable_gqa"] and q.shape[-3] != k.shape[-3]:
+        repeats = q.shape[-3] // k.shape[-3]
+        k, v = (_repeated(value, repeats, rank - 3) for value in (k, v))
+    scores_shape = torch.Size([*call.shape[:-1], k.shape[-2]])
+    layers = contract(network, q, batch + "tw", k, batch + "sw", batch + "ts")
+    layers = tuple(layer.expand(scores_shape) for layer in layers)
+    if mask is not None:
+        layers = combine(network, scores_shape, [(scores_shape, layers), (mask.shape, mask.layers)])
+    scores = Value(scores_shape, layers)
+    layers = contract(network, scores, batch + "ts", v, batch + "sw", batch + "tw")
+    zeros = _zero_products(Value(scores_shape), v, call.shape)
+    return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), zeros)
+
+
+def _repeated(value: Value, repeats: int, axis: int) -> Value:
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat_interleave(repeats, axis)
+
+    constant = None if value.constant is None else repeat(value.constant)
+    shape = torch.Size([n * repeats if d == axis else n for d, n in enumerate(value.shape)])
+    return Value(shape, tuple(compressed(repeat(layer)) for layer in value.layers), constant)
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(network: Network, call: Call) -> Value:
+    """Convolutions, transposed and grouped ones too."""
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    spatial = len(weight.shape) - 2
+    if len(x.shape) != spatial + 2:
+        network.stay_all(x, "a convolution without a batch dimension is not followed")
+        network.stay_all(weight, "a convolution without a batch dimension is not followed")
+        return Value(call.shape)
+    for layer in x.layers:
+        if set(varying_axes(layer)) - {1}:
+            network.stay(layer, "a convolution runs over its dimension")
+    x = Value(x.shape, tuple(y for y in x.layers if varying_axes(y) in ((1,), ())), x.constant, x.tensor)
+    transposed = "transpose" in call.operator or bool(call["transposed"])
+    groups = call["groups"]
+    readable = _constants_through(call, x, transposed)
+    if groups > 1:
+        layers, constant = _grouped(network, call, x, weight, readable, transposed)
+    else:
+        ignored = None
+        if readable is not None:
+            ignored = (~readable.isnan() if call.can_shift else readable == 0).view(1, -1, *[1] * spatial).expand(x.shape)
+        reduced = Value(torch.Size([1, x.shape[1]]), tuple(y.flatten(2)[:1, :, 0] for y in x.layers))
+        kernel = Value(
+            torch.Size(weight.shape[:2]), tuple(y.flatten(2)[:, :, 0] for y in weight.layers), None, weight.tensor
+        )
+        if ignored is not None:
+            ignored = ignored.flatten(2)[:1, :, 0]
+        axes = "io" if transposed else "oi"
+        layers = tuple(
+            layer.view(1, -1, *[1] * spatial).expand(call.shape)
+            for layer in contract(network, reduced, "ni", kernel, axes, "no", ignored=ignored)
+        )
+        constant = None
+    if bias is not None:
+        view = (1, -1, *[1] * spatial)
+        bias_layers = [y.view(view) for y in bias.layers]
+        shape = [1, bias.shape[0], *[1] * spatial]
+        layers = combine(network, call.shape, [(call.shape, layers), (shape, bias_layers)])
+    return Value(call.shape, layers, constant)
+
+
+def _constants_through(call: Call, x: Value, transposed: bool) -> Tensor | None:
+    """The constants of the input's channels that a convolution reads as such, NaN elsewhere; of shape (channels,)."""
+    if x.constant is None:
+        return None
+    constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != 1])
+    constant = constant.expand(1, x.shape[1], *[1] * (len(x.shape) - 2)).flatten()
+    if transposed or pads(call["padding"], call["weight"].shape[2:]):
+        # Beside zeros, and where fewer weights overlap, all constants but 0 differ from place to place.
+        constant = constant.where(constant == 0, torch.nan)
+    return None if constant.isnan().all() else constant
+
+
+def pads(padding: object, kernel_size: Sequence[int]) -> bool:
+    """True if a convolution puts zeros around its input."""
+    if isinstance(padding, str):
+        return padding == "same" and any(size > 1 for size in kernel_size)
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
+
+
+def _grouped(
+    network: Network, call: Call, x: Value, weight: Value, readable: Tensor | None, transposed: bool
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Layers and constants of a grouped convolution. Groups leave whole, or equally many channels in each.
+
+    The rows of the weight are numbered by the result's channels, or by the input's if transposed; the columns are those
+    of the other side in each group, and get channels of their own there.
+    """
+    groups, spatial = call["groups"], len(call.shape) - 2
+    inputs, outputs = x.shape[1], call.shape[1]
+    before = x.channels_along(1)
+    rows = weight.channels_along(0)
+    columns = weight.layer_along(1)
+    if before is None:
+        before = torch.full((inputs,), STAYS)
+    if rows is None or (columns is not None and weight.shape[1] > 1 and not _is_joint(columns)):
+        network.stay(before, "the weight of a grouped convolution is computed")
+        network.stay_all(weight, "the weight of a grouped convolution is computed")
+        return (), None
+    after = torch.full((outputs,), STAYS)
+    other = network.ties.new(outputs) if transposed else before
+    if transposed:
+        network.tie(rows, before)
+        after, other = other, other
+    else:
+        after = rows
+    if columns is not None:
+        its_columns = columns.flatten(2)[..., 0] if columns.dim() > 2 else columns
+        per_row = other.view(groups, -1).repeat_interleave(len(rows) // groups, dim=0)
+        network.tie(its_columns.contiguous(), per_row)
+    read_by, into = before.view(groups, -1), after.view(groups, -1)
+    network.same_entries(read_by, into, (0,))
+    for channels in (read_by, into):
+        if channels.shape[1] > 1:
+            network.add(EqualNumbers(channels), "groups stay of equal size")
+    silent = torch.zeros(groups, inputs // groups, dtype=torch.bool)
+    constant = None
+    if readable is not None:
+        per_group = readable.view(groups, -1)
+        silent = ~per_group.isnan() if call.can_shift else per_group == 0
+        if not transposed and weight.tensor is not None:
+            constant = _grouped_constants(call, per_group, weight.tensor)
+    if inputs > groups:
+        for group_in, group_out, quiet in zip(read_by, into, silent, strict=True):
+            network.read(group_in, group_out[None], quiet, "it is read")
+    layer = after.view(1, -1, *[1] * spatial).expand(call.shape)
+    return (layer,), constant
+
+
+def _is_joint(columns: Tensor) -> bool:
+    return 0 in varying_axes(columns)
+
+
+def _grouped_constants(call: Call, per_group: Tensor, weight: Tensor) -> Tensor | None:
+    """Results of groups of which all inputs are constant."""
+    known = ~per_group.isnan().any(dim=1)
+    if not known.any():
+        return None
+    groups = len(per_group)
+    kernel = weight.detach().double().flatten(2).sum(2)
+    inputs = per_group.nan_to_num(0.0).repeat_interleave(len(kernel) // groups, dim=0)
+    result = (kernel * inputs).sum(dim=1)
+    bias = call["bias"]
+    if bias is not None:
+        if bias.tensor is None:
+            return None
+        result = result + bias.tensor.detach().double()
+    result = result.where(known.repeat_interleave(len(kernel) // groups), torch.nan)
+    return compressed(result.view(1, -1, *[1] * (len(call.shape) - 2)).expand(call.shape))
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(network: Network, call: Call) -> list[Value]:
+    """Recurrent layers: their input can lose channels; their hidden units feed themselves and stay."""
+    x, parameters = call["input"] or call["data"], list(call["params"])
+    axis = len(x.shape) - 1
+    into = x.channels_along(axis)
+    for layer in x.layers:
+        if varying_axes(layer) != (axis,):
+            network.stay(layer, "a recurrent layer runs over its dimension")
+    per_direction = 4 if call["has_biases"] else 2
+    directions = 2 if call["bidirectional"] else 1
+    first = [parameters[i * per_direction] for i in range(directions)]
+    for parameter in parameters:
+        if any(parameter is weight for weight in first):
+            network.stay(parameter.channels_along(0), "hidden units of a recurrent layer feed themselves")
+            columns = parameter.channels_along(1)
+            if columns is None:
+                continue
+            if into is None:
+                network.stay(columns, "it meets a tensor that cannot be cut")
+            else:
+                network.tie(columns, into)
+        else:
+            network.stay_all(parameter, "hidden units of a recurrent layer feed themselves")
+    if into is not None:
+        zero = torch.zeros_like(into, dtype=torch.bool)
+        if x.constant is not None:
+            zero = (uniform(x.constant, range(axis)).flatten().expand(into.shape) == 0) | zero
+        network.read(into, None, zero, "a recurrent layer reads it")
+    for value in call.values():
+        if value is not x and all(value is not p for p in parameters):
+            network.stay_all(value, "it is the state of a recurrent layer")
+    return [Value(shape) for shape in call.shapes]

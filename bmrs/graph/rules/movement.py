@@ -1,0 +1,236 @@
+"""Operators that move elements and change none: they move the channels in just the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmrs.graph.channels import STAYS, compressed, varying_axes
+from bmrs.graph.rules.registry import Call, rule
+from bmrs.graph.values import Network, Value, combine
+
+
+@rule(
+    *("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh"),
+    *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "positive"),
+)
+def same(network: Network, call: Call) -> Value:
+    """The tensor itself; dropout does nothing in evaluation mode."""
+    value = call["self"] if isinstance(call["self"], Value) else call["input"]
+    assert isinstance(value, Value)
+    return Value(call.shape, value.layers, value.known())
+
+
+@rule(
+    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"),
+    *("permute", "transpose", "t", "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes", "swapdims"),
+    *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile"),
+    *("slice", "select", "narrow", "diagonal", "flip", "roll", "rot90", "unfold", "unbind", "chunk", "split"),
+    *("split_with_sizes", "tensor_split", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+)
+def moved(network: Network, call: Call) -> Value | list[Value]:
+    """Elements of one tensor in another order, some of them several times or not at all."""
+    name = "self" if "self" in call.arguments else "input"
+    value = call[name]
+    others = [v for v in call.values() if v is not value]
+    if any(other.tensor is None for other in others) and call.operator in ("repeat_interleave", "roll"):
+        network.stay_all(value, f"{call.operator} depends on the input")
+        return [Value(shape) for shape in call.shapes]
+
+    def move(x: Tensor) -> Any:
+        if call.operator in ("view", "_unsafe_view", "view_as"):
+            # Channels are laid out otherwise in memory.
+            return x.reshape(call.shape)
+        return call.target(**{**_plain(call), name: x})
+
+    return _moved(network, call, value, move)
+
+
+def _plain(call: Call) -> dict[str, Any]:
+    """Arguments of an operator with values replaced by tensors: their own, or empty ones of their shape."""
+
+    def plain(argument: Any) -> Any:
+        if isinstance(argument, Value):
+            if argument.tensor is not None:
+                return argument.tensor
+            return torch.empty(argument.shape, device="meta")
+        return [plain(item) for item in argument] if isinstance(argument, list | tuple) else argument
+
+    return {name: plain(argument) for name, argument in call.arguments.items()}
+
+
+def _moved(
+    network: Network,
+    call: Call,
+    value: Value,
+    move_channels: Callable[[Tensor], Any],
+    move_constants: Callable[[Tensor], Any] | None = None,
+) -> list[Value]:
+    layers = [_as_list(move_channels(layer)) for layer in value.layers]
+    known = value.known()
+    constants = None if known is None else _as_list((move_constants or move_channels)(known))
+    results = []
+    for i, shape in enumerate(call.shapes):
+        its_layers = tuple(layer for moved in layers if _matters(layer := compressed(moved[i])))
+        for layer in its_layers:
+            network.product(layer)
+        results.append(Value(shape, its_layers, None if constants is None else compressed(constants[i])))
+    return results
+
+
+def _as_list(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def _matters(layer: Tensor) -> bool:
+    return bool(varying_axes(layer)) or (layer.numel() > 0 and bool((layer.flatten()[:1] != STAYS).all()))
+
+
+@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+def padded(network: Network, call: Call) -> Value:
+    """Padding: what is put around stays; reflections and copies are moved elements."""
+    value = call["self"]
+    pad, mode = list(call["pad"] or call["padding"]), call["mode"] or "constant"
+    if call.operator.startswith("reflection"):
+        mode = "reflect"
+    axes = [len(value.shape) - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
+
+    def pad_with(fill: float) -> Callable[[Tensor], Tensor]:
+        if mode == "constant":
+            return lambda x: torch.constant_pad_nd(x, pad, fill)
+        return lambda x: torch.ops.aten.pad(x.double(), pad, mode).to(x.dtype)
+
+    fill = call["value"] or 0.0
+    if mode == "constant" and not any(axis in varying_axes(layer) for layer in value.layers for axis in axes):
+        # Around all channels alike: the padding belongs to the channel that it pads.
+        return _moved(network, call, value, lambda x: _grown(x, call.shape), pad_with(fill))[0]
+    return _moved(network, call, value, pad_with(STAYS), pad_with(fill))[0]
+
+
+def _grown(layer: Tensor, shape: torch.Size) -> Tensor:
+    """Channels that do not vary along the dimensions that grow, for the grown tensor."""
+    for d in range(layer.dim()):
+        if layer.shape[d] != shape[d]:
+            layer = layer.narrow(d, 0, 1)
+    return layer.expand(shape)
+
+
+@rule("cat", "concat", "concatenate")
+def concatenated(network: Network, call: Call) -> Value:
+    """Tensors behind each other: so are their channels along that dimension, and others are tied."""
+    values: list[Value] = [v for v in call["tensors"] if v.shape != torch.Size([0])]
+    axis = call["dim"] % len(call.shape)
+    along = [value.layer_along(axis) for value in values]
+    layers = []
+    if any(layer is not None for layer in along):
+        parts = [
+            torch.full((1,), STAYS).expand(value.shape) if layer is None else layer
+            for value, layer in zip(values, along, strict=True)
+        ]
+        layer = _cat(parts, axis, call.shape)
+        network.product(layer)
+        layers.append(layer)
+    # The other dimensions, looked at where the concatenated one has a single entry.
+    operands = []
+    for value, own in zip(values, along, strict=True):
+        if value.shape[axis] == 0:
+            continue
+        shape = [1 if d == axis else size for d, size in enumerate(value.shape)]
+        operands.append((shape, [x.narrow(axis, 0, 1) for x in value.layers if x is not own]))
+    common = combine(network, operands[0][0], operands)
+    for layer in common:
+        if layers and set(varying_axes(layer)) & set(varying_axes(layers[0])):
+            network.stay(layer, "channels along different dimensions meet")
+        else:
+            layers.append(layer.expand(call.shape))
+    return Value(call.shape, tuple(layers), _known_cat(values, axis, call.shape))
+
+
+def _cat(parts: list[Tensor], axis: int, shape: torch.Size) -> Tensor:
+    # Along the other dimensions none of them may vary.
+    for d in range(len(shape)):
+        if d != axis and all(part.stride(d) == 0 or part.shape[d] == 1 for part in parts):
+            parts = [part.narrow(d, 0, 1) for part in parts]
+    return compressed(torch.cat(parts, axis)).expand(shape)
+
+
+def _known_cat(values: list[Value], axis: int, shape: torch.Size) -> Tensor | None:
+    known = [value.known() for value in values]
+    if all(constant is None for constant in known):
+        return None
+    nan = torch.full((1,), torch.nan, dtype=torch.float64)
+    parts = [nan.expand(v.shape) if k is None else k for v, k in zip(values, known, strict=True)]
+    return _cat(parts, axis, shape)
+
+
+@rule("stack")
+def stacked(network: Network, call: Call) -> Value:
+    """Tensors along a new dimension, which has no channels; what lies at the same place is tied."""
+    values: list[Value] = list(call["tensors"])
+    axis = call["dim"] % len(call.shape)
+    operands = [
+        ([*v.shape[:axis], 1, *v.shape[axis:]], [layer.unsqueeze(axis) for layer in v.layers]) for v in values
+    ]
+    layers = combine(network, operands[0][0], operands)
+    raised = [
+        Value(torch.Size(shape), (), None if (known := value.known()) is None else known.unsqueeze(axis))
+        for (shape, _), value in zip(operands, values, strict=True)
+    ]
+    return Value(
+        call.shape, tuple(layer.expand(call.shape) for layer in layers), _known_cat(raised, axis, call.shape)
+    )
+
+
+@rule("index", "index_select", "gather", "take_along_dim", "masked_select")
+def indexed(network: Network, call: Call) -> Value:
+    """Elements picked by indices: channels move with them if the indices are known, or if no channels lie that way."""
+    value, plain = call["self"], _plain(call)
+    indices = [v for v in call.values() if v is not value]
+    if any(index.tensor is None for index in indices):
+        if call.operator != "index" or any(
+            set(_indexed_axes(call)) & set(varying_axes(layer)) for layer in value.layers
+        ):
+            network.stay_all(value, f"{call.operator} picks by the input")
+            return Value(call.shape)
+        # Any entry will do, as all carry the same channels.
+        plain["indices"] = [
+            None if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in call["indices"]
+        ]
+
+    def move(x: Tensor) -> Tensor:
+        result = call.target(**{**plain, "self": x})
+        assert isinstance(result, Tensor)
+        return result
+
+    known = value if all(index.tensor is not None for index in indices) else Value(value.shape, value.layers)
+    return _moved(network, call, known, move)[0]
+
+
+def _indexed_axes(call: Call) -> list[int]:
+    axes, d = [], 0
+    for index in call["indices"]:
+        if index is not None:
+            axes.append(d)
+        d += 1
+    return axes
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+def like(network: Network, call: Call) -> Value:
+    """A tensor of the same sizes, which lose what those of the other lose."""
+    fills = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": call["fill_value"]}
+    fill = fills.get(call.operator)
+    constant = None if fill is None else torch.tensor(float(fill), dtype=torch.float64).expand(call.shape)
+    return Value(call.shape, call["self"].layers, constant)
+
+
+@rule("meshgrid", "broadcast_tensors")
+def broadcast(network: Network, call: Call) -> list[Value]:
+    """Tensors brought to one shape."""
+    return [
+        Value(shape, tuple(layer.expand(shape) for layer in value.layers), None)
+        for value, shape in zip(call["tensors"], call.shapes, strict=True)
+    ]

@@ -1,0 +1,119 @@
+"""Operators that make each element of the result from the elements at the same place of what they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmrs.graph.channels import compressed, without_repetition
+from bmrs.graph.rules.registry import Call, rule
+from bmrs.graph.values import Network, Value, combine
+
+_ACTIVATIONS = (
+    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "hardtanh"),
+    *("hardswish", "hardsigmoid", "softplus", "softsign", "log_sigmoid", "logit", "hardshrink", "softshrink"),
+    *("threshold", "prelu", "_prelu_kernel", "rrelu"),
+)
+_ARITHMETIC = (
+    *("add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt"),
+    *("square", "reciprocal", "sin", "cos", "tan", "atan", "erf", "sign", "floor", "ceil", "round", "trunc"),
+    *("clamp", "clamp_min", "clamp_max", "clip", "minimum", "maximum", "fmin", "fmax", "where", "lerp", "addcmul"),
+    *("addcdiv", "remainder", "fmod", "floor_divide", "true_divide", "multiply", "subtract", "divide", "atan2"),
+    *("exp2", "log2", "log10", "sinh", "cosh", "asin", "acos", "nan_to_num", "masked_fill", "copy", "fill"),
+    *("special_expit", "special_erf", "xlogy", "hypot", "logaddexp"),
+)
+_LOGIC = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "logical_xor", "isnan", "isinf"),
+    *("isfinite", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", "__and__", "__or__", "isclose"),
+)
+
+
+@rule(*_ACTIVATIONS, *_ARITHMETIC, *_LOGIC)
+def pointwise(network: Network, call: Call) -> Value:
+    """Any of them: channels that meet are tied."""
+    values = call.values()
+    if call.operator in ("prelu", "_prelu_kernel"):
+        values = [call["self"], _along_channels(call["weight"], call.shape)]
+    layers = combine(network, call.shape, [(value.shape, value.layers) for value in values])
+    return Value(call.shape, layers, _constant(call, values))
+
+
+def _along_channels(weight: Value, shape: torch.Size) -> Value:
+    """The weight of a PReLU, one for each entry of the second dimension, as it meets its input."""
+    if weight.shape.numel() == 1 or len(weight.shape) == len(shape):
+        return weight
+    view = (1, -1, *[1] * (len(shape) - 2)) if len(shape) > 1 else (-1,)
+    layers = tuple(layer.reshape(view) for layer in weight.layers)
+    tensor = None if weight.tensor is None else weight.tensor.reshape(view)
+    return Value(torch.Size([d if d > 0 else weight.shape[0] for d in view]), layers, None, tensor)
+
+
+def _constant(call: Call, values: list[Value]) -> Tensor | None:
+    """What the operation makes of constants; elements that it makes from anything else are NaN."""
+    known = [value.known() for value in values]
+    if all(constant is None for constant in known):
+        return None
+    nan = torch.full((1,), torch.nan, dtype=torch.float64)
+    constants = [nan.expand(value.shape) if k is None else k for value, k in zip(values, known, strict=True)]
+    arguments = list(
+        without_repetition(*(c.expand(call.shape) for c in constants)) if call.shape.numel() else constants
+    )
+    varies = torch.stack([c.isnan() for c in arguments]).any(dim=0)
+    if call.operator in ("mul", "multiply"):
+        zero = torch.stack([c == 0 for c in arguments]).any(dim=0)
+        varies &= ~zero
+    if varies.all():
+        return None
+    result = _run(call, values, [c.nan_to_num(0.0) for c in arguments])
+    return compressed(result.double().masked_fill(varies, torch.nan)).expand(call.shape)
+
+
+def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> Tensor:
+    """The operation on other tensors in place of its values."""
+    if call.operator in ("prelu", "_prelu_kernel"):
+        x, weight = tensors
+        return torch.where(x > 0, x, weight * x)
+    replaced = iter(tensors)
+    arguments: dict[str, Any] = {}
+    for name, argument in call.arguments.items():
+        if isinstance(argument, Value):
+            tensor = next(replaced)
+            is_condition = name == "condition" or (name == "mask" and call.operator == "masked_fill")
+            argument = tensor.bool() if is_condition or call.operator.startswith(_ON_BOOLEANS) else tensor
+        arguments[name] = argument
+    result = _functional(call)(**arguments)
+    assert isinstance(result, Tensor)
+    return result
+
+
+_ON_BOOLEANS = ("bitwise", "__and__", "__or__", "logical")
+
+
+def _functional(call: Call) -> Any:
+    """The operator that returns a new tensor, of one that may write into what it takes."""
+    name, overload = call.target._schema.name.split("::")[1], call.target._overloadname
+    if name.endswith("_") and not name.endswith("__"):
+        return getattr(getattr(torch.ops.aten, name[:-1]), overload)
+    return call.target
+
+
+@rule("mark_noise")
+def noise(network: Network, call: Call) -> Value:
+    """A noise layer in evaluation mode: a factor for each structure, and constant zeros where it is pruned."""
+    x, factors = call["x"], call["factors"].tensor
+    assert factors is not None
+    axis, shape = call["dim"] % len(call.shape), [1] * len(call.shape)
+    shape[axis] = len(factors)
+    layers = combine(
+        network, call.shape, [(x.shape, x.layers), (shape, [y.view(shape) for y in call["factors"].layers])]
+    )
+    factors = factors.detach().cpu().double()
+    pruned = (factors == 0).view(shape)
+    known = x.known()
+    nan = torch.full((1,), torch.nan, dtype=torch.float64)
+    constant = nan.expand(call.shape) if known is None else known
+    constant, zero = without_repetition(constant, pruned.expand(call.shape))
+    constant = (constant * factors.view(shape)).masked_fill(zero, 0.0)
+    return Value(call.shape, layers, compressed(constant).expand(call.shape))

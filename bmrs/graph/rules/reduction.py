@@ -1,0 +1,217 @@
+"""Operators that reduce, normalise or resample along dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bmrs.graph.channels import compressed, varying_axes
+from bmrs.graph.rules.contraction import sum_layers, uniform
+from bmrs.graph.rules.registry import Call, rule
+from bmrs.graph.values import Network, Value, combine
+
+
+def _dimensions(call: Call, rank: int) -> list[int]:
+    """The dimensions that an operator reduces, all of them where it names none."""
+    dims = call["dim"]
+    if dims is None or dims == []:
+        return list(range(rank))
+    return sorted({d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])})
+
+
+@rule("sum", "mean", "amax", "amin", "max", "min", "any", "all", "prod", "var", "std", "norm", "logsumexp", "linalg_vector_norm", "var_mean")
+def reduced(network: Network, call: Call) -> Value | list[Value]:
+    """Channels along other dimensions stay apart; those that are summed over are read, and zeros are not."""
+    x: Value = call["self"]
+    rank = len(x.shape)
+    dims = _dimensions(call, rank)
+    known = x.known()
+    silent = None
+    if call.operator == "sum" and x.constant is not None:
+        silent = x.constant == 0
+    layers = []
+    for layer in sum_layers(network, x.layers, dims, silent):
+        for d in dims if call["keepdim"] else ():
+            layer = layer.unsqueeze(d)
+        layers.append(layer)
+    constant = None
+    if known is not None and len(call.shapes) == 1 and call.operator in ("sum", "mean", "amax", "amin"):
+        arguments = {n: v for n, v in call.arguments.items() if n not in ("self", "dtype")}
+        constant = compressed(call.target(known.contiguous(), **arguments))
+    values = [Value(shape, tuple(y.expand(shape) for y in layers), constant) for shape in call.shapes]
+    return values if len(values) > 1 else values[0]
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "argmax", "argmin", "argsort", "logcumsumexp")
+def mixed(network: Network, call: Call) -> Value | list[Value]:
+    """Every entry along a dimension depends on all others, so that none of them leaves."""
+    x: Value = call["self"]
+    dims = _dimensions(call, len(x.shape))
+    kept = []
+    for layer in x.layers:
+        if set(varying_axes(layer)) & set(dims):
+            network.stay(layer, f"{call.operator} runs over all channels")
+        else:
+            kept.append(layer)
+    results = []
+    for shape in call.shapes:
+        same_rank = len(shape) == len(x.shape)
+        layers = tuple(_resized(layer, shape) for layer in kept) if same_rank else ()
+        if not same_rank:
+            for layer in kept:
+                network.stay(layer, f"{call.operator} is not followed")
+        results.append(Value(shape, layers))
+    return results if len(results) > 1 else results[0]
+
+
+def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
+    """A layer for a tensor of other sizes along dimensions that the layer does not vary along."""
+    for d in range(layer.dim()):
+        if layer.shape[d] != shape[d] or layer.stride(d) == 0:
+            layer = layer.narrow(d, 0, 1)
+    return layer.expand(shape)
+
+
+@rule(
+    *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d"),
+    *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa"),
+    *("_upsample_nearest_exact1d", "_upsample_nearest_exact3d", "upsample_nearest2d_vec"),
+    *("replication_pad1d", "replication_pad2d", "replication_pad3d", "lp_pool2d", "grid_sampler"),
+)
+def pooled(network: Network, call: Call) -> Value | list[Value]:
+    """Channels along the first dimensions stay apart; the last ones are resampled."""
+    x: Value = call["self"] if isinstance(call["self"], Value) else call["input"]
+    spatial = _spatial_dimensions(call, x)
+    first = len(x.shape) - spatial
+    results = []
+    kept = []
+    for layer in x.layers:
+        if any(d >= first for d in varying_axes(layer)):
+            network.stay(layer, f"{call.operator} runs over its dimension")
+        else:
+            kept.append(layer)
+    constant = None
+    if x.constant is not None:
+        constant = uniform(x.constant, range(first, len(x.shape)))
+        if call.operator.startswith("avg") and _averages_padding(call) or call.operator in ("lp_pool2d", "grid_sampler"):
+            constant = constant.where(constant == 0, torch.nan)
+    for shape in call.shapes:
+        its_constant = None if constant is None else compressed(constant.expand(*x.shape[:first], *[1] * spatial)).expand(shape)
+        results.append(Value(shape, tuple(_resized(layer, shape) for layer in kept), its_constant))
+    return results if len(results) > 1 else results[0]
+
+
+def _spatial_dimensions(call: Call, x: Value) -> int:
+    digits = [c for c in call.operator if c.isdigit()]
+    return int(digits[0]) if digits else len(x.shape) - 2
+
+
+def _averages_padding(call: Call) -> bool:
+    """True if an average pool does not map a constant to itself."""
+    if call["divisor_override"] is not None:
+        return True
+    padding = call["padding"]
+    padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
+    return padded and bool(call["count_include_pad"])
+
+
+@rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "cudnn_batch_norm")
+def batch_norm(network: Network, call: Call) -> Value | list[Value]:
+    """Every channel by itself: a factor and a shift of its own."""
+    x: Value = call["input"]
+    parameters = [call[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    view = [1, -1, *[1] * (len(x.shape) - 2)]
+    operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
+    for parameter in parameters:
+        if parameter is not None:
+            shape = [parameter.shape[0] if d < 0 else d for d in view]
+            operands.append((shape, [y.view(view) for y in parameter.layers]))
+    layers = combine(network, x.shape, operands)
+    own = call["training"] or call["use_input_stats"]
+    value = Value(x.shape, layers, _normalised_constant(call, x, parameters, view, own_statistics=bool(own)))
+    return [value, *(Value(shape) for shape in call.shapes[1:])] if len(call.shapes) > 1 else value
+
+
+def _normalised_constant(
+    call: Call, x: Value, parameters: list[Value | None], view: list[int], *, own_statistics: bool
+) -> Tensor | None:
+    if x.constant is None:
+        return None
+    weight, bias, mean, var = (
+        None if p is None or p.tensor is None else p.tensor.detach().double().view(view) for p in parameters
+    )
+    constant = x.constant
+    if own_statistics:
+        # What is the same everywhere has no variance: only the bias remains.
+        reduced = uniform(constant, [d for d in range(constant.dim()) if d != 1])
+        result = torch.zeros_like(reduced).masked_fill(reduced.isnan(), torch.nan)
+    else:
+        if mean is None or var is None:
+            return None
+        result = (constant - mean) * (var + call["eps"]).rsqrt()
+    result = result if weight is None else result * weight
+    result = result if bias is None else result + bias
+    return compressed(result.expand(x.shape))
+
+
+@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(network: Network, call: Call) -> Value | list[Value]:
+    """Statistics over the last dimensions count zeros too, so that no channel along these leaves."""
+    x: Value = call["input"]
+    rank = len(call["normalized_shape"])
+    dims = range(len(x.shape) - rank, len(x.shape))
+    for layer in x.layers:
+        network.whole(layer, dims, "the statistics of a normalisation count it")
+    operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
+    operands += [(p.shape, p.layers) for p in (call["weight"], call["bias"]) if p is not None]
+    value = Value(x.shape, combine(network, x.shape, operands))
+    return [value, *(Value(shape) for shape in call.shapes[1:])] if len(call.shapes) > 1 else value
+
+
+@rule("group_norm", "native_group_norm")
+def group_norm(network: Network, call: Call) -> Value | list[Value]:
+    """Statistics over groups of channels: groups leave whole."""
+    x: Value = call["input"]
+    groups = call["num_groups"] or call["group"]
+    weight, bias = call["weight"], call["bias"]
+    shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    for layer in x.layers:
+        grouped = compressed(layer.reshape(shape))
+        network.whole(grouped, range(2, len(shape)), "the statistics of a normalisation count it")
+    view = [1, -1, *[1] * (len(x.shape) - 2)]
+    operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
+    for parameter in (weight, bias):
+        if parameter is not None:
+            operands.append(([parameter.shape[0] if d < 0 else d for d in view], [y.view(view) for y in parameter.layers]))
+    layers = combine(network, x.shape, operands)
+    constant = None
+    if x.constant is not None and (bias is None or bias.tensor is not None):
+        # A group that is the same everywhere has no variance: only the bias remains.
+        reduced = uniform(x.constant.reshape(shape), range(2, len(shape)))
+        gone = ~reduced.isnan().expand(*reduced.shape[:2], shape[2], *[1] * (len(shape) - 3)).flatten(1, 2)
+        shift = torch.zeros(1) if bias is None else bias.tensor.detach().double().view(view)
+        constant = compressed(shift.double().expand(gone.shape).masked_fill(~gone, torch.nan).expand(x.shape))
+    value = Value(x.shape, layers, constant)
+    return [value, *(Value(s) for s in call.shapes[1:])] if len(call.shapes) > 1 else value
+
+
+@rule("glu")
+def gated(network: Network, call: Call) -> Value:
+    """The first half times the sigmoid of the second: both halves keep the same channels."""
+    x: Value = call["self"]
+    axis = call["dim"] % len(x.shape)
+    half = x.shape[axis] // 2
+    operands = [
+        (call.shape, [compressed(layer.narrow(axis, start, half)) for layer in x.layers]) for start in (0, half)
+    ]
+    layers = combine(network, call.shape, operands)
+    constant = None
+    if x.constant is not None:
+        first, gate = x.constant.narrow(axis, 0, half), x.constant.narrow(axis, half, half)
+        constant = compressed((first * gate.sigmoid()).masked_fill(first == 0, 0.0))
+    return Value(call.shape, layers, constant)

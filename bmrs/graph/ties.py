@@ -1,0 +1,213 @@
+"""Which noise layers have to prune a channel together, and which layers make what a noise layer scales."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from bmrs.graph.analysis import Analysis, analyse
+from bmrs.graph.capture import Captured, as_inputs, capture, evaluation_copy, mark, unwrapped
+from bmrs.noise_layer import NoiseLayer, added_noise, noise_layers
+
+WeightLayer: TypeAlias = (
+    nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+)
+WEIGHT_LAYERS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+
+def tied_noise_layers(
+    model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]
+) -> list[list[str]]:
+    """The noise layers that have to prune a channel together if `bmrs.compact` is to remove it.
+
+    An addition z = x₁ + x₂ has a constant channel only if x₁ and x₂ have, and all blocks of a stage with identity
+    shortcuts add to the same channels; a product is constant where one factor is. Which noise layers are needed is found
+    by trial: a channel is masked in all noise layers that scale it, and in all but one of them.
+
+    Args:
+        model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
+        example_inputs: as for `bmrs.compact`.
+
+    Returns:
+        Qualified names of tied layers, two or more in each group and in the order of their use; all of a group have
+        equally many structures.
+
+    Raises:
+        TypeError, ValueError: as `bmrs.compact`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = as_inputs(example_inputs)
+        masked = evaluation_copy(model)
+        factors = {name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(masked).items()}
+        mark(masked, factors)
+        captured = capture(masked, inputs, "prune with example_inputs", dynamic="first")
+        groups = _candidates(analyse(captured))
+        found: list[list[str]] = []
+        while groups:
+            needed = _needed(captured, factors, groups)
+            found += [g for g, names in zip(groups, needed, strict=True) if names == g]
+            # The first that is not needed goes, and the others are tried again.
+            smaller = [
+                [name for name in g if name != next(n for n in g if n not in names)]
+                for g, names in zip(groups, needed, strict=True)
+                if names is not None and names != g
+            ]
+            groups = [g for g in smaller if len(g) > 1]
+    return sorted(found, key=lambda group: list(factors).index(group[0]))
+
+
+def _candidates(analysis: Analysis) -> list[list[str]]:
+    """Noise layers that scale the same channels, in the order of their use."""
+    roots = analysis.network.ties.roots()
+    by_channels: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for call in analysis.calls.values():
+        if call.operator != "mark_noise":
+            continue
+        channels = call["x"].channels_along(call["dim"])
+        if channels is None or (channels < 0).any():
+            continue
+        names = by_channels[tuple(roots[channels].tolist())]
+        if call["name"] not in names:
+            names.append(call["name"])
+    return [names for names in by_channels.values() if len(names) > 1]
+
+
+def _needed(
+    captured: Captured, factors: dict[str, Tensor], groups: list[list[str]]
+) -> list[list[str] | None]:
+    """Of each group the layers without which a channel stays; None if it stays even with all."""
+    members: list[list[str]] = [[] for _ in groups]
+    removable = [False] * len(groups)
+    for trial in range(-1, max(map(len, groups))):
+        for group in groups:
+            for i, name in enumerate(group):
+                # The last channel is masked in all layers but one, in the first trial in all.
+                tensor = factors[name]
+                tensor.fill_(1.0)
+                if i != trial and trial < len(group):
+                    tensor[-1] = 0.0
+        analysis = analyse(captured)
+        for g, group in enumerate(groups):
+            gone = _last_channel_leaves(analysis, group[0])
+            if trial < 0:
+                removable[g] = gone
+            elif trial < len(group) and not gone:
+                members[g].append(group[trial])
+    for tensor in factors.values():
+        tensor.fill_(1.0)
+    return [names if ok else None for names, ok in zip(members, removable, strict=True)]
+
+
+def _last_channel_leaves(analysis: Analysis, name: str) -> bool:
+    call = next(c for c in analysis.calls.values() if c.operator == "mark_noise" and c["name"] == name)
+    channels = call["x"].channels_along(call["dim"])
+    assert channels is not None
+    return not bool(analysis.stays(channels[-1:]).any())
+
+
+def producers(
+    model: nn.Module,
+    purpose: str,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+) -> dict[NoiseLayer, WeightLayer]:
+    """The linear or convolution layer whose output each noise layer scales, through other operations or not.
+
+    Args:
+        model: the model.
+        purpose: who asks, for errors.
+        example_inputs: an input, if there is one; otherwise torch.fx has to be able to trace the model, unless all
+            noise was added to such layers.
+
+    Returns:
+        The producer of each noise layer that has a single one.
+
+    Raises:
+        ValueError: the model cannot be followed.
+    """
+    model = unwrapped(model)
+    found: dict[NoiseLayer, WeightLayer] = {}
+    for module in model.modules():
+        noise = added_noise(module)
+        if noise is not None and isinstance(module, WEIGHT_LAYERS):
+            found[noise] = module
+    layers = noise_layers(model)
+    if len(found) == len(layers):
+        return found
+    if example_inputs is None:
+        return {**_traced_producers(model, purpose), **found}
+    names = {name: layer for name, layer in layers.items() if layer not in found}
+    return {**found, **_captured_producers(model, purpose, example_inputs, names)}
+
+
+def _captured_producers(
+    model: nn.Module, purpose: str, example_inputs: Any, layers: Mapping[str, NoiseLayer]
+) -> dict[NoiseLayer, WeightLayer]:
+    masked = evaluation_copy(model)
+    mark(masked, {name: layer.spread(layer.mu.detach()) for name, layer in noise_layers(masked).items()})
+    captured = capture(masked, as_inputs(example_inputs), purpose)
+    found = {}
+    for node in captured.graph.nodes:
+        if node.op != "call_function" or node.target is not torch.ops.bmrs.mark_noise.default:
+            continue
+        layer, source = layers.get(node.args[3]), node.args[0]
+        while layer is not None and isinstance(source, fx.Node):
+            weights = [captured.names.get(n.name, "") for n in source.all_input_nodes]
+            path = next((n.rpartition(".")[0] for n in weights if n.rpartition(".")[2] == "weight"), None)
+            module = None if path is None else model.get_submodule(path)
+            if isinstance(module, WEIGHT_LAYERS):
+                found[layer] = module
+                break
+            inputs = [n for n in source.all_input_nodes if n.name not in captured.tensors]
+            source = inputs[0] if len(inputs) == 1 else None
+    return found
+
+
+class _Tracer(fx.Tracer):
+    """Records noise layers as single calls, those behind a layer's forward hook included."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, NoiseLayer) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = super().call_module(m, forward, args, kwargs)
+        noise = added_noise(m)
+        # Hooks of other modules run while these are traced through; those of a recorded call do not.
+        if noise is not None and self.is_leaf_module(m, self.path_of_module(m)):
+            return self.call_module(noise, noise.forward, (output,), {})
+        return output
+
+
+def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, WeightLayer]:
+    # Inside a container, so that the model is itself called as a module, hooks included.
+    root = nn.Sequential(model)
+    try:
+        graph = _Tracer().trace(root)
+    except Exception as error:
+        raise ValueError(
+            f"{purpose} follows the model with torch.fx, which failed on {type(model).__name__}: {error}. "
+            "Give example_inputs, so that torch.export can be used"
+        ) from error
+    modules = dict(root.named_modules())
+    found: dict[NoiseLayer, WeightLayer] = {}
+    for node in graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        while isinstance(layer, NoiseLayer):
+            sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+            if len(sources) != 1:
+                break
+            (node,) = sources
+            module = modules.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, WEIGHT_LAYERS):
+                found[layer] = module
+                break
+    return found
+
+
+__all__ = ["WEIGHT_LAYERS", "WeightLayer", "producers", "tied_noise_layers"]

@@ -1,0 +1,219 @@
+"""What is known of the values of a network: which channels lie along them, and where they are constant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bmrs.graph.channels import (
+    STAYS,
+    AtLeastOne,
+    Constraint,
+    Product,
+    Read,
+    SameEntries,
+    Stay,
+    Ties,
+    Whole,
+    compressed,
+    varying_axes,
+    without_repetition,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of a network, of which only the shape is computed.
+
+    Attributes:
+        shape: its shape.
+        layers: tensors of channels, each of this shape and with stride 0 along the dimensions that it does not vary
+            along; no two vary along the same dimension. An element leaves where one of its channels does.
+        constant: float64 of this shape, the element's value where it is the same for all inputs of the network, and
+            NaN elsewhere; None stands for NaN everywhere.
+        tensor: the tensor itself where it does not depend on the input, such as a parameter; ``constant`` is then None.
+        parameter: qualified name, where it is a parameter or buffer itself.
+    """
+
+    shape: torch.Size
+    layers: tuple[Tensor, ...] = ()
+    constant: Tensor | None = None
+    tensor: Tensor | None = None
+    parameter: str | None = None
+
+    def known(self) -> Tensor | None:
+        """``constant``, of whatever the value is; None if nothing is known."""
+        if self.tensor is None:
+            return self.constant
+        if self.tensor.is_complex() or self.tensor.shape != self.shape:
+            return None
+        return compressed(self.tensor.detach().cpu().double())
+
+    def layer_along(self, axis: int) -> Tensor | None:
+        """The channels that vary along a dimension, None if none do."""
+        axis %= len(self.shape)
+        return next((layer for layer in self.layers if axis in varying_axes(layer)), None)
+
+    def channels_along(self, axis: int) -> Tensor | None:
+        """Channels of shape (size of the dimension,), None unless they vary along this dimension alone."""
+        axis %= len(self.shape)
+        layer = self.layer_along(axis)
+        if layer is None or varying_axes(layer) != (axis,):
+            return None
+        for d in range(layer.dim() - 1, -1, -1):
+            if d != axis:
+                layer = layer.select(d, 0)
+        return layer
+
+
+@dataclass
+class Network:
+    """What the rules find out about a whole network.
+
+    Attributes:
+        ties: its channels.
+        constraints: what holds for them, in an order of computation.
+        notes: for each constraint, why it is there, as a part of a sentence; and the operation, as text.
+        place: the operation that is looked at.
+    """
+
+    ties: Ties = field(default_factory=Ties)
+    constraints: list[Constraint] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    place: str = ""
+
+    def add(self, constraint: Constraint, note: str) -> None:
+        """Note a constraint of the present operation."""
+        self.constraints.append(constraint)
+        self.notes.append((note, self.place))
+
+    def stay(self, channels: Tensor, note: str) -> None:
+        """Keep channels for good."""
+        (channels,) = without_repetition(channels)
+        channels = channels[channels != STAYS].unique()
+        if channels.numel():
+            self.add(Stay(channels), note)
+
+    def stay_all(self, value: Value, note: str) -> None:
+        """Keep all channels of a value for good."""
+        for layer in value.layers:
+            self.stay(layer, note)
+
+    def new_layer(self, shape: Sequence[int], axis: int) -> Tensor:
+        """New channels along a dimension of a value."""
+        size, view = shape[axis], [1] * len(shape)
+        view[axis] = size
+        channels = self.ties.new(size)
+        self.add(AtLeastOne(channels), "no layer is left empty")
+        return channels.view(view).expand(tuple(shape))
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Tie channels that meet."""
+        staying = self.ties.tie(a, b)
+        if staying.numel():
+            self.add(Stay(staying), "it meets what cannot leave")
+
+    def product(self, layer: Tensor) -> None:
+        """Keep what stays of a value a product, where channels vary along more than one of its dimensions."""
+        if len(varying_axes(layer)) > 1:
+            (channels,) = without_repetition(layer)
+            self.add(Product(channels), "sizes stay equal along every dimension")
+
+    def whole(self, layer: Tensor, axes: Sequence[int], note: str) -> None:
+        """Keep all or nothing along dimensions."""
+        axes = tuple(set(axes) & set(varying_axes(layer)))
+        if axes:
+            (channels,) = without_repetition(layer)
+            self.add(Whole(channels, axes), note)
+
+    def same_entries(self, a: Tensor, b: Tensor, axes: Sequence[int]) -> None:
+        """Keep the same entries of two tensors of channels along shared dimensions."""
+        a, b = without_repetition(a)[0], without_repetition(b)[0]
+        self.add(SameEntries(a, b, tuple(axes)), "sizes have to agree")
+
+    def read(self, channels: Tensor, by: Tensor | None, quiet: Tensor | None, note: str) -> None:
+        """Keep channels where what reads them stays, but for those that are constant."""
+        self.add(Read(channels, by, quiet), note)
+
+    def entries(self, layer: Tensor, axes: Sequence[int]) -> Tensor:
+        """New channels for the entries of a layer along some of its dimensions, which stay where any of them does."""
+        for d in range(layer.dim()):
+            if d not in axes:
+                layer = layer.narrow(d, 0, 1) if layer.stride(d) == 0 else layer
+        shape = [layer.shape[d] if d in axes else 1 for d in range(layer.dim())]
+        channels = self.ties.new(*shape)
+        self.same_entries(layer, channels, axes)
+        return channels
+
+
+def combine(
+    network: Network, shape: Sequence[int], operands: Sequence[tuple[Sequence[int], Sequence[Tensor]]]
+) -> tuple[Tensor, ...]:
+    """Layers of a value of which each element is made from the elements of others at the same place.
+
+    Channels that lie along the same dimensions are tied. Where those of one operand lie along some of the dimensions of
+    another's, their entries along these leave together. An operand without channels along a dimension cannot lose a
+    part of it; all of it stays then.
+
+    Args:
+        network: where ties and constraints go.
+        shape: shape of the result.
+        operands: shape and layers of each; they broadcast.
+    """
+    shape = tuple(shape)
+    expanded = [
+        (_full_axes(its_shape, shape), [layer.expand(shape) for layer in layers]) for its_shape, layers in operands
+    ]
+    groups = _overlapping([layer for _, layers in expanded for layer in layers if varying_axes(layer)])
+    results = []
+    for group in groups:
+        representative = max(group, key=lambda layer: len(varying_axes(layer)))
+        axes = set(varying_axes(representative))
+        if any(not axes.issuperset(varying_axes(layer)) for layer in group):
+            for layer in group:
+                network.stay(layer, "channels along different dimensions meet")
+            continue
+        for full, layers in expanded:
+            covered: set[int] = set()
+            for layer in layers:
+                its_axes = set(varying_axes(layer))
+                if not its_axes & axes:
+                    continue
+                covered |= its_axes
+                if layer is representative:
+                    continue
+                if its_axes == axes:
+                    network.tie(layer, representative)
+                else:
+                    network.same_entries(representative, layer, tuple(its_axes))
+            missing = (axes - covered) & full
+            if missing:
+                network.whole(representative, tuple(missing), "it meets a tensor that cannot be cut")
+        results.append(representative)
+    for layer in results:
+        network.product(layer)
+    return tuple(results)
+
+
+def _full_axes(its_shape: Sequence[int], shape: tuple[int, ...]) -> set[int]:
+    """Dimensions of a result along which an operand is not broadcast."""
+    offset = len(shape) - len(its_shape)
+    return {d + offset for d, size in enumerate(its_shape) if size != 1}
+
+
+def _overlapping(layers: list[Tensor]) -> list[list[Tensor]]:
+    """Layers in groups, so that those of different groups have no dimension in common."""
+    groups: list[tuple[set[int], list[Tensor]]] = []
+    for layer in layers:
+        axes, members = set(varying_axes(layer)), [layer]
+        rest = []
+        for its_axes, its_members in groups:
+            if axes & its_axes:
+                axes, members = axes | its_axes, its_members + members
+            else:
+                rest.append((its_axes, its_members))
+        groups = [*rest, (axes, members)]
+    return [members for _, members in groups]
