@@ -5,10 +5,10 @@ from bmrs.compaction import CompactReport, compact, compact_report, fold
 from bmrs.costs import StructureCost, structure_costs, structure_prices
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.divergence import kl_divergence
+from bmrs.files import load, save
 from bmrs.noise_layer import NoiseLayer, add_noise
 from bmrs.posteriors import PosteriorReport, learn_posteriors, unsettled
 from bmrs.pruning import PruneReport, prune
-from bmrs.serialization import load, save
 
 __all__ = [
     "L2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -12,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.rnn import PackedSequence
 
 import bmrs_kernels
 
 Granularity: TypeAlias = Literal["element", "sample", "batch"]
 Activation: TypeAlias = Literal["relu", "tanh"]
 Backend: TypeAlias = Literal["auto", "torch", "triton", "numba"]
+Structures: TypeAlias = Literal["features", "heads"]
 Where: TypeAlias = "type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]"
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
@@ -37,8 +41,10 @@ class NoiseLayer(nn.Module):
     fresh θ; in evaluation mode ``activation(x) · E[θ] · mask``.
 
     Args:
-        num_structures: number of structures (neurons, filters, channels), the size of x along ``dim``.
+        num_structures: number of structures (neurons, filters, channels, attention heads).
         dim: dimension of x along which the structures lie; may be negative.
+        structure_size: successive entries along ``dim`` that a structure takes, such as the width of an attention
+            head; x has ``num_structures · structure_size`` of them.
         granularity: ``"element"`` draws θ at every element of x, ``"sample"`` once per example and structure
             (Eq. 1 of arXiv 2406.01345), ``"batch"`` once per structure and minibatch.
         activation: ``"relu"`` or ``"tanh"``, applied to x before the noise in the same pass; None for none.
@@ -66,6 +72,7 @@ class NoiseLayer(nn.Module):
         num_structures: int,
         *,
         dim: int = 1,
+        structure_size: int = 1,
         granularity: Granularity = "element",
         activation: Activation | None = None,
         lower: float = -20.0,
@@ -81,6 +88,9 @@ class NoiseLayer(nn.Module):
         if num_structures < 1:
             raise ValueError(f"num_structures must be at least 1, was {num_structures}")
         _check_integer("dim", dim)
+        _check_integer("structure_size", structure_size)
+        if structure_size < 1:
+            raise ValueError(f"structure_size must be at least 1, was {structure_size}")
         _check_choice("granularity", granularity, get_args(Granularity))
         _check_choice("activation", activation, (None, *get_args(Activation)))
         _check_choice("backend", backend, get_args(Backend))
@@ -101,6 +111,7 @@ class NoiseLayer(nn.Module):
 
         self.num_structures = num_structures
         self.dim = dim
+        self.structure_size = structure_size
         self.granularity: Granularity = granularity
         self.activation: Activation | None = activation
         self.lower = lower
@@ -130,54 +141,69 @@ class NoiseLayer(nn.Module):
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the structures, of shape (num_structures,), for the entries along ``dim``."""
-        return values
+        return values if self.structure_size == 1 else values.repeat_interleave(self.structure_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x by the noise, or in evaluation mode by its expectation.
 
         Args:
-            x: floating tensor of at least one dimension, with ``num_structures`` entries along ``dim``.
+            x: floating tensor of at least one dimension, with ``num_structures · structure_size`` entries along
+                ``dim``; nested tensors too.
 
         Returns:
             A tensor of x's shape and dtype.
 
         Raises:
-            TypeError: x is not floating.
+            TypeError: x is not a floating tensor.
             ValueError: x lacks dimension ``dim``, has another size along it, or lies on another device.
         """
+        if isinstance(x, Tensor) and x.is_nested:
+            # One example after another: few operators know nested tensors.
+            examples = [self(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
+            return torch.nested.as_nested_tensor(examples, layout=x.layout)
         self._check_input(x)
-        if self.training:
-            return bmrs_kernels.multiply_noise(
-                x,
-                self.mu,
-                self.log_sigma,
-                dim=self.dim,
-                mask=self.mask,
-                granularity=self.granularity,
-                activation=self.activation,
-                lower=self.lower,
-                upper=self.upper,
-                backend=self.backend,
-            )
-        shape = [1] * x.dim()
-        shape[self.dim] = self.num_structures
-        factors = self.expected_noise().to(x.dtype).view(shape)
-        return (x if self.activation is None else ACTIVATIONS[self.activation](x)) * factors
+        if not self.training:
+            shape = [1] * x.dim()
+            shape[self.dim] = -1
+            factors = self.spread(self.expected_noise()).to(x.dtype).view(shape)
+            return (x if self.activation is None else ACTIVATIONS[self.activation](x)) * factors
+        if self.structure_size == 1:
+            return self._noisy(x, self.dim)
+        dim = self.dim % x.dim()
+        return self._noisy(x.unflatten(dim, (self.num_structures, self.structure_size)), dim).flatten(dim, dim + 1)
+
+    def _noisy(self, x: Tensor, dim: int) -> Tensor:
+        return bmrs_kernels.multiply_noise(
+            x,
+            self.mu,
+            self.log_sigma,
+            dim=dim,
+            mask=self.mask,
+            granularity=self.granularity,
+            activation=self.activation,
+            lower=self.lower,
+            upper=self.upper,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         """Constructor arguments, as ``print(model)`` shows them."""
-        text = f"{self.num_structures}, dim={self.dim}, granularity={self.granularity!r}"
+        size = "" if self.structure_size == 1 else f", structure_size={self.structure_size}"
+        text = f"{self.num_structures}, dim={self.dim}{size}, granularity={self.granularity!r}"
         text += f", activation={self.activation!r}, lower={self.lower}, upper={self.upper}"
         return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, was {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must have a floating dtype, was {x.dtype}")
         if not -x.dim() <= self.dim < x.dim():
             raise ValueError(f"x has no dimension {self.dim}: its shape is {tuple(x.shape)}")
-        if x.shape[self.dim] != self.num_structures:
+        if x.shape[self.dim] != self.num_structures * self.structure_size:
+            size = "" if self.structure_size == 1 else f" · structure_size={self.structure_size}"
             raise ValueError(
-                f"x must have num_structures={self.num_structures} entries along dim={self.dim}, "
+                f"x must have num_structures={self.num_structures}{size} entries along dim={self.dim}, "
                 f"was of shape {tuple(x.shape)}"
             )
         if x.device != self.mu.device:
@@ -224,6 +250,8 @@ def add_noise(
     model: ModelT,
     *,
     where: Where,
+    structures: Structures = "features",
+    num_heads: int | None = None,
     num_structures: int | None = None,
     dim: int | None = None,
     granularity: Granularity = "element",
@@ -236,18 +264,21 @@ def add_noise(
 ) -> ModelT:
     """Put a noise layer behind chosen layers of a model, in place.
 
-    Each chosen layer gets a child module ``noise`` that a forward hook applies to its output. The layer keeps
-    its place, type and state_dict names, so that weights saved without noise still load with
-    ``strict=False``. Between a layer and a following ReLU the noise acts as if behind the ReLU, because θ is
-    positive. Build the optimizer afterwards, so that it sees the new parameters.
+    Each chosen layer gets a child module ``noise`` that a forward hook applies to its output, or to the first tensor of
+    a tuple, as recurrent layers return. The layer keeps its place, type and state_dict names, so that weights saved
+    without noise still load with ``strict=False``. Between a layer and a following ReLU the noise acts as if behind the
+    ReLU, because θ is positive. Build the optimizer afterwards, so that it sees the new parameters, and compile or wrap
+    the model afterwards; what torch has compiled so far is compiled anew.
 
     Args:
         model: any module; it may itself be a chosen layer.
         where: the layers to choose: a module type or tuple of types, a glob pattern on qualified names
             (``"features.*.conv?"``, case-sensitive), or a function of (qualified name, module).
+        structures: ``"features"``, every entry of a layer's output; or ``"heads"``, the attention heads that a chosen
+            output projection reads: the noise then multiplies the input of that layer, one θ for each head.
+        num_heads: for ``"heads"``, their number.
         num_structures: structures of each chosen layer's output; needed, with ``dim``, only where they cannot
-            be inferred. They can for linear layers and layer norm (last dimension) and for convolutions and
-            batch norm (dimension 1).
+            be inferred. They can for linear, convolution, normalisation, embedding and recurrent layers.
         dim: dimension along which the structures lie; given exactly when ``num_structures`` is.
         granularity: see `NoiseLayer`, as for all further arguments.
         activation: applied to the layer's output before the noise, in addition to the model's own.
@@ -262,8 +293,18 @@ def add_noise(
 
     Raises:
         ValueError: nothing matches, or a matching layer has noise already, is never called, or its structures
-            cannot be inferred. The model is then unchanged.
+            cannot be inferred; ``num_heads`` is missing or does not divide a layer's input; or the model is wrapped
+            for distributed training, where new parameters would not be synchronised. The model is then unchanged.
     """
+    if structures not in get_args(Structures):
+        raise ValueError(f"structures must be one of {', '.join(map(repr, get_args(Structures)))}, was {structures!r}")
+    if (structures == "heads") != (num_heads is not None):
+        raise ValueError(f'num_heads must be given with structures="heads" and only then, was {num_heads}')
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "add_noise needs the model before DistributedDataParallel wraps it, so that the new parameters are "
+            "synchronised: call it on the .module and wrap that afterwards"
+        )
     if (num_structures is None) != (dim is None):
         raise ValueError(
             f"num_structures and dim must be given together, were {num_structures} and {dim}; "
@@ -276,7 +317,10 @@ def add_noise(
     additions = []
     for name, layer in chosen.items():
         _check_can_get_noise(name, layer)
-        if num_structures is None or dim is None:
+        size = 1
+        if num_heads is not None:
+            count, axis, size = num_heads, -1, _head_size(name, layer, num_heads)
+        elif num_structures is None or dim is None:
             count, axis = _output_structures(name, layer)
         else:
             count, axis = num_structures, dim
@@ -285,6 +329,7 @@ def add_noise(
         noise = NoiseLayer(
             count,
             dim=axis,
+            structure_size=size,
             granularity=granularity,
             activation=activation,
             lower=lower,
@@ -297,9 +342,16 @@ def add_noise(
         )
         additions.append((layer, noise.train(layer.training)))
     for layer, noise in additions:
-        layer.register_module("noise", noise)
-        layer.register_forward_hook(_multiply_output)
+        add_noise_hook(layer, noise, at_input=num_heads is not None)
+    _forget_compiled_code()
     return model
+
+
+def _forget_compiled_code() -> None:
+    """Have torch compile models anew, which does not look whether a layer has got a hook since."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and compiler.cached_backends:
+        torch._dynamo.reset()
 
 
 def added_noise(layer: nn.Module) -> NoiseLayer | None:
@@ -307,17 +359,50 @@ def added_noise(layer: nn.Module) -> NoiseLayer | None:
     return layer.noise if _multiply_output in layer._forward_hooks.values() else None  # type: ignore[return-value]
 
 
+def add_noise_hook(layer: nn.Module, noise: nn.Module, *, at_input: bool = False) -> None:
+    """Make a module, as its child ``noise``, multiply what a layer returns, or what it takes."""
+    layer.register_module("noise", noise)
+    if at_input:
+        layer.register_forward_pre_hook(_multiply_input)
+    else:
+        layer.register_forward_hook(_multiply_output)
+
+
 def remove_noise_hook(layer: nn.Module) -> bool:
     """Take the hook that `add_noise` registered off a layer; False if it has none."""
-    hooks = [key for key, hook in layer._forward_hooks.items() if hook is _multiply_output]
-    for key in hooks:
-        del layer._forward_hooks[key]
-    return bool(hooks)
+    found = False
+    hooks: dict[int, Any]
+    for hooks, function in (
+        (layer._forward_hooks, _multiply_output),
+        (layer._forward_pre_hooks, _multiply_input),
+    ):
+        for key in [key for key, hook in hooks.items() if hook is function]:
+            del hooks[key]
+            found = True
+    return found
 
 
-def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    # A function of the module, not a closure, so that the hook survives deepcopy and pickle.
+def has_input_noise(layer: nn.Module) -> bool:
+    """True if `add_noise` put noise in front of a layer."""
+    return _multiply_input in layer._forward_pre_hooks.values()
+
+
+# Functions of the module, not closures, so that the hooks survive deepcopy and pickle.
+def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    if isinstance(output, PackedSequence):
+        return output._replace(data=layer.noise(output.data))  # type: ignore[operator]
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor | PackedSequence):
+        return (_multiply_output(layer, inputs, output[0]), *output[1:])
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"a layer with noise must return a tensor or a tuple that begins with one; {layer} "
+            f"returned {type(output).__name__}"
+        )
     return layer.noise(output)  # type: ignore[operator]
+
+
+def _multiply_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (layer.noise(inputs[0]), *inputs[1:])  # type: ignore[operator]
 
 
 def _chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
@@ -358,15 +443,46 @@ def _output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.out_features, -1
     if isinstance(layer, _ConvNd):
-        return layer.out_channels, 1
+        # From the end, as the dimension of the batch may be missing.
+        return layer.out_channels, -1 - len(layer.kernel_size)
+    if isinstance(layer, _InstanceNorm):
+        return layer.num_features, -1 - int(type(layer).__name__[-2])
     if isinstance(layer, _BatchNorm):
         return layer.num_features, 1
-    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels, 1
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and len(layer.normalized_shape) == 1:
         return layer.normalized_shape[0], -1
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, -1
+    if isinstance(layer, nn.RNNBase):
+        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1), -1
+    if _is_transposed_linear(layer):
+        return layer.weight.shape[1], -1  # type: ignore[union-attr, return-value]
     raise ValueError(
-        f"the structures of layer {name!r} ({type(layer).__name__}) cannot be inferred: choose linear, "
-        "convolution, batch norm or one-dimensional layer norm layers, or give num_structures and dim"
+        f"the structures of layer {name!r} ({type(layer).__name__}) cannot be inferred: choose linear, convolution, "
+        "normalisation, embedding or recurrent layers, or give num_structures and dim"
     )
+
+
+def _is_transposed_linear(layer: nn.Module) -> bool:
+    """True for the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
+    return type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def _head_size(name: str, layer: nn.Module, num_heads: int) -> int:
+    _check_integer("num_heads", num_heads)
+    if isinstance(layer, nn.Linear):
+        features = layer.in_features
+    elif _is_transposed_linear(layer):
+        features = layer.weight.shape[0]  # type: ignore[union-attr, assignment]
+    else:
+        raise ValueError(
+            f'structures="heads" needs the linear layers that read the heads, and {name!r} is a {type(layer).__name__}'
+        )
+    if num_heads < 1 or features % num_heads:
+        raise ValueError(f"num_heads must divide the {features} inputs of layer {name!r}, was {num_heads}")
+    return features // num_heads
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

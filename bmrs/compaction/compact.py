@@ -22,7 +22,7 @@ from bmrs.graph.capture import Inputs, as_inputs, capture, copied, evaluation_co
 from bmrs.graph.channels import without_repetition
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
-TOLERANCE, TOLERANCE_IN_FLOAT64 = 1e-4, 1e-9
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
 _REPORT = "_bmrs_report"
 INPUTS = "_bmrs_inputs"
 
@@ -66,8 +66,8 @@ def compact(
         A copy of the model with narrower layers: its own classes, names, hooks, shared weights, frozen parameters,
         dtypes and memory formats. Where the model's own code has sizes in it that cannot be narrower, a
         ``torch.fx.GraphModule`` of its operators instead. It is in evaluation mode. Before refitting, its outputs
-        equal the masked model's within 1e-9 of the largest in float64, which is checked on the example, and within
-        what rounding makes of that in the model's dtype.
+        equal the masked model's, both computed in float64 from the stored numbers: within 1e-9 of the largest for a
+        float64 model, 1e-4 for a float32 one and 16 units of rounding for 16-bit ones. That is checked on the example.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` hold no tensor.
@@ -138,10 +138,10 @@ def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, Noise
     the_cut = cut(analysis, folding, found, names)
     reference = _outputs(masked, inputs)
     result = narrowed(analysis, the_cut, folding.remaining)
-    form, because, error = "module", "", torch.inf
+    form, because, error, tolerance = "module", "", torch.inf, _tolerance(masked)
     try:
         error = _difference(reference, _outputs(result, inputs))
-        if not error <= TOLERANCE_IN_FLOAT64:
+        if not error <= tolerance:
             because = f"its outputs would differ by {error:.2g} of the largest"
     except Exception as failure:
         because = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
@@ -149,10 +149,10 @@ def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, Noise
         form = "graph"
         result = build_graph_network(analysis, the_cut, folding.remaining)
         error = _difference(reference, _outputs(result, inputs))
-    if not error <= TOLERANCE_IN_FLOAT64:
+    if not error <= tolerance:
         raise RuntimeError(
             f"the compacted model's outputs differ from the masked model's by {error:.3g} of the largest, more than "
-            f"{TOLERANCE_IN_FLOAT64:g}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+            f"{tolerance:g}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
         )
     _check_stored(result)
     report = CompactReport(
@@ -201,7 +201,7 @@ def _layer_report(analysis: Analysis, folding: Folding, name: str, layer: NoiseL
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Outputs in float64: TF32 and the like would make differently shaped products differ by more than the tolerance."""
+    """Outputs, computed in float64: TF32 and the like would make differently shaped products differ by more than the tolerance."""
     double = copied(model, share=False).double().eval()
     args, kwargs = map_tensors(lambda t: t.double() if t.is_floating_point() else t.clone(), inputs)
     outputs = double(*args, **kwargs)
@@ -211,6 +211,12 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def _plain(outputs: Any) -> Any:
     """Outputs of transformers' classes as dicts."""
     return dict(outputs) if isinstance(outputs, Mapping) else outputs
+
+
+def _tolerance(model: nn.Module) -> float:
+    """How much outputs may differ, relative to the largest: what rounding of changed weights makes of nothing."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max((_TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
 
 
 def _difference(expected: list[Tensor], found: list[Tensor]) -> float:

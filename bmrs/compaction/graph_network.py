@@ -420,11 +420,10 @@ def build(
             nodes[name] = _scale(graph, argument(args[0]), argument(args[1]), args[2])
     graph.output(pytree.tree_map(argument, description.outputs, is_leaf=lambda x: isinstance(x, Reference)))
     _take_arguments(graph, description)
-    graph.eliminate_dead_code()
-    module = fx.GraphModule(root, graph).eval()
-    for index, tensor in list(module.named_buffers()):
-        del index, tensor
-    return module
+    module = fx.GraphModule(root, graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module.eval()
 
 
 def _take_arguments(graph: fx.Graph, description: Description) -> None:

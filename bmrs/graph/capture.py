@@ -204,14 +204,25 @@ def _weight_hooks(module: nn.Module) -> list[Any]:
 
 def _materialise_weights(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        _remove_parametrizations(module)
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, WeightNorm | SpectralNorm):
             hook.remove(module)
             del module._forward_pre_hooks[key]
         elif isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
+
+
+def _remove_parametrizations(module: nn.Module) -> None:
+    """Like torch's function, which would change the class of the original too, since a copy has the same one."""
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    values = {name: getattr(module, name).detach().clone() for name in parametrizations}
+    trained = {name: any(p.requires_grad for p in its.parameters()) for name, its in parametrizations.items()}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=trained[name]))
 
 
 def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:

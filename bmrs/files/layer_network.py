@@ -1,4 +1,4 @@
-"""Compacted networks as lists of named layers: building them from stock parts, and reading them back."""
+"""Networks of stock layers as lists of named layers: chains, and the graphs of layers and additions of older files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import keyword
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 
 from torch import fx, nn
 
-from bmrs.compaction.stock_layers import Addition
+from bmrs.compaction.stock_layers import STOCK_LAYERS, Addition
 
 
 @dataclass(frozen=True)
@@ -67,70 +66,37 @@ def build_network(nodes: Sequence[Node]) -> nn.Sequential | fx.GraphModule:
     return fx.GraphModule(layers, graph).eval()
 
 
-def read_network(model: nn.Module) -> list[Node]:
-    """The nodes of a network that `build_network` built.
+def read_chain(model: nn.Module) -> list[Node] | None:
+    """The nodes of a chain of stock layers, None if a model is anything else.
 
     Raises:
-        TypeError: the model is anything else; what is wrong is named.
+        TypeError: a layer's name cannot be described; it is named.
     """
-    if type(model) is nn.Sequential:
-        nodes = _read_chain(model)
-    elif isinstance(model, fx.GraphModule):
-        nodes = _read_graph(model)
-    else:
-        raise TypeError(
-            "save needs the nn.Sequential or torch.fx.GraphModule that bmrs.compact returns, "
-            f"got {type(model).__name__}"
-        )
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        return None
+    children = list(model.named_children())
+    hooked = model._forward_hooks or model._forward_pre_hooks
+    # With a layer in two places its weights are shared, which a chain cannot say.
+    if not children or hooked or len(children) != len(model) or not all(_is_plain(layer) for _, layer in children):
+        return None
+    nodes = [Node(name, layer, ()) for name, layer in children]
+    nodes = [replace(node, inputs=(name,)) for node, name in zip(nodes, _names_before(nodes), strict=False)]
     try:
-        _check_inputs(nodes)
         _check_names(nodes)
     except ValueError as error:
         raise TypeError(f"save cannot describe this network: {error}") from error
     return nodes
 
 
-def _read_chain(model: nn.Sequential) -> list[Node]:
-    # With duplicates: a layer in two places is read as two.
-    named = model.named_modules(remove_duplicate=False)
-    nodes = [Node(name, layer, ()) for name, layer in named if name and "." not in name]
-    before = _names_before(nodes)
-    return [replace(node, inputs=(name,)) for node, name in zip(nodes, before, strict=False)]
-
-
-def _read_graph(model: fx.GraphModule) -> list[Node]:
-    names: dict[object, str | None] = {}
-    nodes: list[Node] = []
-    for node in model.graph.nodes:
-        if node.op == "placeholder" and not names:
-            names[node] = None
-            continue
-        if node.op == "output" and nodes and names.get(node.args[0]) == nodes[-1].name:
-            break
-        layer = _layer_of_call(node, model)
-        if layer is None or node.kwargs or any(source not in names for source in node.args):
-            raise TypeError(f"save cannot describe the call at {node.name!r}: {node.format_node()}")
-        names[node] = str(node.target) if node.op == "call_module" else node.name
-        nodes.append(Node(str(names[node]), layer, tuple(names[source] for source in node.args)))
-    return nodes
-
-
-def free_name(wanted: str, taken: Container[str]) -> str:
-    """A name for a node, like the wanted one, that is neither taken nor an attribute of torch's containers."""
-    name = re.sub(r"\W", "_", wanted, flags=re.ASCII)
-    name = name if _can_be_child(name) else f"{name}_"
-    candidates = (name if i == 1 else f"{name}_{i}" for i in count(1))
-    return next(candidate for candidate in candidates if candidate not in taken)
+def _is_plain(layer: nn.Module) -> bool:
+    """True for a stock layer as such, of which constructor arguments and tensors tell all."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    frozen = any(not parameter.requires_grad for parameter in layer.parameters())
+    return type(layer) in STOCK_LAYERS and not hooked and not frozen and not any(True for _ in layer.children())
 
 
 def _names_before(nodes: Sequence[Node]) -> list[str | None]:
     return [None, *(node.name for node in nodes)]
-
-
-def _layer_of_call(node: fx.Node, model: fx.GraphModule) -> nn.Module | None:
-    if node.op == "call_module":
-        return model.get_submodule(str(node.target))
-    return Addition() if node.op == "call_function" and node.target is operator.add else None
 
 
 def _check_inputs(nodes: Sequence[Node]) -> None:

@@ -1,0 +1,220 @@
+"""`save` and `load`: one safetensors file with the weights and, in its metadata, a JSON description.
+
+A chain of stock layers is described by its layers (format version 1, see `bmrs.files.layers`), any other network by its
+operators (version 3, see `bmrs.files.graphs`), so that it runs without the code of its class. With that code, the same
+file gives a network of the class. Reading runs no code from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from bmrs.compaction.compact import INPUTS
+from bmrs.compaction.graph_network import UnsupportedError, describe
+from bmrs.compaction.surgery import ChannelScale, install
+from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
+from bmrs.files.layer_network import build_network, read_chain
+from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
+from bmrs.graph.analysis import analyse
+from bmrs.graph.capture import Inputs, as_inputs, capture, evaluation_copy
+from bmrs.noise_layer import has_input_noise, noise_layers
+
+_METADATA_KEY = "bmrs"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+) -> None:
+    """Save a compacted model as one safetensors file, replacing any file there in a single step.
+
+    Args:
+        path: the file, by habit with the suffix ``.safetensors``.
+        model: a network that `bmrs.compact` returned, trained further or not, or any other one without noise layers
+            that torch.export can capture.
+        example_inputs: an input, as `bmrs.compact` takes it; needed only for networks that it did not return.
+
+    Raises:
+        TypeError: the model has noise layers, or is not one that `bmrs.compact` returned and there is no example.
+        ValueError: the model does not run on the example.
+        OSError: the file cannot be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save needs a torch.nn.Module, got {type(model).__name__}")
+    noisy = list(noise_layers(model))
+    if noisy:
+        raise TypeError(
+            f"save needs a model without noise layers, and {noisy[0]!r} is one: bmrs.compact(model, example_inputs) "
+            "makes a smaller one, bmrs.fold(model) one of full size"
+        )
+    nodes = read_chain(model)
+    if nodes is not None:
+        description = describe_chain(nodes)
+        tensors = dict(model.state_dict())
+    else:
+        description, tensors = _described(model, _inputs_of(model, example_inputs))
+    # Cloned, as safetensors refuses tensors that share memory.
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    _write(Path(path), serialize(stored, metadata={_METADATA_KEY: json.dumps(description)}))
+
+
+def load(
+    path: str | os.PathLike[str], *, model: ModelT | None = None, device: torch.device | str = "cpu"
+) -> nn.Module | ModelT:
+    """Load a model that `save` wrote.
+
+    Args:
+        path: the file.
+        model: a freshly built network of the class and sizes that the saved one had before compaction; it becomes the
+            saved one, in place. Without it, a network that needs no code but torch's is returned: ``nn.Sequential``
+            of stock layers where these were a chain, a ``torch.fx.GraphModule`` of operators otherwise.
+        device: where to put the model.
+
+    Returns:
+        The model in evaluation mode, with bitwise the saved weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, of another version, or not such a file, or ``model`` is not the network that it
+            was made from; what is wrong is said.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no model file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Cloned, so that nothing refers to the file once it is closed.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    try:
+        description = _parse(metadata)
+        if model is not None:
+            return _load_into(model, description, tensors).to(device).eval()
+        return _load_alone(description, tensors, device).to(device).eval()
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold a model that bmrs.save wrote: {error}") from error
+
+
+def _inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
+    if example_inputs is not None:
+        return as_inputs(example_inputs)
+    inputs = getattr(model, INPUTS, None)
+    if inputs is None:
+        raise TypeError(
+            f"save needs a network that bmrs.compact returned or example_inputs, and got {type(model).__name__} alone"
+        )
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
+    moved: Inputs = torch.utils._pytree.tree_map(
+        lambda leaf: (leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device))
+        if isinstance(leaf, Tensor)
+        else leaf,
+        inputs,
+    )
+    return moved
+
+
+def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    copy_of_model = evaluation_copy(model)
+    tensors = dict(copy_of_model.state_dict())
+    named = dict(copy_of_model.named_parameters(remove_duplicate=False))
+    description: dict[str, Any] = {
+        "version": GRAPH_VERSION,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "parameters": sorted(named),
+        "frozen": sorted(name for name, parameter in named.items() if not parameter.requires_grad),
+        "scales": {
+            name: [module.dim, module.activation, has_input_noise(copy_of_model.get_submodule(name.rpartition(".")[0]))]
+            for name, module in copy_of_model.named_modules()
+            if isinstance(module, ChannelScale)
+        },
+        "groups": {
+            name: module.groups
+            for name, module in copy_of_model.named_modules()
+            if isinstance(module, nn.modules.conv._ConvNd)
+        },
+    }
+    try:
+        with torch.no_grad():
+            captured = capture(copy_of_model, inputs, "save", dynamic="all")
+            analysis = analyse(captured)
+            description["graph"] = describe_graph(describe(analysis, {}))
+            description["graph_because"] = ""
+    except UnsupportedError as error:
+        description["graph"], description["graph_because"] = None, str(error)
+        return description, tensors
+    for placeholder, tensor in captured.tensors.items():
+        tensors.setdefault(captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
+    return description, tensors
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        description = json.loads(metadata[_METADATA_KEY])
+        version = description["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it has no readable description ({type(error).__name__}: {error})") from error
+    if version not in (CHAIN_VERSION, LAYER_GRAPH_VERSION, GRAPH_VERSION):
+        raise ValueError(
+            f"it has format version {version!r}, and this version of bmrs reads {CHAIN_VERSION} to {GRAPH_VERSION}"
+        )
+    assert isinstance(description, dict)
+    return description
+
+
+def _load_alone(description: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str) -> nn.Module:
+    if description["version"] != GRAPH_VERSION:
+        return build_network(read_layers(description, tensors))
+    graph = description.get("graph")
+    if graph is None:
+        reason = str(description.get("graph_because"))[:300]
+        raise ValueError(f"it can only be loaded with model=, a network of its own class: {reason}")
+    if not isinstance(graph, dict):
+        raise ValueError("its graph is not a mapping")
+    return read_graph(
+        graph,
+        tensors,
+        parameters=_names(description, "parameters"),
+        frozen=_names(description, "frozen"),
+        device=device,
+    )
+
+
+def _names(description: Mapping[str, Any], key: str) -> set[str]:
+    names = description.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"its {key} are not a list of names")
+    return set(names)
+
+
+def _load_into(model: ModelT, description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelT:
+    groups, scales = description.get("groups", {}), description.get("scales", {})
+    if not isinstance(groups, dict) or not isinstance(scales, dict):
+        raise ValueError("its groups or scales are not a mapping")
+    frozen = _names(description, "frozen") if description["version"] == GRAPH_VERSION else set()
+    install(model, tensors, groups=groups, scales=scales, frozen=frozen)
+    return model
