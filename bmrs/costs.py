@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from bmrs.compaction import compact
+from bmrs.compaction import compact, compact_report
 from bmrs.graph.capture import as_inputs, map_tensors
 from bmrs.graph.ties import tied_noise_layers
 from bmrs.noise_layer import noise_layers, required_noise_layers
+
+ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
 
 # Of the mean price, for structures whose removal saves nothing.
 _LEAST_PRICE = 1e-3
@@ -45,7 +49,7 @@ def flops(model: nn.Module, example: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def structure_costs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> dict[str, StructureCost]:
+def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, StructureCost]:
     """Measure what the compacted network saves when one more structure of each noise layer is pruned.
 
     Structures that additions tie are pruned together, and what that saves is divided among their layers.
@@ -61,7 +65,7 @@ def structure_costs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor])
     Raises:
         TypeError, ValueError, RuntimeError: as `bmrs.compact`.
     """
-    example = single_input(example_inputs)[:1]
+    example = _first_example(example_inputs)
     names = list(required_noise_layers(model))
     tied = {name: group for group in tied_noise_layers(model, example) for name in group}
     before = _cost(model, example)
@@ -82,7 +86,7 @@ def structure_costs(model: nn.Module, example_inputs: Tensor | Sequence[Tensor])
 
 
 def structure_prices(
-    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, exponent: float = 0.5
+    model: nn.Module, example_inputs: ExampleInputs, *, exponent: float = 0.5
 ) -> dict[str, float]:
     """Prices that make pruning save what a network takes, for `bmrs.learn_posteriors`.
 
@@ -108,7 +112,7 @@ def structure_prices(
     if exponent == 0:
         return dict.fromkeys(layers, 1.0)
     costs = structure_costs(model, example_inputs)
-    whole = _cost(model, single_input(example_inputs)[:1])
+    whole = _cost(model, _first_example(example_inputs))
     shares = {
         name: (cost.parameters / whole.parameters + cost.flops / max(whole.flops, 1)) / 2
         for name, cost in costs.items()
@@ -121,6 +125,15 @@ def structure_prices(
     return {name: max(price / mean, _LEAST_PRICE) for name, price in raised.items()}
 
 
-def _cost(model: nn.Module, example: Tensor) -> StructureCost:
-    compacted = compact(model, example)
-    return StructureCost(sum(p.numel() for p in compacted.parameters()), flops(compacted, example))
+def _first_example(example_inputs: ExampleInputs) -> ExampleInputs:
+    """The first example alone, where all tensors have one dimension of examples in front."""
+    args, kwargs = as_inputs(example_inputs)
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    if len({tensor.shape[:1] for tensor in tensors}) == 1:
+        args, kwargs = map_tensors(lambda t: t[:1], (args, kwargs))
+    return kwargs if kwargs else args
+
+
+def _cost(model: nn.Module, example_inputs: ExampleInputs) -> StructureCost:
+    report = compact_report(compact(model, example_inputs))
+    return StructureCost(report.parameters_after, report.flops_after)

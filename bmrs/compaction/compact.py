@@ -16,7 +16,7 @@ from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
-from bmrs.compaction.surgery import Cut, cut, narrowed, new_biases, replace_noise, shifts
+from bmrs.compaction.surgery import cut, narrowed, new_biases, replace_noise, set_sizes_in_code, shifts
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Inputs, as_inputs, capture, copied, evaluation_copy, map_tensors, mark, unwrapped
 from bmrs.graph.channels import without_repetition
@@ -136,18 +136,13 @@ def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, Noise
     names = new_biases(analysis, found)
     folding = fold_noise(analysis, names)
     the_cut = cut(analysis, folding, found, names)
-    reference = _outputs(masked, inputs)
+    reference, tolerance = _outputs(masked, inputs), _tolerance(masked)
     result = narrowed(analysis, the_cut, folding.remaining)
-    form, because, error, tolerance = "module", "", torch.inf, _tolerance(masked)
-    try:
-        error = _difference(reference, _outputs(result, inputs))
-        if not error <= tolerance:
-            because = f"its outputs would differ by {error:.2g} of the largest"
-    except Exception as failure:
-        because = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
-    if because:
-        form = "graph"
-        result = build_graph_network(analysis, the_cut, folding.remaining)
+    form, error, because = "module", *_compare(reference, result, inputs, tolerance)
+    if because and set_sizes_in_code(analysis, result):
+        error, _ = _compare(reference, result, inputs, tolerance)
+    if not error <= tolerance:
+        form, result = "graph", build_graph_network(analysis, the_cut, folding.remaining)
         error = _difference(reference, _outputs(result, inputs))
     if not error <= tolerance:
         raise RuntimeError(
@@ -157,7 +152,7 @@ def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, Noise
     _check_stored(result)
     report = CompactReport(
         form,
-        because,
+        because if form == "graph" else "",
         tuple(_layer_report(analysis, folding, name, layer) for name, layer in layers.items()),
         *(_number_of_values(m) for m in (masked, result)),
         *(_number_of_bytes(m) for m in (masked, result)),
@@ -166,6 +161,16 @@ def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, Noise
     )
     setattr(result, _REPORT, report)
     return result
+
+
+def _compare(reference: list[Tensor], result: nn.Module, inputs: Inputs, tolerance: float) -> tuple[float, str]:
+    """How much the outputs of a network differ from others, and why it cannot be used; empty if it can."""
+    try:
+        error = _difference(reference, _outputs(result, inputs))
+    except Exception as failure:
+        lines = str(failure).strip().splitlines()
+        return torch.inf, f"{type(failure).__name__}: {lines[0] if lines else ''}"
+    return error, "" if error <= tolerance else f"its outputs would differ by {error:.2g} of the largest"
 
 
 def _layer_report(analysis: Analysis, folding: Folding, name: str, layer: NoiseLayer) -> LayerCompaction:
@@ -294,7 +299,7 @@ def _origins(analysis: Analysis, result: nn.Module) -> dict[str, Origin]:
         if name != "weight" or path in origins:
             continue
         rows = analysis.kept(weight, 0)
-        origins[path] = Origin(path, 0, torch.arange(weight.shape[0]) if rows is None else rows)
+        origins[path] = Origin(path, torch.arange(weight.shape[0]) if rows is None else rows)
     return origins
 
 

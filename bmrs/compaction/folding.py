@@ -44,6 +44,9 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _AFFINE_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1}
 
+# They may return what they take, as dropout does in evaluation mode.
+_SAME_TENSOR = ("dropout", "feature_dropout", "alpha_dropout", "to", "contiguous", "alias", "detach", "slice", "select")
+
 Tensors = dict[str, Tensor]
 
 
@@ -95,6 +98,8 @@ def fold_noise(analysis: Analysis, new_biases: Mapping[fx.Node, str]) -> Folding
         if call.operator != "mark_noise":
             continue
         name, factors = call["name"], call["factors"].tensor.detach().cpu().double()
+        if folder.would_overwrite(node):
+            remaining[name] = "what follows works in place, on a tensor that others read"
         if bool((factors == 1).all()):
             continue
         shape = [1] * len(call.shape)
@@ -134,6 +139,25 @@ class _Folder:
             return self._forward(noise, factors)
         except _BarredError as error:
             raise _BarredError(f"{obstacle}, and {error}") from None
+
+    def would_overwrite(self, noise: fx.Node) -> bool:
+        """Whether an operation in place behind a noise layer would act on a tensor that others read without it."""
+        behind = [noise]
+        for node in behind:
+            behind += [user for user in node.users if self._shares_memory(user) and user not in behind]
+        writes = any(_writes(user) for node in behind for user in node.users)
+        return writes and self._is_read_by_others(noise.args[0], noise)
+
+    def _shares_memory(self, node: fx.Node) -> bool:
+        call = self.calls.get(node)
+        return call is not None and call.operator in (*_RESHAPINGS, *_PERMUTATIONS, *_SAME_TENSOR)
+
+    def _is_read_by_others(self, node: object, reader: fx.Node) -> bool:
+        if not isinstance(node, fx.Node) or node not in self.calls:
+            return True
+        if any(user is not reader for user in node.users):
+            return True
+        return (self._shares_memory(node) or _writes(node)) and self._is_read_by_others(node.args[0], node)
 
     def contradiction(self, edits: list[Edit]) -> str:
         """Why edits cannot be made: another use of a parameter meets other factors. Empty if they can."""
@@ -298,6 +322,10 @@ class _Folder:
         if value is None or value.parameter is None:
             raise _BarredError("a weight there is none or is computed")
         return value.parameter
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _vector(factors: Tensor, axis: int) -> Tensor:

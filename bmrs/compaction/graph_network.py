@@ -133,7 +133,10 @@ class _Describer:
         flat = results[-len(program.graph_signature.user_outputs) :]
         out_tree = _plain_tree(pytree.tree_unflatten(flat, spec.out_spec))
         in_tree = _plain_tree(pytree.tree_unflatten([None] * spec.in_spec.num_leaves, spec.in_spec))
-        return Description(tuple(self.operations), out_tree, tuple(names), in_tree)
+        read = {reference.name for op in self.operations for reference in _references((op.args, dict(op.kwargs)))}
+        read |= {reference.name for reference in _references(out_tree)}
+        needed = tuple(op for op in self.operations if op.kind != "tensor" or op.name in read)
+        return Description(needed, out_tree, tuple(names), in_tree)
 
     def _output(self, node: fx.Node) -> list[Any]:
         return [self._argument(value) for value in node.args[0]]  # type: ignore[union-attr]
@@ -195,6 +198,8 @@ class _Describer:
         else:
             args, kwargs = self._narrower(node, call) if call is not None else (node.args, node.kwargs)
             operator_name = f"{target.namespace}.{name}.{target._overloadname}"
+            if call is not None and (parts := self._parts(node, call)):
+                operator_name, args, kwargs = "aten.split_with_sizes.default", (node.args[0], *parts), {}
             check_operator(operator_name, node.name)
             self._add(
                 Operation(
@@ -309,6 +314,16 @@ class _Describer:
             return {"scale": 1 / math.sqrt(width)} if call["scale"] is None else {}
         return {}
 
+    def _parts(self, node: fx.Node, call: Call) -> tuple[list[int], int] | None:
+        """Sizes and dimension of the parts that a tensor is split into, where they are not those that were."""
+        results = self.analysis.values.get(node)
+        if call.operator not in ("split", "chunk", "split_with_sizes", "tensor_split") or not isinstance(results, list):
+            return None
+        axis = call["dim"] % len(results[0].shape)
+        if self.analysis.kept(call["self"], axis) is None:
+            return None
+        return [self.analysis.kept_shape(result)[axis] for result in results], axis
+
     def _given(self, node: fx.Node, name: str) -> list[Any]:
         assert isinstance(node.target, torch._ops.OpOverload)
         names = [argument.name for argument in node.target._schema.arguments]
@@ -333,6 +348,11 @@ class _Describer:
             start = moved(call["start"])
             return {"start": start, "length": moved(call["start"] + call["length"]) - start}
         return {"start": moved(call["start"] or 0), "end": moved(call["end"])} if call["step"] == 1 else {}
+
+
+def _references(tree: Any) -> list[Reference]:
+    leaves = pytree.tree_flatten(tree, is_leaf=lambda x: isinstance(x, Reference))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Reference)]
 
 
 def check_operator(name: str, place: str) -> torch._ops.OpOverload:

@@ -38,17 +38,11 @@ class Origin:
 
     Attributes:
         name: qualified name of the layer in the full network.
-        call: which of the calls of that layer in a forward pass it stands for, from 0.
         rows: its output channels that are left, int64 of shape (output channels,).
     """
 
     name: str
-    call: int
     rows: Tensor
-
-
-class _FoundError(Exception):
-    """Ends a forward pass whose further results nobody needs."""
 
 
 @torch.no_grad()
@@ -102,15 +96,15 @@ def _refit_layer(
     equations = [_NormalEquations(weight, shifts=layer.bias is not None) for weight in weights]
     generator = torch.Generator().manual_seed(0)
     for batch in inputs.split(_BATCH):
-        read = _input_of(compacted, layer, batch).movedim(axis, -1)
-        wanted = _output_of(reference, origin, batch).movedim(axis, -1)[..., origin.rows]
-        available = wanted[..., 0].numel()
-        most = max(1, _MOST_EQUATIONS * unknowns * len(batch) // len(inputs))
-        # At random: a regular stride would meet the same few positions in every feature map.
-        chosen = torch.randperm(available, generator=generator)[:most].to(wanted.device)
-        for part, x, y in zip(equations, read.chunk(groups, -1), wanted.chunk(groups, -1), strict=True):
-            features = x if isinstance(layer, nn.Linear) else _patches(layer, x.movedim(-1, 1))
-            part.add(features.flatten(0, -2)[chosen].double(), y.flatten(0, -2)[chosen].double())
+        reads, wants = _inputs_of(compacted, layer, batch), _outputs_of(reference, origin, batch)
+        most = max(1, _MOST_EQUATIONS * unknowns * len(batch) // (len(inputs) * len(reads)))
+        for its_read, its_wanted in zip(reads, wants, strict=True):
+            read, wanted = its_read.movedim(axis, -1), its_wanted.movedim(axis, -1)[..., origin.rows]
+            # At random: a regular stride would meet the same few positions in every feature map.
+            chosen = torch.randperm(wanted[..., 0].numel(), generator=generator)[:most].to(wanted.device)
+            for part, x, y in zip(equations, read.chunk(groups, -1), wanted.chunk(groups, -1), strict=True):
+                features = x if isinstance(layer, nn.Linear) else _patches(layer, x.movedim(-1, 1))
+                part.add(features.flatten(0, -2)[chosen].double(), y.flatten(0, -2)[chosen].double())
     if equations[0].count < _LEAST_EQUATIONS * unknowns:
         warnings.warn(
             f"layer {name!r} keeps its weights, as {equations[0].count} examples (positions of feature maps count) are "
@@ -192,44 +186,38 @@ def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 def _reads_the_same(
     compacted: nn.Module, layer: nn.Module, reference: nn.Module, origin: Origin, inputs: Tensor
 ) -> bool:
-    found = _input_of(compacted, layer, inputs)
-    expected = _input_of(reference, reference.get_submodule(origin.name), inputs, call=origin.call)
-    return torch.equal(found, expected)
+    found = _inputs_of(compacted, layer, inputs)
+    expected = _inputs_of(reference, reference.get_submodule(origin.name), inputs)
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def _input_of(model: nn.Module, layer: nn.Module, inputs: Tensor, call: int = 0) -> Tensor:
-    """The tensor that a call of a layer of a model gets."""
+def _inputs_of(model: nn.Module, layer: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """The tensors that a layer of a model gets, one for each of its calls."""
     found: list[Tensor] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(arguments[0])
-        if len(found) > call:
-            raise _FoundError
+        found.append(arguments[0].clone())
 
-    _run_until_found(model, inputs, layer.register_forward_pre_hook(see))
-    return found[-1]
+    _run(model, inputs, layer.register_forward_pre_hook(see))
+    return found
 
 
-def _output_of(model: nn.Module, origin: Origin, inputs: Tensor) -> Tensor:
-    """What a call of a layer of a model returns, before any other hook sees it."""
+def _outputs_of(model: nn.Module, origin: Origin, inputs: Tensor) -> list[Tensor]:
+    """What a layer of a model returns, before any other hook sees it, one tensor for each of its calls."""
     found: list[Tensor] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output)
-        if len(found) > origin.call:
-            raise _FoundError
+        found.append(output.clone())
 
     layer = model.get_submodule(origin.name)
-    _run_until_found(model, inputs, layer.register_forward_hook(see, prepend=True))
-    return found[-1]
+    _run(model, inputs, layer.register_forward_hook(see, prepend=True))
+    return found
 
 
-def _run_until_found(model: nn.Module, inputs: Tensor, handle: RemovableHandle) -> None:
+def _run(model: nn.Module, inputs: Tensor, handle: RemovableHandle) -> None:
     try:
         # Cloned, as a model may overwrite its input.
         model(inputs.clone())
-    except _FoundError:
-        pass
     finally:
         handle.remove()
 

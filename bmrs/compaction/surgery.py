@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bmrs.compaction.folding import Edit, Folding
-from bmrs.graph.analysis import Analysis
+from bmrs.graph.analysis import Analysis, layer_of
 from bmrs.graph.capture import MarkedNoise, copied
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.rules import Call
@@ -286,6 +287,51 @@ def groups_left(analysis: Analysis, call: Call) -> int:
     return int(analysis.stays(rows).view(call["groups"], -1).any(dim=1).sum())
 
 
+_TAKE_SIZES = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), ("size", "shape")),
+    "unflatten": ("sizes",),
+    "split": ("split_size",),
+    "split_with_sizes": ("split_sizes",),
+}
+
+
+def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> bool:
+    """Set attributes from which a module's own code takes sizes, such as a number of heads; False if there are none.
+
+    Where the sizes that an operation is given change, integer attributes of the module around it that are equal to
+    the old size become the new one. That is a guess, which the comparison of outputs confirms or not.
+    """
+    sizes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for node, call in analysis.calls.items():
+        for old, new in _sizes_given(analysis, node, call):
+            sizes[layer_of(node)][old].add(new)
+    changed = False
+    for path, new_sizes in sizes.items():
+        module = model.get_submodule(path)
+        for name, value in vars(module).items():
+            known = new_sizes.get(value) if type(value) is int else None
+            if known is not None and len(known) == 1 and known != {value} and not name.startswith("_"):
+                (size,) = known
+                setattr(module, name, size)
+                changed = True
+    return changed
+
+
+def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[int, int]]:
+    """Sizes that an operation is given as numbers, and what they have to be in the smaller network."""
+    names = _TAKE_SIZES.get(call.operator, ())
+    given = next((call[name] for name in names if call[name] is not None), None)
+    results = analysis.values.get(node)
+    if given is None or results is None:
+        return []
+    if call.operator.startswith("split"):
+        axis = call["dim"] % len(results[0].shape)
+        new = [analysis.kept_shape(result)[axis] for result in results]
+        return list(zip(given, new, strict=True)) if isinstance(given, list | tuple) else [(given, new[0])]
+    kept, full = analysis.kept_shape(results), results.shape
+    return [(old, new) for old, new in zip(full[-len(given) :], kept[-len(given) :], strict=True) if old in given]
+
+
 def replace_noise(model: nn.Module, remaining: Mapping[str, str]) -> None:
     """Take marked noise layers out of a model, in place; those that remain become `ChannelScale`."""
     for module in list(model.modules()):
@@ -294,10 +340,11 @@ def replace_noise(model: nn.Module, remaining: Mapping[str, str]) -> None:
                 continue
             if child.name in remaining:
                 module._modules[name] = ChannelScale(child.factors, dim=child.dim, activation=child.activation)
+            elif child.activation is not None:
+                # A hook, if there is one, goes on applying it.
+                module._modules[name] = ACTIVATION_LAYERS[child.activation]()
             elif remove_noise_hook(module):
                 del module._modules[name]
-            elif child.activation is not None:
-                module._modules[name] = ACTIVATION_LAYERS[child.activation]()
             elif type(module) is nn.Sequential and len(module) > 1:
                 del module._modules[name]
             else:

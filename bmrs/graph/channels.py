@@ -224,27 +224,29 @@ class SameEntries:
 
 @dataclass(frozen=True)
 class Read:
-    """Channels that are read wherever one of others stays.
+    """Channels that are read wherever what they make stays.
 
     Attributes:
         channels: those that are read.
-        by: channels of the result. Of as many dimensions as ``channels``, each one reads those that it broadcasts to;
-            otherwise any one reads all. None: they are read in any case.
-        quiet: bool of the shape of ``channels``: those that say nothing, as they are constant.
+        by: channels of the same shape: each reads the one at its place. None: see ``by_any``.
+        by_any: channels along the dimensions of a result: where something stays of each, all channels are read.
+        quiet: bool of the shape of ``channels``: those that say nothing, as they are constant; None if none are.
     """
 
     channels: Tensor
-    by: Tensor | None
-    quiet: Tensor | None
+    by: Tensor | None = None
+    by_any: tuple[Tensor, ...] = ()
+    quiet: Tensor | None = None
 
     def required(self, staying: Staying) -> Tensor:
         """See `Constraint`."""
+        if not all(staying.of(channels).any() for channels in self.by_any):
+            return _NONE
         read = torch.ones_like(self.channels, dtype=torch.bool)
         if self.quiet is not None and not staying.nothing_is_quiet:
             read &= ~self.quiet
         if self.by is not None:
-            stays = staying.of(self.by)
-            read &= stays if self.by.dim() == self.channels.dim() else stays.any()
+            read &= staying.of(self.by)
         return self.channels[read]
 
 

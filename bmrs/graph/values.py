@@ -13,7 +13,6 @@ from bmrs.graph.channels import (
     AtLeastOne,
     Constraint,
     Product,
-    Read,
     SameEntries,
     Stay,
     Ties,
@@ -134,10 +133,6 @@ class Network:
         a, b = without_repetition(a)[0], without_repetition(b)[0]
         self.add(SameEntries(a, b, tuple(axes)), "sizes have to agree")
 
-    def read(self, channels: Tensor, by: Tensor | None, quiet: Tensor | None, note: str) -> None:
-        """Keep channels where what reads them stays, but for those that are constant."""
-        self.add(Read(channels, by, quiet), note)
-
     def entries(self, layer: Tensor, axes: Sequence[int]) -> Tensor:
         """New channels for the entries of a layer along some of its dimensions, which stay where any of them does."""
         for d in range(layer.dim()):
@@ -190,7 +185,9 @@ def combine(
                 else:
                     network.same_entries(representative, layer, tuple(its_axes))
             missing = (axes - covered) & full
-            if missing:
+            if missing == axes:
+                network.stay(representative, "it meets a tensor that cannot be cut")
+            elif missing:
                 network.whole(representative, tuple(missing), "it meets a tensor that cannot be cut")
         results.append(representative)
     for layer in results:

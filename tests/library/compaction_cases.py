@@ -1,15 +1,17 @@
 """Random chains of layers and the checks that every compaction must pass."""
 
 import copy
-import operator
 import random
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 import bmrs
-from bmrs.compaction.stock_layers import BATCH_NORMS, CONVOLUTIONS, STOCK_LAYERS
-from bmrs.noise_layer import NoiseLayer
+from bmrs.compaction.report import LayerCompaction
+from bmrs.compaction.stock_layers import BATCH_NORMS, CONVOLUTIONS
+from bmrs.noise_layer import NoiseLayer, noise_layers
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -37,30 +39,72 @@ def prune_structures(layer: NoiseLayer, structures: list[int]) -> None:
     layer.mask[structures] = False
 
 
-def assert_compacts(model: nn.Module, x: torch.Tensor) -> nn.Sequential | fx.GraphModule:
-    """Compact; check equality on other inputs than the example, stock layers only, and that the model is untouched."""
+def assert_compacts(model: nn.Module, x: Any, form: str = "module") -> nn.Module:
+    """Compact, and check equality on other inputs than the example, the report, and that the model is untouched.
+
+    Args:
+        model: what to compact.
+        x: a tensor, positional arguments or keyword arguments.
+        form: ``"module"`` where the model's own code has to do, ``"graph"`` where it cannot.
+    """
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     random_state = torch.get_rng_state()
     compacted = bmrs.compact(model, x)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [module.training for module in model.modules()] == modes
+    assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
-    if type(compacted) is not nn.Sequential:
-        assert isinstance(compacted, fx.GraphModule)
-        functions = {node.target for node in compacted.graph.nodes if node.op == "call_function"}
-        assert functions <= {operator.add}
-    assert all(type(child) in STOCK_LAYERS for child in compacted.children())
+    report = bmrs.compact_report(compacted)
+    assert report.form == form, report.form_because
+    assert isinstance(compacted, type(model) if form == "module" else fx.GraphModule)
+    assert not noise_layers(compacted)
+    assert (report.parameters_before, report.parameters_after) == (num_values(model), num_values(compacted))
+    assert report.parameters_after <= report.parameters_before
+    assert report.flops_after <= report.flops_before
     assert not any(module.training for module in compacted.modules())
-    other = torch.randn_like(x)
-    with torch.no_grad():
-        expected = copy.deepcopy(model).eval()(other)
-        found = compacted(other)
-    assert found.dtype == expected.dtype
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-11}[x.dtype]
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert not {id(p) for p in compacted.parameters()} & {id(p) for p in model.parameters()}
+    for layer, noise in zip(report.layers, noise_layers(model).values(), strict=True):
+        assert layer.pruned == int((~noise.mask).sum())
+        assert sum(layer.kept_because.values()) == layer.pruned - layer.removed
+        assert all(layer.kept_because)
+        assert layer.folded == (layer.not_folded_because == "")
+    assert_equal_outputs(compacted, model, x)
     return compacted
+
+
+def assert_equal_outputs(compacted: nn.Module, model: nn.Module, x: Any) -> None:
+    """Two networks agree on inputs like ``x``, the second one in evaluation mode."""
+    inputs = tree_map(lambda t: torch.randn_like(t) if t.is_floating_point() else t, x)
+    with torch.no_grad():
+        expected, found = outputs(copy.deepcopy(model).eval(), inputs), outputs(compacted, inputs)
+    assert len(expected) == len(found) > 0
+    for a, b in zip(expected, found, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-11}[a.dtype]
+        assert (a - b).abs().max() <= tolerance * a.abs().max()
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """The tensors that a model returns, for inputs as `bmrs.compact` takes them; these are not overwritten."""
+    inputs = tree_map(torch.clone, inputs)
+    if isinstance(inputs, torch.Tensor):
+        result = model(inputs)
+    else:
+        result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return tree_flatten(result)[0]
+
+
+def layer_report(compacted: nn.Module, name: str) -> LayerCompaction:
+    """What became of a noise layer."""
+    return next(layer for layer in bmrs.compact_report(compacted).layers if layer.name == name)
+
+
+def num_values(model: nn.Module) -> int:
+    """Values of all parameters that are not of noise."""
+    noise = {parameter for layer in noise_layers(model).values() for parameter in layer.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if parameter not in noise)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,13 +1,16 @@
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compaction_cases import Chain, assert_compacts, parameter_shapes, prune_structures, randomise
+from compaction_cases import Chain, assert_compacts, assert_equal_outputs, parameter_shapes, prune_structures, randomise
 from torch import nn
 
 import bmrs
-from bmrs.compaction.stock_layers import WEIGHT_LAYERS
+from bmrs.compaction.report import LayerCompaction
+from bmrs.compaction.stock_layers import STOCK_LAYERS
+from bmrs.compaction.surgery import ChannelScale
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
 
@@ -18,12 +21,8 @@ def test_random_chains(seed, dtype):
     chain = Chain(seed)
     model = randomise(chain.model, seed, pruned=[0.0, 0.3, 0.6, 1.0][seed % 4]).to(dtype).train()
     compacted = assert_compacts(model, torch.randn(chain.example_shape, dtype=dtype))
-    kept = sum(p.numel() for p in compacted.parameters())
-    noise = sum(2 * layer.num_structures for layer in noise_layers(model).values())
-    # Folding may add a bias where there was none.
-    biases = sum(len(m.weight) for m in model if isinstance(m, WEIGHT_LAYERS) and m.bias is None)
-    norms = sum(2 * m.num_features for m in model if getattr(m, "affine", None) is False)
-    assert kept <= sum(p.numel() for p in model.parameters()) - noise + biases + norms
+    stock = {type(layer) for layer in compacted if not isinstance(layer, ChannelScale)}
+    assert stock <= {*STOCK_LAYERS, nn.Identity}
 
 
 class Functional(nn.Module):
@@ -67,24 +66,43 @@ class TestModels:
         prune_structures(model.noise, [0, 5])
         prune_structures(model.hidden.noise, [1])
         compacted = assert_compacts(model, torch.randn(4, 1, 8, 8))
-        assert [type(child).__name__ for child in compacted] == [
-            "Conv2d",
-            "BatchNorm2d",
-            "ReLU",
-            "MaxPool2d",
-            "Conv2d",
-            "LeakyReLU",
-            "AdaptiveAvgPool2d",
-            "Flatten",
-            "Linear",
-            "Tanh",
-            "Sigmoid",
-            "Linear",
-            "LogSoftmax",
-        ]
-        assert compacted.features_0.out_channels == 4
-        assert compacted.hidden.out_features == 7
-        assert "features_1" in dict(compacted.named_children())
+        assert type(compacted) is Functional
+        assert parameter_shapes(compacted) == {
+            "features.0.weight": (4, 1, 3, 3),
+            "features.0.bias": (4,),
+            "features.1.weight": (4,),
+            "features.1.bias": (4,),
+            "conv.weight": (5, 4, 3, 3),
+            "conv.bias": (5,),
+            "hidden.weight": (7, 20),
+            "hidden.bias": (7,),
+            "classes.weight": (3, 7),
+            "classes.bias": (3,),
+        }
+        assert compacted.features[0].out_channels == compacted.features[1].num_features == 4
+        assert len(compacted.features[1].running_var) == 4
+        assert (compacted.hidden.out_features, compacted.classes.in_features) == (7, 7)
+
+    @pytest.mark.parametrize(
+        ("flatten", "form"),
+        [
+            (lambda x: torch.flatten(x, 1), "module"),
+            (lambda x: x.view(x.size(0), -1), "module"),
+            (lambda x: x.view(-1, x[0].numel()), "module"),
+            (lambda x: x.reshape(x.shape[0], 20), "graph"),
+            (lambda x: x.view(-1, 20), "graph"),
+        ],
+        ids=["flatten", "size", "computed", "shape", "view"],
+    )
+    def test_sizes_in_the_code_make_a_graph_where_they_would_not_fit(self, flatten, form):
+        model = bmrs.add_noise(Functional(flatten), where="conv")
+        randomise(model, pruned=0.0)
+        prune_structures(model.noise, [0, 5])
+        prune_structures(model.conv.noise, [1])
+        compacted = assert_compacts(model, torch.randn(4, 1, 8, 8), form=form)
+        assert parameter_shapes(compacted)["features.0.weight"] == (4, 1, 3, 3)
+        assert parameter_shapes(compacted)["hidden.weight"] == (8, 16)
+        assert ("20" in bmrs.compact_report(compacted).form_because) == (form == "graph")
 
     def test_added_noise_in_the_place_of_its_layer(self):
         model = nn.Sequential(
@@ -99,37 +117,39 @@ class TestModels:
     def test_model_that_is_one_noisy_layer(self):
         model = bmrs.add_noise(nn.Linear(3, 4), where=nn.Linear)
         prune_structures(model.noise, [1])
-        assert list(dict(assert_compacts(model, torch.randn(2, 3)).named_children())) == ["linear"]
+        compacted = assert_compacts(model, torch.randn(2, 3))
+        assert list(parameter_shapes(compacted)) == ["weight", "bias"]
+        assert not compacted.weight[1].any()
+        assert not compacted._forward_hooks
+
+    def test_model_that_is_a_noise_layer(self):
+        model = randomise(NoiseLayer(3, activation="relu"))
+        compacted = bmrs.compact(model, torch.randn(2, 3))
+        assert_equal_outputs(compacted, model, torch.randn(2, 3))
+        assert not noise_layers(compacted)
 
     def test_model_without_noise(self):
         compacted = assert_compacts(bmrs.models.LeNet5(noise=False), torch.randn(2, 1, 32, 32))
         assert parameter_shapes(compacted) == parameter_shapes(bmrs.models.LeNet5(noise=False))
 
     def test_layer_called_twice(self):
-        linear, noise = nn.Linear(4, 4), NoiseLayer(4, activation="relu")
-        model = nn.Sequential(linear, noise, linear, noise, nn.Linear(4, 2))
+        first, linear, noise = nn.Linear(3, 4), nn.Linear(4, 4), NoiseLayer(4, activation="relu")
+        model = nn.Sequential(first, NoiseLayer(4), linear, noise, linear, noise, nn.Linear(4, 2))
         prune_structures(noise, [0])
-        compacted = assert_compacts(model, torch.randn(3, 4))
-        assert [name for name, _ in compacted.named_children()] == ["0", "1", "0_2", "1_2", "4"]
-        assert compacted[0].weight.shape == (3, 4)
-        assert compacted[2].weight.shape == (3, 3)
-
-    def test_names_that_sequential_uses_itself(self):
-        class Named(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.append = nn.Linear(2, 3)
-                self.forward_ = nn.Linear(3, 1)
-
-            def forward(self, x):
-                return self.forward_(self.append(x))
-
-        compacted = assert_compacts(Named(), torch.randn(3, 2))
-        assert [name for name, _ in compacted.named_children()] == ["append_", "forward_"]
+        whole = assert_compacts(model, torch.randn(3, 3))
+        # The calls read different channels, so that none of them leaves.
+        assert whole.get_submodule("2").weight.shape == (4, 4)
+        assert not whole.get_submodule("2").weight[0].any()
+        prune_structures(model[1], [0])
+        compacted = assert_compacts(model, torch.randn(3, 3))
+        assert compacted.get_submodule("2").weight.shape == (3, 3)
+        assert compacted.get_submodule("2").weight is compacted.get_submodule("4").weight
+        assert [name for name, _ in compacted.named_children()] == ["0", "2", "3", "4", "5", "6"]
+        assert compacted.get_submodule("6").in_features == 3
 
     def test_sequence_of_one_example_input(self):
-        model = bmrs.models.MLP(in_features=3, num_blocks=0, hidden=4)
-        assert isinstance(bmrs.compact(model, (torch.randn(1, 3),)), nn.Sequential)
+        model = randomise(bmrs.models.MLP(in_features=3, num_blocks=0, hidden=4))
+        assert type(assert_compacts(model, (torch.randn(1, 3),))) is bmrs.models.MLP
 
     def test_batch_norm_behind_noise_can_be_trained_further(self):
         """Batch norm undoes a scale in training mode, so that the compacted one must not carry it in its weight."""
@@ -177,3 +197,55 @@ def test_structures_that_stay_can_keep_the_weights_that_were_trained_without_noi
     assert torch.equal(compacted[2].weight, dense[2].weight[:, ::2])
     assert not torch.allclose(compacted(inputs), bmrs.compact(model, inputs)(inputs))
     assert model[0].noise.expected_noise().detach()[0] < 0.4
+
+
+class TestReport:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        """One structure of each noise layer pruned; those of the output stay."""
+        torch.manual_seed(0)
+        norm, relu = nn.BatchNorm1d(6), NoiseLayer(6, activation="relu", initial_mu=-1.0)
+        model = nn.Sequential(nn.Linear(4, 6, bias=False), norm, relu, nn.Linear(6, 3), nn.Tanh())
+        bmrs.add_noise(model, where="4", num_structures=3, dim=-1, initial_mu=-1.0)
+        prune_structures(model[2], [0, 5])
+        prune_structures(model[4].noise, [1])
+        return model
+
+    def test_numbers(self, model):
+        report = bmrs.compact_report(bmrs.compact(model, torch.randn(5, 4)))
+        assert (report.form, report.form_because) == ("module", "")
+        assert (report.pruned, report.removed) == (3, 2)
+        assert report.paper_compression == pytest.approx(100 * 3 / 9)
+        assert (report.parameters_before, report.parameters_after) == (24 + 12 + 21, 16 + 8 + 15)
+        # Two statistics for each channel of the batch norm, its counter, and factors that could not be folded.
+        assert report.bytes_before == 4 * (24 + 12 + 21) + 4 * 12 + 8
+        assert report.bytes_after in (4 * (16 + 8 + 15) + 4 * 8 + 8, 4 * (16 + 8 + 15) + 4 * 8 + 8 + 4 * 3)
+        assert (report.flops_before, report.flops_after) == (2 * 5 * (24 + 18), 2 * 5 * (16 + 12))
+        assert 0 <= report.error < 1e-6
+
+    def test_layers(self, model):
+        first, last = bmrs.compact_report(bmrs.compact(model, torch.randn(5, 4))).layers
+        assert first == LayerCompaction("2", 6, 2, 2, {}, folded=True)
+        assert (last.name, last.structures, last.pruned, last.removed) == ("4.noise", 3, 1, 0)
+        assert last.kept_because == {"it is an output of the model at the model's output": 1}
+        assert not last.folded
+        assert "tanh" in last.not_folded_because
+
+    def test_text_and_plain_values(self, model):
+        report = bmrs.compact_report(bmrs.compact(model, torch.randn(5, 4)))
+        plain = json.loads(json.dumps(report.to_dict()))
+        assert plain["layers"][0]["removed"] == 2
+        assert (plain["pruned"], plain["removed"], plain["form"]) == (3, 2, "module")
+        text = str(report)
+        assert "parameters: 57 before, 39 after (68.4 %)" in text
+        assert "4.noise: 1 pruned, but kept with zero weights: it is an output of the model" in text
+        assert "4.noise: one multiplication by its factors remains: " in text
+        assert "graph" not in text
+
+    def test_survives_copies(self, model):
+        compacted = bmrs.compact(model, torch.randn(5, 4))
+        assert bmrs.compact_report(copy.deepcopy(compacted)) == bmrs.compact_report(compacted)
+
+    def test_of_another_network_is_an_error(self, model):
+        with pytest.raises(TypeError, match=r"a network that bmrs\.compact returned, got Sequential"):
+            bmrs.compact_report(model)

@@ -14,6 +14,7 @@ from torch import Tensor
 from bmrs.graph.channels import (
     STAYS,
     EqualNumbers,
+    Read,
     compressed,
     varying_axes,
     without_repetition,
@@ -116,11 +117,10 @@ def _read(
     (channels,) = without_repetition(layer)
     quiet = quiet.expand(channels.shape)
     if entries is not None:
-        network.read(channels, entries.expand(channels.shape), quiet, "it is read")
+        network.add(Read(channels, by=entries.expand(channels.shape), quiet=quiet), "it is read")
         return
-    result = next((r for r in results if varying_axes(r)), None)
-    by = None if result is None else without_repetition(result)[0].flatten()[None]
-    network.read(channels.flatten(), by, quiet.flatten(), "it is read")
+    by_any = tuple(without_repetition(r)[0].flatten() for r in results if varying_axes(r))
+    network.add(Read(channels.flatten(), by_any=by_any, quiet=quiet.flatten()), "it is read")
 
 
 @rule("linear")
@@ -380,7 +380,7 @@ def _grouped(
             constant = _grouped_constants(call, per_group, weight.tensor)
     if inputs > groups:
         for group_in, group_out, quiet in zip(read_by, into, silent, strict=True):
-            network.read(group_in, group_out[None], quiet, "it is read")
+            network.add(Read(group_in, by_any=(group_out,), quiet=quiet), "it is read")
     layer = after.view(1, -1, *[1] * spatial).expand(call.shape)
     return (layer,), constant
 
@@ -435,7 +435,7 @@ def recurrent(network: Network, call: Call) -> list[Value]:
         zero = torch.zeros_like(into, dtype=torch.bool)
         if x.constant is not None:
             zero = (uniform(x.constant, range(axis)).flatten().expand(into.shape) == 0) | zero
-        network.read(into, None, zero, "a recurrent layer reads it")
+        network.add(Read(into, quiet=zero), "a recurrent layer reads it")
     for value in call.values():
         if value is not x and all(value is not p for p in parameters):
             network.stay_all(value, "it is the state of a recurrent layer")

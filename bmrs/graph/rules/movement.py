@@ -74,19 +74,19 @@ def _moved(
     constants = None if known is None else _as_list((move_constants or move_channels)(known))
     results = []
     for i, shape in enumerate(call.shapes):
-        its_layers = tuple(layer for moved in layers if _matters(layer := compressed(moved[i])))
+        its_layers = tuple(compressed(moved[i]) for moved in layers)
         for layer in its_layers:
-            network.product(layer)
+            if varying_axes(layer):
+                network.product(layer)
+            else:
+                network.stay(layer, "it is picked by its number")
+        its_layers = tuple(layer for layer in its_layers if varying_axes(layer))
         results.append(Value(shape, its_layers, None if constants is None else compressed(constants[i])))
     return results
 
 
 def _as_list(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, list | tuple) else [result]
-
-
-def _matters(layer: Tensor) -> bool:
-    return bool(varying_axes(layer)) or (layer.numel() > 0 and bool((layer.flatten()[:1] != STAYS).all()))
 
 
 @rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")

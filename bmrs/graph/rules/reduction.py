@@ -37,11 +37,17 @@ def reduced(network: Network, call: Call) -> Value | list[Value]:
             layer = layer.unsqueeze(d)
         layers.append(layer)
     constant = None
-    if known is not None and len(call.shapes) == 1 and call.operator in ("sum", "mean", "amax", "amin"):
-        arguments = {n: v for n, v in call.arguments.items() if n not in ("self", "dtype")}
-        constant = compressed(call.target(known.contiguous(), **arguments))
-    values = [Value(shape, tuple(y.expand(shape) for y in layers), constant) for shape in call.shapes]
+    if known is not None and call.operator in _REDUCTIONS:
+        constant = compressed(_REDUCTIONS[call.operator](known.contiguous(), dims, bool(call["keepdim"])))
+    values = [
+        Value(shape, tuple(y.expand(shape) for y in layers), constant if i == 0 else None)
+        for i, shape in enumerate(call.shapes)
+    ]
     return values if len(values) > 1 else values[0]
+
+
+_REDUCTIONS = {"sum": torch.sum, "mean": torch.mean}
+_REDUCTIONS |= dict.fromkeys(("amax", "max"), torch.amax) | dict.fromkeys(("amin", "min"), torch.amin)
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "argmax", "argmin", "argsort", "logcumsumexp")
