@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 StructureOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -31,6 +32,22 @@ def dispatcher_is_needed(*tensors: Tensor | None) -> bool:
             for tensor in tensors
         )
     )
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise where forward-mode derivatives are asked for: the operators define none, and torch takes them for 0.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None:
+            raise NotImplementedError(
+                "bmrs_kernels has no forward-mode derivatives (torch.func.jvp, jacfwd): use reverse mode, torch.func.vjp "
+                "or jacrev, or put the noise layers into evaluation mode"
+            )
 
 
 # What autograd hands to backward for is_grads_batched=True; its type is Tensor all the same.
@@ -110,6 +127,7 @@ def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[.
             return grad * grad_mu, grad * grad_log_sigma, *nothing
 
     def call(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> Tensor:
+        refuse_forward_mode(mu, log_sigma)
         with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
         value: Tensor
         if dispatcher_is_needed(mu, log_sigma):

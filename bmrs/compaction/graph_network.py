@@ -27,7 +27,7 @@ from bmrs.graph.values import Value
 SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "lt", "le", "gt", "ge")
-}
+} | {"sym_min": torch.sym_min, "sym_max": torch.sym_max, "sym_float": torch.sym_float, "sym_not": torch.sym_not}
 """What is computed with sizes."""
 
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")

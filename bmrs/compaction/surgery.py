@@ -21,6 +21,10 @@ from bmrs.graph.values import Value
 from bmrs.noise_layer import ACTIVATION_LAYERS, NoiseLayer, add_noise_hook, remove_noise_hook
 
 
+CODE_SIZES = "_bmrs_code_sizes"
+"""Attribute of a compacted model: by qualified name of a module, integer attributes that became smaller."""
+
+
 class ChannelScale(nn.Module):
     """A fixed factor for each entry along a dimension: the noise that no layer could take up.
 
@@ -305,16 +309,23 @@ def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> bool:
     for node, call in analysis.calls.items():
         for old, new in _sizes_given(analysis, node, call):
             sizes[layer_of(node)][old].add(new)
-    changed = False
+    changed: dict[str, dict[str, int]] = {}
     for path, new_sizes in sizes.items():
         module = model.get_submodule(path)
         for name, value in vars(module).items():
             known = new_sizes.get(value) if type(value) is int else None
             if known is not None and len(known) == 1 and known != {value} and not name.startswith("_"):
                 (size,) = known
-                setattr(module, name, size)
-                changed = True
-    return changed
+                changed.setdefault(path, {})[name] = size
+    _set_attributes(model, changed)
+    setattr(model, CODE_SIZES, changed)
+    return bool(changed)
+
+
+def _set_attributes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    for path, attributes in sizes.items():
+        for name, size in attributes.items():
+            setattr(model.get_submodule(path), name, size)
 
 
 def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[int, int]]:
@@ -357,6 +368,7 @@ def install(
     *,
     groups: Mapping[str, int],
     scales: Mapping[str, tuple[int, str | None, bool]],
+    sizes: Mapping[str, Mapping[str, int]],
     frozen: set[str],
 ) -> None:
     """Give a network at its full size the tensors of a compacted one of its class, in place.
@@ -367,6 +379,7 @@ def install(
         groups: of convolutions, by qualified name.
         scales: by qualified name, of the factors that could not be folded the dimension, the activation before them, and
             whether they multiply what a layer takes instead of what it returns.
+        sizes: by qualified name of a module, integer attributes that became smaller.
         frozen: names of parameters that are not trained.
 
     Raises:
@@ -394,6 +407,12 @@ def install(
         known = name in own or name in scaled or name.startswith("constants.")
         if not known and not (last == "bias" and f"{path}.weight".lstrip(".") in own):
             raise ValueError(f"its {name!r} is not a part of model ({type(model).__name__})")
+    modules = dict(model.named_modules())
+    for path, attributes in sizes.items():
+        for name, size in attributes.items():
+            value = vars(modules[path]).get(name) if path in modules else None
+            if type(value) is not int or type(size) is not int or not 0 < size <= value:
+                raise ValueError(f"its size {name!r} of {path!r} is not one of model ({type(model).__name__})")
     replaced = {id(own[name]): name for name in own if name in tensors}
     new = {key: _like(tensors[name].to(own[name].dtype), own[name]) for key, name in replaced.items()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -410,6 +429,7 @@ def install(
         parameter.requires_grad_(name not in frozen)
     for module in list(model.modules()):
         set_sizes(module)
+    _set_attributes(model, sizes)
     _replace_noise_layers(model, tensors, scales)
 
 

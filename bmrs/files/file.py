@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bmrs.compaction.compact import INPUTS
 from bmrs.compaction.graph_network import UnsupportedError, describe
-from bmrs.compaction.surgery import ChannelScale, install
+from bmrs.compaction.surgery import CODE_SIZES, ChannelScale, install
 from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
@@ -80,7 +80,9 @@ def load(
         path: the file.
         model: a freshly built network of the class and sizes that the saved one had before compaction; it becomes the
             saved one, in place. Without it, a network that needs no code but torch's is returned: ``nn.Sequential``
-            of stock layers where these were a chain, a ``torch.fx.GraphModule`` of operators otherwise.
+            of stock layers where these were a chain, a ``torch.fx.GraphModule`` of operators otherwise. The latter
+            takes other numbers of examples and, for inputs of up to three dimensions, other lengths than the example
+            had, where the model does; images have to be of its size.
         device: where to put the model.
 
     Returns:
@@ -149,14 +151,17 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
             if isinstance(module, nn.modules.conv._ConvNd)
         },
     }
-    try:
-        with torch.no_grad():
-            captured = capture(copy_of_model, inputs, "save", dynamic="all")
-            analysis = analyse(captured)
-            description["graph"] = describe_graph(describe(analysis, {}))
+    description["sizes"] = getattr(model, CODE_SIZES, {})
+    for dynamic in ("sequences", "first", "none"):
+        try:
+            with torch.no_grad():
+                captured = capture(copy_of_model, inputs, "save", dynamic=dynamic)
+                description["graph"] = describe_graph(describe(analyse(captured), {}))
             description["graph_because"] = ""
-    except UnsupportedError as error:
-        description["graph"], description["graph_because"] = None, str(error)
+            break
+        except UnsupportedError as error:
+            description["graph"], description["graph_because"] = None, str(error)
+    if description["graph"] is None:
         return description, tensors
     for placeholder, tensor in captured.tensors.items():
         tensors.setdefault(captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
@@ -212,9 +217,9 @@ def _names(description: Mapping[str, Any], key: str) -> set[str]:
 
 
 def _load_into(model: ModelT, description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelT:
-    groups, scales = description.get("groups", {}), description.get("scales", {})
-    if not isinstance(groups, dict) or not isinstance(scales, dict):
-        raise ValueError("its groups or scales are not a mapping")
+    groups, scales, sizes = (description.get(key, {}) for key in ("groups", "scales", "sizes"))
+    if not all(isinstance(part, dict) for part in (groups, scales, sizes)):
+        raise ValueError("its groups, scales or sizes are not a mapping")
     frozen = _names(description, "frozen") if description["version"] == GRAPH_VERSION else set()
-    install(model, tensors, groups=groups, scales=scales, frozen=frozen)
+    install(model, tensors, groups=groups, scales=scales, sizes=sizes, frozen=frozen)
     return model

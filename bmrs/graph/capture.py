@@ -242,7 +242,7 @@ def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
 
 
 def capture(
-    model: nn.Module, inputs: Inputs, purpose: str, *, dynamic: Literal["none", "first", "all"] = "none"
+    model: nn.Module, inputs: Inputs, purpose: str, *, dynamic: Literal["none", "first", "sequences"] = "none"
 ) -> Captured:
     """Capture what a model in evaluation mode does.
 
@@ -251,7 +251,7 @@ def capture(
         inputs: an example.
         purpose: who asks, for errors.
         dynamic: which sizes of the inputs may be other ones later, where the model allows it: none, those of the first
-            dimensions, as the number of examples, or all.
+            dimensions, as the number of examples, or lengths of sequences too.
 
     Raises:
         ValueError: the model does not run on the example, or cannot be captured.
@@ -260,8 +260,8 @@ def capture(
     if dynamic != "none":
         several = _several_examples(inputs)
         attempts.insert(0, (several, _first_dimensions))
-        if dynamic == "all":
-            attempts.insert(0, (several, _all_dimensions))
+        if dynamic == "sequences":
+            attempts.insert(0, (several, _dimensions_of_sequences))
     failure: Exception | None = None
     for example, dimensions in attempts:
         args, kwargs = example
@@ -291,8 +291,10 @@ def _captured(model: nn.Module, program: ExportedProgram) -> Captured:
     return Captured(model, program, tensors, {p: n for p, n in names.items() if n in own})
 
 
-def _all_dimensions(leaf: Any) -> Any:
-    return [Dim.AUTO] * leaf.dim() if isinstance(leaf, Tensor) else None
+def _dimensions_of_sequences(leaf: Any) -> Any:
+    # Symbolic sizes of images make torch.export take minutes for networks that divide them into windows.
+    small = isinstance(leaf, Tensor) and leaf.dim() <= 3
+    return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if small else _first_dimensions(leaf)
 
 
 def _first_dimensions(leaf: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bmrs_kernels import philox
 from bmrs_kernels.backend import Backend, resolve_backend
 from bmrs_kernels.multiplicative_noise import eager
-from bmrs_kernels.registration import dispatcher_is_needed, multiply_derivatives
+from bmrs_kernels.registration import dispatcher_is_needed, multiply_derivatives, refuse_forward_mode
 from bmrs_kernels.validation import check_device, check_interval, check_parameters, check_uniform
 
 Granularity = Literal["element", "sample", "batch"]
@@ -193,6 +193,7 @@ def sample_noise(
     check_parameters(mu, log_sigma)
     check_interval(lower, upper)
     check_uniform(uniform, mu)
+    refuse_forward_mode(mu, log_sigma)
     with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
     theta: Tensor = _sample_noise(
         mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu), with_gradients
@@ -250,6 +251,7 @@ def multiply_noise(
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
         seed = philox.seed_tensor(seed, x.device)
+    refuse_forward_mode(x, mu, log_sigma)
     chosen = resolve_backend(backend, x)
     inputs = (x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
     result: Tensor

@@ -76,7 +76,7 @@ def assert_compacts(model: nn.Module, x: Any, form: str = "module") -> nn.Module
 
 def assert_equal_outputs(compacted: nn.Module, model: nn.Module, x: Any) -> None:
     """Two networks agree on inputs like ``x``, the second one in evaluation mode."""
-    inputs = tree_map(lambda t: torch.randn_like(t) if t.is_floating_point() else t, x)
+    inputs = tree_map(_other_than, x)
     with torch.no_grad():
         expected, found = outputs(copy.deepcopy(model).eval(), inputs), outputs(compacted, inputs)
     assert len(expected) == len(found) > 0
@@ -86,9 +86,14 @@ def assert_equal_outputs(compacted: nn.Module, model: nn.Module, x: Any) -> None
         assert (a - b).abs().max() <= tolerance * a.abs().max()
 
 
+def _other_than(leaf: Any) -> Any:
+    floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return torch.randn_like(leaf) if floating else leaf
+
+
 def outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
     """The tensors that a model returns, for inputs as `bmrs.compact` takes them; these are not overwritten."""
-    inputs = tree_map(torch.clone, inputs)
+    inputs = copy.deepcopy(inputs)
     if isinstance(inputs, torch.Tensor):
         result = model(inputs)
     else:

@@ -4,7 +4,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from compaction_cases import Chain, assert_compacts, assert_equal_outputs, parameter_shapes, prune_structures, randomise
+from compaction_cases import (
+    Chain,
+    assert_compacts,
+    assert_equal_outputs,
+    parameter_shapes,
+    prune_structures,
+    randomise,
+)
 from torch import nn
 
 import bmrs

@@ -1,16 +1,22 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
-from compaction_cases import randomise
-from residual_cases import Sum
-from torch import nn
+from compaction_cases import assert_compacts, assert_equal_outputs, prune_structures
+from torch import distributed, nn
 
 import bmrs
-from bmrs.noise_layer import NoiseLayer
+from bmrs.noise_layer import NoiseLayer, noise_layers
 
 
 class Dynamic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.noise = nn.Linear(4, 4), NoiseLayer(4)
+
     def forward(self, x):
+        x = self.noise(self.layer(x))
         return x if x.sum() > 0 else -x
 
 
@@ -19,208 +25,220 @@ class TwoInputs(nn.Module):
         return torch.relu(x) if y is None else x + y
 
 
-class WithTensor(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        return torch.relu(x) * self.scale
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), NoiseLayer(4, initial_mu=-1.0), nn.ReLU(), nn.Linear(4, 2))
 
 
-class TwoOutputs(nn.Module):
-    def forward(self, x):
-        x = torch.relu(x)
-        return x, x
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
-def calling(function) -> nn.Module:
-    class Calling(nn.Module):
-        def forward(self, x):
-            return function(x)
-
-    return Calling()
-
-
-class TestErrors:
+class TestCapture:
     @pytest.mark.parametrize(
-        ("model", "message"),
-        [
-            (Dynamic(), r"compact follows the model with torch\.fx, which failed on Dynamic"),
-            (WithTensor(), r"also uses the tensor '.*scale'"),
-            (TwoOutputs(), r"models that return one tensor, and this one returns \(relu, relu\)"),
-            (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), r"does not support layer '1' \(LayerNorm\)"),
-            (
-                nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)),
-                r"layer '0' \(BatchNorm1d\) without running statistics",
-            ),
-            (calling(torch.sin), r"compact does not support the call at 'sin'"),
-            (calling(lambda x: F.dropout(x, 0.5)), r"does not support the call at 'dropout'"),
-            (
-                calling(lambda x: x.view(2, -1, 2)),
-                r"no reshaping but flattening, and 'view' turns shape \(3, 4\)",
-            ),
-            (
-                nn.Sequential(nn.Linear(4, 4), nn.Tanh(), NoiseLayer(4), nn.Tanh()),
-                r"noise layer '2' \(NoiseLayer\) cannot be folded: it cannot move forward past '3' \(Tanh\)",
-            ),
-            (
-                nn.Sequential(nn.Linear(4, 4), NoiseLayer(4, activation="tanh"), nn.ReLU()),
-                r"noise layer '1' \(NoiseLayer\) cannot be folded: .* past the model's output",
-            ),
-            (
-                nn.Sequential(NoiseLayer(4), nn.ReLU(), NoiseLayer(4, activation="tanh"), nn.Linear(4, 1)),
-                r"noise layer '0' \(NoiseLayer\) cannot be folded: .* past '2' \(Tanh\), and no linear",
-            ),
-            (
-                nn.Sequential(nn.Linear(4, 2), nn.MaxPool1d(2)),
-                r"needs batched input of 3 dimensions at layer '1' \(MaxPool1d\), got shape \(3, 2\)",
-            ),
-        ],
+        "model", [Dynamic(), nn.Sequential(nn.Linear(4, 4), Dynamic())], ids=["whole", "part"]
     )
-    def test_what_cannot_be_compacted_is_named(self, model, message):
-        randomise(model)
-        with pytest.raises(ValueError, match=message):
-            bmrs.compact(model, torch.randn(3, 4))
-
-    @pytest.mark.parametrize(
-        ("call", "message"),
-        [
-            (lambda x: x * torch.relu(x), r"does not support the call at 'mul': "),
-            (lambda x: torch.cat([x, torch.relu(x)]), r"does not support the call at 'cat': "),
-            (lambda x: x + 1.0, r"does not support the call at 'add': "),
-            (lambda x: torch.add(x, torch.relu(x), alpha=2), r"does not support the call at 'add': "),
-            (lambda x: x + x.sum(1, keepdim=True), r"does not support the call at 'sum': "),
-            (lambda x: x + torch.ones(4), r"also uses the tensor '.*tensor_constant"),
-            (lambda x: x.chunk(2)[0], r"does not support the call at 'getitem': "),
-            (
-                lambda x: F.adaptive_avg_pool1d(x[None], 1),
-                r"does not support the call at 'getitem': ",
-            ),
-        ],
-    )
-    def test_other_ways_for_branches_to_meet_are_named(self, call, message):
-        with pytest.raises(ValueError, match=message):
-            bmrs.compact(calling(call), torch.randn(3, 4))
-
-    def test_addition_of_unequal_shapes(self):
-        pooled = Sum(nn.AdaptiveAvgPool1d(1), nn.ReLU(), way="operator")
-        message = r"additions of tensors of one shape, and '0\.add' adds \(3, 2, 1\) and \(3, 2, 5\)"
-        with pytest.raises(ValueError, match=message):
-            bmrs.compact(nn.Sequential(pooled), torch.randn(3, 2, 5))
-
-    def test_addition_of_channels_to_something_else(self):
-        model = Sum(nn.Conv1d(5, 5, 1), nn.Linear(5, 5), way="operator")
-        message = r"cannot follow the channels through 'add' \(Addition\): they lie along dimensions 1 and 2"
-        with pytest.raises(ValueError, match=message):
-            bmrs.compact(model, torch.randn(3, 5, 5))
-
-    @pytest.mark.parametrize(
-        ("model", "message"),
-        [
-            (
-                nn.Sequential(
-                    nn.Linear(4, 4), nn.Tanh(), NoiseLayer(4), Sum(nn.Linear(4, 4), nn.Identity(), "operator")
-                ),
-                r"noise layer '2' \(NoiseLayer\) cannot be folded: it cannot move forward past '3\.add' "
-                r"\(Addition\), and no linear, convolution or batch norm layer can take it up before",
-            ),
-            (
-                nn.Sequential(
-                    nn.Linear(4, 4),
-                    Sum(nn.Sequential(NoiseLayer(4), nn.Sigmoid()), nn.Linear(4, 4), way="operator"),
-                ),
-                r"noise layer '1\.first\.0' \(NoiseLayer\) cannot be folded: it cannot move forward past "
-                r"'1\.first\.1' \(Sigmoid\), and backward it would act on '1\.second' \(Linear\) too",
-            ),
-            (
-                nn.Sequential(
-                    *(
-                        nn.Linear(4, 4),
-                        nn.ReLU(),
-                        Sum(nn.Linear(4, 4), nn.Identity(), way="operator"),
-                        nn.ReLU(),
-                    ),
-                    *(NoiseLayer(4), Sum(nn.Linear(4, 4), nn.Identity(), way="operator"), nn.Linear(4, 4)),
-                ),
-                r"noise layer '4' .* past '5\.add' \(Addition\), and backward it would act on '2\.first' \(Linear\)",
-            ),
-            (
-                Sum(nn.Linear(4, 4), NoiseLayer(4), way="operator"),
-                r"noise layer 'second' .* past 'add' \(Addition\), and no linear",
-            ),
-        ],
-    )
-    def test_noise_that_branches_hold_fast_is_named(self, model, message):
-        randomise(model)
-        with pytest.raises(ValueError, match=message):
-            bmrs.compact(model, torch.randn(3, 4))
-
-    @pytest.mark.parametrize(
-        ("model", "message"),
-        [
-            (
-                nn.Sequential(nn.Conv1d(2, 4, 1), nn.Linear(5, 5)),
-                r"layer '1' \(Linear\): it acts along dimension 2 .* \(3, 4, 5\), whose channels lie along 1",
-            ),
-            (nn.Sequential(nn.Conv1d(2, 4, 1), NoiseLayer(5, dim=2)), "layer '1' .* acts along dimension 2"),
-            (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(2)), "layer '1' .* acts along dimension 1"),
-            (nn.Sequential(NoiseLayer(3, dim=0), nn.Linear(5, 4)), "layer '0' .* acts along dimension 0"),
-            (
-                nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Flatten(), NoiseLayer(20)),
-                "noise layer '3' .* scales features of one channel differently",
-            ),
-        ],
-    )
-    def test_channels_that_cannot_be_followed_are_named(self, model, message):
-        randomise(model, pruned=0.0)
-        with pytest.raises(ValueError, match=message):
-            bmrs.compact(model, torch.randn(3, 2, 5))
-
-    def test_noise_on_the_flattened_input_that_cannot_move_is_named(self):
-        model = nn.Sequential(nn.ReLU(), nn.Flatten(), NoiseLayer(10), nn.Tanh(), nn.Linear(10, 2))
-        message = r"noise layer '2' \(NoiseLayer\) cannot be folded: .* past '3' \(Tanh\), and no linear"
-        with pytest.raises(ValueError, match=message):
-            bmrs.compact(model, torch.randn(3, 2, 5))
-
-    @pytest.mark.parametrize(
-        ("example", "error", "message"),
-        [
-            (
-                (torch.ones(1, 4), torch.ones(1, 4)),
-                TypeError,
-                r"must be one tensor, .* got \(Tensor, Tensor\)",
-            ),
-            ([3.0], TypeError, r"got \(float\)"),
-            (
-                torch.ones(2, 5),
-                ValueError,
-                r"does not run on example_inputs of shape \(2, 5\) and torch.float32: mat1",
-            ),
-            (torch.ones(0, 4), ValueError, r"must hold an example, was of shape \(0, 4\)"),
-        ],
-    )
-    def test_example_inputs(self, example, error, message):
-        with pytest.raises(error, match=message):
-            bmrs.compact(nn.Linear(4, 4), example)
-
-    def test_optional_second_input_is_left_out(self):
-        assert isinstance(bmrs.compact(TwoInputs(), torch.randn(2, 3))[0], nn.ReLU)
-
-    def test_different_outputs_are_noticed(self):
-        class Shifted(NoiseLayer):
-            def forward(self, x):
-                return super().forward(x) + 1.0
-
-        model = nn.Sequential(nn.Linear(4, 4), Shifted(4), nn.Linear(4, 2))
+    def test_what_cannot_be_captured_is_named_with_its_line(self, model):
         with pytest.raises(
-            RuntimeError, match="the compacted model's outputs differ from the masked model's by"
+            ValueError, match=f"torch.export, which failed on {type(model).__name__}"
+        ) as caught:
+            bmrs.compact(model, torch.randn(3, 4))
+        line = Dynamic.forward.__code__.co_firstlineno + 2
+        assert f"at line {line} of {__file__} (return x if x.sum() > 0 else -x)" in str(caught.value)
+        assert "bmrs.fold(model) makes a network without noise layers" in str(caught.value)
+        assert caught.value.__cause__ is not None
+
+    def test_such_a_model_can_be_folded(self):
+        torch.manual_seed(0)
+        model = Dynamic()
+        prune_structures(model.noise, [1])
+        folded = bmrs.fold(model)
+        assert type(folded) is Dynamic
+        assert not noise_layers(folded)
+        assert_equal_outputs(folded, model, torch.randn(3, 4))
+
+    def test_randomness_in_evaluation_mode_is_noticed(self, model):
+        model[2] = DropsAlways()
+        with pytest.raises(
+            RuntimeError, match=r"the compacted model's outputs differ .* by .*bmrs\.fold\(model\)"
         ):
             bmrs.compact(model, torch.randn(3, 4))
 
-    def test_non_finite_outputs_are_noticed(self):
-        model = nn.Sequential(nn.Linear(4, 4))
+
+class DropsAlways(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+class TestExampleInputs:
+    @pytest.mark.parametrize(
+        ("example", "error", "message"),
+        [
+            (3.0, TypeError, r"a tensor, a sequence of positional arguments or a mapping .* was float"),
+            ("input", TypeError, "was str"),
+            (None, TypeError, "was NoneType"),
+            (iter([torch.ones(1, 4)]), TypeError, "was list_iterator"),
+            ([3.0], TypeError, r"example_inputs must hold a tensor, was \[3\.0\]"),
+            ((), TypeError, r"must hold a tensor, was \(\)"),
+            ({"input": 3}, TypeError, r"must hold a tensor, was \{'input': 3\}"),
+            (torch.ones(0, 4), ValueError, r"must hold an example, was of shape \(0, 4\)"),
+            ({"input": torch.ones(0, 4)}, ValueError, r"must hold an example, was of shape \(0, 4\)"),
+            (
+                torch.ones(2, 5),
+                ValueError,
+                r"\(Sequential\) does not run on .* of shapes \[\(2, 5\)\]: .*mat1",
+            ),
+            (
+                (torch.ones(1, 4), torch.ones(1, 4)),
+                ValueError,
+                r"does not run on .*\[\(1, 4\), \(1, 4\)\]: TypeError",
+            ),
+            ({"y": torch.ones(1, 4)}, ValueError, r"does not run on example_inputs .*keyword argument 'y'"),
+            (torch.ones(2, 4, dtype=torch.float64), ValueError, r"does not run on example_inputs .*dtype"),
+            (torch.ones(2, 4, device="meta"), ValueError, "does not run on example_inputs .*meta"),
+        ],
+    )
+    def test_unsuitable_ones_are_named(self, model, example, error, message):
+        with pytest.raises(error, match=message):
+            bmrs.compact(model, example)
+
+    def test_optional_second_input_is_left_out(self):
+        compacted = assert_compacts(TwoInputs(), torch.randn(2, 3))
+        assert compacted(torch.zeros(2, 3), torch.ones(2, 3)).eq(1).all()
+
+    def test_they_are_not_overwritten(self):
+        model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
+        x = torch.randn(3, 4)
+        before = x.clone()
+        bmrs.compact(model, x)
+        assert torch.equal(x, before)
+
+
+class TestModels:
+    @pytest.mark.parametrize("function", [bmrs.fold, lambda model: bmrs.compact(model, torch.ones(1, 4))])
+    def test_what_is_no_module(self, function):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, was 3"):
+            function(3)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("0.weight", float("nan")), ("1.mu", float("inf")), ("3.bias", float("-inf"))]
+    )
+    def test_parameters_that_are_not_finite_are_named(self, model, name, value):
         with torch.no_grad():
-            model[0].weight[0, 0] = float("nan")
-        with pytest.raises(RuntimeError, match=r"outputs differ .* by nan"):
+            model.get_parameter(name).flatten()[0] = value
+        with pytest.raises(ValueError, match=f"parameter '{re.escape(name)}' is NaN or infinite"):
             bmrs.compact(model, torch.randn(3, 4))
+
+    def test_outputs_that_are_not_finite_are_noticed(self, model):
+        model.append(nn.BatchNorm1d(2))
+        model[-1].running_var[0] = float("nan")
+        with pytest.raises(RuntimeError, match="outputs differ from the masked model's by"):
+            bmrs.compact(model, torch.randn(3, 4))
+
+    def test_equal_infinities_are_no_difference(self, model):
+        model.append(Infinite())
+        compacted = bmrs.compact(model, torch.randn(3, 4))
+        assert compacted(torch.randn(3, 4))[:, 0].isneginf().all()
+
+    def test_weights_beyond_what_16_bits_hold_are_noticed(self):
+        torch.manual_seed(0)
+        linear = nn.Linear(4, 4, dtype=torch.float16)
+        model = nn.Sequential(linear, NoiseLayer(4, upper=20.0, initial_mu=15.0))
+        with pytest.raises(RuntimeError, match=r"compacted model.*(differ|not finite)"):
+            bmrs.compact(model, torch.randn(3, 4).half())
+
+    @pytest.mark.parametrize("function", [bmrs.fold, lambda model: bmrs.compact(model, torch.ones(1, 4))])
+    def test_meta_device(self, function):
+        with pytest.raises(
+            ValueError, match="'weight' is on the meta device and has no values: load the weights"
+        ):
+            function(nn.Linear(4, 4, device="meta"))
+
+    @pytest.mark.parametrize("function", [bmrs.fold, lambda model: bmrs.compact(model, torch.ones(1, 4))])
+    def test_sharded_models(self, model, process_group, function):
+        from torch.distributed.fsdp import fully_shard
+
+        with pytest.raises(
+            ValueError, match=r"parameters of the model \(.*\) are sharded: gather a full state_dict"
+        ):
+            function(fully_shard(model))
+
+    def test_distributed_data_parallel_models(self, model, process_group):
+        prune_structures(model[1], [1])
+        compacted = bmrs.compact(nn.parallel.DistributedDataParallel(model), torch.randn(3, 4))
+        assert type(compacted) is nn.Sequential
+        assert compacted[0].out_features == 3
+        assert_equal_outputs(compacted, model, torch.randn(3, 4))
+
+    @pytest.mark.parametrize("kind", ["subclass", "hook"])
+    @pytest.mark.parametrize("function", [bmrs.fold, lambda model: bmrs.compact(model, torch.randn(3, 4))])
+    def test_noise_layers_with_code_of_their_own(self, model, function, kind):
+        """What a subclass or a hook does is a part of the network: it is kept, or refused by name."""
+        model[1] = Shifted(4) if kind == "subclass" else NoiseLayer(4)
+        if kind == "hook":
+            model[1].register_forward_hook(lambda module, args, output: output + 1.0)
+        try:
+            result = function(model)
+        except (TypeError, ValueError, RuntimeError) as error:
+            assert re.search(r"'1'|differ from the masked", str(error))  # noqa: PT017
+        else:
+            assert_equal_outputs(result, model, torch.randn(3, 4))
+
+
+class Shifted(NoiseLayer):
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+class Infinite(nn.Module):
+    """As in attention masks."""
+
+    def forward(self, x):
+        return torch.cat([torch.full_like(x[:, :1], float("-inf")), x], dim=1)
+
+
+class TestFold:
+    def test_any_model_at_full_size(self, model):
+        prune_structures(model[1], [1, 2])
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        folded = bmrs.fold(model.train())
+        assert type(folded) is nn.Sequential
+        assert not noise_layers(folded)
+        assert not any(module.training for module in folded.modules())
+        assert [name for name, _ in folded.named_parameters()] == ["0.weight", "0.bias", "3.weight", "3.bias"]
+        assert torch.equal(folded[0].weight, model[0].weight)
+        assert_equal_outputs(folded, model, torch.randn(3, 4))
+        assert model.training
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+    @pytest.mark.parametrize(
+        "options", [{"where": "0"}, {"where": "3", "structures": "heads", "num_heads": 2}]
+    )
+    def test_added_noise_and_its_activation(self, options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+        bmrs.add_noise(model, activation="tanh", initial_mu=-1.0, **options)
+        (noise,) = noise_layers(model).values()
+        prune_structures(noise, [0])
+        folded = bmrs.fold(model)
+        assert not noise_layers(folded)
+        assert_equal_outputs(folded, model, torch.randn(3, 4))
+
+    def test_its_copy_is_its_own(self, model):
+        folded = bmrs.fold(model)
+        with torch.no_grad():
+            folded[0].weight.zero_()
+        assert model[0].weight.any()
+
+    def test_folded_model_compacts(self, model):
+        """The factors are fixed by then; pruned structures are factors of zero."""
+        x = torch.randn(3, 4)
+        prune_structures(model[1], [1])
+        folded = bmrs.fold(model)
+        assert_equal_outputs(bmrs.compact(folded, x), model, x)
+        with pytest.raises(TypeError, match=r"needs a network that bmrs\.compact returned"):
+            bmrs.compact_report(folded)

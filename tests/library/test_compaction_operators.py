@@ -1,0 +1,465 @@
+"""Networks that are more than chains of stock layers: operators, constants, several inputs and outputs."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compaction_cases import assert_compacts, layer_report, parameter_shapes, prune_structures, randomise
+from residual_cases import Sum
+from torch import nn
+
+import bmrs
+from bmrs.compaction.surgery import ChannelScale
+from bmrs.noise_layer import NoiseLayer, noise_layers
+
+
+def calling(function, **layers: nn.Module) -> nn.Module:
+    """A model whose forward is a function of itself and its inputs."""
+
+    class Calling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, layer in layers.items():
+                setattr(self, name, layer)
+
+        def forward(self, *args, **kwargs):
+            return function(self, *args, **kwargs)
+
+    return Calling()
+
+
+def between(function, width: int = 6, reads: int = 6) -> nn.Module:
+    """Two linear layers, with noise and a function between them."""
+    return calling(
+        lambda self, x: self.last(function(self.noise(self.first(x)))),
+        first=nn.Linear(4, width),
+        noise=NoiseLayer(width, dim=-1),
+        last=nn.Linear(reads, 2),
+    )
+
+
+def pruned(model: nn.Module, structures: dict[str, list[int]]) -> nn.Module:
+    torch.manual_seed(0)
+    layers = noise_layers(randomise(model, pruned=0.0))
+    for name, its_structures in structures.items():
+        prune_structures(layers[name], its_structures)
+    return model
+
+
+def chunk_product(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=1)
+    return first * second
+
+
+def chunk_sum(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=1)
+    return first + second
+
+
+class TestOperators:
+    @pytest.mark.parametrize(
+        ("function", "reads", "structures", "removed", "left"),
+        [
+            (lambda h: h * torch.relu(h), 6, [0, 3], 2, 4),
+            (lambda h: torch.cat([h, torch.relu(h)]), 6, [0, 3], 2, 4),
+            (lambda h: torch.cat([h, torch.relu(h)], dim=1), 12, [0, 3], 2, 8),
+            (lambda h: h + 1.0, 6, [0, 3], 2, 4),
+            (lambda h: 3.0 - h / 2, 6, [0, 3], 2, 4),
+            (lambda h: torch.add(h, torch.relu(h), alpha=2), 6, [0, 3], 2, 4),
+            (lambda h: h + h.sum(1, keepdim=True), 6, [0, 3], 0, 6),
+            (lambda h: h * h.sum(1, keepdim=True), 6, [0, 3], 2, 4),
+            (lambda h: torch.softmax(h, 1), 6, [0, 3], 0, 6),
+            (lambda h: torch.sin(h), 6, [0, 3], 2, 4),
+            (lambda h: torch.cos(h), 6, [0, 3], 2, 4),
+            (lambda h: F.dropout(h, 0.5, training=False), 6, [0, 3], 2, 4),
+            (chunk_product, 3, [0, 4], 2, 1),
+            # Structures 0 and 3 are added; 4 is added to 1, which stays.
+            (chunk_sum, 3, [0, 3, 4], 2, 2),
+            (lambda h: h.view(len(h), -1, 2).relu().flatten(1), 6, [0, 1, 4, 5], 4, 2),
+            (lambda h: torch.stack([h, -h], dim=1).amax(1), 6, [0, 3], 2, 4),
+            (lambda h: h[:, ::2], 3, [0, 2], 2, 1),
+            (lambda h: h[:, [5, 4, 3, 2, 1, 0]], 6, [0, 3], 2, 4),
+            (lambda h: torch.where(h > 0.0, h, h.exp() - 1.0), 6, [0, 3], 2, 4),
+            (lambda h: torch.einsum("ni,ni->ni", h, h), 6, [0, 3], 2, 4),
+            (lambda h: F.glu(h, dim=1), 3, [0, 1], 2, 1),
+        ],
+    )
+    def test_between_linear_layers(self, function, reads, structures, removed, left):
+        model = pruned(between(function, reads=reads), {"noise": structures})
+        compacted = assert_compacts(model, torch.randn(3, 4))
+        assert layer_report(compacted, "noise").removed == removed
+        assert compacted.last.in_features == left
+
+    def test_an_indexed_constant_of_a_fixed_width_keeps_channels(self):
+        model = pruned(between(lambda h: h + torch.ones(6)), {"noise": [0]})
+        compacted = assert_compacts(model, torch.randn(3, 4))
+        (reason,) = layer_report(compacted, "noise").kept_because
+        assert "cannot be cut at add" in reason
+
+    def test_parameter_of_the_model_itself_shrinks(self):
+        model = calling(
+            lambda self, x: self.last(torch.relu(self.noise(self.first(x))) * self.scale),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        model.register_parameter("scale", nn.Parameter(torch.randn(6), requires_grad=False))
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(3, 4))
+        assert compacted.scale.shape == (4,)
+        assert not compacted.scale.requires_grad
+        assert torch.equal(compacted.scale, model.scale[[1, 2, 4, 5]])
+
+    def test_addition_of_unequal_shapes(self):
+        branches = [
+            nn.Sequential(nn.Conv1d(2, 4, 1), NoiseLayer(4), nn.AdaptiveAvgPool1d(1)),
+            nn.Sequential(nn.Conv1d(2, 4, 1), NoiseLayer(4)),
+        ]
+        model = nn.Sequential(Sum(*branches, way="operator"), nn.Conv1d(4, 2, 1))
+        pruned(model, {"0.first.1": [0, 1], "0.second.1": [0]})
+        compacted = assert_compacts(model, torch.randn(3, 2, 5))
+        assert compacted[1].in_channels == compacted[0].first[0].out_channels == 3
+
+    def test_addition_of_channels_to_something_else(self):
+        branches = [
+            nn.Sequential(nn.Conv1d(5, 5, 1), NoiseLayer(5)),
+            nn.Sequential(nn.Linear(5, 5), NoiseLayer(5, dim=2)),
+        ]
+        model = nn.Sequential(Sum(*branches, way="operator"), nn.Flatten(), nn.Linear(25, 2))
+        pruned(model, {"0.first.1": [0], "0.second.1": [1]})
+        compacted = assert_compacts(model, torch.randn(3, 5, 5))
+        assert compacted[2].in_features == 25
+        assert not compacted[0].first[0].weight[0].any()
+        assert not compacted[0].second[0].weight[1].any()
+
+    @pytest.mark.parametrize(
+        ("layers", "shape", "structures", "removed"),
+        [
+            (
+                [nn.Conv1d(2, 4, 1), NoiseLayer(4), nn.ReLU(), nn.Linear(5, 5), nn.Conv1d(4, 1, 1)],
+                (3, 2, 5),
+                [1],
+                0,
+            ),
+            ([nn.Linear(5, 4), NoiseLayer(4, dim=2), nn.BatchNorm1d(2), nn.Linear(4, 1)], (3, 2, 5), [1], 0),
+            ([NoiseLayer(3, dim=0), nn.Linear(5, 4)], (3, 2, 5), [1], 0),
+            ([nn.Linear(4, 4), NoiseLayer(4), nn.MaxPool1d(2)], (3, 4), [1], 0),
+            (
+                [nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Flatten(), NoiseLayer(20), nn.Linear(20, 2)],
+                (3, 2, 5),
+                range(7),
+                5,
+            ),
+        ],
+    )
+    def test_layers_along_other_dimensions(self, layers, shape, structures, removed):
+        model = nn.Sequential(*layers)
+        (name,) = noise_layers(model)
+        compacted = assert_compacts(pruned(model, {name: list(structures)}), torch.randn(shape))
+        assert layer_report(compacted, name).removed == removed
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        ("layer", "structures", "removed"),
+        [
+            (nn.GroupNorm(3, 6), [2, 3], 2),
+            (nn.GroupNorm(3, 6), [1, 2], 0),
+            (nn.InstanceNorm1d(6, affine=True), [1, 2], 2),
+            (nn.BatchNorm1d(6, track_running_stats=False), [1, 2], 2),
+            (nn.PReLU(6), [1, 2], 2),
+            (nn.PReLU(), [1, 2], 2),
+            (nn.Upsample(scale_factor=2), [1, 2], 2),
+            (nn.ConstantPad1d(1, 0.0), [1, 2], 2),
+            (nn.ReflectionPad1d(1), [1, 2], 2),
+            (nn.ConvTranspose1d(6, 6, 2, stride=2), [1, 2], 2),
+            (nn.ConvTranspose1d(6, 6, 2, groups=2), [1, 4], 2),
+            (nn.Softsign(), [1, 2], 2),
+            (nn.LayerNorm([6, 5]), [1, 2], 0),
+        ],
+        ids=str,
+    )
+    def test_behind_noise_on_channels(self, layer, structures, removed):
+        model = nn.Sequential(nn.Conv1d(2, 6, 1), NoiseLayer(6), layer, nn.Conv1d(6, 2, 1))
+        compacted = assert_compacts(pruned(model, {"1": structures}), torch.randn(3, 2, 5))
+        assert layer_report(compacted, "1").removed == removed
+        assert compacted[0].out_channels == 6 - removed
+
+    @pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6)], ids=str)
+    @pytest.mark.parametrize("before", [False, True])
+    def test_statistics_keep_channels_and_the_report_says_so(self, norm, before):
+        layers = [norm, NoiseLayer(6)] if before else [NoiseLayer(6), norm]
+        model = nn.Sequential(nn.Linear(4, 6), *layers, nn.Linear(6, 2))
+        (name,) = noise_layers(model)
+        compacted = assert_compacts(pruned(model, {name: [0, 3]}), torch.randn(3, 4))
+        report = layer_report(compacted, name)
+        assert report.removed == 0
+        assert list(report.kept_because.values()) == [2]
+        assert "normalisation" in next(iter(report.kept_because))
+
+    def test_transformer_encoder_layer(self):
+        model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+        bmrs.add_noise(model, where="linear1")
+        compacted = assert_compacts(pruned(model, {"linear1.noise": [0, 3]}), torch.randn(3, 5, 8))
+        assert compacted.linear1.out_features == compacted.linear2.in_features == 14
+
+    @pytest.mark.parametrize(("heads", "form"), [(-1, "module"), (4, "graph")])
+    def test_attention_heads(self, heads, form):
+        def attend(self, x):
+            q, k, v = (
+                layer(x).unflatten(-1, (heads, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+            )
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+        model = calling(attend, **{name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")})
+        bmrs.add_noise(model, where="out", structures="heads", num_heads=4)
+        compacted = assert_compacts(pruned(model, {"out.noise": [1, 3]}), torch.randn(3, 5, 8), form=form)
+        assert {parameter_shapes(compacted)[f"{name}.weight"] for name in ("q", "k", "v")} == {(4, 8)}
+        assert parameter_shapes(compacted)["out.weight"] == (8, 4)
+        with torch.no_grad():
+            x = torch.randn(7, 3, 8)
+            torch.testing.assert_close(compacted(x), model.eval()(x))
+
+    def test_embedding(self):
+        model = nn.Sequential(nn.Embedding(10, 6), NoiseLayer(6, dim=-1), nn.ReLU(), nn.Linear(6, 2))
+        compacted = assert_compacts(pruned(model, {"1": [0, 3]}), torch.randint(0, 10, (3, 7)))
+        assert compacted[0].weight.shape == (10, 4)
+        assert compacted[0].embedding_dim == 4
+
+    def test_recurrent_layers(self):
+        model = calling(
+            lambda self, x: self.behind(self.second(self.recurrent(self.noise(self.first(x)))[0])),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6, dim=-1),
+            recurrent=nn.LSTM(6, 5, batch_first=True),
+            second=NoiseLayer(5, dim=-1),
+            behind=nn.Linear(5, 2),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3], "second": [2]}), torch.randn(3, 7, 4))
+        assert compacted.recurrent.input_size == compacted.first.out_features == 4
+        assert compacted.recurrent.weight_hh_l0.shape == (20, 5)
+        assert not compacted.behind.weight[:, 2].any()
+
+
+class Named(nn.Module):
+    """Several inputs, some of them optional, and several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.noise, self.last = nn.Linear(4, 6), NoiseLayer(6), nn.Linear(6, 2)
+
+    def forward(self, x, scale=None, *, everything=True):
+        hidden = self.noise(self.first(x))
+        if scale is not None:
+            hidden = hidden * scale
+        out = self.last(torch.relu(hidden))
+        return {"out": out, "others": (hidden.sum(1), x)} if everything else out
+
+
+class TestInputsAndOutputs:
+    @pytest.mark.parametrize(
+        "inputs",
+        [
+            torch.randn(3, 4),
+            (torch.randn(3, 4), torch.randn(3, 1)),
+            {"x": torch.randn(3, 4)},
+            {"scale": torch.randn(3, 1), "x": torch.randn(3, 4)},
+            OrderedDict(x=torch.randn(3, 4), everything=False),
+            [torch.randn(3, 4), None],
+        ],
+        ids=["tensor", "positional", "keyword", "keywords", "flag", "none"],
+    )
+    def test_arguments(self, inputs):
+        model = pruned(Named(), {"noise": [0, 3]})
+        compacted = assert_compacts(model, inputs)
+        assert compacted.first.out_features == compacted.last.in_features == 4
+
+    def test_structures_of_the_arguments(self):
+        model = calling(
+            lambda self, pair, named: (
+                self.last(torch.relu(self.noise(self.first(pair[0] + named["y"])))),
+                pair,
+            ),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        inputs = ([torch.randn(3, 4), torch.randn(3)], {"y": torch.randn(3, 4)})
+        assert assert_compacts(pruned(model, {"noise": [0, 3]}), inputs).last.in_features == 4
+
+    def test_second_input_joins_the_channels(self):
+        model = calling(
+            lambda self, x, y: self.last(torch.cat([self.noise(self.first(x)), y], dim=1)),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(11, 2),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), (torch.randn(3, 4), torch.randn(3, 5)))
+        assert compacted.last.in_features == 9
+        assert torch.equal(compacted.last.weight[:, 4:], model.last.weight[:, 6:])
+
+    def test_intermediate_result_that_is_returned_keeps_its_channels(self):
+        model = calling(
+            lambda self, x: (hidden := self.noise(self.first(x)), self.last(hidden)),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(3, 4))
+        assert compacted.first.out_features == 6
+
+    def test_other_numbers_of_examples(self):
+        model = pruned(Named(), {"noise": [0, 3]})
+        compacted = bmrs.compact(model, torch.randn(1, 4))
+        x = torch.randn(9, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(compacted(x)["out"], model.eval()(x)["out"])
+
+
+class TestNoiseThatCannotBeFolded:
+    """One multiplication by fixed factors is left."""
+
+    @pytest.mark.parametrize(
+        ("model", "name", "obstacle"),
+        [
+            (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), NoiseLayer(4), nn.Tanh()), "2", "pass tanh"),
+            (
+                nn.Sequential(nn.Linear(4, 4), NoiseLayer(4, activation="tanh"), nn.ReLU()),
+                "1",
+                "the model's output",
+            ),
+            (
+                nn.Sequential(NoiseLayer(4), nn.ReLU(), NoiseLayer(4, activation="tanh"), nn.Linear(4, 1)),
+                "0",
+                "no parameters, and forward it cannot pass tanh",
+            ),
+            (
+                nn.Sequential(
+                    nn.Linear(4, 4), nn.Tanh(), NoiseLayer(4), Sum(nn.Linear(4, 4), nn.Identity(), "operator")
+                ),
+                "2",
+                "cannot pass tanh, and forward it cannot pass add",
+            ),
+            (
+                nn.Sequential(
+                    nn.Linear(4, 4),
+                    Sum(nn.Sequential(NoiseLayer(4), nn.Sigmoid()), nn.Linear(4, 4), way="operator"),
+                ),
+                "1.first.0",
+                "act on linear_1 too, and forward it cannot pass sigmoid",
+            ),
+            (
+                nn.Sequential(
+                    *(
+                        nn.Linear(4, 4),
+                        nn.ReLU(),
+                        Sum(nn.Linear(4, 4), nn.Identity(), way="operator"),
+                        nn.ReLU(),
+                    ),
+                    *(NoiseLayer(4), Sum(nn.Linear(4, 4), nn.Identity(), way="operator"), nn.Linear(4, 4)),
+                ),
+                "4",
+                "act on linear_1 too, and forward it cannot pass add_1",
+            ),
+            (Sum(nn.Linear(4, 4), NoiseLayer(4), way="operator"), "second", "no parameters"),
+            (nn.Sequential(NoiseLayer(4), nn.Sigmoid(), nn.Linear(4, 2)), "0", "no parameters"),
+        ],
+    )
+    def test_the_reason_is_named(self, model, name, obstacle):
+        pruned(model, {name: [1]})
+        compacted = assert_compacts(model, torch.randn(3, 4))
+        report = layer_report(compacted, name)
+        assert not report.folded
+        assert obstacle in report.not_folded_because
+        scales = {name: m for name, m in compacted.named_modules() if isinstance(m, ChannelScale)}
+        assert list(scales) == [name]
+        torch.testing.assert_close(scales[name].factors, noise_layers(model)[name].expected_noise().detach())
+
+    def test_factors_that_differ_within_a_channel(self):
+        model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Flatten(), NoiseLayer(20))
+        compacted = assert_compacts(pruned(model, {"3": [0]}), torch.randn(3, 2, 5))
+        assert "scales parts of one channel differently" in layer_report(compacted, "3").not_folded_because
+
+    def test_shared_layer_that_meets_other_noise(self):
+        linear, last = nn.Linear(4, 4), nn.Linear(4, 2)
+        layers = [linear, NoiseLayer(4), nn.Tanh(), linear, NoiseLayer(4), nn.Tanh(), last]
+        model = pruned(nn.Sequential(*layers), {"1": [0]})
+        compacted = assert_compacts(model, torch.randn(3, 4))
+        assert not layer_report(compacted, "1").folded
+        assert "is also used without this noise" in layer_report(compacted, "1").not_folded_because
+        assert compacted.get_submodule("0") is compacted.get_submodule("3")
+
+    def test_added_noise_stays_a_hook(self):
+        model = bmrs.add_noise(
+            nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Tanh()), where="1", num_structures=4, dim=-1
+        )
+        compacted = assert_compacts(pruned(model, {"1.noise": [1]}), torch.randn(3, 4))
+        assert isinstance(compacted[1].noise, ChannelScale)
+        assert not compacted(torch.randn(3, 4))[:, 1].any()
+
+    def test_compacted_again(self):
+        model = pruned(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), NoiseLayer(4), nn.Tanh()), {"2": [1]})
+        x = torch.randn(3, 4)
+        once = bmrs.compact(model, x)
+        torch.testing.assert_close(bmrs.compact(once, x)(x), once(x))
+
+    def test_channels_are_removed_all_the_same(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), NoiseLayer(4), nn.Tanh(), nn.Linear(4, 2))
+        compacted = assert_compacts(pruned(model, {"2": [1]}), torch.randn(3, 4))
+        assert compacted[0].out_features == len(compacted[2].factors) == compacted[4].in_features == 3
+
+
+class TestWhatIsKept:
+    def test_class_attributes_hooks_and_flags(self):
+        model = pruned(Named(), {"noise": [0, 3]})
+        model.note, seen = ["anything"], []
+        model.last.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        model.last.weight.requires_grad_(False)
+        compacted = assert_compacts(model, torch.randn(3, 4))
+        assert type(compacted) is Named
+        assert compacted.note == ["anything"]
+        assert compacted.note is not model.note
+        seen.clear()
+        compacted(torch.randn(5, 4))
+        assert seen == [(5, 2)]
+        assert not compacted.last.weight.requires_grad
+        assert compacted.first.weight.requires_grad
+
+    def test_memory_format(self):
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), NoiseLayer(6), nn.Conv2d(6, 4, 3)).to(
+            memory_format=torch.channels_last
+        )
+        compacted = assert_compacts(pruned(model, {"1": [0]}), torch.randn(2, 3, 8, 8))
+        assert all(
+            p.is_contiguous(memory_format=torch.channels_last) for p in compacted.parameters() if p.dim() == 4
+        )
+
+    def test_tied_weights_stay_tied(self):
+        model = calling(
+            lambda self, i: self.out(torch.relu(self.noise(self.inner(self.embed(i))))),
+            embed=nn.Embedding(9, 5),
+            inner=nn.Linear(5, 5),
+            noise=NoiseLayer(5, dim=-1),
+            out=nn.Linear(5, 9, bias=False),
+        )
+        model.out.weight = model.embed.weight
+        compacted = assert_compacts(pruned(model, {"noise": [1]}), torch.randint(0, 9, (3, 4)))
+        assert compacted.out.weight is compacted.embed.weight
+
+    def test_compiled_models(self):
+        model = pruned(Named(), {"noise": [0, 3]})
+        x = torch.randn(3, 4)
+        compacted = bmrs.compact(torch.compile(model, backend="eager"), x)
+        assert type(compacted) is Named
+        torch.testing.assert_close(compacted(x)["out"], model.eval()(x)["out"])
+
+    def test_weights_that_are_computed(self):
+        linear = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+        model = nn.Sequential(linear, NoiseLayer(6), nn.ReLU(), nn.Linear(6, 2))
+        compacted = bmrs.compact(pruned(model, {"1": [0]}), torch.randn(3, 4))
+        x = torch.randn(3, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(compacted(x), model.eval()(x))
+        assert list(parameter_shapes(compacted)) == ["0.bias", "0.weight", "3.weight", "3.bias"]
+        assert compacted[0].weight.shape == (5, 4)
+        assert nn.utils.parametrize.is_parametrized(model[0])
