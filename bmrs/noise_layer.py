@@ -170,7 +170,9 @@ class NoiseLayer(nn.Module):
         if self.structure_size == 1:
             return self._noisy(x, self.dim)
         dim = self.dim % x.dim()
-        return self._noisy(x.unflatten(dim, (self.num_structures, self.structure_size)), dim).flatten(dim, dim + 1)
+        return self._noisy(x.unflatten(dim, (self.num_structures, self.structure_size)), dim).flatten(
+            dim, dim + 1
+        )
 
     def _noisy(self, x: Tensor, dim: int) -> Tensor:
         return bmrs_kernels.multiply_noise(
@@ -297,7 +299,9 @@ def add_noise(
             for distributed training, where new parameters would not be synchronised. The model is then unchanged.
     """
     if structures not in get_args(Structures):
-        raise ValueError(f"structures must be one of {', '.join(map(repr, get_args(Structures)))}, was {structures!r}")
+        raise ValueError(
+            f"structures must be one of {', '.join(map(repr, get_args(Structures)))}, was {structures!r}"
+        )
     if (structures == "heads") != (num_heads is not None):
         raise ValueError(f'num_heads must be given with structures="heads" and only then, was {num_heads}')
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -458,7 +462,8 @@ def _output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.RNNBase):
         return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1), -1
     if _is_transposed_linear(layer):
-        return layer.weight.shape[1], -1  # type: ignore[union-attr, return-value]
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight.shape[1], -1
     raise ValueError(
         f"the structures of layer {name!r} ({type(layer).__name__}) cannot be inferred: choose linear, convolution, "
         "normalisation, embedding or recurrent layers, or give num_structures and dim"
@@ -475,7 +480,8 @@ def _head_size(name: str, layer: nn.Module, num_heads: int) -> int:
     if isinstance(layer, nn.Linear):
         features = layer.in_features
     elif _is_transposed_linear(layer):
-        features = layer.weight.shape[0]  # type: ignore[union-attr, assignment]
+        assert isinstance(layer.weight, Tensor)
+        features = layer.weight.shape[0]
     else:
         raise ValueError(
             f'structures="heads" needs the linear layers that read the heads, and {name!r} is a {type(layer).__name__}'

@@ -45,8 +45,8 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None:
             raise NotImplementedError(
-                "bmrs_kernels has no forward-mode derivatives (torch.func.jvp, jacfwd): use reverse mode, torch.func.vjp "
-                "or jacrev, or put the noise layers into evaluation mode"
+                "bmrs_kernels has no forward-mode derivatives (torch.func.jvp, jacfwd): use reverse mode, "
+                "torch.func.vjp or jacrev, or put the noise layers into evaluation mode"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,16 @@ from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
 from bmrs.compaction.surgery import cut, narrowed, new_biases, replace_noise, set_sizes_in_code, shifts
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Inputs, as_inputs, capture, copied, evaluation_copy, map_tensors, mark, unwrapped
+from bmrs.graph.capture import (
+    Inputs,
+    as_inputs,
+    capture,
+    copied,
+    evaluation_copy,
+    map_tensors,
+    mark,
+    unwrapped,
+)
 from bmrs.graph.channels import without_repetition
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
@@ -98,7 +106,9 @@ def compact_report(compacted: nn.Module) -> CompactReport:
     """
     report = getattr(compacted, _REPORT, None)
     if not isinstance(report, CompactReport):
-        raise TypeError(f"compact_report needs a network that bmrs.compact returned, got {type(compacted).__name__}")
+        raise TypeError(
+            f"compact_report needs a network that bmrs.compact returned, got {type(compacted).__name__}"
+        )
     return report
 
 
@@ -131,7 +141,9 @@ def _factors(layer: NoiseLayer, expected_noise: bool) -> Tensor:
     return layer.spread(factors).detach()
 
 
-def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, NoiseLayer], inputs: Inputs) -> nn.Module:
+def _compacted(
+    masked: nn.Module, analysis: Analysis, layers: Mapping[str, NoiseLayer], inputs: Inputs
+) -> nn.Module:
     found = shifts(analysis)
     names = new_biases(analysis, found)
     folding = fold_noise(analysis, names)
@@ -151,19 +163,24 @@ def _compacted(masked: nn.Module, analysis: Analysis, layers: Mapping[str, Noise
         )
     _check_stored(result)
     report = CompactReport(
-        form,
-        because if form == "graph" else "",
-        tuple(_layer_report(analysis, folding, name, layer) for name, layer in layers.items()),
-        *(_number_of_values(m) for m in (masked, result)),
-        *(_number_of_bytes(m) for m in (masked, result)),
-        *(_flops(m, inputs) for m in (masked, result)),
-        error,
+        form=form,
+        form_because=because if form == "graph" else "",
+        layers=tuple(_layer_report(analysis, folding, name, layer) for name, layer in layers.items()),
+        parameters_before=_number_of_values(masked),
+        parameters_after=_number_of_values(result),
+        bytes_before=_number_of_bytes(masked),
+        bytes_after=_number_of_bytes(result),
+        flops_before=_flops(masked, inputs),
+        flops_after=_flops(result, inputs),
+        error=error,
     )
     setattr(result, _REPORT, report)
     return result
 
 
-def _compare(reference: list[Tensor], result: nn.Module, inputs: Inputs, tolerance: float) -> tuple[float, str]:
+def _compare(
+    reference: list[Tensor], result: nn.Module, inputs: Inputs, tolerance: float
+) -> tuple[float, str]:
     """How much the outputs of a network differ from others, and why it cannot be used; empty if it can."""
     try:
         error = _difference(reference, _outputs(result, inputs))
@@ -206,7 +223,7 @@ def _layer_report(analysis: Analysis, folding: Folding, name: str, layer: NoiseL
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Outputs, computed in float64: TF32 and the like would make differently shaped products differ by more than the tolerance."""
+    """Outputs, computed in float64: TF32 and the like would make products of other shapes differ too much."""
     double = copied(model, share=False).double().eval()
     args, kwargs = map_tensors(lambda t: t.double() if t.is_floating_point() else t.clone(), inputs)
     outputs = double(*args, **kwargs)

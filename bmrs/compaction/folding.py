@@ -45,7 +45,17 @@ _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _AFFINE_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1}
 
 # They may return what they take, as dropout does in evaluation mode.
-_SAME_TENSOR = ("dropout", "feature_dropout", "alpha_dropout", "to", "contiguous", "alias", "detach", "slice", "select")
+_SAME_TENSOR = (
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "to",
+    "contiguous",
+    "alias",
+    "detach",
+    "slice",
+    "select",
+)
 
 Tensors = dict[str, Tensor]
 
@@ -181,7 +191,9 @@ class _Folder:
         result = []
         for edit in edits:
             shared = any(
-                len(self.users[id(self.tensors[name])]) > 1 for name in edit.parameters if name in self.tensors
+                len(self.users[id(self.tensors[name])]) > 1
+                for name in edit.parameters
+                if name in self.tensors
             )
             if shared and edit.parameters in seen:
                 continue
@@ -196,7 +208,10 @@ class _Folder:
         if others:
             raise _BarredError(f"backward it would act on {others[0].name} too")
         call = self.calls[node]
-        if call.operator in ("linear", "addmm", *_CONVOLUTIONS, *_TRANSPOSED) or call.operator in _AFFINE_NORMS:
+        if (
+            call.operator in ("linear", "addmm", *_CONVOLUTIONS, *_TRANSPOSED)
+            or call.operator in _AFFINE_NORMS
+        ):
             return [self._rows(node, call, factors)]
         if call.operator in (*_HOMOGENEOUS, *_POOLS):
             return self._backward(node.args[0], node, _resized(factors, self._shape(node.args[0])))
@@ -210,7 +225,11 @@ class _Folder:
             return self._backward(node.args[0], node, compressed(factors.flatten()[back].view(places.shape)))
         if call.operator == "add" and call["alpha"] == 1:
             parts = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-            if len(parts) == 2 and parts[0] is not parts[1] and all(self._shape(p) == factors.shape for p in parts):
+            if (
+                len(parts) == 2
+                and parts[0] is not parts[1]
+                and all(self._shape(p) == factors.shape for p in parts)
+            ):
                 return [edit for part in parts for edit in self._backward(part, node, factors)]
         if call.operator == "mul":
             for part in (a for a in node.args[:2] if isinstance(a, fx.Node)):
@@ -242,7 +261,7 @@ class _Folder:
         return edits
 
     def _shape(self, node: object) -> torch.Size:
-        value = self.values.get(node)  # type: ignore[arg-type]
+        value = self.values.get(node) if isinstance(node, fx.Node) else None
         if not isinstance(value, Value):
             raise _BarredError("backward it meets what has no parameters")
         return value.shape
@@ -312,7 +331,9 @@ class _Folder:
             divisor = f.masked_fill(zero, 1.0)
             scale = tensors[weight] * (tensors[var] + eps).rsqrt()
             tensors[bias].copy_((tensors[bias] - tensors[mean] * scale).where(zero, tensors[bias]))
-            tensors[weight].mul_(((tensors[var] + eps * f**2) / (tensors[var] + eps)).sqrt()).masked_fill_(zero, 0.0)
+            tensors[weight].mul_(((tensors[var] + eps * f**2) / (tensors[var] + eps)).sqrt()).masked_fill_(
+                zero, 0.0
+            )
             tensors[var].div_(divisor**2)
             tensors[mean].div_(divisor)
 

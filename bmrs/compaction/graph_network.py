@@ -1,8 +1,8 @@
 """Networks put together from operators: for models whose own code cannot run narrower, and for files.
 
 A `Description` is plain data: the operations of a captured graph in their order, with the sizes that are written into
-them corrected for what is left. `build` makes a ``torch.fx.GraphModule`` of it. Batch norms and dropout are stock layers
-there, so that it can be trained further; everything else is an operator of ATen.
+them corrected for what is left. `build` makes a ``torch.fx.GraphModule`` of it. Batch norms and dropout are stock
+layers there, so that it can be trained further; everything else is an operator of ATen.
 """
 
 from __future__ import annotations
@@ -26,19 +26,95 @@ from bmrs.graph.values import Value
 
 SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
-    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "lt", "le", "gt", "ge")
-} | {"sym_min": torch.sym_min, "sym_max": torch.sym_max, "sym_float": torch.sym_float, "sym_not": torch.sym_not}
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "truediv",
+        "mod",
+        "neg",
+        "pow",
+        "eq",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+    )
+} | {
+    "sym_min": torch.sym_min,
+    "sym_max": torch.sym_max,
+    "sym_float": torch.sym_float,
+    "sym_not": torch.sym_not,
+}
 """What is computed with sizes."""
 
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 _FACTORIES = (
-    *("arange", "full", "zeros", "ones", "scalar_tensor", "sym_size", "new_zeros", "new_ones", "new_full", "eye"),
-    *("linspace", "tril", "triu", "bitwise_not", "logical_not", "item", "_local_scalar_dense", "new_empty", "empty"),
-    *("one_hot", "searchsorted", "bucketize", "histc", "isin", "nonzero", "count_nonzero", "index_put", "scatter"),
-    *("slice_scatter", "select_scatter", "masked_scatter", "diff", "outer", "tensordot", "chain_matmul", "cross"),
-    *("cdist", "cosine_similarity", "pairwise_distance", "im2col", "col2im", "unfold_backward", "scatter_add"),
-    *("addmv", "addbmm", "grid_sampler_2d", "affine_grid_generator", "roi_align", "bernoulli", "numel", "stride"),
+    *(
+        "arange",
+        "full",
+        "zeros",
+        "ones",
+        "scalar_tensor",
+        "sym_size",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "eye",
+    ),
+    *(
+        "linspace",
+        "tril",
+        "triu",
+        "bitwise_not",
+        "logical_not",
+        "item",
+        "_local_scalar_dense",
+        "new_empty",
+        "empty",
+    ),
+    *(
+        "one_hot",
+        "searchsorted",
+        "bucketize",
+        "histc",
+        "isin",
+        "nonzero",
+        "count_nonzero",
+        "index_put",
+        "scatter",
+    ),
+    *(
+        "slice_scatter",
+        "select_scatter",
+        "masked_scatter",
+        "diff",
+        "outer",
+        "tensordot",
+        "chain_matmul",
+        "cross",
+    ),
+    *(
+        "cdist",
+        "cosine_similarity",
+        "pairwise_distance",
+        "im2col",
+        "col2im",
+        "unfold_backward",
+        "scatter_add",
+    ),
+    *(
+        "addmv",
+        "addbmm",
+        "grid_sampler_2d",
+        "affine_grid_generator",
+        "roi_align",
+        "bernoulli",
+        "numel",
+        "stride",
+    ),
 )
 
 
@@ -133,7 +209,9 @@ class _Describer:
         flat = results[-len(program.graph_signature.user_outputs) :]
         out_tree = _plain_tree(pytree.tree_unflatten(flat, spec.out_spec))
         in_tree = _plain_tree(pytree.tree_unflatten([None] * spec.in_spec.num_leaves, spec.in_spec))
-        read = {reference.name for op in self.operations for reference in _references((op.args, dict(op.kwargs)))}
+        read = {
+            reference.name for op in self.operations for reference in _references((op.args, dict(op.kwargs)))
+        }
         read |= {reference.name for reference in _references(out_tree)}
         needed = tuple(op for op in self.operations if op.kind != "tensor" or op.name in read)
         return Description(needed, out_tree, tuple(names), in_tree)
@@ -184,7 +262,9 @@ class _Describer:
         if not isinstance(target, torch._ops.OpOverload):
             name = getattr(target, "__name__", "")
             if name not in SCALAR_FUNCTIONS:
-                raise UnsupportedError(f"a network cannot be described with {node.name!r}, a call of {target}")
+                raise UnsupportedError(
+                    f"a network cannot be described with {node.name!r}, a call of {target}"
+                )
             self._add(Operation(node.name, "scalar", name, tuple(map(self._argument, node.args))), node)
             return
         call = self.analysis.calls.get(node)
@@ -215,7 +295,9 @@ class _Describer:
     def _inner_graph(self, node: fx.Node, owner: nn.Module) -> None:
         graphs = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
         if len(graphs) != 1:
-            raise UnsupportedError(f"a network cannot be described with {node.name!r}, a call of {node.target}")
+            raise UnsupportedError(
+                f"a network cannot be described with {node.name!r}, a call of {node.target}"
+            )
         inner = owner.get_submodule(str(graphs[0].target))
         assert isinstance(inner, fx.GraphModule)
         place = node.args.index(graphs[0])
@@ -284,7 +366,9 @@ class _Describer:
         analysis, name = self.analysis, call.operator
         result = analysis.values.get(node)
         source = call["self"] if isinstance(call["self"], Value) else call["input"]
-        if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to") and isinstance(result, Value):
+        if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to") and isinstance(
+            result, Value
+        ):
             key = "size" if call["size"] is not None else "shape"
             given = self._given(node, key)
             kept = analysis.kept_shape(result)
@@ -298,7 +382,9 @@ class _Describer:
         if name == "unflatten" and isinstance(result, Value):
             axis, sizes = call["dim"] % len(source.shape), self._given(node, "sizes")
             kept = analysis.kept_shape(result)[axis : axis + len(sizes)]
-            return {"sizes": [k if isinstance(s, int) and s >= 0 else s for s, k in zip(sizes, kept, strict=True)]}
+            return {
+                "sizes": [k if isinstance(s, int) and s >= 0 else s for s, k in zip(sizes, kept, strict=True)]
+            }
         if name in ("slice", "narrow", "select") and isinstance(source, Value):
             return self._positions(call, source)
         if name in ("layer_norm", "rms_norm"):
@@ -317,7 +403,9 @@ class _Describer:
     def _parts(self, node: fx.Node, call: Call) -> tuple[list[int], int] | None:
         """Sizes and dimension of the parts that a tensor is split into, where they are not those that were."""
         results = self.analysis.values.get(node)
-        if call.operator not in ("split", "chunk", "split_with_sizes", "tensor_split") or not isinstance(results, list):
+        if call.operator not in ("split", "chunk", "split_with_sizes", "tensor_split") or not isinstance(
+            results, list
+        ):
             return None
         axis = call["dim"] % len(results[0].shape)
         if self.analysis.kept(call["self"], axis) is None:
@@ -339,7 +427,9 @@ class _Describer:
         size = source.shape[axis]
 
         def moved(position: Any) -> int:
-            position = size if position is None else max(0, position + size) if position < 0 else min(position, size)
+            position = (
+                size if position is None else max(0, position + size) if position < 0 else min(position, size)
+            )
             return int((kept < position).sum())
 
         if call.operator == "select":
@@ -363,7 +453,11 @@ def check_operator(name: str, place: str) -> torch._ops.OpOverload:
     """
     namespace, _, rest = name.partition(".")
     operator_name, _, overload = rest.rpartition(".")
-    plain = operator_name[:-1] if operator_name.endswith("_") and not operator_name.endswith("__") else operator_name
+    plain = (
+        operator_name[:-1]
+        if operator_name.endswith("_") and not operator_name.endswith("__")
+        else operator_name
+    )
     if namespace != "aten" or not (plain in RULES or plain in _FACTORIES):
         raise UnsupportedError(f"a network cannot be described with {place!r}, a call of {name}")
     packet = getattr(torch.ops.aten, operator_name, None)
@@ -422,7 +516,9 @@ def build(
                 is_parameter = operation.target in parameters
                 clone = tensor.detach().clone()
                 made[id(tensor)] = (
-                    nn.Parameter(clone, requires_grad=operation.target not in frozen) if is_parameter else clone
+                    nn.Parameter(clone, requires_grad=operation.target not in frozen)
+                    if is_parameter
+                    else clone
                 )
             path = _register(root, operation.target, made[id(tensor)])
             nodes[name] = graph.get_attr(path)
@@ -435,7 +531,9 @@ def build(
         elif operation.kind == "item":
             nodes[name] = graph.call_function(operator.getitem, (argument(args[0]), args[1]))
         elif operation.kind == "layer":
-            nodes[name] = graph.call_module(_add_layer(root, operation, tensors, frozen), (argument(args[0]),))
+            nodes[name] = graph.call_module(
+                _add_layer(root, operation, tensors, frozen), (argument(args[0]),)
+            )
         elif operation.kind == "scale":
             nodes[name] = _scale(graph, argument(args[0]), argument(args[1]), args[2])
     graph.output(pytree.tree_map(argument, description.outputs, is_leaf=lambda x: isinstance(x, Reference)))
@@ -482,7 +580,11 @@ def _add_layer(root: nn.Module, operation: Operation, tensors: Mapping[str, Tens
     owner = _submodule(root, parent)
     if last not in owner._modules:
         layer = getattr(nn, operation.target)(**operation.kwargs)
-        own = {key: tensors[f"{path}.{key}"].detach().clone() for key in layer.state_dict() if f"{path}.{key}" in tensors}
+        own = {
+            key: tensors[f"{path}.{key}"].detach().clone()
+            for key in layer.state_dict()
+            if f"{path}.{key}" in tensors
+        }
         layer.load_state_dict(own, assign=True, strict=False)
         for key, parameter in layer.named_parameters():
             parameter.requires_grad_(f"{path}.{key}" not in frozen)
@@ -491,7 +593,7 @@ def _add_layer(root: nn.Module, operation: Operation, tensors: Mapping[str, Tens
 
 
 def _scale(graph: fx.Graph, x: fx.Node, factors: fx.Node, dim: int) -> fx.Node:
-    """x · factors along a dimension, counted from the front or the end."""
+    """X · factors along a dimension, counted from the front or the end."""
     aten = torch.ops.aten
     if dim == -1:
         return graph.call_function(aten.mul.Tensor, (x, factors))

@@ -70,7 +70,7 @@ class CompactReport:
 
     @property
     def paper_compression(self) -> float:
-        """ "Compression %" as the paper counts it: pruned structures in percent, whether or not they could be removed."""
+        """What the paper calls "compression %": pruned structures in percent, whether or not they could be removed."""
         structures = sum(layer.structures for layer in self.layers)
         return 100.0 * self.pruned / structures if structures else 0.0
 

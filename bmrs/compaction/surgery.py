@@ -20,7 +20,6 @@ from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
 from bmrs.noise_layer import ACTIVATION_LAYERS, NoiseLayer, add_noise_hook, remove_noise_hook
 
-
 CODE_SIZES = "_bmrs_code_sizes"
 """Attribute of a compacted model: by qualified name of a module, integer attributes that became smaller."""
 
@@ -70,7 +69,7 @@ class Cut:
 
 
 def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
-    """What constant channels that leave contribute to the operations that read them, float64 for each output channel."""
+    """What constant channels that leave contribute to the operations that read them, for each output; float64."""
     found = {}
     for node, call in analysis.calls.items():
         if call.operator in ("linear", "addmm") or call.operator.startswith("conv"):
@@ -97,8 +96,10 @@ def _shift(analysis: Analysis, call: Call) -> Tensor | None:
     constant = constant.nan_to_num(0.0) * leaves
     if not constant.any() or call.operator.startswith("conv_transpose"):
         return None
-    matrix = weight.tensor.detach().cpu().double().flatten(2).sum(2) if weight.tensor.dim() > 2 else (
-        weight.tensor.detach().cpu().double()
+    matrix = (
+        weight.tensor.detach().cpu().double().flatten(2).sum(2)
+        if weight.tensor.dim() > 2
+        else (weight.tensor.detach().cpu().double())
     )
     if call.operator == "addmm":
         return constant @ matrix
@@ -134,7 +135,9 @@ def cut(
             changed[name] = tensor.detach().double().clone()
         return changed[name]
 
-    dtypes = {name: value.tensor.dtype for name, value in analysis.parameters.items() if value.tensor is not None}
+    dtypes = {
+        name: value.tensor.dtype for name, value in analysis.parameters.items() if value.tensor is not None
+    }
     for node, shift in found_shifts.items():
         call = analysis.calls[node]
         weight = call["mat2"] if call.operator == "addmm" else call["weight"]
@@ -154,7 +157,9 @@ def cut(
         assert value.tensor is not None
         tensor = value.tensor.detach() if source is None else source
         kept[name] = {
-            axis: entries for axis in range(len(value.shape)) if (entries := analysis.kept(value, axis)) is not None
+            axis: entries
+            for axis in range(len(value.shape))
+            if (entries := analysis.kept(value, axis)) is not None
         }
         tensors[name] = _cut_tensor(analysis, value, tensor).to(dtypes[name])
     for node, name in names.items():
@@ -219,7 +224,9 @@ def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> 
             if full in the_cut.tensors and full not in old:
                 weight = module._parameters["weight"]
                 assert weight is not None
-                module._parameters[name] = nn.Parameter(the_cut.tensors[full], requires_grad=weight.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    the_cut.tensors[full], requires_grad=weight.requires_grad
+                )
     _set_groups(analysis, model)
     for module in model.modules():
         set_sizes(module)
@@ -258,13 +265,13 @@ def set_sizes(module: nn.Module) -> None:
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = shape
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-            module.nf = shape[1]  # the linear layer of GPT-2, whose weight is transposed
-            if hasattr(module, "nx"):
-                module.nx = shape[0]
+            # The linear layer of GPT-2 in transformers, whose weight is transposed.
+            vars(module).update(nx=shape[0], nf=shape[1])
     elif isinstance(module, _NormBase) and module.running_mean is not None:
         module.num_features = len(module.running_mean)
     elif isinstance(module, nn.RNNBase):
-        module.input_size = module.weight_ih_l0.shape[1]  # type: ignore[union-attr]
+        first: Tensor = module.get_parameter("weight_ih_l0")
+        module.input_size = first.shape[1]
 
 
 def _set_convolution(module: _ConvNd, shape: torch.Size) -> None:
@@ -340,7 +347,9 @@ def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[in
         new = [analysis.kept_shape(result)[axis] for result in results]
         return list(zip(given, new, strict=True)) if isinstance(given, list | tuple) else [(given, new[0])]
     kept, full = analysis.kept_shape(results), results.shape
-    return [(old, new) for old, new in zip(full[-len(given) :], kept[-len(given) :], strict=True) if old in given]
+    return [
+        (old, new) for old, new in zip(full[-len(given) :], kept[-len(given) :], strict=True) if old in given
+    ]
 
 
 def replace_noise(model: nn.Module, remaining: Mapping[str, str]) -> None:
@@ -350,13 +359,13 @@ def replace_noise(model: nn.Module, remaining: Mapping[str, str]) -> None:
             if not isinstance(child, MarkedNoise):
                 continue
             if child.name in remaining:
-                module._modules[name] = ChannelScale(child.factors, dim=child.dim, activation=child.activation)
+                module._modules[name] = ChannelScale(
+                    child.factors, dim=child.dim, activation=child.activation
+                )
             elif child.activation is not None:
                 # A hook, if there is one, goes on applying it.
                 module._modules[name] = ACTIVATION_LAYERS[child.activation]()
-            elif remove_noise_hook(module):
-                del module._modules[name]
-            elif type(module) is nn.Sequential and len(module) > 1:
+            elif remove_noise_hook(module) or (type(module) is nn.Sequential and len(module) > 1):
                 del module._modules[name]
             else:
                 module._modules[name] = nn.Identity()
@@ -377,8 +386,8 @@ def install(
         model: the network, with or without noise layers, which it loses.
         tensors: parameters and buffers by qualified name.
         groups: of convolutions, by qualified name.
-        scales: by qualified name, of the factors that could not be folded the dimension, the activation before them, and
-            whether they multiply what a layer takes instead of what it returns.
+        scales: by qualified name, of the factors that could not be folded the dimension, the activation before them,
+            and whether they multiply what a layer takes instead of what it returns.
         sizes: by qualified name of a module, integer attributes that became smaller.
         frozen: names of parameters that are not trained.
 
@@ -412,7 +421,9 @@ def install(
         for name, size in attributes.items():
             value = vars(modules[path]).get(name) if path in modules else None
             if type(value) is not int or type(size) is not int or not 0 < size <= value:
-                raise ValueError(f"its size {name!r} of {path!r} is not one of model ({type(model).__name__})")
+                raise ValueError(
+                    f"its size {name!r} of {path!r} is not one of model ({type(model).__name__})"
+                )
     replaced = {id(own[name]): name for name in own if name in tensors}
     new = {key: _like(tensors[name].to(own[name].dtype), own[name]) for key, name in replaced.items()}
     for path, module in list(model.named_modules(remove_duplicate=False)):

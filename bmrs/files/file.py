@@ -123,9 +123,11 @@ def _inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
     moved: Inputs = torch.utils._pytree.tree_map(
-        lambda leaf: (leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device))
-        if isinstance(leaf, Tensor)
-        else leaf,
+        lambda leaf: (
+            (leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device))
+            if isinstance(leaf, Tensor)
+            else leaf
+        ),
         inputs,
     )
     return moved
@@ -141,7 +143,11 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
         "parameters": sorted(named),
         "frozen": sorted(name for name, parameter in named.items() if not parameter.requires_grad),
         "scales": {
-            name: [module.dim, module.activation, has_input_noise(copy_of_model.get_submodule(name.rpartition(".")[0]))]
+            name: [
+                module.dim,
+                module.activation,
+                has_input_noise(copy_of_model.get_submodule(name.rpartition(".")[0])),
+            ]
             for name, module in copy_of_model.named_modules()
             if isinstance(module, ChannelScale)
         },
@@ -191,7 +197,9 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
     return description
 
 
-def _load_alone(description: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str) -> nn.Module:
+def _load_alone(
+    description: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str
+) -> nn.Module:
     if description["version"] != GRAPH_VERSION:
         return build_network(read_layers(description, tensors))
     graph = description.get("graph")

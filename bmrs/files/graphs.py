@@ -67,7 +67,12 @@ def describe_graph(description: Description) -> dict[str, Any]:
 
 
 def read_graph(
-    data: Mapping[str, Any], tensors: Mapping[str, Tensor], *, parameters: set[str], frozen: set[str], device: Any
+    data: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    parameters: set[str],
+    frozen: set[str],
+    device: Any,
 ) -> fx.GraphModule:
     """The network of a description.
 
@@ -89,14 +94,25 @@ def read_graph(
     if not isinstance(names, list):
         raise ValueError("its input names are not a list")
     description = Description(
-        tuple(read), _read_tree(data.get("outputs"), known), tuple(map(str, names)), _read_tree(data.get("in_tree"), known)
+        tuple(read),
+        _read_tree(data.get("outputs"), known),
+        tuple(map(str, names)),
+        _read_tree(data.get("in_tree"), known),
     )
     tree = description.in_tree
     if not isinstance(tree, tuple) or [type(part) for part in tree] != [tuple, dict]:
         raise ValueError("its arguments are not a tuple and a dict")
     try:
         return build(description, tensors, parameters=parameters, frozen=frozen)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, SyntaxError, TypeError, UnsupportedError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        UnsupportedError,
+    ) as error:
         raise ValueError(f"its graph cannot be built: {type(error).__name__}: {str(error)[:200]}") from error
 
 
@@ -138,7 +154,11 @@ def _check_layer(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _is_name(name: str) -> bool:
-    return re.fullmatch(r"[^\W\d]\w*", name, re.ASCII) is not None and not keyword.iskeyword(name) and name != "self"
+    return (
+        re.fullmatch(r"[^\W\d]\w*", name, re.ASCII) is not None
+        and not keyword.iskeyword(name)
+        and name != "self"
+    )
 
 
 def _is_name_or_number(name: str) -> bool:

@@ -77,7 +77,12 @@ def read_chain(model: nn.Module) -> list[Node] | None:
     children = list(model.named_children())
     hooked = model._forward_hooks or model._forward_pre_hooks
     # With a layer in two places its weights are shared, which a chain cannot say.
-    if not children or hooked or len(children) != len(model) or not all(_is_plain(layer) for _, layer in children):
+    if (
+        not children
+        or hooked
+        or len(children) != len(model)
+        or not all(_is_plain(layer) for _, layer in children)
+    ):
         return None
     nodes = [Node(name, layer, ()) for name, layer in children]
     nodes = [replace(node, inputs=(name,)) for node, name in zip(nodes, _names_before(nodes), strict=False)]
@@ -92,7 +97,9 @@ def _is_plain(layer: nn.Module) -> bool:
     """True for a stock layer as such, of which constructor arguments and tensors tell all."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     frozen = any(not parameter.requires_grad for parameter in layer.parameters())
-    return type(layer) in STOCK_LAYERS and not hooked and not frozen and not any(True for _ in layer.children())
+    return (
+        type(layer) in STOCK_LAYERS and not hooked and not frozen and not any(True for _ in layer.children())
+    )
 
 
 def _names_before(nodes: Sequence[Node]) -> list[str | None]:

@@ -1,8 +1,8 @@
 """Networks of stock layers in a file's description: format versions 1 and 2.
 
 In version 1 the layers are a chain: in order, every layer's name, type, constructor arguments and dtype. In version 2,
-which is read but no longer written, each also has the names of its inputs, earlier layers or null for the model's input,
-and the type of an addition is ``Addition``.
+which is read but no longer written, each also has the names of its inputs, earlier layers or null for the model's
+input, and the type of an addition is ``Addition``.
 """
 
 from __future__ import annotations

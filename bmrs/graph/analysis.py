@@ -115,7 +115,7 @@ class _Reader:
         )
 
     def run(self, graph: fx.Graph, inputs: Sequence[Any] = ()) -> list[Any]:
-        """Read a graph; of one that is called by another the values of its inputs are given, and its results returned."""
+        """Read a graph. Of one that is called by another the inputs are given, and the results are returned."""
         given = iter(inputs)
         for node in graph.nodes:
             self.network.place = place_of(node)
@@ -125,7 +125,9 @@ class _Reader:
                 self.values[node] = self._call(node)
             elif node.op == "output":
                 results = node.args[0]
-                return [self._resolve(x) for x in (results if isinstance(results, list | tuple) else [results])]
+                return [
+                    self._resolve(x) for x in (results if isinstance(results, list | tuple) else [results])
+                ]
         return []
 
     def _placeholder(self, node: fx.Node) -> Any:
@@ -165,7 +167,8 @@ class _Reader:
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             container = self._resolve(node.args[0])
-            return container[node.args[1]] if isinstance(container, list | tuple) else None
+            place: Any = node.args[1]
+            return container[place] if isinstance(container, list | tuple) else None
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return self._call_graph(node)
         example = node.meta.get("val")
@@ -217,7 +220,10 @@ class _Reader:
     def _evaluated(self, call: Call) -> Value | list[Value] | None:
         """The result itself, where it does not depend on the input."""
         values = call.values()
-        if any(value.tensor is None for value in values) or sum(s.numel() for s in call.shapes) > _LARGEST_CONSTANT:
+        if (
+            any(value.tensor is None for value in values)
+            or sum(s.numel() for s in call.shapes) > _LARGEST_CONSTANT
+        ):
             return None
         if torch.Tag.nondeterministic_seeded in call.target.tags or call.target._schema.is_mutable:
             return None
@@ -239,8 +245,7 @@ class _Reader:
         place = node.args.index(graphs[0])
         inner = owner.get_submodule(str(graphs[0].target))
         assert isinstance(inner, fx.GraphModule)
-        results = self.run(inner.graph, [self._resolve(a) for a in node.args[place + 1 :]])
-        return results
+        return self.run(inner.graph, [self._resolve(a) for a in node.args[place + 1 :]])
 
     def _stop(self, node: fx.Node) -> Any:
         for source in node.all_input_nodes:
@@ -268,9 +273,11 @@ class _Reader:
 
     def _resolve(self, argument: Any) -> Any:
         """An argument with values and numbers in place of nodes."""
-        return map_arg(argument, lambda n: self.values.get(n)) if not _is_flat_list(argument) else [
-            self._resolve(item) for item in argument
-        ]
+        return (
+            map_arg(argument, lambda n: self.values.get(n))
+            if not _is_flat_list(argument)
+            else [self._resolve(item) for item in argument]
+        )
 
 
 def place_of(node: fx.Node) -> str:

@@ -25,7 +25,7 @@ Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 @torch.library.custom_op("bmrs::mark_noise", mutates_args=())
 def mark_noise(x: Tensor, factors: Tensor, dim: int, name: str) -> Tensor:
-    """x · factors along a dimension, in a form that stays recognisable in a graph."""
+    """X · factors along a dimension, in a form that stays recognisable in a graph."""
     shape = [1] * x.dim()
     shape[dim] = -1
     return x * factors.to(x.dtype).view(shape)
@@ -135,8 +135,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif "FullyShardedDataParallel" in type(model).__name__ or _is_sharded(model):
             raise ValueError(
-                f"the parameters of the model ({type(model).__name__}) are sharded: gather a full state_dict and load it "
-                "into an unsharded copy of the model first"
+                f"the parameters of the model ({type(model).__name__}) are sharded: gather a full state_dict and load "
+                "it into an unsharded copy of the model first"
             )
         else:
             return model
@@ -265,7 +265,9 @@ def capture(
     failure: Exception | None = None
     for example, dimensions in attempts:
         args, kwargs = example
-        shapes = None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example), example)
+        shapes = (
+            None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example), example)
+        )
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -346,5 +348,7 @@ def _in_short(error: Exception | None) -> str:
 def _line_of(error: Exception | None) -> str:
     """The last line of the user's own code that an error passed, as a part of a sentence."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
-    own = [f for f in frames if "/torch/" not in f.filename and "bmrs" not in f.filename and f.name == "forward"]
+    own = [
+        f for f in frames if "/torch/" not in f.filename and "bmrs" not in f.filename and f.name == "forward"
+    ]
     return f" at line {own[-1].lineno} of {own[-1].filename} ({own[-1].line})" if own else ""

@@ -14,7 +14,13 @@ from bmrs.graph.capture import Captured, as_inputs, capture, evaluation_copy, ma
 from bmrs.noise_layer import NoiseLayer, added_noise, noise_layers
 
 WeightLayer: TypeAlias = (
-    nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    nn.Linear
+    | nn.Conv1d
+    | nn.Conv2d
+    | nn.Conv3d
+    | nn.ConvTranspose1d
+    | nn.ConvTranspose2d
+    | nn.ConvTranspose3d
 )
 WEIGHT_LAYERS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -28,8 +34,8 @@ def tied_noise_layers(
     """The noise layers that have to prune a channel together if `bmrs.compact` is to remove it.
 
     An addition z = x₁ + x₂ has a constant channel only if x₁ and x₂ have, and all blocks of a stage with identity
-    shortcuts add to the same channels; a product is constant where one factor is. Which noise layers are needed is found
-    by trial: a channel is masked in all noise layers that scale it, and in all but one of them.
+    shortcuts add to the same channels; a product is constant where one factor is. Which noise layers are needed is
+    found by trial: a channel is masked in all noise layers that scale it, and in all but one of them.
 
     Args:
         model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
@@ -45,7 +51,9 @@ def tied_noise_layers(
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs)
         masked = evaluation_copy(model)
-        factors = {name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(masked).items()}
+        factors = {
+            name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(masked).items()
+        }
         mark(masked, factors)
         captured = capture(masked, inputs, "prune with example_inputs", dynamic="first")
         groups = _candidates(analyse(captured))

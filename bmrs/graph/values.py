@@ -160,7 +160,8 @@ def combine(
     """
     shape = tuple(shape)
     expanded = [
-        (_full_axes(its_shape, shape), [layer.expand(shape) for layer in layers]) for its_shape, layers in operands
+        (_full_axes(its_shape, shape), [layer.expand(shape) for layer in layers])
+        for its_shape, layers in operands
     ]
     groups = _overlapping([layer for _, layers in expanded for layer in layers if varying_axes(layer)])
     results = []

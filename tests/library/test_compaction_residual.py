@@ -72,7 +72,8 @@ class TestBlocks:
         prune_structures(resnet.layer2[1].bn1.noise, list(range(8)))
         compacted = assert_compacts(resnet, IMAGES)
         assert compacted.layer2[1].conv1.out_channels == compacted.layer2[1].conv2.in_channels == 1
-        assert not compacted.layer2[1].conv2.weight.any()
+        assert not compacted.layer2[1].bn1.weight.any()
+        assert not compacted.layer2[1].bn1.bias.any()
 
     def test_stage_that_is_all_pruned_keeps_one_channel(self, resnet):
         for noise in stage1(resnet):

@@ -8,7 +8,7 @@ from torch import nn
 
 import bmrs
 from benchmarks.networks import ResNet50
-from bmrs.compaction.ties import tied_noise_layers
+from bmrs.graph.ties import tied_noise_layers
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,8 @@
 """Operators that multiply and sum: linear layers, convolutions, products of matrices, attention, embeddings.
 
-In the space of all their indices these are pointwise products, of which the summed-over dimensions vanish. Channels along
-those are *read*: they stay where what reads them does, unless they are constant and the constant can be accounted for.
+In the space of all their indices these are pointwise products, of which the summed-over dimensions vanish. Channels
+along those are *read*: they stay where what reads them does, unless they are constant and the constant can be accounted
+for.
 """
 
 from __future__ import annotations
@@ -24,14 +25,23 @@ from bmrs.graph.values import Network, Value, combine
 
 
 def contract(
-    network: Network, a: Value, a_axes: str, b: Value, b_axes: str, out_axes: str, *, ignored: Tensor | None = None
+    network: Network,
+    a: Value,
+    a_axes: str,
+    b: Value,
+    b_axes: str,
+    out_axes: str,
+    *,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Layers of a sum of products, with a letter for each dimension, as in Einstein's notation.
 
     Args:
         network: where ties and constraints go.
-        a, b: the factors.
-        a_axes, b_axes: letters of their dimensions.
+        a: the first factor.
+        a_axes: letters of its dimensions.
+        b: the second factor.
+        b_axes: letters of its dimensions.
         out_axes: letters of the result's.
         ignored: bool of the shape of ``a``: elements that the sum need not read though they are not zero.
 
@@ -39,7 +49,7 @@ def contract(
         Layers with the dimensions ``out_axes``; sizes of letters that are not in ``a`` or ``b`` are 1.
     """
     letters = "".join(dict.fromkeys(out_axes + a_axes + b_axes))
-    sizes = {letter: 1 for letter in letters}
+    sizes = dict.fromkeys(letters, 1)
     for value, axes in ((a, a_axes), (b, b_axes)):
         for letter, size in zip(axes, value.shape, strict=True):
             sizes[letter] = max(sizes[letter], size)
@@ -81,7 +91,8 @@ def sum_layers(
         summed: the dimensions.
         silent: bool, elements that can leave the sum without changing it; None if there are none.
     """
-    rest, read = [], []
+    rest: list[Tensor] = []
+    read: list[tuple[Tensor, Tensor | None]] = []
     for layer in layers:
         axes = set(varying_axes(layer))
         if not axes & set(summed):
@@ -93,8 +104,8 @@ def sum_layers(
             read.append((layer, entries))
             shape = list(layer.shape)
             rest.append(_without_axes(entries.expand(shape), summed))
-    for layer, entries in read:
-        _read(network, layer, entries, rest, silent)
+    for read_layer, entries_of_it in read:
+        _read(network, read_layer, entries_of_it, rest, silent)
     return rest
 
 
@@ -125,20 +136,22 @@ def _read(
 
 @rule("linear")
 def linear(network: Network, call: Call) -> Value:
-    """y = x·Wᵀ + b; a channel that is constant at all places is made up for in the bias."""
+    """Y = x·Wᵀ + b; a channel that is constant at all places is made up for in the bias."""
     return _affine(network, call, call["input"], call["weight"], "oi", call["bias"])
 
 
 @rule("addmm")
 def addmm(network: Network, call: Call) -> Value:
-    """b + x·W."""
+    """B + x·W."""
     plain = call["beta"] == 1 and call["alpha"] == 1
     if not plain:
         network.stay_all(call["mat1"], "a factor of addmm is not 1")
     return _affine(network, call, call["mat1"], call["mat2"], "io", call["self"])
 
 
-def _affine(network: Network, call: Call, x: Value, weight: Value, weight_axes: str, bias: Value | None) -> Value:
+def _affine(
+    network: Network, call: Call, x: Value, weight: Value, weight_axes: str, bias: Value | None
+) -> Value:
     around = "abcdefgh"[: len(x.shape) - 1]
     ignored = _movable_constants(call, x, len(x.shape) - 1)
     layers = contract(network, x, around + "i", weight, weight_axes, around + "o", ignored=ignored)
@@ -183,7 +196,8 @@ def matmul(network: Network, call: Call) -> Value:
     a, b = (_with_rank(value, rank) for value in (a, b))
     batch = "abcdefgh"[: rank - 2]
     layers = tuple(
-        layer.expand(call.shape) for layer in contract(network, a, batch + "mk", b, batch + "kn", batch + "mn")
+        layer.expand(call.shape)
+        for layer in contract(network, a, batch + "mk", b, batch + "kn", batch + "mn")
     )
     if call.operator == "baddbmm":
         bias = call["self"]
@@ -296,10 +310,17 @@ def convolution(network: Network, call: Call) -> Value:
     else:
         ignored = None
         if readable is not None:
-            ignored = (~readable.isnan() if call.can_shift else readable == 0).view(1, -1, *[1] * spatial).expand(x.shape)
+            ignored = (
+                (~readable.isnan() if call.can_shift else readable == 0)
+                .view(1, -1, *[1] * spatial)
+                .expand(x.shape)
+            )
         reduced = Value(torch.Size([1, x.shape[1]]), tuple(y.flatten(2)[:1, :, 0] for y in x.layers))
         kernel = Value(
-            torch.Size(weight.shape[:2]), tuple(y.flatten(2)[:, :, 0] for y in weight.layers), None, weight.tensor
+            torch.Size(weight.shape[:2]),
+            tuple(y.flatten(2)[:, :, 0] for y in weight.layers),
+            None,
+            weight.tensor,
         )
         if ignored is not None:
             ignored = ignored.flatten(2)[:1, :, 0]

@@ -25,7 +25,17 @@ def same(network: Network, call: Call) -> Value:
 
 
 @rule(
-    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"),
+    *(
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "view_as",
+        "reshape_as",
+    ),
     *("permute", "transpose", "t", "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes", "swapdims"),
     *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile"),
     *("slice", "select", "narrow", "diagonal", "flip", "roll", "rot90", "unfold", "unbind", "chunk", "split"),
@@ -197,7 +207,8 @@ def indexed(network: Network, call: Call) -> Value:
             return Value(call.shape)
         # Any entry will do, as all carry the same channels.
         plain["indices"] = [
-            None if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in call["indices"]
+            None if index is None else torch.zeros(index.shape, dtype=torch.int64)
+            for index in call["indices"]
         ]
 
     def move(x: Tensor) -> Tensor:
@@ -210,12 +221,7 @@ def indexed(network: Network, call: Call) -> Value:
 
 
 def _indexed_axes(call: Call) -> list[int]:
-    axes, d = [], 0
-    for index in call["indices"]:
-        if index is not None:
-            axes.append(d)
-        d += 1
-    return axes
+    return [d for d, index in enumerate(call["indices"]) if index is not None]
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,23 @@ def _dimensions(call: Call, rank: int) -> list[int]:
     return sorted({d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])})
 
 
-@rule("sum", "mean", "amax", "amin", "max", "min", "any", "all", "prod", "var", "std", "norm", "logsumexp", "linalg_vector_norm", "var_mean")
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "any",
+    "all",
+    "prod",
+    "var",
+    "std",
+    "norm",
+    "logsumexp",
+    "linalg_vector_norm",
+    "var_mean",
+)
 def reduced(network: Network, call: Call) -> Value | list[Value]:
     """Channels along other dimensions stay apart; those that are summed over are read, and zeros are not."""
     x: Value = call["self"]
@@ -46,11 +62,24 @@ def reduced(network: Network, call: Call) -> Value | list[Value]:
     return values if len(values) > 1 else values[0]
 
 
-_REDUCTIONS = {"sum": torch.sum, "mean": torch.mean}
+_REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "mean": torch.mean}
 _REDUCTIONS |= dict.fromkeys(("amax", "max"), torch.amax) | dict.fromkeys(("amin", "min"), torch.amin)
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "argmax", "argmin", "argsort", "logcumsumexp")
+@rule(
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "topk",
+    "argmax",
+    "argmin",
+    "argsort",
+    "logcumsumexp",
+)
 def mixed(network: Network, call: Call) -> Value | list[Value]:
     """Every entry along a dimension depends on all others, so that none of them leaves."""
     x: Value = call["self"]
@@ -81,10 +110,24 @@ def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
 
 
 @rule(
-    *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *(
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "max_pool2d_with_indices",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+    ),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d"),
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices"),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d"),
+    *(
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "upsample_bilinear2d",
+        "upsample_linear1d",
+    ),
     *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact3d", "upsample_nearest2d_vec"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "lp_pool2d", "grid_sampler"),
@@ -104,10 +147,17 @@ def pooled(network: Network, call: Call) -> Value | list[Value]:
     constant = None
     if x.constant is not None:
         constant = uniform(x.constant, range(first, len(x.shape)))
-        if call.operator.startswith("avg") and _averages_padding(call) or call.operator in ("lp_pool2d", "grid_sampler"):
+        if (call.operator.startswith("avg") and _averages_padding(call)) or call.operator in (
+            "lp_pool2d",
+            "grid_sampler",
+        ):
             constant = constant.where(constant == 0, torch.nan)
     for shape in call.shapes:
-        its_constant = None if constant is None else compressed(constant.expand(*x.shape[:first], *[1] * spatial)).expand(shape)
+        its_constant = (
+            None
+            if constant is None
+            else compressed(constant.expand(*x.shape[:first], *[1] * spatial)).expand(shape)
+        )
         results.append(Value(shape, tuple(_resized(layer, shape) for layer in kept), its_constant))
     return results if len(results) > 1 else results[0]
 
@@ -193,7 +243,9 @@ def group_norm(network: Network, call: Call) -> Value | list[Value]:
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     for parameter in (weight, bias):
         if parameter is not None:
-            operands.append(([parameter.shape[0] if d < 0 else d for d in view], [y.view(view) for y in parameter.layers]))
+            operands.append(
+                ([parameter.shape[0] if d < 0 else d for d in view], [y.view(view) for y in parameter.layers])
+            )
     layers = combine(network, x.shape, operands)
     constant = None
     if x.constant is not None and (bias is None or bias.tensor is not None):
@@ -213,7 +265,8 @@ def gated(network: Network, call: Call) -> Value:
     axis = call["dim"] % len(x.shape)
     half = x.shape[axis] // 2
     operands = [
-        (call.shape, [compressed(layer.narrow(axis, start, half)) for layer in x.layers]) for start in (0, half)
+        (call.shape, [compressed(layer.narrow(axis, start, half)) for layer in x.layers])
+        for start in (0, half)
     ]
     layers = combine(network, call.shape, operands)
     constant = None
