@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 
 from bmrs.graph.capture import Captured
-from bmrs.graph.channels import STAYS, Staying, compressed, smallest_staying, varying_axes
+from bmrs.graph.channels import STAYS, Staying, compressed, smallest_staying, varying_axes, without_repetition
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.values import Network, Value
 
@@ -55,7 +55,7 @@ class Analysis:
         layer = value.layer_along(axis)
         if layer is None:
             return None
-        stays = self.stays(layer)
+        stays = self.stays(without_repetition(layer)[0])
         others = [d for d in range(stays.dim()) if d != axis % stays.dim()]
         stays = stays.any(dim=others) if others else stays
         return None if stays.all() else stays.nonzero().flatten()

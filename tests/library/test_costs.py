@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from residual_cases import SmallResNet
+from residual_cases import BasicBlock
 from torch import nn
 
 import bmrs
@@ -39,17 +39,38 @@ def test_costs_follow_what_is_pruned_already(lenet):
 
 def test_tied_structures_share_what_they_save():
     torch.manual_seed(0)
-    model = bmrs.add_noise(SmallResNet(), where=nn.BatchNorm2d)
-    costs = bmrs.structure_costs(model, torch.randn(2, 3, 12, 12))
+    stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
+    model = nn.Sequential(stem, BasicBlock(6, 6), nn.Conv2d(6, 2, 1))
+    bmrs.add_noise(model, where=nn.BatchNorm2d)
+    images = torch.randn(2, 3, 8, 8)
+    costs = bmrs.structure_costs(model, images)
     assert all(cost.parameters > 0 and cost.flops > 0 for cost in costs.values())
-    stage = ["bn1.noise", "layer1.0.bn2.noise", "layer1.1.bn2.noise"]
-    assert len({costs[name] for name in stage}) == 1
+    tied = ["0.1.noise", "1.bn2.noise"]
+    assert len({costs[name] for name in tied}) == 1
     together = copy.deepcopy(model)
-    for name in stage:
+    for name in tied:
         noise_layers(together)[name].mask[-1] = False
-    whole, less = (bmrs.compact(each, torch.randn(2, 3, 12, 12)) for each in (model, together))
-    saved = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in less.parameters())
-    assert 3 * costs["bn1.noise"].parameters == pytest.approx(saved)
+    whole, less = (bmrs.compact_report(bmrs.compact(each, images)) for each in (model, together))
+    assert less.removed == 2
+    assert 2 * costs[tied[0]].parameters == pytest.approx(whole.parameters_after - less.parameters_after)
+    assert 2 * 2 * costs[tied[0]].flops == pytest.approx(whole.flops_after - less.flops_after)
+
+
+def test_inputs_of_all_kinds():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.out = nn.Linear(2, 4), nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.out(self.first(x) * self.second(y))
+
+    model = bmrs.add_noise(Added(), where="first")
+    x, y = torch.randn(5, 2), torch.randn(5, 3)
+    saved = bmrs.StructureCost(2 + 3 + 2 + 1, 2 * (2 + 3 + 1))
+    assert bmrs.structure_costs(model, (x, y)) == {"first.noise": saved}
+    assert bmrs.structure_costs(model, {"y": y, "x": x}) == {"first.noise": saved}
+    assert bmrs.structure_prices(model, {"y": y, "x": x}) == {"first.noise": 1.0}
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])

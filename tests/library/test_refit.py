@@ -202,7 +202,7 @@ def test_residual_networks_and_what_is_left_alone():
     assert error(refitted, dense.eval(), others) < 0.5 * error(plain, dense, others)
 
 
-def test_each_call_of_a_shared_layer_is_refitted_to_its_own_results():
+def test_a_shared_layer_is_refitted_to_the_results_of_all_its_calls():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -257,3 +257,46 @@ def test_another_network_is_refused_by_name(mlp):
         bmrs.compact(model, inputs, refit_to=other)
     with pytest.raises(ValueError, match="layer '2' of refit_to must be a Linear"):
         bmrs.compact(model, inputs, refit_to=nn.Sequential(mlp[0], mlp[1], nn.ReLU()))
+
+
+def test_single_input_by_name(mlp):
+    model = masked_copy(mlp, 0.5, where="0")
+    inputs = torch.randn(50, 6, generator=generator(), dtype=torch.float64)
+    expected = bmrs.compact(model, inputs, refit_to=mlp)
+    found = bmrs.compact(model, {"input": inputs}, refit_to=mlp)
+    assert all(map(torch.equal, found.parameters(), expected.parameters()))
+
+
+def test_several_inputs_are_refused(mlp):
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.layers(x + y)
+
+    model = masked_copy(Added(), 0.5, where="layers.0")
+    inputs = torch.randn(2, 50, 6, generator=generator(), dtype=torch.float64)
+    with pytest.raises(TypeError, match="refit_to needs a model of one input, example_inputs were 2"):
+        bmrs.compact(model, tuple(inputs), refit_to=mlp)
+
+
+def test_a_network_that_becomes_a_graph_is_refused():
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).view(-1, 6))
+
+    torch.manual_seed(0)
+    dense = Fixed()
+    model = masked_copy(dense, 0.5, where="first")
+    inputs = torch.randn(50, 3, generator=generator())
+    assert bmrs.compact_report(bmrs.compact(model, inputs)).form == "graph"
+    with pytest.raises(
+        ValueError, match="needs a network of the model's own classes, and this one became a graph"
+    ):
+        bmrs.compact(model, inputs, refit_to=dense)

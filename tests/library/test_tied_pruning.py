@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from compaction_cases import assert_compacts
+from compaction_cases import assert_compacts, prune_structures
 from residual_cases import RandomResidual, SmallResNet, Sum
 from torch import nn
 
@@ -80,7 +80,50 @@ class TestTies:
             NoiseLayer(3),
             Sum(branch(), nn.Identity(), way="operator"),
         )
-        assert tied_noise_layers(model, IMAGES) == [["0.first.1", "0.second.1"], ["1", "2.first.1"]]
+        # As an output it stays whatever is pruned.
+        assert tied_noise_layers(model, IMAGES) == []
+        model.append(nn.Conv2d(3, 2, 1))
+        assert tied_noise_layers(model, IMAGES) == [["1", "2.first.1"]]
+        for name in ("1", "2.first.1"):
+            prune_structures(noise_layers(model)[name], [2])
+        assert assert_compacts(model, IMAGES)[-1].in_channels == 2
+
+    def test_factors_of_a_product_are_not_tied(self):
+        """One of them makes it zero."""
+
+        class Gated(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.gate, self.value, self.out = nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(4, 1)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.out(torch.sigmoid(self.gate(x)) * self.value(x))
+
+        model = bmrs.add_noise(Gated(), where=lambda name, _: name in ("gate", "value"))
+        assert tied_noise_layers(model, EXAMPLE) == []
+        prune_structures(model.value.noise, [1])
+        assert assert_compacts(model, EXAMPLE).gate.out_features == 3
+
+    def test_concatenated_channels_are_not_tied(self):
+        class Both(Sum):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.cat([self.first(x), self.second(x)], dim=1)
+
+        branches = [nn.Sequential(nn.Linear(2, 4), NoiseLayer(4)) for _ in range(2)]
+        model = nn.Sequential(Both(*branches, way="operator"), nn.Linear(8, 1))
+        assert tied_noise_layers(model, EXAMPLE) == []
+
+    def test_examples_in_a_mapping(self):
+        class Added(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.out = nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(4, 1)
+
+            def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return self.out(self.first(x) + self.second(y))
+
+        model = bmrs.add_noise(Added(), where=lambda name, _: name in ("first", "second"))
+        assert tied_noise_layers(model, {"y": EXAMPLE, "x": EXAMPLE}) == [["first.noise", "second.noise"]]
 
     def test_no_additions(self):
         assert tied_noise_layers(bmrs.models.LeNet5(), torch.randn(1, 1, 32, 32)) == []
@@ -90,6 +133,11 @@ def two_branches(structures: int) -> tuple[nn.Module, NoiseLayer, NoiseLayer]:
     first, second = NoiseLayer(structures), NoiseLayer(structures)
     branches = [nn.Sequential(nn.Linear(2, structures), noise) for noise in (first, second)]
     return nn.Sequential(Sum(*branches, way="operator"), nn.Linear(structures, 1)), first, second
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
 
 
 EXAMPLE = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
@@ -184,13 +232,12 @@ class TestPrune:
     def test_channels_pruned_together_leave_the_compacted_network(self, resnet, seed):
         bmrs.prune(spread(resnet, seed), bmrs.BMRSNormal(tolerance=0.919), example_inputs=IMAGES)
         compacted = assert_compacts(resnet, IMAGES)
-        modules = {name.replace(".", "_"): module for name, module in resnet.named_modules()}
-        for name, layer in compacted.named_children():
-            if isinstance(layer, nn.BatchNorm2d):
-                assert layer.num_features == int(modules[name].noise.mask.sum())
-        assert sum(p.numel() for p in compacted.parameters()) < sum(
-            p.numel() for p in SmallResNet().parameters()
-        )
+        norms = {n: m for n, m in compacted.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert len(norms) == len(noise_layers(resnet))
+        for name, layer in norms.items():
+            assert layer.num_features == int(resnet.get_submodule(name).noise.mask.sum())
+        report = bmrs.compact_report(compacted)
+        assert report.removed == report.pruned > 0
 
     @pytest.mark.parametrize("seed", range(10))
     def test_random_networks(self, seed):
@@ -208,12 +255,13 @@ class TestPrune:
         ("model", "example", "error", "message"),
         [
             (
-                nn.Sequential(nn.LayerNorm(2), NoiseLayer(2)),
+                nn.Sequential(Branching(), NoiseLayer(2)),
                 EXAMPLE,
                 ValueError,
-                r"support layer '0' \(LayerNorm\)",
+                r"prune with .* failed on Sequential",
             ),
-            (NoiseLayer(2), [EXAMPLE, EXAMPLE], TypeError, r"example_inputs must be one tensor"),
+            (NoiseLayer(2), [EXAMPLE, EXAMPLE], ValueError, r"does not run on example_inputs"),
+            (NoiseLayer(2), 3.0, TypeError, r"example_inputs must be a tensor, a sequence"),
             (
                 nn.Sequential(nn.Linear(3, 2), NoiseLayer(2)),
                 EXAMPLE,

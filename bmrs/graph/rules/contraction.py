@@ -70,14 +70,14 @@ def contract(
         shape = list(placed(torch.empty(1).expand(value.shape), axes).shape)
         operands.append((shape, [placed(layer, axes) for layer in value.layers]))
     layers = combine(network, space, operands)
-    silent = torch.zeros(1, dtype=torch.bool).expand(space)
+    # Of size 1 along the dimensions that it does not vary along: the whole space can be huge.
+    silent = torch.zeros([1] * len(space), dtype=torch.bool)
     for value, axes in ((a, a_axes), (b, b_axes)):
-        known = value.constant
-        if known is not None:
-            silent = silent | (placed(known, axes) == 0).expand(space)
+        if value.constant is not None:
+            silent = silent | (without_repetition(placed(value.constant, axes))[0] == 0)
     if ignored is not None:
-        silent = silent | placed(ignored, a_axes).expand(space)
-    return tuple(sum_layers(network, layers, tuple(summed), compressed(silent)))
+        silent = silent | without_repetition(placed(ignored, a_axes))[0]
+    return tuple(sum_layers(network, layers, tuple(summed), silent))
 
 
 def sum_layers(
@@ -89,7 +89,8 @@ def sum_layers(
         network: where constraints go.
         layers: those of what is summed.
         summed: the dimensions.
-        silent: bool, elements that can leave the sum without changing it; None if there are none.
+        silent: bool, broadcasting with the layers: elements that can leave the sum without changing it; None if there
+            are none.
     """
     rest: list[Tensor] = []
     read: list[tuple[Tensor, Tensor | None]] = []
@@ -120,7 +121,7 @@ def _read(
 ) -> None:
     """Note that a sum reads channels, where what it results in stays."""
     if silent is None:
-        silent = torch.zeros(1, dtype=torch.bool).expand(layer.shape)
+        silent = torch.zeros([1] * layer.dim(), dtype=torch.bool)
     # Silent at all places where the channels lie.
     axes = varying_axes(layer)
     others = [d for d in range(layer.dim()) if d not in axes]
@@ -220,14 +221,14 @@ def _with_rank(value: Value, rank: int) -> Value:
 
 def _zero_products(a: Value, b: Value, shape: torch.Size) -> Tensor | None:
     """Products are 0 where a whole row of the one or a whole column of the other is."""
-    zero = torch.zeros(1, dtype=torch.bool).expand(shape)
+    zero = torch.zeros([1] * len(shape), dtype=torch.bool)
     if a.constant is not None:
-        zero = zero | (a.constant == 0).all(dim=-1, keepdim=True)
+        zero = zero | (without_repetition(a.constant)[0] == 0).all(dim=-1, keepdim=True)
     if b.constant is not None:
-        zero = zero | (b.constant == 0).all(dim=-2, keepdim=True)
+        zero = zero | (without_repetition(b.constant)[0] == 0).all(dim=-2, keepdim=True)
     if not zero.any():
         return None
-    return compressed(torch.zeros(shape, dtype=torch.float64).masked_fill(~zero, torch.nan))
+    return compressed(torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan)).expand(shape)
 
 
 @rule("einsum")

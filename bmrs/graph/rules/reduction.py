@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bmrs.graph.channels import compressed, varying_axes
+from bmrs.graph.channels import compressed, varying_axes, without_repetition
 from bmrs.graph.rules.contraction import sum_layers, uniform
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Network, Value, combine
@@ -46,7 +46,7 @@ def reduced(network: Network, call: Call) -> Value | list[Value]:
     known = x.known()
     silent = None
     if call.operator == "sum" and x.constant is not None:
-        silent = x.constant == 0
+        silent = without_repetition(x.constant)[0] == 0
     layers = []
     for layer in sum_layers(network, x.layers, dims, silent):
         for d in dims if call["keepdim"] else ():
