@@ -6,6 +6,7 @@ from bmrs.costs import StructureCost, structure_costs, structure_prices
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.divergence import kl_divergence
 from bmrs.files import load, save
+from bmrs.graph.suggestions import Suggestions, suggest
 from bmrs.noise_layer import NoiseLayer, add_noise
 from bmrs.posteriors import PosteriorReport, learn_posteriors, unsettled
 from bmrs.pruning import PruneReport, prune
@@ -23,6 +24,7 @@ __all__ = [
     "PosteriorReport",
     "PruneReport",
     "StructureCost",
+    "Suggestions",
     "add_noise",
     "compact",
     "compact_report",
@@ -35,5 +37,6 @@ __all__ = [
     "save",
     "structure_costs",
     "structure_prices",
+    "suggest",
     "unsettled",
 ]

@@ -442,6 +442,15 @@ def _check_can_get_noise(name: str, layer: nn.Module) -> None:
         )
 
 
+def can_get_noise(layer: nn.Module) -> bool:
+    """True for a layer that `add_noise` takes without being told its structures."""
+    try:
+        _check_can_get_noise("", layer)
+        return _output_structures("", layer)[0] > 1
+    except ValueError:
+        return False
+
+
 def _output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
     """Number of structures in a layer's output and the dimension that they lie along."""
     if isinstance(layer, nn.Linear):

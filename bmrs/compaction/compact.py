@@ -191,35 +191,44 @@ def _compare(
 
 
 def _layer_report(analysis: Analysis, folding: Folding, name: str, layer: NoiseLayer) -> LayerCompaction:
-    pruned = layer.spread(~layer.mask).cpu()
-    kept = torch.zeros_like(pruned)
+    entries = _reasons_of_entries(analysis, name)
     reasons: Counter[str] = Counter()
+    removed = 0
+    for structure in (~layer.mask).nonzero().flatten().tolist():
+        first = structure * layer.structure_size
+        reason = next((r for r in entries[first : first + layer.structure_size] if r), "")
+        if reason or not entries:
+            reasons[reason or "the model does not use it"] += 1
+        else:
+            removed += 1
+    return LayerCompaction(
+        name=name,
+        structures=layer.num_structures,
+        pruned=int((~layer.mask).sum()),
+        removed=removed,
+        kept_because=dict(reasons),
+        folded=name not in folding.remaining,
+        not_folded_because=folding.remaining.get(name, ""),
+    )
+
+
+def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
+    """Why each entry along a noise layer's dimension stays, empty where it leaves; no entries if it is never called."""
+    reasons: list[str] = []
     for call in analysis.calls.values():
         if call.operator != "mark_noise" or call["name"] != name:
             continue
         axis, value = call["dim"] % len(call.shape), call["x"]
-        channels = value.layer_along(axis)
-        if channels is None:
-            kept |= pruned
-            reasons["it multiplies what always stays"] = int(pruned.sum())
-            continue
-        (channels,) = without_repetition(channels)
+        reasons = reasons or [""] * call.shape[axis]
+        layer = value.layer_along(axis)
+        if layer is None:
+            return ["it multiplies what always stays"] * len(reasons)
+        (channels,) = without_repetition(layer)
         channels = channels.movedim(axis, 0).flatten(1)
         stay = analysis.stays(channels)
-        kept |= pruned & stay.any(dim=1)
-        for row, its_stay in zip(channels[pruned], stay[pruned], strict=True):
-            if its_stay.any():
-                reasons[analysis.reason(int(row[its_stay][0]))] += 1
-    width = len(pruned) // layer.num_structures
-    return LayerCompaction(
-        name,
-        layer.num_structures,
-        int((~layer.mask).sum()),
-        int((pruned & ~kept).view(-1, width).all(dim=1).sum()),
-        dict(reasons),
-        name not in folding.remaining,
-        folding.remaining.get(name, ""),
-    )
+        for entry in stay.any(dim=1).nonzero().flatten().tolist():
+            reasons[entry] = reasons[entry] or analysis.reason(int(channels[entry][stay[entry]][0]))
+    return reasons
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:

@@ -72,7 +72,7 @@ class Analysis:
         """Why a channel stays."""
         cause = int(self.staying.cause_of(torch.tensor([channel])))
         if cause < 0:
-            return ""
+            return "nothing reads it in any case"
         note, place = self.network.notes[cause]
         return f"{note} at {place}" if place else note
 

@@ -56,68 +56,73 @@ def tied_noise_layers(
         }
         mark(masked, factors)
         captured = capture(masked, inputs, "prune with example_inputs", dynamic="first")
-        groups = _candidates(analyse(captured))
-        found: list[list[str]] = []
-        while groups:
-            needed = _needed(captured, factors, groups)
-            found += [g for g, names in zip(groups, needed, strict=True) if names == g]
-            # The first that is not needed goes, and the others are tried again.
-            smaller = [
-                [name for name in g if name != next(n for n in g if n not in names)]
-                for g, names in zip(groups, needed, strict=True)
-                if names is not None and names != g
-            ]
-            groups = [g for g in smaller if len(g) > 1]
+        groups = [group for group in same_channels(analyse(captured)) if len(group) > 1]
+        found = [needed for needed in needed_layers(captured, factors, groups) if needed and len(needed) > 1]
     return sorted(found, key=lambda group: list(factors).index(group[0]))
 
 
-def _candidates(analysis: Analysis) -> list[list[str]]:
-    """Noise layers that scale the same channels, in the order of their use."""
+def same_channels(analysis: Analysis) -> list[list[str]]:
+    """Noise layers in groups that scale the same channels, in the order of their use."""
     roots = analysis.network.ties.roots()
-    by_channels: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for call in analysis.calls.values():
-        if call.operator != "mark_noise":
-            continue
-        channels = call["x"].channels_along(call["dim"])
-        if channels is None or (channels < 0).any():
-            continue
-        names = by_channels[tuple(roots[channels].tolist())]
-        if call["name"] not in names:
-            names.append(call["name"])
-    return [names for names in by_channels.values() if len(names) > 1]
+        channels = call["x"].channels_along(call["dim"]) if call.operator == "mark_noise" else None
+        if channels is not None and not (channels < 0).any():
+            names = groups[tuple(roots[channels].tolist())]
+            if call["name"] not in names:
+                names.append(call["name"])
+    return list(groups.values())
 
 
-def _needed(
-    captured: Captured, factors: dict[str, Tensor], groups: list[list[str]]
+def needed_layers(
+    captured: Captured, factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
 ) -> list[list[str] | None]:
-    """Of each group the layers without which a channel stays; None if it stays even with all."""
-    members: list[list[str]] = [[] for _ in groups]
-    removable = [False] * len(groups)
-    for trial in range(-1, max(map(len, groups))):
-        for group in groups:
-            for i, name in enumerate(group):
-                # The last channel is masked in all layers but one, in the first trial in all.
-                tensor = factors[name]
-                tensor.fill_(1.0)
-                if i != trial and trial < len(group):
-                    tensor[-1] = 0.0
+    """A smallest part of each group that has to prune a channel for it to leave; the last ones of those that would do.
+
+    Args:
+        captured: the model.
+        factors: of its noise layers by name, all 1; they are changed for the trials, which look at the last channel.
+        groups: names of noise layers that scale the same channels.
+
+    Returns:
+        For each group the names, None if the channel stays even if all of them prune it.
+    """
+    needed: list[list[str]] = [list(group) for group in groups]
+    _prune_last(factors, needed)
+    analysis = analyse(captured)
+    removable = [last_channel_leaves(analysis, group[0]) for group in groups]
+    for turn in range(max(map(len, groups), default=0)):
+        # One fewer in every group at once.
+        fewer = [
+            [n for n in names if [n] != list(group[turn : turn + 1])]
+            for names, group in zip(needed, groups, strict=True)
+        ]
+        _prune_last(factors, fewer)
         analysis = analyse(captured)
-        for g, group in enumerate(groups):
-            gone = _last_channel_leaves(analysis, group[0])
-            if trial < 0:
-                removable[g] = gone
-            elif trial < len(group) and not gone:
-                members[g].append(group[trial])
+        needed = [
+            few if few and last_channel_leaves(analysis, group[0]) else names
+            for few, names, group in zip(fewer, needed, groups, strict=True)
+        ]
+    _prune_last(factors, [])
+    return [names if ok else None for names, ok in zip(needed, removable, strict=True)]
+
+
+def _prune_last(factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]) -> None:
+    """Prune the last structure of the layers of some groups, and nothing else."""
     for tensor in factors.values():
         tensor.fill_(1.0)
-    return [names if ok else None for names, ok in zip(members, removable, strict=True)]
+    for group in groups:
+        for name in group:
+            factors[name][-1] = 0.0
 
 
-def _last_channel_leaves(analysis: Analysis, name: str) -> bool:
-    call = next(c for c in analysis.calls.values() if c.operator == "mark_noise" and c["name"] == name)
-    channels = call["x"].channels_along(call["dim"])
-    assert channels is not None
-    return not bool(analysis.stays(channels[-1:]).any())
+def last_channel_leaves(analysis: Analysis, name: str) -> bool:
+    """Whether the last channel that a noise layer scales leaves."""
+    for call in analysis.calls.values():
+        if call.operator == "mark_noise" and call["name"] == name:
+            channels = call["x"].channels_along(call["dim"])
+            return channels is not None and not bool(analysis.stays(channels[-1:]).any())
+    return False
 
 
 def producers(

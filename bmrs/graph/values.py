@@ -109,6 +109,11 @@ class Network:
         self.add(AtLeastOne(channels), "no layer is left empty")
         return channels.view(view).expand(tuple(shape))
 
+    def at_least_one(self, layer: Tensor) -> None:
+        """Keep something of a part of a tensor."""
+        (channels,) = without_repetition(layer)
+        self.add(AtLeastOne(channels), "no part is left empty")
+
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Tie channels that meet."""
         staying = self.ties.tie(a, b)

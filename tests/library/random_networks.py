@@ -309,13 +309,13 @@ def convolution(b: Builder) -> None:
     groups = b.random.choice([g for g in (1, 1, 1, 2, 3, width) if width % g == 0])
     out = groups * b.random.choice([1, 2, 3]) if groups > 1 else b.channels()
     kind = (nn.Conv1d, nn.Conv2d)[spatial - 1]
-    size = b.random.choice([1, 1, 2, 3])
+    size, stride = b.random.choice([1, 1, 2, 3]), b.random.choice([1, 1, 2])
     layer: nn.Module = kind(
         width,
         out,
         size,
-        stride=b.random.choice([1, 1, 2]),
-        padding=b.random.choice([0, 1, "same"] if size == 3 else [0]),
+        stride=stride,
+        padding=b.random.choice([0, 0, 1, *["same"] * (stride == 1)]) if size == 3 else 0,
         padding_mode=b.random.choice(["zeros", "zeros", "reflect", "circular"]),
         dilation=b.random.choice([1, 1, 1, 2]),
         groups=groups,

@@ -228,7 +228,9 @@ def _zero_products(a: Value, b: Value, shape: torch.Size) -> Tensor | None:
         zero = zero | (without_repetition(b.constant)[0] == 0).all(dim=-2, keepdim=True)
     if not zero.any():
         return None
-    return compressed(torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan)).expand(shape)
+    return compressed(torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan)).expand(
+        shape
+    )
 
 
 @rule("einsum")

@@ -88,6 +88,8 @@ def _moved(
         for layer in its_layers:
             if varying_axes(layer):
                 network.product(layer)
+                if shape.numel() < value.shape.numel():
+                    network.at_least_one(layer)
             else:
                 network.stay(layer, "it is picked by its number")
         its_layers = tuple(layer for layer in its_layers if varying_axes(layer))

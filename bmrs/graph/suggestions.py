@@ -1,0 +1,163 @@
+"""Where noise would remove something from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmrs.graph.analysis import Analysis, analyse
+from bmrs.graph.capture import Captured, as_inputs, capture, evaluation_copy, mark
+from bmrs.graph.channels import varying_axes, without_repetition
+from bmrs.graph.ties import last_channel_leaves, needed_layers, same_channels
+from bmrs.noise_layer import add_noise, can_get_noise, noise_layers
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A place for noise.
+
+    Attributes:
+        layers: qualified names of the layers to put noise behind. One is enough, unless ``together``.
+        together: whether all of them need it: what they make is added, and a channel of the sum leaves only if it is
+            pruned in every part.
+        structures: structures of each of the layers.
+        parameters: values of parameters that the network loses with one structure, on average.
+        flops: floating-point operations that it loses, two for each multiply-add, for the whole example.
+    """
+
+    layers: tuple[str, ...]
+    together: bool
+    structures: int
+    parameters: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """Places for noise, the one that can save most parameters first; ``str()`` gives a table."""
+
+    places: tuple[Suggestion, ...]
+
+    def __iter__(self) -> Any:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        return {"places": [asdict(place) for place in self.places]}
+
+    def __str__(self) -> str:
+        header = ("structures", "parameters each", "FLOPs each", "noise behind")
+        rows = [
+            (
+                f"{place.structures:,}",
+                f"{place.parameters:,.0f}",
+                f"{place.flops:,.0f}",
+                (" and " if place.together else " or ").join(place.layers),
+            )
+            for place in self.places
+        ]
+        table = [header, *rows]
+        widths = [max(len(row[column]) for row in table) for column in range(3)]
+        return "\n".join("  ".join([*map(str.rjust, row[:3], widths), row[3]]) for row in table)
+
+
+def suggest(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Suggestions:
+    """List the places of a model where noise would make structures removable.
+
+    Every layer that `bmrs.add_noise` takes is tried: its last structure is pruned, together with the structures that it
+    is added to. A place is listed if `bmrs.compact` would remove that structure.
+
+    Args:
+        model: a model that `bmrs.compact` takes, with or without noise, in any mode; it is left as it is.
+        example_inputs: as for `bmrs.compact`.
+
+    Returns:
+        The places, the one that can save most parameters first.
+
+    Raises:
+        TypeError, ValueError: as `bmrs.compact`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = as_inputs(example_inputs)
+        trial = evaluation_copy(model)
+        mark(
+            trial,
+            {name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(trial).items()},
+        )
+        names = [name for name, layer in trial.named_modules() if can_get_noise(layer)]
+        if not names:
+            return Suggestions(())
+        add_noise(trial, where=lambda name, _: name in names)
+        factors = {name: torch.ones(layer.num_structures) for name, layer in noise_layers(trial).items()}
+        mark(trial.eval(), factors)
+        captured = capture(trial, inputs, "suggest", dynamic="first")
+        return Suggestions(tuple(_places(captured, factors)))
+
+
+def _places(captured: Captured, factors: dict[str, Tensor]) -> list[Suggestion]:
+    groups = same_channels(analyse(captured))
+    needed = needed_layers(captured, factors, groups)
+    analysis = analyse(captured)
+    places = []
+    for group, names, sufficient in zip(groups, needed, _sufficient(captured, factors, groups), strict=True):
+        if names:
+            layers = tuple(name.removesuffix(".noise") for name in sufficient or names)
+            parameters, flops = _worth(analysis, group[0])
+            places.append(Suggestion(layers, not sufficient, len(factors[group[0]]), parameters, flops))
+    return sorted(places, key=lambda place: -place.structures * place.parameters)
+
+
+def _sufficient(
+    captured: Captured, factors: dict[str, Tensor], groups: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """Of each group the layers that can let a channel leave alone."""
+    found: list[list[str]] = [[] for _ in groups]
+    for turn in range(max(map(len, groups), default=0)):
+        for group in groups:
+            for i, name in enumerate(group):
+                factors[name][-1] = 0.0 if i == turn else 1.0
+        analysis = analyse(captured)
+        for names, group in zip(found, groups, strict=True):
+            names += [name for name in group[turn : turn + 1] if last_channel_leaves(analysis, name)]
+    return found
+
+
+def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
+    """Parameters and FLOPs of the last structure of a noise layer."""
+    roots = analysis.network.ties.roots()
+    call = next(c for c in analysis.calls.values() if c.operator == "mark_noise" and c["name"] == name)
+    root = roots[call["x"].channels_along(call["dim"])[-1]]
+
+    def share(layer: Tensor) -> float:
+        (channels,) = without_repetition(layer)
+        return float((roots[channels.clamp(min=0)] == root).masked_fill(channels < 0, False).double().mean())
+
+    trained = dict(analysis.captured.model.named_parameters())
+    parameters = sum(
+        value.shape.numel() * share(layer)
+        for key, value in analysis.parameters.items()
+        if key in trained
+        for layer in value.layers
+    )
+    flops = 0.0
+    for call in analysis.calls.values():
+        weight = call["mat2"] if call.operator == "addmm" else call["weight"]
+        if call.operator not in ("linear", "addmm") and not call.operator.startswith("conv"):
+            continue
+        outputs = call.shape.numel() // (
+            call.shape[-1] if call.operator in ("linear", "addmm") else call.shape[1]
+        )
+        flops += (
+            2
+            * outputs
+            * weight.shape.numel()
+            * sum(share(layer) for layer in weight.layers if varying_axes(layer))
+        )
+    return parameters, flops
