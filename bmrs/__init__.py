@@ -1,7 +1,7 @@
 """Threshold-free Bayesian structured pruning (BMRS) for PyTorch."""
 
 from bmrs import models
-from bmrs.compaction import CompactReport, compact, compact_report, fold
+from bmrs.compaction import CompactReport, compact, compact_optimizer, compact_report, fold
 from bmrs.costs import StructureCost, structure_costs, structure_prices
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.divergence import kl_divergence
@@ -27,6 +27,7 @@ __all__ = [
     "Suggestions",
     "add_noise",
     "compact",
+    "compact_optimizer",
     "compact_report",
     "fold",
     "kl_divergence",

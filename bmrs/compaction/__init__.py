@@ -6,6 +6,7 @@ together from operators where the user's own code cannot run narrower, `refit` m
 """
 
 from bmrs.compaction.compact import compact, compact_report, fold
+from bmrs.compaction.optimizer import compact_optimizer
 from bmrs.compaction.report import CompactReport, LayerCompaction
 
-__all__ = ["CompactReport", "LayerCompaction", "compact", "compact_report", "fold"]
+__all__ = ["CompactReport", "LayerCompaction", "compact", "compact_optimizer", "compact_report", "fold"]

@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
 
+from bmrs.compaction.comparison import Comparison, cut_examples, flops
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
-from bmrs.compaction.surgery import cut, narrowed, new_biases, replace_noise, set_sizes_in_code, shifts
+from bmrs.compaction.rounding import structures_to_give_back
+from bmrs.compaction.surgery import (
+    SELECTIONS,
+    cut,
+    narrowed,
+    new_biases,
+    replace_noise,
+    set_sizes_in_code,
+    shifts,
+)
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import (
     Inputs,
@@ -30,7 +38,6 @@ from bmrs.graph.capture import (
 from bmrs.graph.channels import without_repetition
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
 _REPORT = "_bmrs_report"
 INPUTS = "_bmrs_inputs"
 
@@ -41,6 +48,7 @@ def compact(
     *,
     expected_noise: bool = True,
     refit_to: nn.Module | None = None,
+    round_to: int = 1,
 ) -> nn.Module:
     """Return the network that a masked model is in evaluation mode, without noise or pruned structures.
 
@@ -70,6 +78,10 @@ def compact(
             convolution layer then gets the weights with which its outputs on ``example_inputs`` are closest to those
             of the full network, by least squares. That takes no training and no labels.
 
+        round_to: gives pruned structures back, those with the most evidence for them, until the numbers that stay are
+            multiples of this one, which hardware may be faster with; or all of them where there are fewer. The outputs
+            are then compared with those of the masked model without their masks.
+
     Returns:
         A copy of the model with narrower layers: its own classes, names, hooks, shared weights, frozen parameters,
         dtypes and memory formats. Where the model's own code has sizes in it that cannot be narrower, a
@@ -78,21 +90,38 @@ def compact(
         float64 model, 1e-4 for a float32 one and 16 units of rounding for 16-bit ones. That is checked on the example.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``example_inputs`` hold no tensor.
+        TypeError: ``model`` is not a module, ``example_inputs`` hold no tensor, or ``round_to`` is not an int.
         ValueError: the model does not run on the example or cannot be captured, has NaN parameters or such on the meta
             device, is sharded, or ``refit_to`` is another network; the place is named.
         RuntimeError: the outputs differ on the example.
     """
+    if not isinstance(round_to, int) or isinstance(round_to, bool):
+        raise TypeError(f"round_to must be an int, was {round_to!r}")
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, was {round_to}")
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs)
         masked = evaluation_copy(model)
         layers = noise_layers(masked)
         _check_finite(masked)
-        mark(masked, {name: _factors(layer, expected_noise) for name, layer in layers.items()})
-        examples = _few(inputs) if refit_to is not None else inputs
-        analysis = analyse(capture(masked, examples, "compact", dynamic="first"))
-        result = _compacted(masked, analysis, layers, examples)
-        setattr(result, INPUTS, map_tensors(lambda t: t.detach().clone(), _few(inputs)))
+        factors = {name: _factors(layer, expected_noise) for name, layer in layers.items()}
+        mark(masked, factors)
+        few = cut_examples(masked, inputs)
+        examples = few if refit_to is not None else inputs
+        captured = capture(masked, examples, "compact", dynamic="first")
+        given_back: Counter[str] = Counter()
+        analysis = analyse(captured)
+        while round_to > 1 and (structures := structures_to_give_back(analysis, layers, round_to)):
+            for name, chosen in structures.items():
+                layer = layers[name]
+                # A new mask, as the copy shares that of the original.
+                layer.mask = layer.mask.clone()
+                layer.mask[chosen] = True
+                factors[name].copy_(_factors(layer, expected_noise))
+                given_back[name] += len(chosen)
+            analysis = analyse(captured)
+        result = _compacted(masked, analysis, layers, examples, given_back)
+        setattr(result, INPUTS, map_tensors(lambda t: t.detach().clone(), few))
         if refit_to is not None:
             refit(result, _origins(analysis, result), unwrapped(refit_to), _single(inputs))
     return result
@@ -142,55 +171,57 @@ def _factors(layer: NoiseLayer, expected_noise: bool) -> Tensor:
 
 
 def _compacted(
-    masked: nn.Module, analysis: Analysis, layers: Mapping[str, NoiseLayer], inputs: Inputs
+    masked: nn.Module,
+    analysis: Analysis,
+    layers: Mapping[str, NoiseLayer],
+    inputs: Inputs,
+    given_back: Mapping[str, int],
 ) -> nn.Module:
     found = shifts(analysis)
     names = new_biases(analysis, found)
     folding = fold_noise(analysis, names)
     the_cut = cut(analysis, folding, found, names)
-    reference, tolerance = _outputs(masked, inputs), _tolerance(masked)
-    result = narrowed(analysis, the_cut, folding.remaining)
-    form, error, because = "module", *_compare(reference, result, inputs, tolerance)
+    comparison = Comparison(masked, inputs)
+    result, form = narrowed(analysis, the_cut, folding.remaining), "module"
+    error, because = comparison.try_(result)
     if because and set_sizes_in_code(analysis, result):
-        error, _ = _compare(reference, result, inputs, tolerance)
-    if not error <= tolerance:
-        form, result = "graph", build_graph_network(analysis, the_cut, folding.remaining)
-        error = _difference(reference, _outputs(result, inputs))
-    if not error <= tolerance:
-        raise RuntimeError(
-            f"the compacted model's outputs differ from the masked model's by {error:.3g} of the largest, more than "
-            f"{tolerance:g}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
-        )
+        error, _ = comparison.try_(result)
+    if not error <= comparison.tolerance:
+        result, form = build_graph_network(analysis, the_cut, folding.remaining), "graph"
+        error, failure = comparison.try_(result)
+        if failure:
+            raise RuntimeError(
+                f"the compacted model's outputs are not the masked model's, relative tolerance {comparison.tolerance:g}. "
+                f"With the model's own classes: {because}. As a graph of operators: {failure}. Without removing "
+                "anything, bmrs.fold(model) makes a network without noise layers"
+            )
     _check_stored(result)
     report = CompactReport(
         form=form,
         form_because=because if form == "graph" else "",
-        layers=tuple(_layer_report(analysis, folding, name, layer) for name, layer in layers.items()),
+        layers=tuple(
+            _layer_report(analysis, folding, name, layer, given_back.get(name, 0))
+            for name, layer in layers.items()
+        ),
         parameters_before=_number_of_values(masked),
         parameters_after=_number_of_values(result),
         bytes_before=_number_of_bytes(masked),
         bytes_after=_number_of_bytes(result),
-        flops_before=_flops(masked, inputs),
-        flops_after=_flops(result, inputs),
+        flops_before=flops(masked, inputs),
+        flops_after=flops(result, inputs),
         error=error,
+        compared_in=comparison.dtype,
     )
     setattr(result, _REPORT, report)
+    setattr(
+        result, SELECTIONS, {n: s for n, s in the_cut.selections.items() if s.axes or s.columns is not None}
+    )
     return result
 
 
-def _compare(
-    reference: list[Tensor], result: nn.Module, inputs: Inputs, tolerance: float
-) -> tuple[float, str]:
-    """How much the outputs of a network differ from others, and why it cannot be used; empty if it can."""
-    try:
-        error = _difference(reference, _outputs(result, inputs))
-    except Exception as failure:
-        lines = str(failure).strip().splitlines()
-        return torch.inf, f"{type(failure).__name__}: {lines[0] if lines else ''}"
-    return error, "" if error <= tolerance else f"its outputs would differ by {error:.2g} of the largest"
-
-
-def _layer_report(analysis: Analysis, folding: Folding, name: str, layer: NoiseLayer) -> LayerCompaction:
+def _layer_report(
+    analysis: Analysis, folding: Folding, name: str, layer: NoiseLayer, given_back: int
+) -> LayerCompaction:
     entries = _reasons_of_entries(analysis, name)
     reasons: Counter[str] = Counter()
     removed = 0
@@ -205,6 +236,7 @@ def _layer_report(analysis: Analysis, folding: Folding, name: str, layer: NoiseL
         name=name,
         structures=layer.num_structures,
         pruned=int((~layer.mask).sum()),
+        given_back=given_back,
         removed=removed,
         kept_because=dict(reasons),
         folded=name not in folding.remaining,
@@ -231,43 +263,6 @@ def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
     return reasons
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Outputs, computed in float64: TF32 and the like would make products of other shapes differ too much."""
-    double = copied(model, share=False).double().eval()
-    args, kwargs = map_tensors(lambda t: t.double() if t.is_floating_point() else t.clone(), inputs)
-    outputs = double(*args, **kwargs)
-    return [leaf for leaf in tree_flatten(_plain(outputs))[0] if isinstance(leaf, Tensor)]
-
-
-def _plain(outputs: Any) -> Any:
-    """Outputs of transformers' classes as dicts."""
-    return dict(outputs) if isinstance(outputs, Mapping) else outputs
-
-
-def _tolerance(model: nn.Module) -> float:
-    """How much outputs may differ, relative to the largest: what rounding of changed weights makes of nothing."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max((_TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
-
-
-def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Largest difference of two lists of outputs, relative to the largest magnitude in each."""
-    if [t.shape for t in expected] != [t.shape for t in found]:
-        return torch.inf
-    largest = 0.0
-    for a, b in zip(expected, found, strict=True):
-        if a.numel() == 0:
-            continue
-        # Equal infinities, as in attention masks, differ by nothing.
-        same = a == b
-        error = (a.double() - b.double()).abs().masked_fill(same, 0.0).max().item()
-        scale = a.double().masked_fill(same & ~a.isfinite(), 0.0).abs().max().item()
-        largest = max(largest, error / scale if scale else error)
-        if error != error:
-            return torch.inf
-    return largest
-
-
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -288,20 +283,6 @@ def _number_of_bytes(model: nn.Module) -> int:
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     own = {name: t for name, t in named.items() if not name.endswith("noise.factors")}
     return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
-
-
-def _flops(model: nn.Module, inputs: Inputs) -> int:
-    args, kwargs = map_tensors(torch.clone, inputs)
-    with FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
-    return int(counter.get_total_flops())
-
-
-def _few(inputs: Inputs) -> Inputs:
-    """The first examples of a batch, where all tensors have one dimension of examples in front."""
-    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
-    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
-    return map_tensors(lambda t: t[:2], inputs) if len(sizes) == 1 and sizes.pop() > 2 else inputs
 
 
 def _single(inputs: Inputs) -> Tensor:

@@ -124,7 +124,7 @@ class Operation:
 
     Attributes:
         name: of its result.
-        kind: ``"input"``, ``"tensor"`` (a parameter, buffer or constant), ``"call"`` (an operator), ``"scalar"``
+        kind: ``"input"`` (with what it has to be, see `check_input`), ``"tensor"`` (a parameter, buffer or constant), ``"call"`` (an operator), ``"scalar"``
             (a function of sizes), ``"item"`` (a part of a list), ``"layer"`` (a stock layer) or ``"scale"``.
         target: name of the tensor, operator, function or type of layer; "" otherwise.
         args: arguments, with `Reference` for results of other operations.
@@ -239,7 +239,23 @@ class _Describer:
             target = captured.names.get(node.name, f"constants.{node.name}")
             self._add(Operation(node.name, "tensor", target), node)
         else:
-            self._add(Operation(node.name, "input", ""), node)
+            self._add(Operation(node.name, "input", "", self._expected(node)), node)
+
+    def _expected(self, node: fx.Node) -> tuple[Any, ...]:
+        """What an input has to be: a list of sizes, or a constant."""
+        example = node.meta.get("val")
+        if not isinstance(example, Tensor):
+            return ("constant", example)
+        ranges = self.analysis.captured.program.range_constraints
+        sizes: list[Any] = []
+        for size in example.shape:
+            if isinstance(size, int):
+                sizes.append(size)
+                continue
+            limits = ranges.get(size.node.expr)
+            lower, upper = (0, math.inf) if limits is None else (int(limits.lower), limits.upper)
+            sizes.append([str(size), lower, int(upper) if upper < 2**40 else None])
+        return ("sizes", sizes)
 
     def _add(self, operation: Operation, node: fx.Node) -> None:
         self.operations.append(operation)
@@ -496,6 +512,7 @@ def build(
     root = nn.Module()
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
+    placeholders: dict[str, fx.Node] = {}
     made: dict[int, Tensor] = {}
 
     def argument(value: Any) -> Any:
@@ -504,10 +521,13 @@ def build(
         return [argument(item) for item in value] if isinstance(value, list | tuple) else value
 
     inside_layers = {op.args[1]: op for op in description.operations if op.kind == "layer"}
-    for operation in description.operations:
+    first = [op for op in description.operations if op.kind == "input"]
+    for operation in (*first, *(op for op in description.operations if op.kind != "input")):
         name, args = operation.name, operation.args
+        if placeholders and operation.kind != "input" and not nodes:
+            nodes |= _checked(graph, first, placeholders)
         if operation.kind == "input":
-            nodes[name] = graph.placeholder(name)
+            placeholders[name] = graph.placeholder(name)
         elif operation.kind == "tensor":
             if operation.target.rpartition(".")[0] in inside_layers:
                 continue
@@ -542,6 +562,58 @@ def build(
     module.graph.eliminate_dead_code()
     module.recompile()
     return module.eval()
+
+
+def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs of a network that was captured, if they are such as it was captured for.
+
+    Args:
+        values: the inputs.
+        names: their names.
+        expected: for each of them ``("sizes", sizes)`` or ``("constant", value)``. A size is a number, or a letter with a
+            least and a largest number, the latter None for none; equal letters are equal sizes.
+
+    Raises:
+        ValueError: one is not; it is named.
+    """
+    known: dict[str, int] = {}
+    for value, name, (kind, wanted) in zip(values, names, expected, strict=True):
+        if kind == "constant":
+            if value != wanted:
+                raise ValueError(f"{name} must be {wanted!r}, as when the network was saved, was {value!r}")
+            continue
+        shape = getattr(value, "shape", None)
+        if shape is None or len(shape) != len(wanted):
+            raise ValueError(
+                f"{name} must be a tensor of {len(wanted)} dimensions, was {shape or type(value).__name__}"
+            )
+        for d, (size, allowed) in enumerate(zip(shape, wanted, strict=True)):
+            if isinstance(allowed, int):
+                fits, words = size == allowed, str(allowed)
+            else:
+                letter, lower, upper = allowed
+                fits = (
+                    size >= lower
+                    and (upper is None or size <= upper)
+                    and size == known.setdefault(letter, size)
+                )
+                words = f"at least {lower}" + ("" if upper is None else f" and at most {upper}")
+                words += "" if size == known[letter] else f" and {known[letter]} as before"
+            if not fits:
+                raise ValueError(
+                    f"size {d} of {name} must be {words}, as when the network was saved, was {int(size)}"
+                )
+    return values
+
+
+def _checked(
+    graph: fx.Graph, inputs: list[Operation], placeholders: dict[str, fx.Node]
+) -> dict[str, fx.Node]:
+    names, expected = tuple(op.name for op in inputs), tuple(op.args for op in inputs)
+    checked = graph.call_function(
+        check_inputs, tuple(placeholders[name] for name in names), {"names": names, "expected": expected}
+    )
+    return {name: graph.call_function(operator.getitem, (checked, i)) for i, name in enumerate(names)}
 
 
 def _take_arguments(graph: fx.Graph, description: Description) -> None:

@@ -13,7 +13,8 @@ class LayerCompaction:
     Attributes:
         name: qualified name of the noise layer.
         structures: all its structures.
-        pruned: those that its mask prunes.
+        pruned: those that its mask prunes, without those given back.
+        given_back: pruned ones that were given back, to keep a round number.
         removed: those of them that are gone.
         kept_because: why others of them stay, with zero weights: reasons with numbers of structures.
         folded: whether its factors went into parameters; otherwise one multiplication by them remains.
@@ -23,6 +24,7 @@ class LayerCompaction:
     name: str
     structures: int
     pruned: int
+    given_back: int
     removed: int
     kept_because: dict[str, int]
     folded: bool
@@ -44,7 +46,8 @@ class CompactReport:
         bytes_after: the same of the compacted network.
         flops_before: floating-point operations for the example, two for each multiply-add.
         flops_after: the same of the compacted network.
-        error: largest difference of the outputs from the masked network's, relative to the largest output; float64.
+        error: largest difference of the outputs from the masked network's, relative to the largest output.
+        compared_in: what these outputs were computed in, as text.
     """
 
     form: str
@@ -57,6 +60,7 @@ class CompactReport:
     flops_before: int
     flops_after: int
     error: float
+    compared_in: str
 
     @property
     def pruned(self) -> int:
@@ -102,13 +106,15 @@ class CompactReport:
             ("FLOPs", self.flops_before, self.flops_after),
         ):
             lines.append(f"{what}: {before:,} before, {after:,} after ({_percent(before, after)})")
-        lines.append(f"outputs differ by {self.error:.1e} of the largest, in float64")
+        lines.append(f"outputs differ by {self.error:.1e} of the largest, in {self.compared_in}")
         for layer in self.layers:
             name = layer.name or "(model)"
             lines += [
                 f"{name}: {number} pruned, but kept with zero weights: {reason}"
                 for reason, number in layer.kept_because.items()
             ]
+            if layer.given_back:
+                lines.append(f"{name}: {layer.given_back} given back, to keep a round number")
             if not layer.folded:
                 lines.append(f"{name}: one multiplication by its factors remains: {layer.not_folded_because}")
         if self.form == "graph":

@@ -11,14 +11,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bmrs.compaction.folding import Edit, Folding
+from bmrs.compaction.folding import Folding
 from bmrs.graph.analysis import Analysis, layer_of
 from bmrs.graph.capture import MarkedNoise, copied
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
-from bmrs.noise_layer import ACTIVATION_LAYERS, NoiseLayer, add_noise_hook, remove_noise_hook
+from bmrs.noise_layer import ACTIVATION_LAYERS, ACTIVATIONS, NoiseLayer, add_noise_hook, remove_noise_hook
+
+SELECTIONS = "_bmrs_selections"
+"""Attribute of a compacted model: by qualified name of a parameter, a `Selection`, where it became smaller."""
 
 CODE_SIZES = "_bmrs_code_sizes"
 """Attribute of a compacted model: by qualified name of a module, integer attributes that became smaller."""
@@ -42,10 +45,11 @@ class ChannelScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return activation(x) · factors."""
-        if self.activation == "relu":
-            x = torch.relu(x)
-        elif self.activation == "tanh":
-            x = torch.tanh(x)
+        if x.is_nested:
+            examples = [self(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
+            return torch.nested.as_nested_tensor(examples, layout=x.layout)
+        if self.activation is not None:
+            x = ACTIVATIONS[self.activation](x)
         shape = [1] * x.dim()
         shape[self.dim] = -1
         return x * self.factors.to(x.dtype).view(shape)
@@ -56,16 +60,39 @@ class ChannelScale(nn.Module):
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What stays of a tensor.
+
+    Attributes:
+        axes: for every dimension that becomes smaller, the entries that stay, int64.
+        columns: for grouped convolutions, of which each group keeps other columns, those of each row that stays.
+    """
+
+    axes: dict[int, Tensor]
+    columns: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What stays of a tensor of the full shape."""
+        for axis, entries in self.axes.items():
+            tensor = tensor.index_select(axis, entries.to(tensor.device))
+        if self.columns is not None:
+            index = self.columns.to(tensor.device)
+            index = index.view(*index.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
+            tensor = tensor.gather(1, index)
+        return tensor
+
+
+@dataclass(frozen=True)
 class Cut:
     """The tensors of a smaller network.
 
     Attributes:
         tensors: by qualified name of a parameter or buffer of the masked network; biases that are new too.
-        kept: by qualified name, for every dimension that became smaller the entries that are left, int64.
+        selections: by qualified name, what of the full tensor they are.
     """
 
     tensors: dict[str, Tensor]
-    kept: dict[str, dict[int, Tensor]]
+    selections: dict[str, Selection]
 
 
 def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
@@ -148,53 +175,41 @@ def cut(
         else:
             changing(bias.parameter).add_(shift.to(bias.tensor.device))
     for edit in folding.edits:
-        _apply(edit, changing, changed)
-    tensors, kept = {}, {}
-    aliases = {id(value.tensor): name for name, value in analysis.parameters.items()}
+        for name in edit.parameters:
+            if name not in changed:
+                changing(name)
+        edit.apply(changed)
+    tensors, selections = {}, {}
     for name, value in analysis.parameters.items():
-        first = aliases[id(value.tensor)]
-        source = changed.get(first, changed.get(name))
         assert value.tensor is not None
-        tensor = value.tensor.detach() if source is None else source
-        kept[name] = {
-            axis: entries
-            for axis in range(len(value.shape))
-            if (entries := analysis.kept(value, axis)) is not None
-        }
-        tensors[name] = _cut_tensor(analysis, value, tensor).to(dtypes[name])
+        # By the name of its first use, where it has several.
+        tensor = changed.get(value.parameter or name, value.tensor.detach())
+        selections[name] = _selection(analysis, value)
+        tensors[name] = selections[name].of(tensor).to(dtypes[name])
     for node, name in names.items():
         weight = analysis.calls[node]["weight"]
-        rows = kept[weight.parameter].get(1 if "transpose" in analysis.calls[node].operator else 0)
+        transposed = "transpose" in analysis.calls[node].operator
+        rows = selections[weight.parameter].axes.get(1 if transposed else 0)
         bias = changed[name]
         tensors[name] = (bias if rows is None else bias[rows.to(bias.device)]).to(dtypes[name])
-    return Cut(tensors, kept)
+    return Cut(tensors, selections)
 
 
-def _apply(edit: Edit, changing: object, changed: dict[str, Tensor]) -> None:
-    for name in edit.parameters:
-        if name not in changed:
-            changing(name)  # type: ignore[operator]
-    edit.apply(changed)
-
-
-def _cut_tensor(analysis: Analysis, value: Value, tensor: Tensor) -> Tensor:
+def _selection(analysis: Analysis, value: Value) -> Selection:
     """What stays of a parameter."""
-    joint = [layer for layer in value.layers if len(varying_axes(layer)) > 1]
-    for axis in range(tensor.dim()):
-        if any(axis in varying_axes(layer) for layer in joint) and axis != 0:
-            continue
-        kept = analysis.kept(value, axis)
+    joint = next((layer for layer in value.layers if len(varying_axes(layer)) > 1), None)
+    axes = {}
+    for axis in range(len(value.shape)):
+        kept = None if joint is not None and axis == 1 else analysis.kept(value, axis)
         if kept is not None:
-            tensor = tensor.index_select(axis, kept.to(tensor.device))
-    for layer in joint:
-        # Columns of a grouped convolution: other ones in every group, but equally many.
-        stays = analysis.stays(layer.flatten(2)[..., 0] if layer.dim() > 2 else layer)
-        rows = analysis.kept(value, 0)
-        stays = stays if rows is None else stays[rows]
-        columns = stays.nonzero()[:, 1].view(len(stays), -1).to(tensor.device)
-        index = columns.view(*columns.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
-        tensor = tensor.gather(1, index)
-    return tensor
+            axes[axis] = kept
+    if joint is None:
+        return Selection(axes)
+    stays = analysis.stays(joint.flatten(2)[..., 0] if joint.dim() > 2 else joint)
+    stays = stays[axes[0]] if 0 in axes else stays
+    if stays.all():
+        return Selection(axes)
+    return Selection(axes, stays.nonzero()[:, 1].view(len(stays), -1))
 
 
 def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> nn.Module:

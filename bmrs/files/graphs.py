@@ -139,11 +139,31 @@ def _operation(entry: Any, known: set[str], device: Any) -> Operation:
         raise ValueError(f"its tensor {target[:100]!r} has an unsuitable name")
     if kind == "layer":
         _check_layer(name, target, args, kwargs)
+    if kind == "input":
+        _check_expected(name, args)
     if kind == "item" and (len(args) != 2 or not isinstance(args[1], int)):
         raise ValueError(f"its operation {name!r} takes no item")
     if kind == "scale" and (len(args) != 3 or not isinstance(args[2], int)):
         raise ValueError(f"its operation {name!r} scales along no dimension")
     return Operation(name, kind, target, args, kwargs)
+
+
+def _check_expected(name: str, args: tuple[Any, ...]) -> None:
+    """What an input has to be, see `bmrs.compaction.graph_network.check_inputs`."""
+    kind, wanted = args if len(args) == 2 else ("", None)
+    constant = kind == "constant" and (wanted is None or isinstance(wanted, bool | int | float | str))
+    sizes = kind == "sizes" and isinstance(wanted, list) and all(map(_is_size, wanted))
+    if not constant and not sizes:
+        raise ValueError(f"its input {name!r} has unsuitable sizes")
+
+
+def _is_size(size: object) -> bool:
+    if isinstance(size, list) and len(size) == 3:
+        letter, lower, upper = size
+        return (
+            isinstance(letter, str) and isinstance(lower, int) and (upper is None or isinstance(upper, int))
+        )
+    return isinstance(size, int)
 
 
 def _check_layer(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -78,9 +78,19 @@ class Analysis:
 
 
 def analyse(captured: Captured) -> Analysis:
-    """Ask the rules for every operation of a captured model, and find the channels that stay."""
+    """Ask the rules for every operation of a captured model, and find the channels that stay.
+
+    Raises:
+        ValueError: the size of a tensor depends on values of the input; the place is named.
+    """
     reader = _Reader(captured)
-    reader.run(captured.graph)
+    try:
+        reader.run(captured.graph)
+    except UnknownSizeError:
+        raise ValueError(
+            f"the sizes at {reader.network.place} depend on values of the input{reader.line}, and channels cannot be "
+            "followed through it. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+        ) from None
     for node in captured.graph.output_node().all_input_nodes:
         for value in _as_list(reader.values.get(node)):
             reader.network.place = "the model's output"
@@ -103,6 +113,7 @@ class _Reader:
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self.network = Network()
+        self.line = ""
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
@@ -118,7 +129,7 @@ class _Reader:
         """Read a graph. Of one that is called by another the inputs are given, and the results are returned."""
         given = iter(inputs)
         for node in graph.nodes:
-            self.network.place = place_of(node)
+            self.network.place, self.line = place_of(node), _line_of(node)
             if node.op == "placeholder":
                 self.values[node] = next(given) if inputs else self._placeholder(node)
             elif node.op == "call_function":
@@ -288,6 +299,13 @@ def place_of(node: fx.Node) -> str:
     return f"{name} in layer {path!r}" if path else str(name)
 
 
+def _line_of(node: fx.Node) -> str:
+    """The user's line that an operation comes from, as a part of a sentence."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    return f" ({', '.join(lines[places[-1] :][:2])})" if places else ""
+
+
 def layer_of(node: fx.Node) -> str:
     """Qualified name of the innermost layer that an operation belongs to, empty for the model."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -326,8 +344,15 @@ def _tensors_in(example: Any) -> list[Tensor]:
     return [t for t in example if isinstance(t, Tensor)] if isinstance(example, list | tuple) else []
 
 
+class UnknownSizeError(ValueError):
+    """A size depends on values of the input."""
+
+
 def _sizes(shape: Sequence[Any]) -> torch.Size:
-    return torch.Size([_concrete(size) for size in shape])
+    sizes = [_concrete(size) for size in shape]
+    if any(size is None for size in sizes):
+        raise UnknownSizeError
+    return torch.Size(sizes)
 
 
 def _concrete(value: Any) -> Any:

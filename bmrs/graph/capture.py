@@ -54,6 +54,9 @@ class MarkedNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return activation(x) · factors."""
+        if x.is_nested:
+            examples = [self(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
+            return torch.nested.as_nested_tensor(examples, layout=x.layout)
         if self.activation is not None:
             x = ACTIVATIONS[self.activation](x)
         result: Tensor = mark_noise(x, self.factors, self.dim, self.name)
@@ -269,9 +272,11 @@ def capture(
             None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example), example)
         )
         try:
+            # A copy: what a forward keeps in attributes would be symbols.
+            exported = copied(model, share=True)
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
             return _captured(model, program)
         except Exception as error:
             failure = error

@@ -137,7 +137,7 @@ class Builder:
         if not found:
             raise RejectedError("no such value")
         weights = [
-            (3.0 if name not in self.used else 1.0) * 1.5 ** max(0, i - len(found) + 6)
+            (6.0 if name not in self.used else 1.0) * 2.0 ** max(0, i - len(found) + 6)
             for i, name in enumerate(found)
         ]
         return self.random.choices(found, weights)[0]
@@ -276,7 +276,7 @@ def _often(weight: int) -> Callable[[Operation], Operation]:
     return register
 
 
-@_often(7)
+@_often(9)
 def noise(b: Builder) -> None:
     """A noise layer along any dimension but the first."""
     name = b.pick()
@@ -373,7 +373,14 @@ def normalisation(b: Builder) -> None:
 _FUNCTIONS = (
     *("F.relu({0})", "F.relu({0})", "F.gelu({0})", "F.silu({0})", "torch.tanh({0})", "torch.sigmoid({0})"),
     *("F.hardswish({0})", "F.elu({0})", "F.softplus({0})", "F.leaky_relu({0}, 0.2)", "torch.abs({0})"),
-    *("torch.exp(-{0}.abs())", "{0}.clamp(-0.5, 0.7)", "-{0}", "{0} ** 2", "{0}.cos()", "F.dropout({0}, 0.3, False)"),
+    *(
+        "torch.exp(-{0}.abs())",
+        "{0}.clamp(-0.5, 0.7)",
+        "-{0}",
+        "{0} ** 2",
+        "{0}.cos()",
+        "F.dropout({0}, 0.3, False)",
+    ),
     *("F.mish({0})", "F.hardtanh({0})", "{0}.clone()", "{0}.contiguous()", "torch.sqrt({0}.abs() + 0.1)"),
 )
 
@@ -420,7 +427,11 @@ def of_two(b: Builder) -> None:
     second = b.pick(like=first)
     forms = ["{0} + {1}", "{0} + {1}", "{0} + {1}", "{0} * {1}", "{0} - {1}", "torch.maximum({0}, {1})"]
     forms += ["{0} / ({1}.abs() + 1.0)", "{0} * torch.sigmoid({1})", "torch.lerp({0}, {1}, 0.3)"]
-    forms += ["torch.stack([{0}, {1}], 1).sum(1)", "torch.stack([{0}, {1}]).mean(0)", "torch.addcmul({0}, {1}, {0})"]
+    forms += [
+        "torch.stack([{0}, {1}], 1).sum(1)",
+        "torch.stack([{0}, {1}]).mean(0)",
+        "torch.addcmul({0}, {1}, {0})",
+    ]
     if b.chance(0.1):
         b.emit(f"{first}.add_({second})", in_place=True)
         return
@@ -471,7 +482,9 @@ def concatenation(b: Builder) -> None:
         n
         for n in b.names
         if b.rank(n) == b.rank(names[0])
-        and all(p == q for d, (p, q) in enumerate(zip(b.shape(n), b.shape(names[0]), strict=True)) if d != dim)
+        and all(
+            p == q for d, (p, q) in enumerate(zip(b.shape(n), b.shape(names[0]), strict=True)) if d != dim
+        )
     ]
     names += b.random.choices(fitting, k=b.random.choice([1, 1, 2]))
     if b.chance(0.1):
@@ -509,7 +522,9 @@ def parts(b: Builder) -> None:
         order = torch.randperm(size, generator=b.generator)
         order = order if b.chance(0.6) else order[:cut]
         index = b.tensor(order)
-        b.emit(b.random.choice(["{0}.index_select({1}, {2})", "{0}[{3}{2}]"]).format(name, dim, index, before))
+        b.emit(
+            b.random.choice(["{0}.index_select({1}, {2})", "{0}[{3}{2}]"]).format(name, dim, index, before)
+        )
 
 
 @_often(3)
@@ -535,9 +550,17 @@ def reshaped(b: Builder) -> None:
     forms += ["{0}.squeeze({1})"] if shape[dim] == 1 else []
     if rank > 2:
         order = [0, *b.random.sample(range(1, rank), rank - 1)]
-        forms += ["{0}.transpose(1, -1)", "{0}.mT", f"{{0}}.permute({order})", f"{{0}}.permute({order}).contiguous()"]
+        forms += [
+            "{0}.transpose(1, -1)",
+            "{0}.mT",
+            f"{{0}}.permute({order})",
+            f"{{0}}.permute({order}).contiguous()",
+        ]
         forms += ["{0}.flatten(1, 2)", "{0}.flatten(-2)", "{0}.reshape({0}.shape[0], -1)"]
-        forms += ["{0}.reshape({0}.shape[0], -1, {0}.shape[-1])", f"{{0}}.reshape(-1, {shape[1] * shape[2]}, *{{0}}.shape[3:])"]
+        forms += [
+            "{0}.reshape({0}.shape[0], -1, {0}.shape[-1])",
+            f"{{0}}.reshape(-1, {shape[1] * shape[2]}, *{{0}}.shape[3:])",
+        ]
     divisor = next((k for k in (2, 3) if shape[dim] % k == 0), None)
     if rank < 5 and divisor:
         parts = [b.random.choice(["-1", str(divisor)]), str(shape[dim] // divisor)]
@@ -590,7 +613,11 @@ def pooling(b: Builder) -> None:
     n = b.rank(name) - 2
     forms = ["F.max_pool{n}d({0}, 2)", "F.avg_pool{n}d({0}, 2)", "F.avg_pool{n}d({0}, 3, 1, 1)"]
     forms += ["F.avg_pool{n}d({0}, 3, 2, 1, count_include_pad=False)", "F.adaptive_avg_pool{n}d({0}, 1)"]
-    forms += ["F.max_pool{n}d({0}, 3, 1, 1)", "F.adaptive_max_pool{n}d({0}, 2)", "F.adaptive_avg_pool{n}d({0}, 2)"]
+    forms += [
+        "F.max_pool{n}d({0}, 3, 1, 1)",
+        "F.adaptive_max_pool{n}d({0}, 2)",
+        "F.adaptive_avg_pool{n}d({0}, 2)",
+    ]
     forms += ["F.interpolate({0}, scale_factor=2, mode='nearest')", "F.lp_pool{n}d({0}.abs() + 0.1, 2, 2)"]
     if n == 2:
         forms += ["F.interpolate({0}, size=(3, 4), mode='bilinear')", "F.pixel_shuffle({0}, 2)"]
@@ -623,7 +650,11 @@ def along_a_dimension(b: Builder) -> None:
     name = b.pick()
     dim = b.dim(name)
     forms = ["{0}.softmax({1})", "{0}.softmax({1})", "F.log_softmax({0}, {1})", "{0}.cumsum({1})"]
-    forms += ["{0}.topk(min(2, {0}.shape[{1}]), {1}).values", "{0}.sort({1}).values", "F.normalize({0} + 0.5, dim={1})"]
+    forms += [
+        "{0}.topk(min(2, {0}.shape[{1}]), {1}).values",
+        "{0}.sort({1}).values",
+        "F.normalize({0} + 0.5, dim={1})",
+    ]
     b.emit(b.random.choice(forms).format(name, dim))
 
 
@@ -678,7 +709,9 @@ def attention(b: Builder) -> None:
     bias = b.chance(0.5)
     if groups == heads and source == name and b.chance(0.4):
         joint = b.emit(f"{b.layer(nn.Linear(width, 3 * queries, bias=bias), 'qkv')}({name})")
-        b.emit(f"{joint}.chunk(3, -1)" if b.chance(0.5) else f"{joint}.split({b.size(queries)}, -1)", results=3)
+        b.emit(
+            f"{joint}.chunk(3, -1)" if b.chance(0.5) else f"{joint}.split({b.size(queries)}, -1)", results=3
+        )
         q, k, v = b.names[-3:]
     else:
         q = b.emit(f"{b.layer(nn.Linear(width, queries, bias=bias), 'query')}({name})")
@@ -721,13 +754,26 @@ def attention(b: Builder) -> None:
             mask = f", attn_mask={b.tensor(b.normal(length, b.shape(source)[1]))}"
         result = b.emit(f"F.scaled_dot_product_attention({q}, {k}, {v}{mask}{gqa})")
     else:
-        product = b.random.choice(["{q} @ {k}.transpose(-2, -1)", "torch.matmul({q}, {k}.mT)", "torch.einsum('bhtd,bhsd->bhts', {q}, {k})"])
-        scores = b.emit(f"({product.format(q=q, k=k)} * {b.random.choice(['0.7', f'{size} ** -0.5'])}).softmax(-1)")
-        result = b.emit(b.random.choice([f"{scores} @ {v}", f"torch.einsum('bhts,bhsd->bhtd', {scores}, {v})"]))
+        product = b.random.choice(
+            [
+                "{q} @ {k}.transpose(-2, -1)",
+                "torch.matmul({q}, {k}.mT)",
+                "torch.einsum('bhtd,bhsd->bhts', {q}, {k})",
+            ]
+        )
+        scores = b.emit(
+            f"({product.format(q=q, k=k)} * {b.random.choice(['0.7', f'{size} ** -0.5'])}).softmax(-1)"
+        )
+        result = b.emit(
+            b.random.choice([f"{scores} @ {v}", f"torch.einsum('bhts,bhsd->bhtd', {scores}, {v})"])
+        )
     if b.chance(0.3):
         result = b.maybe_noise(result, b.random.choice([1, 3]), 1.0)
     joined = [f"{result}.transpose(1, 2).reshape({result}.shape[0], {length}, {b.size(queries)})"]
-    joined += [f"{result}.transpose(1, 2).flatten(2)", f"{result}.transpose(1, 2).reshape({result}.shape[0], {length}, -1)"]
+    joined += [
+        f"{result}.transpose(1, 2).flatten(2)",
+        f"{result}.transpose(1, 2).reshape({result}.shape[0], {length}, -1)",
+    ]
     result = b.emit(b.random.choice(joined))
     result = b.emit(f"{b.layer(nn.Linear(queries, width), 'out')}({result})")
     if b.chance(0.5):
@@ -806,7 +852,9 @@ def build(seed: int) -> tuple[RandomNetwork, Builder]:
         torch.manual_seed(seed)
         b = Builder(seed)
         operations, weights = zip(*OPERATIONS, strict=True)
-        wanted = len(b.network.program) + b.random.randint(2, 14)
+        if b.chance(0.8):
+            stem(b)
+        wanted = len(b.network.program) + b.random.randint(2, 13)
         for _ in range(200):
             if len(b.network.program) >= wanted:
                 break
@@ -823,13 +871,44 @@ def build(seed: int) -> tuple[RandomNetwork, Builder]:
     return network.train(b.chance(0.3)), b
 
 
+def stem(b: Builder) -> None:
+    """A first layer with noise."""
+    name = b.names[0]
+    width, rank, out = b.shape(name)[1], b.rank(name), b.channels()
+    if rank > 2 and b.chance(0.7):
+        layer: nn.Module = (nn.Conv1d, nn.Conv2d)[rank - 3](
+            width, out, b.random.choice([1, 3]), padding="same"
+        )
+        dim = 1
+    else:
+        layer, dim = nn.Linear(b.shape(name)[-1], out), rank - 1
+    b.maybe_noise(b.emit(f"{b.layer(layer, 'stem')}({name})"), dim, 0.9)
+
+
+def _read_all(b: Builder) -> None:
+    """Linear layers that read all that nothing reads yet, added up."""
+    total = ""
+    for name in [n for n in b.names if n not in b.used and n not in b.inputs]:
+        try:
+            if b.rank(name) > 2:
+                name = b.emit(f"{name}.flatten(1)" if b.chance(0.5) else f"{name}.flatten(2).mean(1)")
+            name = b.emit(f"{b.layer(nn.Linear(b.shape(name)[-1], 3, bias=b.chance(0.7)), 'read')}({name})")
+            total = b.emit(f"{total} + {name}") if total else name
+        except RejectedError:
+            b._pending = []
+
+
 def _finish(b: Builder) -> None:
     """Choose what is returned."""
-    last = b.names[-1]
     if b.chance(0.7):
+        _read_all(b)
+    last = b.names[-1]
+    if b.chance(0.5):
         try:
             if b.rank(last) > 2 and b.chance(0.5):
-                last = b.emit(f"{last}.mean(1)" if b.chance(0.5) else f"{last}.mean({list(range(2, b.rank(last)))})")
+                last = b.emit(
+                    f"{last}.mean(1)" if b.chance(0.5) else f"{last}.mean({list(range(2, b.rank(last)))})"
+                )
             if b.rank(last) > 2 and b.chance(0.5):
                 last = b.emit(f"{last}.flatten(1)")
             last = b.emit(f"{b.layer(nn.Linear(b.shape(last)[-1], 3), 'head')}({last})")
@@ -837,7 +916,7 @@ def _finish(b: Builder) -> None:
             b._pending = []
     unread = [name for name in b.names if name not in b.used and name != last and name not in b.inputs]
     others = b.random.sample(unread, min(len(unread), b.random.choice([0, 0, 1, 2])))
-    if b.chance(0.1):
+    if b.chance(0.05):
         others.append(b.pick())
     kind = b.random.choice(["tuple", "dict"]) if others or b.chance(0.1) else "tensor"
     if kind == "tuple":
@@ -879,6 +958,8 @@ def set_masks(b: Builder) -> None:
             if tied:
                 mask = by_width.setdefault(layer.num_structures, mask)
             layer.mask.copy_(mask)
+    if b.chance(0.15) and noise_layers(b.network):
+        bmrs.prune(b.network, bmrs.BMRSNormal(), example_inputs=b.example(BATCHES[0], 0))
 
 
 def build_residual(seed: int) -> tuple[nn.Module, Tensor]:
@@ -896,7 +977,11 @@ def build_residual(seed: int) -> tuple[nn.Module, Tensor]:
 
         def layer(n_in: int, n_out: int, size: int = 1) -> nn.Module:
             bias = rng.random() < 0.5
-            return nn.Conv2d(n_in, n_out, size, padding=size // 2, bias=bias) if images else nn.Linear(n_in, n_out, bias)
+            return (
+                nn.Conv2d(n_in, n_out, size, padding=size // 2, bias=bias)
+                if images
+                else nn.Linear(n_in, n_out, bias)
+            )
 
         def noise_with(mask: Tensor, activation: str | None = None) -> NoiseLayer:
             noise = NoiseLayer(len(mask), dim=dim, activation=activation)  # type: ignore[arg-type]

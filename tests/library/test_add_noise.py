@@ -57,12 +57,20 @@ class TestAddNoise:
         ("layer", "shape", "structures", "dim"),
         [
             (nn.Linear(4, 5), (2, 7, 4), 5, -1),
-            (nn.Conv1d(4, 6, 1), (2, 4, 3), 6, 1),
-            (nn.Conv3d(2, 6, 1), (2, 2, 3, 3, 3), 6, 1),
-            (nn.ConvTranspose2d(4, 6, 1), (2, 4, 3, 3), 6, 1),
+            (nn.Conv1d(4, 6, 1), (2, 4, 3), 6, -2),
+            (nn.Conv1d(4, 6, 1), (4, 3), 6, -2),
+            (nn.Conv2d(4, 6, 1), (2, 4, 3, 3), 6, -3),
+            (nn.Conv2d(4, 6, 1), (4, 3, 3), 6, -3),
+            (nn.Conv3d(2, 6, 1), (2, 2, 3, 3, 3), 6, -4),
+            (nn.ConvTranspose2d(4, 6, 1), (2, 4, 3, 3), 6, -3),
             (nn.BatchNorm1d(4), (2, 4, 3), 4, 1),
+            (nn.BatchNorm1d(4), (2, 4), 4, 1),
             (nn.BatchNorm2d(4, affine=False), (2, 4, 3, 3), 4, 1),
+            (nn.InstanceNorm2d(4), (2, 4, 3, 3), 4, -3),
+            (nn.InstanceNorm1d(4), (4, 3), 4, -2),
+            (nn.GroupNorm(2, 4), (2, 4, 3, 3), 4, 1),
             (nn.LayerNorm(4), (2, 3, 4), 4, -1),
+            (nn.RMSNorm(4), (2, 3, 4), 4, -1),
         ],
     )
     def test_infers_structures_of_a_layer_that_is_the_model_itself(self, layer, shape, structures, dim):
@@ -155,6 +163,204 @@ class TestAddNoise:
             layer.linear1.noise.mask.fill_(False)
             assert not torch.equal(layer(x), before)
 
+    def test_embeddings(self):
+        model = bmrs.add_noise(nn.Embedding(7, 4), where=nn.Embedding)
+        assert (model.noise.num_structures, model.noise.dim) == (4, -1)
+        model.noise.mask[2] = False
+        found = model.eval()(torch.tensor([[0, 6]]))
+        assert found.shape == (1, 2, 4)
+        assert (found == 0).nonzero()[:, 2].tolist() == [2, 2]
+
+    @pytest.mark.parametrize(
+        ("layer", "structures"),
+        [
+            (nn.LSTM(3, 4, batch_first=True), 4),
+            (nn.GRU(3, 4, bidirectional=True), 8),
+            (nn.RNN(3, 4, num_layers=2), 4),
+            (nn.LSTM(3, 4, proj_size=2), 2),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:LSTM with projections")
+    def test_recurrent_layers(self, layer, structures):
+        """The outputs of all steps get noise, the last state does not."""
+        x = torch.randn(5, 2, 3)
+        expected, state = copy.deepcopy(layer)(x)
+        model = bmrs.add_noise(layer, where=type(layer), initial_mu=-1.0).eval()
+        assert (model.noise.num_structures, model.noise.dim) == (structures, -1)
+        model.noise.mask[0] = False
+        found, found_state = model(x)
+        torch.testing.assert_close(found, expected * model.noise.expected_noise())
+        assert not found[..., 0].any()
+        torch.testing.assert_close(found_state, state)
+        assert not torch.equal(model.train()(x)[0], found)
+
+    def test_packed_sequences(self):
+        layer = nn.LSTM(3, 4, batch_first=True)
+        x = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 5, 3), [5, 2], batch_first=True)
+        expected = copy.deepcopy(layer)(x)[0]
+        model = bmrs.add_noise(layer, where=nn.LSTM, initial_mu=-1.0).eval()
+        found = model(x)[0]
+        torch.testing.assert_close(found.data, expected.data * model.noise.expected_noise())
+        assert torch.equal(found.batch_sizes, expected.batch_sizes)
+
+    @pytest.mark.parametrize("kind", [tuple, list], ids=["tuple", "list"])
+    def test_layers_that_return_several_values(self, kind):
+        class Several(nn.Linear):
+            def forward(self, x):
+                return kind([super().forward(x), x, "more"])
+
+        layer = Several(3, 4)
+        x = torch.randn(2, 3)
+        expected = layer(x)
+        model = bmrs.add_noise(layer, where=Several, initial_mu=-1.0).eval()
+        if kind is list:
+            with pytest.raises(
+                TypeError, match=r"must return a tensor or a tuple that begins with one; (?s:.*)returned list"
+            ):
+                model(x)
+            return
+        found = model(x)
+        torch.testing.assert_close(found[0], expected[0] * model.noise.expected_noise())
+        assert found[1] is x
+        assert found[2] == "more"
+
+    @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_nested_tensors(self, layout):
+        examples = [torch.randn(2, 3), torch.randn(5, 3)]
+        model = bmrs.add_noise(nn.Linear(3, 4), where=nn.Linear, initial_mu=-1.0)
+        model.noise.mask[1] = False
+        nested = torch.nested.nested_tensor(examples, layout=layout)
+        found = model.eval()(nested).unbind()
+        for example, its_found in zip(examples, found, strict=True):
+            torch.testing.assert_close(its_found, model(example))
+        noisy = model.train()(nested)
+        assert [tuple(x.shape) for x in noisy.unbind()] == [(2, 4), (5, 4)]
+        assert all(not x[:, 1].any() for x in noisy.unbind())
+        sum(x.sum() for x in noisy.unbind()).backward()
+        assert model.noise.mu.grad.isfinite().all()
+        assert model.noise.mu.grad[0] != 0
+
+    def test_transformer_encoder_with_padding(self):
+        """In evaluation mode torch hands nested tensors from layer to layer."""
+        layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+        model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+        bmrs.add_noise(model, where="*.linear1", initial_mu=-1.0)
+        x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]])
+        with torch.no_grad():
+            whole = model(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(model(x[1:, :2]), whole[1:, :2])
+
+    def test_models_compiled_before(self):
+        model = nn.Sequential(nn.Linear(4, 3))
+        compiled = torch.compile(model, backend="eager")
+        x = torch.randn(2, 4)
+        before = compiled(x)
+        bmrs.add_noise(model, where="0", initial_mu=-1.0).eval()
+        torch.testing.assert_close(compiled(x), before * model[0].noise.expected_noise())
+
+
+class TestHeads:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_noise_multiplies_what_the_projection_reads(self, training):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 5)
+        plain = copy.deepcopy(layer)
+        options = {"structures": "heads", "num_heads": 3}
+        model = bmrs.add_noise(layer, where=nn.Linear, initial_mu=-1.0, granularity="batch", **options)
+        model.train(training)
+        noise = model.noise
+        assert (noise.num_structures, noise.structure_size, noise.dim) == (3, 2, -1)
+        noise.mask[1] = False
+        x = torch.randn(2, 4, 6)
+        torch.manual_seed(1)
+        found = model(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, plain(noise(x)))
+        factors = noise(torch.ones(1, 6))[0]
+        assert torch.equal(factors[::2], factors[1::2])
+        assert factors.bool().tolist() == [True, True, False, False, True, True]
+
+    def test_hugging_face_projections(self):
+        """Their weight is (inputs, outputs)."""
+
+        class Conv1D(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(6, 4))
+
+            def forward(self, x):
+                return x @ self.weight
+
+        model = bmrs.add_noise(Conv1D(), where=Conv1D, structures="heads", num_heads=2)
+        assert (model.noise.num_structures, model.noise.structure_size) == (2, 3)
+        model.noise.mask[0] = False
+        x = torch.randn(2, 6)
+        factor = model.noise.expected_noise()[1]
+        torch.testing.assert_close(model.eval()(x), x[:, 3:] @ model.weight[3:] * factor)
+        features = bmrs.add_noise(Conv1D(), where=Conv1D)
+        assert (features.noise.num_structures, features.noise.dim) == (4, -1)
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+    )
+    def test_copies_use_their_own_noise(self, copied):
+        model = bmrs.add_noise(nn.Linear(4, 3), where=nn.Linear, structures="heads", num_heads=2).eval()
+        other = copied(model)
+        other.noise.mask.fill_(False)
+        x = torch.randn(2, 4)
+        assert torch.equal(other(x), other.bias.expand(2, 3))
+        assert not torch.equal(model(x), model.bias.expand(2, 3))
+
+    @pytest.mark.parametrize(
+        ("model", "options", "error", "message"),
+        [
+            (
+                nn.Linear(6, 4),
+                {"structures": "heads"},
+                ValueError,
+                r'num_heads must be given with structures="heads"',
+            ),
+            (nn.Linear(6, 4), {"num_heads": 2}, ValueError, "and only then, was 2"),
+            (
+                nn.Linear(6, 4),
+                {"structures": "filters"},
+                ValueError,
+                "one of 'features', 'heads', was 'filters'",
+            ),
+            (
+                nn.Linear(6, 4),
+                {"structures": "heads", "num_heads": 4},
+                ValueError,
+                "must divide the 6 inputs of layer '', was 4",
+            ),
+            (
+                nn.Linear(6, 4),
+                {"structures": "heads", "num_heads": 0},
+                ValueError,
+                "must divide the 6 inputs of layer '', was 0",
+            ),
+            (
+                nn.Linear(6, 4),
+                {"structures": "heads", "num_heads": 2.0},
+                TypeError,
+                r"num_heads must be an int, was 2\.0",
+            ),
+            (
+                nn.Conv2d(6, 4, 1),
+                {"structures": "heads", "num_heads": 2},
+                ValueError,
+                "needs the linear layers .* '' is a Conv2d",
+            ),
+        ],
+    )
+    def test_errors(self, model, options, error, message):
+        with pytest.raises(error, match=message):
+            bmrs.add_noise(model, where=type(model), **options)
+        assert not noise_layers(model)
+
+
+class TestErrors:
     @pytest.mark.parametrize(
         ("model", "where", "error", "message"),
         [
@@ -167,6 +373,7 @@ class TestAddNoise:
             (nn.Linear(2, 2), 3, TypeError, "where must be a module type, a tuple of them, a name pattern"),
             (nn.Sequential(nn.Linear(2, 2)), "*", ValueError, r"layer '' \(Sequential\) cannot be inferred"),
             (nn.LayerNorm((2, 3)), nn.LayerNorm, ValueError, r"\(LayerNorm\) cannot be inferred"),
+            (nn.MultiheadAttention(4, 2), nn.MultiheadAttention, ValueError, r"cannot be inferred"),
             (nn.MultiheadAttention(4, 2), nn.Linear, ValueError, "read by its MultiheadAttention"),
         ],
     )

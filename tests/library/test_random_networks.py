@@ -39,7 +39,10 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
     modules = dict(model.named_modules(remove_duplicate=False))
     return (
         {name: value.clone() for name, value in model.state_dict().items()},
-        {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters(remove_duplicate=False)},
+        {
+            name: (id(p), p.requires_grad, p.grad)
+            for name, p in model.named_parameters(remove_duplicate=False)
+        },
         {name: (id(m), m.training, type(m)) for name, m in modules.items()},
         {n: (list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in modules.items()},
     )
@@ -48,7 +51,9 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
 def assert_same(before: tuple[Any, ...], after: tuple[Any, ...], what: str) -> None:
     assert before[1:] == after[1:], f"{what} changed the model"
     assert before[0].keys() == after[0].keys(), f"{what} changed the model"
-    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items()), f"{what} changed the model"
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items()), (
+        f"{what} changed the model"
+    )
 
 
 def assert_report(compacted: nn.Module, model: nn.Module) -> None:
@@ -88,7 +93,9 @@ def can_train(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
     return True
 
 
-def check(seed: int, folder: Path, *, thorough: bool, network: tuple[RandomNetwork, Builder] | None = None) -> nn.Module:
+def check(
+    seed: int, folder: Path, *, thorough: bool, network: tuple[RandomNetwork, Builder] | None = None
+) -> nn.Module:
     """All properties for the network of a seed; returns what it is compacted to."""
     model, b = network or build(seed)
     before = snapshot(model)

@@ -7,7 +7,7 @@ from residual_cases import RandomResidual, SmallResNet, Sum
 from torch import nn
 
 import bmrs
-from benchmarks.networks import ResNet50
+from benchmarks.networks import Bottleneck
 from bmrs.graph.ties import tied_noise_layers
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
@@ -41,13 +41,15 @@ class TestTies:
         assert int(resnet.bn1.num_batches_tracked) == 0
         assert all(name in names for group in groups for name in group)
 
-    def test_each_stage_of_resnet50_is_one_group(self):
-        model = bmrs.add_noise(ResNet50(num_classes=10), where=nn.BatchNorm2d)
-        groups = tied_noise_layers(model, torch.randn(1, 3, 32, 32))
-        assert sorted(map(len, groups)) == [4, 4, 5, 7]
-        for group in groups:
-            assert all(name.endswith(("bn3.noise", "shortcut.1.noise")) for name in group)
-            assert len({name.partition("_")[0] for name in group}) == 1
+    def test_each_stage_of_bottlenecks_is_one_group(self):
+        stages = [Bottleneck(3, 2, 1), Bottleneck(8, 2, 1), Bottleneck(8, 3, 2), Bottleneck(12, 3, 1)]
+        model = nn.Sequential(*stages, nn.Conv2d(12, 2, 1))
+        bmrs.add_noise(model, where=nn.BatchNorm2d)
+        groups = tied_noise_layers(model, IMAGES)
+        assert [set(group) for group in groups] == [
+            {"0.bn3.noise", "0.shortcut.1.noise", "1.bn3.noise"},
+            {"2.bn3.noise", "2.shortcut.1.noise", "3.bn3.noise"},
+        ]
 
     @pytest.mark.parametrize("where", ["*.bn2", "layer*.bn1"])
     def test_a_branch_without_noise_ties_nothing(self, where):

@@ -391,7 +391,10 @@ def _grouped(
         per_row = other.view(groups, -1).repeat_interleave(len(rows) // groups, dim=0)
         network.tie(its_columns.contiguous(), per_row)
     read_by, into = before.view(groups, -1), after.view(groups, -1)
-    network.same_entries(read_by, into, (0,))
+    if inputs == outputs == groups:
+        network.tie(before, after)
+    else:
+        network.same_entries(read_by, into, (0,))
     for channels in (read_by, into):
         if channels.shape[1] > 1:
             network.add(EqualNumbers(channels), "groups stay of equal size")

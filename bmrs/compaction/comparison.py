@@ -1,0 +1,136 @@
+"""Outputs of a compacted network against those of the masked one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from bmrs.graph.capture import Inputs, copied, map_tensors
+
+# Relative to the largest output: what rounding of changed weights makes of nothing.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
+
+
+class Comparison:
+    """Outputs of a masked network on examples, and the comparison of others with them.
+
+    They are computed in float64, as TF32 and the like would make products of other shapes differ too much; in the
+    network's own dtype if it has others written into its code.
+
+    Args:
+        masked: the masked network, in evaluation mode.
+        inputs: the examples.
+
+    Attributes:
+        tolerance: largest difference that is accepted, relative to the largest output.
+        dtype: what the outputs are computed in, as text.
+    """
+
+    def __init__(self, masked: nn.Module, inputs: Inputs) -> None:
+        dtypes = {p.dtype for p in masked.parameters() if p.is_floating_point()}
+        self.tolerance = max((_TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
+        self._inputs, self._double = inputs, True
+        try:
+            self._expected = outputs(masked, inputs, double=True)
+        except Exception:
+            self._double = False
+            self._expected = outputs(masked, inputs, double=False)
+        self.dtype = "float64" if self._double else "its own dtype"
+
+    def error(self, network: nn.Module) -> float:
+        """Largest difference of a network's outputs, relative to the largest magnitude; infinite if shapes differ."""
+        return _difference(self._expected, outputs(network, self._inputs, double=self._double))
+
+    def try_(self, network: nn.Module) -> tuple[float, str]:
+        """The error, and why the network cannot be used; empty if it can."""
+        try:
+            error = self.error(network)
+        except Exception as failure:
+            lines = str(failure).strip().splitlines()
+            return torch.inf, f"{type(failure).__name__}: {lines[0] if lines else ''}"
+        return (
+            error,
+            "" if error <= self.tolerance else f"its outputs would differ by {error:.2g} of the largest",
+        )
+
+
+def outputs(model: nn.Module, inputs: Inputs, *, double: bool) -> list[Tensor]:
+    """The tensors that a model returns, computed in float64 or as it is."""
+    network = copied(model, share=False).eval()
+    if double:
+        network, inputs = network.double(), map_tensors(_double, inputs)
+    args, kwargs = map_tensors(torch.clone, inputs)
+    with without_fast_path():
+        return _tensors(network(*args, **kwargs))
+
+
+def flops(model: nn.Module, inputs: Inputs) -> int:
+    """Floating-point operations of a forward pass, two for each multiply-add."""
+    args, kwargs = map_tensors(torch.clone, inputs)
+    with FlopCounterMode(display=False) as counter, without_fast_path():
+        model(*args, **kwargs)
+    return int(counter.get_total_flops())
+
+
+def cut_examples(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The first two examples, if the model makes of them what it makes of them among more; otherwise all."""
+    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    if len(sizes) != 1 or max(sizes) <= 2:
+        return inputs
+    few, more = (map_tensors(lambda t, n=n: t[:n], inputs) for n in (2, 3))  # type: ignore[misc]
+    try:
+        first, second = (outputs(model, examples, double=False) for examples in (few, more))
+    except Exception:
+        return inputs
+    same = len(first) == len(second) and all(
+        b.shape[:1] == (3,) and a.shape == b[:2].shape and torch.allclose(a, b[:2], rtol=1e-3, atol=1e-4)
+        for a, b in zip(first, second, strict=True)
+    )
+    return few if same else inputs
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Have torch's transformer layers compute as in training: their fast path leaves padded places out."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    # Outputs of transformers' classes are mappings.
+    leaves = tree_flatten(dict(result) if isinstance(result, Mapping) else result)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Largest difference of two lists of outputs, relative to the largest magnitude in each."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return torch.inf
+    largest = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if a.numel() == 0:
+            continue
+        a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+        # Equal infinities, as in attention masks, differ by nothing.
+        same = a == b
+        error = (a - b).abs().masked_fill(same, 0.0).max().item()
+        scale = a.masked_fill(same & ~a.isfinite(), 0.0).abs().max().item()
+        if error != error:
+            return torch.inf
+        largest = max(largest, error / scale if scale else error)
+    return largest
