@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.comparison import Comparison, cut_examples, flops
+from bmrs.compaction.comparison import Comparison, cut_examples, flops, without_fast_path
 from bmrs.compaction.folding import Folding, fold_noise
-from bmrs.compaction.graph_network import build_graph_network
+from bmrs.compaction.graph_network import UnsupportedError, build_graph_network
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
 from bmrs.compaction.rounding import structures_to_give_back
@@ -30,6 +30,7 @@ from bmrs.graph.capture import (
     as_inputs,
     capture,
     copied,
+    does_not_run,
     evaluation_copy,
     map_tensors,
     mark,
@@ -100,12 +101,13 @@ def compact(
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, was {round_to}")
     with torch.inference_mode(False), torch.no_grad():
-        inputs = as_inputs(example_inputs)
+        inputs = as_inputs(example_inputs, model)
         masked = evaluation_copy(model)
         layers = noise_layers(masked)
         _check_finite(masked)
         factors = {name: _factors(layer, expected_noise) for name, layer in layers.items()}
         mark(masked, factors)
+        _check_that_it_runs(masked, inputs)
         few = cut_examples(masked, inputs)
         examples = few if refit_to is not None else inputs
         captured = capture(masked, examples, "compact", dynamic="first")
@@ -187,12 +189,22 @@ def _compacted(
     if because and set_sizes_in_code(analysis, result):
         error, _ = comparison.try_(result)
     if not error <= comparison.tolerance:
-        result, form = build_graph_network(analysis, the_cut, folding.remaining), "graph"
-        error, failure = comparison.try_(result)
+        comparison.check_that_it_repeats(masked)
+        # With sizes of sequences as symbols, so that the graph takes other ones.
+        analysis = analyse(capture(masked, inputs, "compact", dynamic="sequences"))
+        found = shifts(analysis)
+        names = new_biases(analysis, found)
+        folding = fold_noise(analysis, names)
+        the_cut = cut(analysis, folding, found, names)
+        try:
+            result, form = build_graph_network(analysis, the_cut, folding.remaining), "graph"
+            error, failure = comparison.try_(result)
+        except UnsupportedError as unsupported:
+            failure = str(unsupported)
         if failure:
             raise RuntimeError(
-                f"the compacted model's outputs are not the masked model's, relative tolerance {comparison.tolerance:g}. "
-                f"With the model's own classes: {because}. As a graph of operators: {failure}. Without removing "
+                f"the compacted model's outputs are not the masked model's, relative tolerance "
+                f"{comparison.tolerance:g}. With the model's own classes: {because}. As a graph of operators: {failure}. Without removing "
                 "anything, bmrs.fold(model) makes a network without noise layers"
             )
     _check_stored(result)
@@ -207,6 +219,7 @@ def _compacted(
         parameters_after=_number_of_values(result),
         bytes_before=_number_of_bytes(masked),
         bytes_after=_number_of_bytes(result),
+        unused=_unused(analysis),
         flops_before=flops(masked, inputs),
         flops_after=flops(result, inputs),
         error=error,
@@ -244,6 +257,17 @@ def _layer_report(
     )
 
 
+def _unused(analysis: Analysis) -> tuple[str, ...]:
+    """Parameters that evaluation on the example does not use, such as those of heads that only training has."""
+    used = {
+        id(value.tensor)
+        for call in analysis.calls.values()
+        for value in call.values()
+        if value.tensor is not None
+    }
+    return tuple(name for name, p in analysis.captured.model.named_parameters() if id(p) not in used)
+
+
 def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
     """Why each entry along a noise layer's dimension stays, empty where it leaves; no entries if it is never called."""
     reasons: list[str] = []
@@ -267,6 +291,19 @@ def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"parameter {name!r} is NaN or infinite; nothing was compacted")
+    for name, buffer in model.named_buffers():
+        if bool(buffer.isnan().any()):
+            raise ValueError(f"buffer {name!r} is NaN; nothing was compacted")
+
+
+def _check_that_it_runs(model: nn.Module, inputs: Inputs) -> None:
+    # For real, as tracing overlooks wrong dtypes; and so that what the model keeps from call to call is there.
+    args, kwargs = map_tensors(torch.clone, inputs)
+    try:
+        with without_fast_path():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(does_not_run(model, inputs, error)) from error
 
 
 def _check_stored(model: nn.Module) -> None:

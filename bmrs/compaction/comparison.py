@@ -47,6 +47,19 @@ class Comparison:
         """Largest difference of a network's outputs, relative to the largest magnitude; infinite if shapes differ."""
         return _difference(self._expected, outputs(network, self._inputs, double=self._double))
 
+    def check_that_it_repeats(self, masked: nn.Module) -> None:
+        """Refuse a network that gives other outputs every time, which nothing can be compared with.
+
+        Raises:
+            ValueError: it does.
+        """
+        if self.error(masked) > self.tolerance:
+            raise ValueError(
+                f"the model ({type(masked).__name__}) gives other outputs every time in evaluation mode, as with "
+                "F.dropout(x) without training=self.training or torch.randn in forward, so that a smaller one "
+                "cannot be compared with it. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+            )
+
     def try_(self, network: nn.Module) -> tuple[float, str]:
         """The error, and why the network cannot be used; empty if it can."""
         try:

@@ -155,6 +155,11 @@ class _Folder:
         behind = [noise]
         for node in behind:
             behind += [user for user in node.users if self._shares_memory(user) and user not in behind]
+        beside = [user for user in getattr(noise.args[0], "users", ()) if user is not noise]
+        for node in beside:
+            beside += [user for user in node.users if self._shares_memory(node) and user not in beside]
+        if any(_writes(node) for node in beside):
+            return True
         writes = any(_writes(user) for node in behind for user in node.users)
         return writes and self._is_read_by_others(noise.args[0], noise)
 

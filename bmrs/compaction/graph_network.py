@@ -124,8 +124,9 @@ class Operation:
 
     Attributes:
         name: of its result.
-        kind: ``"input"`` (with what it has to be, see `check_input`), ``"tensor"`` (a parameter, buffer or constant), ``"call"`` (an operator), ``"scalar"``
-            (a function of sizes), ``"item"`` (a part of a list), ``"layer"`` (a stock layer) or ``"scale"``.
+        kind: ``"input"`` (with what it has to be, see `check_inputs`), ``"tensor"`` (a parameter, buffer or constant),
+            ``"call"`` (an operator), ``"scalar"`` (a function of sizes), ``"item"`` (a part of a list), ``"layer"`` (a
+            stock layer) or ``"scale"``.
         target: name of the tensor, operator, function or type of layer; "" otherwise.
         args: arguments, with `Reference` for results of other operations.
         kwargs: of operators, and of stock layers those of their constructor.
@@ -154,12 +155,14 @@ class Description:
         outputs: arguments with references, in the tree that the model returns.
         input_names: of the model's arguments, for the signature.
         in_tree: how (args, kwargs) are nested: lists, tuples and dicts with None at the leaves.
+        constants: tensors that are not the model's, by name.
     """
 
     operations: tuple[Operation, ...]
     outputs: Any
     input_names: tuple[str, ...]
     in_tree: Any
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class UnsupportedError(ValueError):
@@ -175,7 +178,7 @@ def build_graph_network(analysis: Analysis, the_cut: Cut, remaining: Mapping[str
         remaining: names of noise layers of which the multiplication stays.
     """
     description = describe(analysis, remaining)
-    tensors = dict(the_cut.tensors)
+    tensors = {**the_cut.tensors, **description.constants}
     for placeholder, tensor in analysis.captured.tensors.items():
         tensors.setdefault(analysis.captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
     frozen = {n for n, p in analysis.captured.model.named_parameters() if not p.requires_grad}
@@ -199,7 +202,7 @@ class _Describer:
         self.operations: list[Operation] = []
         self.references: dict[fx.Node, Any] = {}
         self.layers: set[str] = set()
-        self._cut_biases: set[str] = set()
+        self.constants: dict[str, Tensor] = {}
 
     def description(self) -> Description:
         program = self.analysis.captured.program
@@ -214,7 +217,7 @@ class _Describer:
         }
         read |= {reference.name for reference in _references(out_tree)}
         needed = tuple(op for op in self.operations if op.kind != "tensor" or op.name in read)
-        return Description(needed, out_tree, tuple(names), in_tree)
+        return Description(needed, out_tree, tuple(names), in_tree, self.constants)
 
     def _output(self, node: fx.Node) -> list[Any]:
         return [self._argument(value) for value in node.args[0]]  # type: ignore[union-attr]
@@ -316,6 +319,10 @@ class _Describer:
             )
         inner = owner.get_submodule(str(graphs[0].target))
         assert isinstance(inner, fx.GraphModule)
+        if "autocast" in node.name and node.args[2]:
+            raise UnsupportedError(
+                f"a network cannot be described with autocast inside its forward, at {node.name!r}"
+            )
         place = node.args.index(graphs[0])
         self._graph(inner.graph, inner, [self._argument(a) for a in node.args[place + 1 :]])
         outputs = inner.graph.output_node().args[0]
@@ -324,6 +331,8 @@ class _Describer:
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return self.references[argument]
+        if isinstance(argument, Reference):
+            return argument
         if isinstance(argument, list | tuple):
             return [self._argument(item) for item in argument]
         return argument
@@ -403,6 +412,8 @@ class _Describer:
             }
         if name in ("slice", "narrow", "select") and isinstance(source, Value):
             return self._positions(call, source)
+        if name in ("index", "index_select") and isinstance(result, Value):
+            return self._renumbered(node, call, source, result)
         if name in ("layer_norm", "rms_norm"):
             rank = len(call["normalized_shape"])
             return {"normalized_shape": list(analysis.kept_shape(source)[-rank:])}
@@ -434,6 +445,29 @@ class _Describer:
         place = names.index(name)
         given = node.args[place] if place < len(node.args) else node.kwargs[name]
         return list(given)  # type: ignore[arg-type]
+
+    def _renumbered(self, node: fx.Node, call: Call, source: Value, result: Value) -> dict[str, Any]:
+        """Known indices along channels, as numbers of those that are left."""
+        key = "index" if call.operator == "index_select" else "indices"
+        indices = [call["index"]] if key == "index" else list(call["indices"])
+        picks = [d for d, index in enumerate(indices) if index is not None]
+        axis = call["dim"] % len(source.shape) if key == "index" else picks[0]
+        kept, left = self.analysis.kept(source, axis), self.analysis.kept(result, axis)
+        if kept is None:
+            return {}
+        index = indices[0 if key == "index" else axis].tensor.detach().cpu()
+        numbers = torch.full((source.shape[axis],), -1)
+        numbers[kept] = torch.arange(len(kept))
+        new = numbers[index if left is None else index[left]]
+        name = f"{node.name}_index"
+        self.constants[f"constants.{name}"] = new
+        self.operations.append(Operation(name, "tensor", f"constants.{name}"))
+        reference = Reference(name)
+        return {
+            key: reference
+            if key == "index"
+            else [reference if d == axis else None for d in range(len(indices))]
+        }
 
     def _positions(self, call: Call, source: Value) -> dict[str, Any]:
         axis = call["dim"] % len(source.shape)
@@ -520,7 +554,9 @@ def build(
             return nodes[value.name]
         return [argument(item) for item in value] if isinstance(value, list | tuple) else value
 
-    inside_layers = {op.args[1]: op for op in description.operations if op.kind == "layer"}
+    layers = {op.args[1]: op for op in description.operations if op.kind == "layer"}
+    for operation in layers.values():
+        _add_layer(root, operation, tensors, frozen)
     first = [op for op in description.operations if op.kind == "input"]
     for operation in (*first, *(op for op in description.operations if op.kind != "input")):
         name, args = operation.name, operation.args
@@ -529,7 +565,8 @@ def build(
         if operation.kind == "input":
             placeholders[name] = graph.placeholder(name)
         elif operation.kind == "tensor":
-            if operation.target.rpartition(".")[0] in inside_layers:
+            if operation.target.rpartition(".")[0] in layers:
+                nodes[name] = graph.get_attr(operation.target)
                 continue
             tensor = tensors[operation.target]
             if id(tensor) not in made:
@@ -551,9 +588,7 @@ def build(
         elif operation.kind == "item":
             nodes[name] = graph.call_function(operator.getitem, (argument(args[0]), args[1]))
         elif operation.kind == "layer":
-            nodes[name] = graph.call_module(
-                _add_layer(root, operation, tensors, frozen), (argument(args[0]),)
-            )
+            nodes[name] = graph.call_module(str(args[1]), (argument(args[0]),))
         elif operation.kind == "scale":
             nodes[name] = _scale(graph, argument(args[0]), argument(args[1]), args[2])
     graph.output(pytree.tree_map(argument, description.outputs, is_leaf=lambda x: isinstance(x, Reference)))
@@ -570,8 +605,8 @@ def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]
     Args:
         values: the inputs.
         names: their names.
-        expected: for each of them ``("sizes", sizes)`` or ``("constant", value)``. A size is a number, or a letter with a
-            least and a largest number, the latter None for none; equal letters are equal sizes.
+        expected: for each of them ``("sizes", sizes)`` or ``("constant", value)``. A size is a number, or a letter with
+            a least and a largest number, the latter None for none; equal letters are equal sizes.
 
     Raises:
         ValueError: one is not; it is named.
@@ -613,6 +648,8 @@ def _checked(
     checked = graph.call_function(
         check_inputs, tuple(placeholders[name] for name in names), {"names": names, "expected": expected}
     )
+    # When the network is unpickled, its code is traced anew, but not through this function.
+    checked.meta["is_wrapped"] = True
     return {name: graph.call_function(operator.getitem, (checked, i)) for i, name in enumerate(names)}
 
 

@@ -44,6 +44,8 @@ class CompactReport:
         parameters_after: the same of the compacted network.
         bytes_before: of parameters and buffers, without noise.
         bytes_after: the same of the compacted network.
+        unused: names of parameters that the model does not use in evaluation mode on the example, such as those of
+            heads that only training has: they are left at their sizes, even where what they read became smaller.
         flops_before: floating-point operations for the example, two for each multiply-add.
         flops_after: the same of the compacted network.
         error: largest difference of the outputs from the masked network's, relative to the largest output.
@@ -57,6 +59,7 @@ class CompactReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
+    unused: tuple[str, ...]
     flops_before: int
     flops_after: int
     error: float
@@ -117,6 +120,8 @@ class CompactReport:
                 lines.append(f"{name}: {layer.given_back} given back, to keep a round number")
             if not layer.folded:
                 lines.append(f"{name}: one multiplication by its factors remains: {layer.not_folded_because}")
+        if self.unused:
+            lines.append(f"not used in evaluation mode, left as they are: {', '.join(self.unused)}")
         if self.form == "graph":
             lines.append(f"a graph of operators instead of the model's own classes: {self.form_because}")
         return "\n".join(lines)

@@ -243,10 +243,20 @@ def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> 
                     the_cut.tensors[full], requires_grad=weight.requires_grad
                 )
     _set_groups(analysis, model)
+    _leave_fast_path(model)
     for module in model.modules():
         set_sizes(module)
     replace_noise(model, remaining)
     return model.eval()
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Have torch's transformer layers compute the same with gradients and without, and as a loaded network does."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
@@ -440,7 +450,7 @@ def install(
                     f"its size {name!r} of {path!r} is not one of model ({type(model).__name__})"
                 )
     replaced = {id(own[name]): name for name in own if name in tensors}
-    new = {key: _like(tensors[name].to(own[name].dtype), own[name]) for key, name in replaced.items()}
+    new = {key: _like(tensors[name], own[name]) for key, name in replaced.items()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         for holder in (module._parameters, module._buffers):
             for key, tensor in holder.items():

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bmrs.compaction.compact import INPUTS
 from bmrs.compaction.graph_network import UnsupportedError, describe
@@ -25,12 +26,10 @@ from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import Inputs, as_inputs, capture, evaluation_copy
+from bmrs.graph.capture import Inputs, as_inputs, capture, evaluation_copy, map_tensors, materialise_weights
 from bmrs.noise_layer import has_input_noise, noise_layers
 
 _METADATA_KEY = "bmrs"
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def save(
@@ -66,23 +65,25 @@ def save(
         tensors = dict(model.state_dict())
     else:
         description, tensors = _described(model, _inputs_of(model, example_inputs))
+    description["channels_last"] = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
     # Cloned, as safetensors refuses tensors that share memory.
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     _write(Path(path), serialize(stored, metadata={_METADATA_KEY: json.dumps(description)}))
 
 
 def load(
-    path: str | os.PathLike[str], *, model: ModelT | None = None, device: torch.device | str = "cpu"
-) -> nn.Module | ModelT:
+    path: str | os.PathLike[str], *, model: nn.Module | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
     """Load a model that `save` wrote.
 
     Args:
         path: the file.
         model: a freshly built network of the class and sizes that the saved one had before compaction; it becomes the
-            saved one, in place. Without it, a network that needs no code but torch's is returned: ``nn.Sequential``
-            of stock layers where these were a chain, a ``torch.fx.GraphModule`` of operators otherwise. The latter
-            takes other numbers of examples and, for inputs of up to three dimensions, other lengths than the example
-            had, where the model does; images have to be of its size.
+            saved one, in place, and loses parametrizations, which the saved one has not. Without it, a network that
+            needs no code but torch's is returned: ``nn.Sequential`` of stock layers where these were a chain, a
+            ``torch.fx.GraphModule`` of operators otherwise. The latter takes other numbers of examples and, for inputs
+            of up to three dimensions, other lengths than the example had, where the model does; images have to be of
+            its size.
         device: where to put the model.
 
     Returns:
@@ -90,9 +91,12 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: ``model`` is not a module.
         ValueError: the file is broken, of another version, or not such a file, or ``model`` is not the network that it
             was made from; what is wrong is said.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, was {model!r}")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")
@@ -104,12 +108,25 @@ def load(
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     try:
-        description = _parse(metadata)
-        if model is not None:
-            return _load_into(model, description, tensors).to(device).eval()
-        return _load_alone(description, tensors, device).to(device).eval()
+        with torch.inference_mode(False):
+            return _loaded(model, _parse(metadata), tensors, device)
     except ValueError as error:
         raise ValueError(f"{path} does not hold a model that bmrs.save wrote: {error}") from error
+
+
+def _loaded(
+    model: nn.Module | None,
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    device: torch.device | str,
+) -> nn.Module:
+    tensors = {name: tensor.clone() for name, tensor in _laid_out(description, tensors).items()}
+    network = (
+        _load_alone(description, tensors, device)
+        if model is None
+        else _load_into(model, description, tensors)
+    )
+    return network.to(device).eval()
 
 
 def _inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
@@ -121,24 +138,17 @@ def _inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
             f"save needs a network that bmrs.compact returned or example_inputs, and got {type(model).__name__} alone"
         )
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.get_default_dtype())
-    moved: Inputs = torch.utils._pytree.tree_map(
-        lambda leaf: (
-            (leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device))
-            if isinstance(leaf, Tensor)
-            else leaf
-        ),
-        inputs,
-    )
-    return moved
+    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), None)
+    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), inputs)
 
 
 def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
     copy_of_model = evaluation_copy(model)
-    tensors = dict(copy_of_model.state_dict())
+    tensors = {name: t for name, t in copy_of_model.state_dict().items() if isinstance(t, Tensor)}
     named = dict(copy_of_model.named_parameters(remove_duplicate=False))
     description: dict[str, Any] = {
         "version": GRAPH_VERSION,
+        "form": "graph" if isinstance(model, fx.GraphModule) else "module",
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "parameters": sorted(named),
         "frozen": sorted(name for name, parameter in named.items() if not parameter.requires_grad),
@@ -168,6 +178,11 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
         except UnsupportedError as error:
             description["graph"], description["graph_because"] = None, str(error)
     if description["graph"] is None:
+        warnings.warn(
+            f"the saved network can only be loaded with bmrs.load(path, model=...), a network of its class "
+            f"{type(model).__name__}: {description['graph_because']}",
+            stacklevel=3,
+        )
         return description, tensors
     for placeholder, tensor in captured.tensors.items():
         tensors.setdefault(captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
@@ -217,6 +232,25 @@ def _load_alone(
     )
 
 
+def _is_channels_last(tensor: Tensor) -> bool:
+    return (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _laid_out(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the memory formats that they had."""
+    names = description.get("channels_last", [])
+    if not isinstance(names, list):
+        raise ValueError("its names of tensors in channels_last format are not a list")
+    last = torch.channels_last
+    return {
+        n: t.contiguous(memory_format=last) if n in names and t.dim() == 4 else t for n, t in tensors.items()
+    }
+
+
 def _names(description: Mapping[str, Any], key: str) -> set[str]:
     names = description.get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -224,7 +258,11 @@ def _names(description: Mapping[str, Any], key: str) -> set[str]:
     return set(names)
 
 
-def _load_into(model: ModelT, description: dict[str, Any], tensors: dict[str, Tensor]) -> ModelT:
+def _load_into(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    if description.get("form") == "graph":
+        raise ValueError("it holds a graph of operators, not layers of a class: load it without model=")
+    for module in model.modules():
+        materialise_weights(module)
     groups, scales, sizes = (description.get(key, {}) for key in ("groups", "scales", "sizes"))
     if not all(isinstance(part, dict) for part in (groups, scales, sizes)):
         raise ValueError("its groups, scales or sizes are not a mapping")

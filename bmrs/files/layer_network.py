@@ -75,7 +75,7 @@ def read_chain(model: nn.Module) -> list[Node] | None:
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         return None
     children = list(model.named_children())
-    hooked = model._forward_hooks or model._forward_pre_hooks
+    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model)
     # With a layer in two places its weights are shared, which a chain cannot say.
     if (
         not children
@@ -95,7 +95,9 @@ def read_chain(model: nn.Module) -> list[Node] | None:
 
 def _is_plain(layer: nn.Module) -> bool:
     """True for a stock layer as such, of which constructor arguments and tensors tell all."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    hooked = (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
+    )
     frozen = any(not parameter.requires_grad for parameter in layer.parameters())
     return (
         type(layer) in STOCK_LAYERS and not hooked and not frozen and not any(True for _ in layer.children())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,11 +87,13 @@ class Captured:
         return self.program.graph
 
 
-def as_inputs(example_inputs: Any) -> Inputs:
+def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
     """Positional and keyword arguments of a forward pass, from what users give.
 
     Args:
-        example_inputs: one tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+        example_inputs: one tensor, a sequence of positional arguments, or a mapping of keyword arguments; or a mapping
+            that is itself the only argument of the model.
+        model: the model.
 
     Raises:
         TypeError: anything else, or no tensor in it.
@@ -99,7 +102,7 @@ def as_inputs(example_inputs: Any) -> Inputs:
     if isinstance(example_inputs, Tensor):
         inputs: Inputs = ((example_inputs,), {})
     elif isinstance(example_inputs, Mapping):
-        inputs = ((), dict(example_inputs))
+        inputs = _mapped_inputs(dict(example_inputs), model)
     elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         inputs = (tuple(example_inputs), {})
     else:
@@ -114,6 +117,16 @@ def as_inputs(example_inputs: Any) -> Inputs:
         if tensor.numel() == 0:
             raise ValueError(f"example_inputs must hold an example, was of shape {tuple(tensor.shape)}")
     return inputs
+
+
+def _mapped_inputs(mapping: dict[str, Any], model: nn.Module | None) -> Inputs:
+    if model is not None:
+        parameters = list(inspect.signature(unwrapped(model).forward).parameters.values())
+        named = {p.name for p in parameters}
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if not any_name and not named.issuperset(mapping) and len(parameters) == 1:
+            return (mapping,), {}
+    return (), mapping
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
@@ -162,11 +175,69 @@ def copied(model: nn.Module, *, share: bool) -> nn.Module:
             for tensor in holder.values():
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
-    if share:
-        memo |= {id(t): t for t in (*model.parameters(), *model.buffers())}
-    copy_of_model = copy.deepcopy(model, memo)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_inference():
+            # Such a tensor can neither be trained nor traced.
+            clone = tensor.clone()
+            trained = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(clone, requires_grad=tensor.requires_grad) if trained else clone
+        elif share:
+            memo[id(tensor)] = tensor
+    try:
+        copy_of_model = copy.deepcopy(model, dict(memo))
+    except Exception:
+        copy_of_model = copy.deepcopy(model, {**memo, **_what_cannot_be_copied(model, memo)})
     _remove_wrappers(copy_of_model)
     return unwrapped(copy_of_model)
+
+
+def _what_cannot_be_copied(model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """Attributes of modules that a copy has to share, such as locks, open files and tensors of an old computation."""
+    shared = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, nn.Module | Tensor) or value is None:
+                continue
+            try:
+                copy.deepcopy(value, {**memo, **{id(m): m for m in model.modules()}})
+            except Exception:
+                shared[id(value)] = value
+    return shared
+
+
+def _check_forwards(model: nn.Module) -> None:
+    """Refuse a forward that was replaced by one that holds the module: its copy would compute with the original."""
+    modules = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        own = isinstance(forward, types.MethodType) and forward.__self__ is module
+        if forward is not None and not own and _holds(forward, modules, depth=4):
+            raise ValueError(
+                f"the forward of layer {name!r} ({type(module).__name__}) was replaced by {forward!r}, which holds the "
+                "module, so that a copy would compute with the original: set the class's own forward back first "
+                "(del layer.forward)"
+            )
+
+
+def _holds(value: Any, modules: set[int], depth: int) -> bool:
+    """Whether a function refers to one of some modules."""
+    if depth == 0 or value is None:
+        return False
+    if id(value) in modules:
+        return True
+    inside: list[Any] = []
+    for attribute in ("__self__", "__func__", "__wrapped__", "func", "_torchdynamo_orig_callable"):
+        inside.append(getattr(value, attribute, None))
+    inside += [*getattr(value, "args", ()), *(getattr(value, "keywords", None) or {}).values()]
+    inside += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_filled(cell)]
+    return any(_holds(item, modules, depth - 1) for item in inside)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _remove_wrappers(model: nn.Module) -> None:
@@ -184,15 +255,17 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     compute.
 
     Raises:
-        TypeError, ValueError: see `unwrapped`; or a tensor is on the meta device.
+        TypeError, ValueError: see `unwrapped`; or a tensor is on the meta device, or a forward was replaced by one that
+            holds the original.
     """
     model = unwrapped(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name!r} is on the meta device and has no values: load the weights first")
+    _check_forwards(model)
     result = copied(model, share=not _computes_weights(model)).eval()
     for module in result.modules():
-        _materialise_weights(module)
+        materialise_weights(module)
     return result
 
 
@@ -205,7 +278,8 @@ def _weight_hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kinds)]
 
 
-def _materialise_weights(module: nn.Module) -> None:
+def materialise_weights(module: nn.Module) -> None:
+    """Replace what computes weights of a layer, such as weight normalisation, by the weights, in place."""
     if parametrize.is_parametrized(module):
         _remove_parametrizations(module)
     for key, hook in list(module._forward_pre_hooks.items()):
@@ -284,6 +358,7 @@ def capture(
 
 
 def _captured(model: nn.Module, program: ExportedProgram) -> Captured:
+    program.graph.eliminate_dead_code()
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     own = {
@@ -329,17 +404,24 @@ def _shapes_by_name(model: nn.Module, shapes: Any, inputs: Inputs) -> Any:
     return {**named, **kwargs}
 
 
+def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> str:
+    """Say that a model does not run on an example."""
+    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+    examples = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+    return (
+        f"the model ({type(model).__name__}) does not run on example_inputs of {examples}: {_in_short(error)}"
+    )
+
+
 def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception | None) -> str:
-    shapes = [tuple(leaf.shape) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
-    name = type(model).__name__
     try:
         with torch.no_grad():
             args, kwargs = map_tensors(torch.clone, inputs)
             model(*args, **kwargs)
     except Exception as error:
-        return f"the model ({name}) does not run on example_inputs of shapes {shapes}: {_in_short(error)}"
+        return does_not_run(model, inputs, error)
     return (
-        f"{purpose} follows the model with torch.export, which failed on {name}{_line_of(failure)}: "
+        f"{purpose} follows the model with torch.export, which failed on {type(model).__name__}{_line_of(failure)}: "
         f"{_in_short(failure)}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
     )
 

@@ -91,11 +91,12 @@ def needed_layers(
     _prune_last(factors, needed)
     analysis = analyse(captured)
     removable = [last_channel_leaves(analysis, group[0]) for group in groups]
-    for turn in range(max(map(len, groups), default=0)):
+    spare = _spare_layers(captured, factors, groups)
+    for turn in range(max(map(len, spare), default=0)):
         # One fewer in every group at once.
         fewer = [
-            [n for n in names if [n] != list(group[turn : turn + 1])]
-            for names, group in zip(needed, groups, strict=True)
+            [name for name in names if [name] != its_spare[turn : turn + 1]]
+            for names, its_spare in zip(needed, spare, strict=True)
         ]
         _prune_last(factors, fewer)
         analysis = analyse(captured)
@@ -107,6 +108,30 @@ def needed_layers(
     return [names if ok else None for names, ok in zip(needed, removable, strict=True)]
 
 
+def _spare_layers(
+    captured: Captured, factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """Of each group the layers without which alone a channel leaves too; most often none."""
+    found: list[list[str]] = [[] for _ in groups]
+    places = [0] * len(groups)
+    while any(place < len(group) for place, group in zip(places, groups, strict=True)):
+        for tensor in factors.values():
+            tensor.fill_(1.0)
+        trials: list[list[str]] = []
+        for g, group in enumerate(groups):
+            # Each channel but the last, which stays, tries another layer.
+            trials.append(list(group[places[g] : places[g] + max(1, len(factors[group[0]]) - 1)]))
+            places[g] += len(trials[g])
+            for channel, left_out in enumerate(trials[g]):
+                for name in group:
+                    factors[name][channel] = float(name == left_out)
+        analysis = analyse(captured)
+        for g, group in enumerate(groups):
+            leaves = _leaving_channels(analysis, group[0])
+            found[g] += [name for name, gone in zip(trials[g], leaves, strict=False) if gone]
+    return found
+
+
 def _prune_last(factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]) -> None:
     """Prune the last structure of the layers of some groups, and nothing else."""
     for tensor in factors.values():
@@ -114,6 +139,16 @@ def _prune_last(factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]) 
     for group in groups:
         for name in group:
             factors[name][-1] = 0.0
+
+
+def _leaving_channels(analysis: Analysis, name: str) -> list[bool]:
+    for call in analysis.calls.values():
+        if call.operator == "mark_noise" and call["name"] == name:
+            channels = call["x"].channels_along(call["dim"])
+            if channels is not None:
+                leaves: list[bool] = (~analysis.stays(channels)).tolist()
+                return leaves
+    return []
 
 
 def last_channel_leaves(analysis: Analysis, name: str) -> bool:

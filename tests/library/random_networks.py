@@ -963,7 +963,7 @@ def set_masks(b: Builder) -> None:
 
 
 def build_residual(seed: int) -> tuple[nn.Module, Tensor]:
-    """A plain network of residual blocks, of which all masks on one stream agree, so that all that is pruned can leave."""
+    """A plain network of residual blocks: all masks on its stream agree, so that all that is pruned can leave."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():

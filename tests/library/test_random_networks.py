@@ -94,9 +94,22 @@ def can_train(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
 
 
 def check(
-    seed: int, folder: Path, *, thorough: bool, network: tuple[RandomNetwork, Builder] | None = None
+    seed: int,
+    folder: Path,
+    *,
+    saved: bool = True,
+    thorough: bool = True,
+    network: tuple[RandomNetwork, Builder] | None = None,
 ) -> nn.Module:
-    """All properties for the network of a seed; returns what it is compacted to."""
+    """All properties for the network of a seed; returns what it is compacted to.
+
+    Args:
+        seed: of the network and its inputs.
+        folder: where a file may be written.
+        saved: whether files are looked at too.
+        thorough: whether torch.export and training of the result are looked at too.
+        network: that of the seed, or one made smaller from it, to find out what it fails for.
+    """
     model, b = network or build(seed)
     before = snapshot(model)
     compacted = bmrs.compact(model, b.example(BATCHES[seed % 2], seed + 1))
@@ -104,16 +117,19 @@ def check(
     folded = bmrs.fold(model)
     assert_same(before, snapshot(model), "fold")
     masked = copy.deepcopy(model).eval()
-    path = folder / f"{seed}.safetensors"
-    bmrs.save(path, compacted)
-    loaded = bmrs.load(path)
+    loaded = None
+    if saved:
+        path = folder / f"{seed}.safetensors"
+        bmrs.save(path, compacted)
+        loaded = bmrs.load(path)
     for batch in BATCHES:
         inputs = b.example(batch, seed + 2)
         expected = run(masked, inputs)
         found = run(compacted, inputs)
         assert_close(found, expected, f"compacted, batch of {batch}")
         assert_close(run(folded, inputs), expected, f"folded, batch of {batch}")
-        assert all(map(torch.equal, run(loaded, inputs), found)), f"loaded, batch of {batch}"
+        if loaded is not None:
+            assert all(map(torch.equal, run(loaded, inputs), found)), f"loaded, batch of {batch}"
     if thorough:
         inputs = b.example(BATCHES[0], seed + 3)
         with warnings.catch_warnings():
@@ -130,7 +146,7 @@ def check(
 def test_random_networks(seed: int, tmp_path: Path) -> None:
     network = build(seed)
     try:
-        check(seed, tmp_path, thorough=seed % 8 == 0, network=network)
+        check(seed, tmp_path, saved=seed % 3 == 0, thorough=seed % 9 == 0, network=network)
     except Exception as error:
         error.add_note(network[0].listing()) if hasattr(error, "add_note") else None
         raise

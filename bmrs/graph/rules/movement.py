@@ -201,6 +201,13 @@ def indexed(network: Network, call: Call) -> Value:
     """Elements picked by indices: channels move with them if the indices are known, or if no channels lie that way."""
     value, plain = call["self"], _plain(call)
     indices = [v for v in call.values() if v is not value]
+    simple = call.operator in ("index", "index_select") and len(indices) == 1 and len(indices[0].shape) == 1
+    if not simple:
+        # Known indices into channels would have to be renumbered.
+        axes = _indexed_axes(call) if call.operator == "index" else range(len(value.shape))
+        for layer in value.layers:
+            if set(axes) & set(varying_axes(layer)):
+                network.stay(layer, f"{call.operator} picks from it")
     if any(index.tensor is None for index in indices):
         if call.operator != "index" or any(
             set(_indexed_axes(call)) & set(varying_axes(layer)) for layer in value.layers

@@ -187,8 +187,10 @@ def batch_norm(network: Network, call: Call) -> Value | list[Value]:
         if parameter is not None:
             shape = [parameter.shape[0] if d < 0 else d for d in view]
             operands.append((shape, [y.view(view) for y in parameter.layers]))
-    layers = combine(network, x.shape, operands)
     own = call["training"] or call["use_input_stats"]
+    for layer in x.layers if own else ():
+        network.whole(layer, [0, *range(2, len(x.shape))], "the statistics of a normalisation count it")
+    layers = combine(network, x.shape, operands)
     value = Value(x.shape, layers, _normalised_constant(call, x, parameters, view, own_statistics=bool(own)))
     return [value, *(Value(shape) for shape in call.shapes[1:])] if len(call.shapes) > 1 else value
 
@@ -250,8 +252,8 @@ def group_norm(network: Network, call: Call) -> Value | list[Value]:
     constant = None
     if x.constant is not None and (bias is None or bias.tensor is not None):
         # A group that is the same everywhere has no variance: only the bias remains.
-        reduced = uniform(x.constant.reshape(shape), range(2, len(shape)))
-        gone = ~reduced.isnan().expand(*reduced.shape[:2], shape[2], *[1] * (len(shape) - 3)).flatten(1, 2)
+        reduced = uniform(compressed(x.constant.reshape(shape)), range(2, len(shape)))
+        gone = (~reduced.isnan()).expand(shape[0], groups, shape[2], *[1] * (len(shape) - 3)).flatten(1, 2)
         shift = torch.zeros(1) if bias is None else bias.tensor.detach().double().view(view)
         constant = compressed(shift.double().expand(gone.shape).masked_fill(~gone, torch.nan).expand(x.shape))
     value = Value(x.shape, layers, constant)
