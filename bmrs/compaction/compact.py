@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from bmrs.compaction.comparison import Comparison, cut_examples, flops, without_fast_path
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import UnsupportedError, build_graph_network
+from bmrs.compaction.record import Record, record_of, remember
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import (
-    SELECTIONS,
     cut,
     narrowed,
     new_biases,
@@ -32,15 +32,13 @@ from bmrs.graph.capture import (
     copied,
     does_not_run,
     evaluation_copy,
+    has_autocast,
     map_tensors,
     mark,
     unwrapped,
 )
 from bmrs.graph.channels import without_repetition
 from bmrs.noise_layer import NoiseLayer, noise_layers
-
-_REPORT = "_bmrs_report"
-INPUTS = "_bmrs_inputs"
 
 
 def compact(
@@ -122,8 +120,7 @@ def compact(
                 factors[name].copy_(_factors(layer, expected_noise))
                 given_back[name] += len(chosen)
             analysis = analyse(captured)
-        result = _compacted(masked, analysis, layers, examples, given_back)
-        setattr(result, INPUTS, map_tensors(lambda t: t.detach().clone(), few))
+        result = _compacted(masked, analysis, layers, (examples, few), given_back)
         if refit_to is not None:
             refit(result, _origins(analysis, result), unwrapped(refit_to), _single(inputs))
     return result
@@ -135,12 +132,12 @@ def compact_report(compacted: nn.Module) -> CompactReport:
     Raises:
         TypeError: the network is not one that `compact` returned, or a copy of one.
     """
-    report = getattr(compacted, _REPORT, None)
-    if not isinstance(report, CompactReport):
+    record = record_of(compacted)
+    if record is None:
         raise TypeError(
             f"compact_report needs a network that bmrs.compact returned, got {type(compacted).__name__}"
         )
-    return report
+    return record.report
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -176,17 +173,19 @@ def _compacted(
     masked: nn.Module,
     analysis: Analysis,
     layers: Mapping[str, NoiseLayer],
-    inputs: Inputs,
+    examples: tuple[Inputs, Inputs],
     given_back: Mapping[str, int],
 ) -> nn.Module:
+    inputs, few = examples
     found = shifts(analysis)
     names = new_biases(analysis, found)
     folding = fold_noise(analysis, names)
     the_cut = cut(analysis, folding, found, names)
-    comparison = Comparison(masked, inputs)
+    comparison = Comparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
     result, form = narrowed(analysis, the_cut, folding.remaining), "module"
     error, because = comparison.try_(result)
-    if because and set_sizes_in_code(analysis, result):
+    sizes: dict[str, dict[str, int]] = {}
+    if because and (sizes := set_sizes_in_code(analysis, result)):
         error, _ = comparison.try_(result)
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
@@ -203,9 +202,9 @@ def _compacted(
             failure = str(unsupported)
         if failure:
             raise RuntimeError(
-                f"the compacted model's outputs are not the masked model's, relative tolerance "
-                f"{comparison.tolerance:g}. With the model's own classes: {because}. As a graph of operators: {failure}. Without removing "
-                "anything, bmrs.fold(model) makes a network without noise layers"
+                "the compacted model's outputs are not the masked model's, relative tolerance "
+                f"{comparison.tolerance:g}. With the model's own classes: {because}. As a graph of operators: "
+                f"{failure}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
             )
     _check_stored(result)
     report = CompactReport(
@@ -225,10 +224,9 @@ def _compacted(
         error=error,
         compared_in=comparison.dtype,
     )
-    setattr(result, _REPORT, report)
-    setattr(
-        result, SELECTIONS, {n: s for n, s in the_cut.selections.items() if s.axes or s.columns is not None}
-    )
+    selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
+    kept_inputs = map_tensors(lambda t: t.detach().clone(), few)
+    remember(result, Record(report, kept_inputs, selections, sizes if form == "module" else {}))
     return result
 
 
@@ -280,7 +278,7 @@ def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
         if layer is None:
             return ["it multiplies what always stays"] * len(reasons)
         (channels,) = without_repetition(layer)
-        channels = channels.movedim(axis, 0).flatten(1)
+        channels = channels.movedim(axis, 0).reshape(len(reasons), -1)
         stay = analysis.stays(channels)
         for entry in stay.any(dim=1).nonzero().flatten().tolist():
             reasons[entry] = reasons[entry] or analysis.reason(int(channels[entry][stay[entry]][0]))

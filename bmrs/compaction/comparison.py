@@ -16,6 +16,8 @@ from bmrs.graph.capture import Inputs, copied, map_tensors
 # Relative to the largest output: what rounding of changed weights makes of nothing.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
 
+_TOLERANCE_OF_MIXED = 0.016
+
 
 class Comparison:
     """Outputs of a masked network on examples, and the comparison of others with them.
@@ -26,13 +28,14 @@ class Comparison:
     Args:
         masked: the masked network, in evaluation mode.
         inputs: the examples.
+        autocast: whether it has torch.autocast in its code.
 
     Attributes:
         tolerance: largest difference that is accepted, relative to the largest output.
         dtype: what the outputs are computed in, as text.
     """
 
-    def __init__(self, masked: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, masked: nn.Module, inputs: Inputs, *, autocast: bool = False) -> None:
         dtypes = {p.dtype for p in masked.parameters() if p.is_floating_point()}
         self.tolerance = max((_TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
         self._inputs, self._double = inputs, True
@@ -41,6 +44,8 @@ class Comparison:
         except Exception:
             self._double = False
             self._expected = outputs(masked, inputs, double=False)
+        if autocast or not self._double:
+            self.tolerance = max(self.tolerance, _TOLERANCE_OF_MIXED)
         self.dtype = "float64" if self._double else "its own dtype"
 
     def error(self, network: nn.Module) -> float:
@@ -57,7 +62,8 @@ class Comparison:
             raise ValueError(
                 f"the model ({type(masked).__name__}) gives other outputs every time in evaluation mode, as with "
                 "F.dropout(x) without training=self.training or torch.randn in forward, so that a smaller one "
-                "cannot be compared with it. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+                "cannot be compared with it. Without removing anything, bmrs.fold(model) makes a network without "
+                "noise layers"
             )
 
     def try_(self, network: nn.Module) -> tuple[float, str]:

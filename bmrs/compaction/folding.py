@@ -273,8 +273,7 @@ class _Folder:
 
     def _rows(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
         """f·(W·x + b)."""
-        axis = _AFFINE_NORMS.get(call.operator, -1 if call.operator in ("linear", "addmm") else 1)
-        vector = _vector(factors, axis)
+        vector = _vector(factors, _AFFINE_NORMS.get(call.operator, _channel_axis(call)))
         weight = self._own(call["mat2"] if call.operator == "addmm" else call["weight"])
         bias_value = call["self"] if call.operator == "addmm" else call["bias"]
         names = [weight]
@@ -304,7 +303,7 @@ class _Folder:
         x = "mat1" if call.operator == "addmm" else "input"
         if call[x] is not self.values[source]:
             raise _BarredError(f"{node.name} takes it as a weight")
-        vector = _vector(factors, -1 if call.operator in ("linear", "addmm") else 1)
+        vector = _vector(factors, _channel_axis(call))
         value = call["mat2"] if call.operator == "addmm" else call["weight"]
         name, shape = self._own(value), value.shape
         if call.operator in ("addmm", *_TRANSPOSED):
@@ -348,6 +347,13 @@ class _Folder:
         if value is None or value.parameter is None:
             raise _BarredError("a weight there is none or is computed")
         return value.parameter
+
+
+def _channel_axis(call: Call) -> int:
+    """Where the channels of a linear or convolution layer lie, from the end, as the batch may be missing."""
+    return (
+        -1 if call.operator in ("linear", "addmm") else 1 - len(call["weight"].shape) if call["weight"] else 1
+    )
 
 
 def _writes(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ layers there, so that it can be trained further; everything else is an operator 
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -257,7 +258,8 @@ class _Describer:
                 continue
             limits = ranges.get(size.node.expr)
             lower, upper = (0, math.inf) if limits is None else (int(limits.lower), limits.upper)
-            sizes.append([str(size), lower, int(upper) if upper < 2**40 else None])
+            # torch.export takes 2 for the least size of all that vary.
+            sizes.append([str(size), lower if lower > 2 else 0, int(upper) if upper < 2**40 else None])
         return ("sizes", sizes)
 
     def _add(self, operation: Operation, node: fx.Node) -> None:
@@ -566,7 +568,7 @@ def build(
             placeholders[name] = graph.placeholder(name)
         elif operation.kind == "tensor":
             if operation.target.rpartition(".")[0] in layers:
-                nodes[name] = graph.get_attr(operation.target)
+                nodes[name] = graph.get_attr(_without_keywords(operation.target))
                 continue
             tensor = tensors[operation.target]
             if id(tensor) not in made:
@@ -588,7 +590,7 @@ def build(
         elif operation.kind == "item":
             nodes[name] = graph.call_function(operator.getitem, (argument(args[0]), args[1]))
         elif operation.kind == "layer":
-            nodes[name] = graph.call_module(str(args[1]), (argument(args[0]),))
+            nodes[name] = graph.call_module(_without_keywords(str(args[1])), (argument(args[0]),))
         elif operation.kind == "scale":
             nodes[name] = _scale(graph, argument(args[0]), argument(args[1]), args[2])
     graph.output(pytree.tree_map(argument, description.outputs, is_leaf=lambda x: isinstance(x, Reference)))
@@ -627,11 +629,8 @@ def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]
                 fits, words = size == allowed, str(allowed)
             else:
                 letter, lower, upper = allowed
-                fits = (
-                    size >= lower
-                    and (upper is None or size <= upper)
-                    and size == known.setdefault(letter, size)
-                )
+                known.setdefault(letter, size)
+                fits = size >= lower and (upper is None or size <= upper) and size == known[letter]
                 words = f"at least {lower}" + ("" if upper is None else f" and at most {upper}")
                 words += "" if size == known[letter] else f" and {known[letter]} as before"
             if not fits:
@@ -663,7 +662,13 @@ def _take_arguments(graph: fx.Graph, description: Description) -> None:
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, None)))
 
 
+def _without_keywords(path: str) -> str:
+    """A path of which the code that torch.fx generates can name every part."""
+    return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in path.split("."))
+
+
 def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
+    name = _without_keywords(name)
     path, _, last = name.rpartition(".")
     owner = _submodule(root, path)
     if last not in owner._parameters and last not in owner._buffers:
@@ -685,7 +690,7 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
 
 def _add_layer(root: nn.Module, operation: Operation, tensors: Mapping[str, Tensor], frozen: set[str]) -> str:
     path = str(operation.args[1])
-    parent, _, last = path.rpartition(".")
+    parent, _, last = _without_keywords(path).rpartition(".")
     owner = _submodule(root, parent)
     if last not in owner._modules:
         layer = getattr(nn, operation.target)(**operation.kwargs)

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bmrs.compaction.surgery import SELECTIONS, Selection
+from bmrs.compaction.record import record_of
+from bmrs.compaction.surgery import Selection
 from bmrs.graph.capture import unwrapped
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
@@ -33,8 +34,8 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
         TypeError: ``compacted`` is not a network that `bmrs.compact` returned.
         ValueError: the optimizer has a parameter that is not one of the model.
     """
-    selections: dict[str, Selection] | None = getattr(compacted, SELECTIONS, None)
-    if selections is None:
+    record = record_of(compacted)
+    if record is None:
         raise TypeError(
             f"compact_optimizer needs a network that bmrs.compact returned, got {type(compacted).__name__}"
         )
@@ -56,7 +57,7 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
                 continue
             parameters.append(new[name])
             taken.add(name)
-            selection = selections.get(name, Selection({}))
+            selection = record.selections.get(name, Selection({}))
             for key, value in optimizer.state.get(old, {}).items():
                 cut = isinstance(value, Tensor) and value.shape == old.shape
                 state[new[name]][key] = selection.of(value).clone() if cut else _copied(value)

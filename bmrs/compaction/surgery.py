@@ -20,12 +20,6 @@ from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
 from bmrs.noise_layer import ACTIVATION_LAYERS, ACTIVATIONS, NoiseLayer, add_noise_hook, remove_noise_hook
 
-SELECTIONS = "_bmrs_selections"
-"""Attribute of a compacted model: by qualified name of a parameter, a `Selection`, where it became smaller."""
-
-CODE_SIZES = "_bmrs_code_sizes"
-"""Attribute of a compacted model: by qualified name of a module, integer attributes that became smaller."""
-
 
 class ChannelScale(nn.Module):
     """A fixed factor for each entry along a dimension: the noise that no layer could take up.
@@ -112,7 +106,7 @@ def _shift(analysis: Analysis, call: Call) -> Tensor | None:
     weight = call["mat2"] if call.operator == "addmm" else call["weight"]
     if x.constant is None or not call.can_shift or weight.tensor is None:
         return None
-    axis = len(x.shape) - 1 if affine else 1
+    axis = len(x.shape) - 1 if affine else len(x.shape) + 1 - len(weight.shape)
     layer = x.layer_along(axis)
     if layer is None or varying_axes(layer) != (axis,):
         return None
@@ -331,8 +325,8 @@ _TAKE_SIZES = {
 }
 
 
-def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> bool:
-    """Set attributes from which a module's own code takes sizes, such as a number of heads; False if there are none.
+def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> dict[str, dict[str, int]]:
+    """Set attributes from which a module's own code takes sizes, such as a number of heads, and return them.
 
     Where the sizes that an operation is given change, integer attributes of the module around it that are equal to
     the old size become the new one. That is a guess, which the comparison of outputs confirms or not.
@@ -350,8 +344,7 @@ def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> bool:
                 (size,) = known
                 changed.setdefault(path, {})[name] = size
     _set_attributes(model, changed)
-    setattr(model, CODE_SIZES, changed)
-    return bool(changed)
+    return changed
 
 
 def _set_attributes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
@@ -438,7 +431,9 @@ def install(
     scaled = {f"{name}.factors" for name in scales}
     for name in tensors:
         path, _, last = name.rpartition(".")
-        known = name in own or name in scaled or name.startswith("constants.")
+        known = (
+            name in own or name in scaled or name.startswith("constants.") or _is_filled_later(model, name)
+        )
         if not known and not (last == "bias" and f"{path}.weight".lstrip(".") in own):
             raise ValueError(f"its {name!r} is not a part of model ({type(model).__name__})")
     modules = dict(model.named_modules())
@@ -450,7 +445,10 @@ def install(
                     f"its size {name!r} of {path!r} is not one of model ({type(model).__name__})"
                 )
     replaced = {id(own[name]): name for name in own if name in tensors}
-    new = {key: _like(tensors[name], own[name]) for key, name in replaced.items()}
+    new: dict[int, Tensor] = {}
+    for key, name in replaced.items():
+        tensor = tensors[name].clone()
+        new[key] = nn.Parameter(tensor) if isinstance(own[name], nn.Parameter) else tensor
     for path, module in list(model.named_modules(remove_duplicate=False)):
         for holder in (module._parameters, module._buffers):
             for key, tensor in holder.items():
@@ -467,6 +465,13 @@ def install(
         set_sizes(module)
     _set_attributes(model, sizes)
     _replace_noise_layers(model, tensors, scales)
+
+
+def _is_filled_later(model: nn.Module, name: str) -> bool:
+    """True for a buffer that a module fills when it is called."""
+    path, _, last = name.rpartition(".")
+    module = dict(model.named_modules()).get(path)
+    return module is not None and last in module._buffers
 
 
 def _fits(shape: torch.Size, full: torch.Size) -> bool:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.compact import INPUTS
 from bmrs.compaction.graph_network import UnsupportedError, describe
-from bmrs.compaction.surgery import CODE_SIZES, ChannelScale, install
+from bmrs.compaction.record import record_of
+from bmrs.compaction.surgery import ChannelScale, install
 from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
@@ -132,14 +132,14 @@ def _loaded(
 def _inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     if example_inputs is not None:
         return as_inputs(example_inputs)
-    inputs = getattr(model, INPUTS, None)
-    if inputs is None:
+    record = record_of(model)
+    if record is None:
         raise TypeError(
             f"save needs a network that bmrs.compact returned or example_inputs, and got {type(model).__name__} alone"
         )
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), None)
-    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), inputs)
+    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), record.inputs)
 
 
 def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -167,7 +167,8 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
             if isinstance(module, nn.modules.conv._ConvNd)
         },
     }
-    description["sizes"] = getattr(model, CODE_SIZES, {})
+    record = record_of(model)
+    description["sizes"] = record.code_sizes if record is not None else {}
     for dynamic in ("sequences", "first", "none"):
         try:
             with torch.no_grad():

@@ -35,7 +35,6 @@ class Analysis:
         calls: of each node that calls an operator.
         parameters: values of parameters and buffers by qualified name, once each.
         staying: the channels that stay with the masks as they are.
-        staying_unmasked: those that stay if nothing is pruned; others are not read even then, and are left alone.
     """
 
     captured: Captured
@@ -44,11 +43,10 @@ class Analysis:
     calls: dict[fx.Node, Call]
     parameters: dict[str, Value]
     staying: Staying
-    staying_unmasked: Staying
 
     def stays(self, channels: Tensor) -> Tensor:
         """Which channels are kept, bool of their shape."""
-        return self.staying.of(channels) | ~self.staying_unmasked.of(channels)
+        return self.staying.of(channels)
 
     def kept(self, value: Value, axis: int) -> Tensor | None:
         """The entries of a value that are kept along a dimension, int64; None for all."""
@@ -72,7 +70,7 @@ class Analysis:
         """Why a channel stays."""
         cause = int(self.staying.cause_of(torch.tensor([channel])))
         if cause < 0:
-            return "nothing reads it in any case"
+            return ""
         note, place = self.network.notes[cause]
         return f"{note} at {place}" if place else note
 
@@ -96,15 +94,19 @@ def analyse(captured: Captured) -> Analysis:
             reader.network.place = "the model's output"
             reader.network.stay_all(value, "it is an output of the model")
     network = reader.network
-    return Analysis(
-        captured,
-        network,
-        reader.values,
-        reader.calls,
-        reader.parameters,
-        smallest_staying(network.ties, network.constraints),
-        smallest_staying(network.ties, network.constraints, nothing_is_quiet=True),
-    )
+    unread = _unread(network)
+    if unread.numel():
+        network.place = ""
+        network.stay(unread, "nothing reads it in any case")
+    staying = smallest_staying(network.ties, network.constraints)
+    return Analysis(captured, network, reader.values, reader.calls, reader.parameters, staying)
+
+
+def _unread(network: Network) -> Tensor:
+    """Channels that nothing reads even if nothing is pruned, such as rows that a slice leaves out."""
+    staying = smallest_staying(network.ties, network.constraints, nothing_is_quiet=True)
+    channels = torch.arange(len(network.ties))
+    return channels[~staying.of(channels)]
 
 
 class _Reader:

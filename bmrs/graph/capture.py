@@ -357,6 +357,12 @@ def capture(
     raise ValueError(_why_not(model, inputs, purpose, failure)) from failure
 
 
+def has_autocast(graph: fx.Graph) -> bool:
+    """True if a part of a graph runs under torch.autocast."""
+    calls = [n for n in graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
+    return any("autocast" in node.name and len(node.args) > 2 and node.args[2] is True for node in calls)
+
+
 def _captured(model: nn.Module, program: ExportedProgram) -> Captured:
     program.graph.eliminate_dead_code()
     signature = program.graph_signature
@@ -396,12 +402,7 @@ def _shapes_by_name(model: nn.Module, shapes: Any, inputs: Inputs) -> Any:
     if shapes is None:
         return None
     args, kwargs = shapes
-    if not kwargs:
-        return args
-    bound = inspect.signature(model.forward).bind_partial(*inputs[0], **inputs[1])
-    names = list(bound.arguments)
-    named = dict(zip(names, args, strict=False))
-    return {**named, **kwargs}
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
 def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> str:

@@ -15,18 +15,17 @@ from compaction_cases import (
 from torch import nn
 
 import bmrs
-from bmrs.compaction.report import LayerCompaction
 from bmrs.compaction.stock_layers import STOCK_LAYERS
 from bmrs.compaction.surgery import ChannelScale
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seed", range(40))
-def test_random_chains(seed, dtype):
+@pytest.mark.parametrize("seed", range(48))
+def test_random_chains(seed):
+    dtype = [torch.float32, torch.float64][seed % 2]
     torch.manual_seed(seed)
     chain = Chain(seed)
-    model = randomise(chain.model, seed, pruned=[0.0, 0.3, 0.6, 1.0][seed % 4]).to(dtype).train()
+    model = randomise(chain.model, seed, pruned=[0.0, 0.3, 0.6, 1.0][seed // 2 % 4]).to(dtype).train()
     compacted = assert_compacts(model, torch.randn(chain.example_shape, dtype=dtype))
     stock = {type(layer) for layer in compacted if not isinstance(layer, ChannelScale)}
     assert stock <= {*STOCK_LAYERS, nn.Identity}
@@ -232,7 +231,8 @@ class TestReport:
 
     def test_layers(self, model):
         first, last = bmrs.compact_report(bmrs.compact(model, torch.randn(5, 4))).layers
-        assert first == LayerCompaction("2", 6, 2, 2, {}, folded=True)
+        assert (first.name, first.structures, first.pruned, first.removed) == ("2", 6, 2, 2)
+        assert (first.kept_because, first.folded, first.not_folded_because) == ({}, True, "")
         assert (last.name, last.structures, last.pruned, last.removed) == ("4.noise", 3, 1, 0)
         assert last.kept_because == {"it is an output of the model at the model's output": 1}
         assert not last.folded

@@ -64,7 +64,7 @@ class TestCapture:
     def test_randomness_in_evaluation_mode_is_noticed(self, model):
         model[2] = DropsAlways()
         with pytest.raises(
-            RuntimeError, match=r"the compacted model's outputs differ .* by .*bmrs\.fold\(model\)"
+            ValueError, match=r"gives other outputs every time in evaluation mode.*bmrs\.fold\(model\)"
         ):
             bmrs.compact(model, torch.randn(3, 4))
 
@@ -90,14 +90,18 @@ class TestExampleInputs:
             (
                 torch.ones(2, 5),
                 ValueError,
-                r"\(Sequential\) does not run on .* of shapes \[\(2, 5\)\]: .*mat1",
+                r"\(Sequential\) does not run on example_inputs of \(2, 5\) float32: .*mat1",
             ),
             (
                 (torch.ones(1, 4), torch.ones(1, 4)),
                 ValueError,
-                r"does not run on .*\[\(1, 4\), \(1, 4\)\]: TypeError",
+                r"does not run on example_inputs of \(1, 4\) float32, \(1, 4\) float32: TypeError",
             ),
-            ({"y": torch.ones(1, 4)}, ValueError, r"does not run on example_inputs .*keyword argument 'y'"),
+            (
+                {"y": torch.ones(1, 4)},
+                ValueError,
+                r"\(Sequential\) does not run on example_inputs of \(1, 4\) float32: TypeError",
+            ),
             (torch.ones(2, 4, dtype=torch.float64), ValueError, r"does not run on example_inputs .*dtype"),
             (torch.ones(2, 4, device="meta"), ValueError, "does not run on example_inputs .*meta"),
         ],
@@ -133,10 +137,10 @@ class TestModels:
         with pytest.raises(ValueError, match=f"parameter '{re.escape(name)}' is NaN or infinite"):
             bmrs.compact(model, torch.randn(3, 4))
 
-    def test_outputs_that_are_not_finite_are_noticed(self, model):
+    def test_statistics_that_are_nan_are_named(self, model):
         model.append(nn.BatchNorm1d(2))
         model[-1].running_var[0] = float("nan")
-        with pytest.raises(RuntimeError, match="outputs differ from the masked model's by"):
+        with pytest.raises(ValueError, match=r"buffer '4\.running_var' is NaN"):
             bmrs.compact(model, torch.randn(3, 4))
 
     def test_equal_infinities_are_no_difference(self, model):

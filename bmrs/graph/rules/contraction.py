@@ -8,6 +8,7 @@ for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -297,10 +298,16 @@ def convolution(network: Network, call: Call) -> Value:
     """Convolutions, transposed and grouped ones too."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     spatial = len(weight.shape) - 2
-    if len(x.shape) != spatial + 2:
-        network.stay_all(x, "a convolution without a batch dimension is not followed")
-        network.stay_all(weight, "a convolution without a batch dimension is not followed")
-        return Value(call.shape)
+    if len(x.shape) == spatial + 1:
+        batched = replace(
+            call,
+            arguments={**call.arguments, "input": _with_rank(x, spatial + 2)},
+            shapes=(torch.Size([1, *call.shape]),),
+        )
+        value = convolution(network, batched)
+        assert isinstance(value, Value)
+        constant = None if value.constant is None else value.constant[0]
+        return Value(call.shape, tuple(layer[0] for layer in value.layers), constant)
     for layer in x.layers:
         if set(varying_axes(layer)) - {1}:
             network.stay(layer, "a convolution runs over its dimension")

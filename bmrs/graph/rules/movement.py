@@ -173,7 +173,7 @@ def _known_cat(values: list[Value], axis: int, shape: torch.Size) -> Tensor | No
     known = [value.known() for value in values]
     if all(constant is None for constant in known):
         return None
-    nan = torch.full((1,), torch.nan, dtype=torch.float64)
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
     parts = [nan.expand(v.shape) if k is None else k for v, k in zip(values, known, strict=True)]
     return _cat(parts, axis, shape)
 

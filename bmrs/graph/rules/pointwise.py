@@ -118,7 +118,7 @@ def _constant(call: Call, values: list[Value]) -> Tensor | None:
     known = [value.known() for value in values]
     if all(constant is None for constant in known):
         return None
-    nan = torch.full((1,), torch.nan, dtype=torch.float64)
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
     constants = [nan.expand(value.shape) if k is None else k for value, k in zip(values, known, strict=True)]
     arguments = list(
         without_repetition(*(c.expand(call.shape) for c in constants)) if call.shape.numel() else constants
@@ -175,7 +175,7 @@ def noise(network: Network, call: Call) -> Value:
     factors = factors.detach().cpu().double()
     pruned = (factors == 0).view(shape)
     known = x.known()
-    nan = torch.full((1,), torch.nan, dtype=torch.float64)
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
     constant = nan.expand(call.shape) if known is None else known
     constant, zero = without_repetition(constant, pruned.expand(call.shape))
     constant = (constant * factors.view(shape)).masked_fill(zero, 0.0)

@@ -1,0 +1,45 @@
+"""What a compacted network remembers of its making: plain attributes, which copies keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from bmrs.compaction.report import CompactReport
+from bmrs.compaction.surgery import Selection
+from bmrs.graph.capture import Inputs
+
+_ATTRIBUTE = "_bmrs_record"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a network was compacted.
+
+    Attributes:
+        report: what was done.
+        inputs: a few examples.
+        selections: by qualified name of a parameter, what of it is left, where it became smaller.
+        code_sizes: by qualified name of a module, integer attributes that its code takes sizes from and that changed.
+    """
+
+    report: CompactReport
+    inputs: Inputs
+    selections: dict[str, Selection] = field(default_factory=dict)
+    code_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def remember(network: nn.Module, record: Record) -> None:
+    """Attach a record to a network."""
+    # Of a graph module, copies keep this mapping and no other attribute.
+    holder: dict[str, Any] = network.meta if isinstance(network, fx.GraphModule) else vars(network)
+    holder[_ATTRIBUTE] = record
+
+
+def record_of(network: nn.Module) -> Record | None:
+    """The record of a network, None if `bmrs.compact` did not make it."""
+    holder = getattr(network, "meta", {}) if isinstance(network, fx.GraphModule) else vars(network)
+    found = holder.get(_ATTRIBUTE)
+    return found if isinstance(found, Record) else None
