@@ -418,15 +418,19 @@ class _Describer:
             return self._renumbered(node, call, source, result)
         if name in ("layer_norm", "rms_norm"):
             rank = len(call["normalized_shape"])
-            return {"normalized_shape": list(analysis.kept_shape(source)[-rank:])}
+            shape = list(analysis.kept_shape(source)[-rank:])
+            return {} if shape == list(call["normalized_shape"]) else {"normalized_shape": shape}
         if name == "group_norm":
             size = source.shape[1] // call["num_groups"]
-            return {"num_groups": analysis.kept_shape(source)[1] // size}
+            left = analysis.kept_shape(source)[1] // size
+            return {} if left == call["num_groups"] else {"num_groups": left}
         if name.startswith("conv") and (call["groups"] or 1) > 1:
-            return {"groups": groups_left(analysis, call)}
+            left = groups_left(analysis, call)
+            return {} if left == call["groups"] else {"groups": left}
         if name == "scaled_dot_product_attention":
             width = call["query"].shape[-1]
-            return {"scale": 1 / math.sqrt(width)} if call["scale"] is None else {}
+            cut = analysis.kept_shape(call["query"])[-1] != width
+            return {"scale": 1 / math.sqrt(width)} if cut and call["scale"] is None else {}
         return {}
 
     def _parts(self, node: fx.Node, call: Call) -> tuple[list[int], int] | None:

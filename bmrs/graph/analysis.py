@@ -163,6 +163,8 @@ class _Reader:
         if name is None or not tensor.is_floating_point():
             return []
         users = [user for user in node.users if user.op == "call_function"]
+        if not users:
+            return []
         names = {_operator_name(user) for user in users}
         if names & {*_CONVOLUTIONS, *_TRANSPOSED} and tensor.dim() > 2:
             groups = _groups_of(next(u for u in users if _operator_name(u) in (*_CONVOLUTIONS, *_TRANSPOSED)))

@@ -50,6 +50,18 @@ def moved(network: Network, call: Call) -> Value | list[Value]:
         network.stay_all(value, f"{call.operator} depends on the input")
         return [Value(shape) for shape in call.shapes]
 
+    renumbering = {
+        "roll": lambda: call["dims"] or range(len(value.shape)),
+        "slice": lambda: [call["dim"]] if call["step"] != 1 else [],
+        "unfold": lambda: [call["dimension"]],
+        "diagonal": lambda: [call["dim1"], call["dim2"]],
+    }
+    for axis in renumbering.get(call.operator, list)():
+        layer = value.layer_along(axis)
+        if layer is not None:
+            # Which entries it picks depends on their numbers.
+            network.stay(layer, f"{call.operator} counts it")
+
     def move(x: Tensor) -> Any:
         if call.operator in ("view", "_unsafe_view", "view_as"):
             # Channels are laid out otherwise in memory.
