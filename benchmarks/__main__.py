@@ -10,6 +10,10 @@ from collections.abc import Sequence
 # Each module has ``main(arguments) -> exit code`` and parses its own options; imported only when it is asked for.
 COMMANDS = {
     "accuracy": ("benchmarks.accuracy.command", "measure the error of every quantity against the reference"),
+    "compaction": (
+        "benchmarks.compaction",
+        "compact the architectures that people use, beside Torch-Pruning",
+    ),
     "finite-training": (
         "benchmarks.finite_training",
         "train with the functions here and with the plain formulas, and look for NaN",

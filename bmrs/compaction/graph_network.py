@@ -253,8 +253,9 @@ class _Describer:
         ranges = self.analysis.captured.program.range_constraints
         sizes: list[Any] = []
         for size in example.shape:
-            if isinstance(size, int):
-                sizes.append(size)
+            fixed = size if isinstance(size, int) else size.node.maybe_as_int()
+            if fixed is not None:
+                sizes.append(fixed)
                 continue
             limits = ranges.get(size.node.expr)
             lower, upper = (0, math.inf) if limits is None else (int(limits.lower), limits.upper)

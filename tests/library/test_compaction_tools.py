@@ -1,0 +1,345 @@
+"""Around compaction: suggestions, round numbers, optimizers, folding, and what users do to their models."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bmrs
+from bmrs import NoiseLayer
+from bmrs.noise_layer import noise_layers
+from tests.library.compaction_cases import num_values, randomise
+
+
+class Residual(nn.Module):
+    """A stem and two residual blocks, with a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1))
+        self.second = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.first(x)
+        x = x + self.second(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Written(nn.Module):
+    """Its forward has a width written into it, so that it cannot run narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.b(self.dropout(F.relu(self.a(x)).view(-1, 12)))
+
+
+IMAGES = torch.randn(2, 3, 5, 5)
+
+
+def half(model: nn.Module) -> nn.Module:
+    for layer in noise_layers(model).values():
+        layer.mask[::2] = False
+    return model.eval()
+
+
+def noisy_residual() -> nn.Module:
+    torch.manual_seed(0)
+    return bmrs.add_noise(Residual(), where=lambda name, layer: isinstance(layer, nn.Conv2d))
+
+
+class TestSuggest:
+    def test_places_and_what_they_are_worth(self):
+        torch.manual_seed(0)
+        model = Residual()
+        state = copy.deepcopy(model.state_dict())
+        suggestions = bmrs.suggest(model, IMAGES)
+        found = {place.layers: place for place in suggestions}
+        assert set(found) == {("stem", "first.2", "second.2"), ("first.0",), ("second.0",)}
+        assert found["stem", "first.2", "second.2"].together
+        assert not found["first.0",].together
+        # A hidden channel: its row and bias, and its column.
+        assert found["second.0",].parameters == 8 + 1 + 8
+        assert found["second.0",].flops == 2 * (8 + 8) * 25 * 2
+        assert found["stem", "first.2", "second.2"].parameters == (27 + 1) + 2 * (12 + 16) + 2 + 4
+        assert [p.structures * p.parameters for p in suggestions] == sorted(
+            (p.structures * p.parameters for p in suggestions), reverse=True
+        )
+        assert "stem and first.2 and second.2" in str(suggestions)
+        assert suggestions.to_dict()["places"][0]["structures"] == suggestions.places[0].structures
+        assert not noise_layers(model)
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+    def test_pruning_there_removes_what_was_said(self):
+        for place in bmrs.suggest(Residual(), IMAGES):
+            model = bmrs.add_noise(Residual(), where=lambda name, _, names=place.layers: name in names).eval()
+            for layer in noise_layers(model).values():
+                layer.mask[1] = False
+            report = bmrs.compact_report(bmrs.compact(model, IMAGES))
+            assert report.parameters_before - report.parameters_after == place.parameters
+            assert report.flops_before - report.flops_after == place.flops
+
+    def test_nothing_to_suggest(self):
+        assert len(bmrs.suggest(nn.Linear(3, 2), torch.randn(1, 3))) == 0
+
+
+class TestRoundTo:
+    def test_gives_back_those_with_most_evidence(self):
+        model = nn.Sequential(nn.Linear(4, 12), NoiseLayer(12), nn.ReLU(), nn.Linear(12, 2)).double()
+        with torch.no_grad():
+            model[1].mu.copy_(torch.linspace(-3.0, 0.0, 12))
+        model[1].mask[:7] = False
+        x = torch.randn(3, 4, dtype=torch.float64)
+        compacted = bmrs.compact(model, x, round_to=8)
+        assert compacted[0].out_features == 8
+        (layer,) = bmrs.compact_report(compacted).layers
+        assert (layer.pruned, layer.given_back, layer.removed) == (4, 3, 4)
+        assert "3 given back" in str(bmrs.compact_report(compacted))
+        model.eval()
+        assert not model[1].mask[4:7].any()
+        model[1].mask[4:7] = True
+        torch.testing.assert_close(compacted(x), model(x), rtol=0, atol=1e-12)
+
+    def test_tied_layers_give_back_together(self):
+        model = half(noisy_residual())
+        compacted = bmrs.compact(model, IMAGES, round_to=3)
+        assert compacted.stem.out_channels == compacted.first[2].out_channels == 6
+        assert compacted.first[0].out_channels == 6
+        assert compacted.second[0].out_channels == 9
+
+    def test_keeps_all_where_there_are_fewer(self):
+        model = half(nn.Sequential(nn.Linear(4, 6), NoiseLayer(6), nn.ReLU(), nn.Linear(6, 2)))
+        assert bmrs.compact(model, torch.randn(2, 4), round_to=8)[0].out_features == 6
+
+    @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
+    def test_bad_values(self, value, error):
+        with pytest.raises(error, match="round_to must be"):
+            bmrs.compact(nn.Linear(2, 2), torch.randn(1, 2), round_to=value)
+
+
+class TestOptimizer:
+    def test_moments_are_cut_like_the_parameters(self):
+        model = noisy_residual()
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [p for n, p in model.named_parameters() if "noise" not in n], "lr": 1e-2},
+                {"params": [p for n, p in model.named_parameters() if "noise" in n], "lr": 1e-1},
+            ]
+        )
+        model(IMAGES).pow(2).mean().backward()
+        optimizer.step()
+        half(model)
+        compacted = bmrs.compact(model, IMAGES, expected_noise=False)
+        found = bmrs.compact_optimizer(optimizer, model, compacted)
+        assert type(found) is torch.optim.Adam
+        assert [group["lr"] for group in found.param_groups] == [1e-2, 1e-1]
+        assert found.param_groups[1]["params"] == []
+        weight = compacted.second[0].weight
+        moments = optimizer.state[model.second[0].weight]["exp_avg"]
+        assert torch.equal(found.state[weight]["exp_avg"], moments[1::2][:, 1::2])
+        compacted.train()
+        compacted(IMAGES).pow(2).mean().backward()
+        before = weight.detach().clone()
+        found.step()
+        assert not torch.equal(weight, before)
+        assert optimizer.state[model.second[0].weight]["exp_avg"].shape == (16, 8, 1, 1)
+
+    def test_refuses_what_does_not_belong_together(self):
+        model = half(noisy_residual())
+        compacted = bmrs.compact(model, IMAGES)
+        with pytest.raises(TypeError, match=r"needs a network that bmrs\.compact returned, got Linear"):
+            bmrs.compact_optimizer(torch.optim.SGD(model.parameters(), lr=1.0), model, nn.Linear(2, 2))
+        other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+        with pytest.raises(ValueError, match=r"a parameter of shape \(2, 2\) that is not one of the model"):
+            bmrs.compact_optimizer(other, model, compacted)
+
+
+class TestFold:
+    def test_works_for_what_cannot_be_compacted(self):
+        class Branches(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear, self.noise = nn.Linear(4, 6), NoiseLayer(6, activation="relu")
+
+            def forward(self, x):
+                y = self.noise(self.linear(x))
+                return y if y.sum() > 0 else -y
+
+        model = randomise(Branches()).eval()
+        x = torch.randn(3, 4)
+        with pytest.raises(
+            ValueError, match=r"failed on Branches at line \d+ of .*y\.sum\(\) > 0.*bmrs\.fold"
+        ):
+            bmrs.compact(model, x)
+        folded = bmrs.fold(model)
+        assert not noise_layers(folded)
+        assert torch.equal(folded(x), model(x))
+        assert type(folded) is Branches
+
+    def test_report_of_another_model_is_refused(self):
+        with pytest.raises(TypeError, match=r"needs a network that bmrs\.compact returned, got Linear"):
+            bmrs.compact_report(bmrs.fold(nn.Linear(2, 2)))
+
+
+class TestGraphs:
+    """Networks whose own code cannot run narrower."""
+
+    def test_becomes_a_graph_that_can_be_used_like_a_module(self, tmp_path):
+        model = half(bmrs.add_noise(Written(), where="a"))
+        x = torch.randn(4, 6)
+        compacted = bmrs.compact(model, x)
+        report = bmrs.compact_report(compacted)
+        assert report.form == "graph"
+        assert report.removed == 6
+        assert "cannot be multiplied" in report.form_because
+        for copied in (copy.deepcopy(compacted), pickle.loads(pickle.dumps(compacted))):
+            torch.testing.assert_close(copied(x), model(x))
+            torch.testing.assert_close(copied(x[:1]), model(x[:1]))
+        assert bmrs.compact_report(copy.deepcopy(compacted)) == report
+        compacted.train()
+        assert not torch.equal(compacted(x), compacted(x)), "dropout is gone"
+        bmrs.save(tmp_path / "m", compacted.eval())
+        with pytest.raises(
+            ValueError, match="a graph of operators, not layers of a class: load it without model="
+        ):
+            bmrs.load(tmp_path / "m", model=Written())
+
+    def test_loaded_graph_refuses_what_it_was_not_captured_for(self, tmp_path):
+        class Branching(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+            def forward(self, x, twice):
+                y = F.relu(self.a(x))
+                return self.b(2 * y if twice else y)
+
+        model = half(bmrs.add_noise(Branching(), where="a"))
+        bmrs.save(tmp_path / "m", bmrs.compact(model, (torch.randn(4, 6), True)))
+        loaded = bmrs.load(tmp_path / "m")
+        x = torch.randn(7, 6)
+        torch.testing.assert_close(loaded(x, True), model(x, True))
+        with pytest.raises(ValueError, match="twice must be True, as when the network was saved, was False"):
+            loaded(x, False)
+        with pytest.raises(ValueError, match="size 1 of x must be 6, as when the network was saved, was 5"):
+            loaded(torch.randn(7, 5), True)
+
+
+class TestModelsOfUsers:
+    def test_weight_normalisation_of_both_kinds(self):
+        for normalise in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = nn.Sequential(normalise(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3))
+            half(bmrs.add_noise(model, where=lambda name, _: name == "0"))
+            x = torch.randn(4, 6)
+            model.train()(x).sum().backward()
+            model.eval()
+            compacted = bmrs.compact(model, x)
+            torch.testing.assert_close(compacted(x), model(x))
+            assert compacted[0].weight.shape == (8, 6)
+            # The original computes its weight as before.
+            torch.testing.assert_close(model.train()(x).shape, torch.Size([4, 3]))
+
+    def test_inference_mode(self):
+        with torch.inference_mode():
+            model = half(
+                bmrs.add_noise(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), where="0")
+            )
+            compacted = bmrs.compact(model, torch.randn(4, 6))
+        compacted(torch.randn(2, 6)).sum().backward()
+        assert compacted[0].weight.grad.shape == (8, 6)
+
+    def test_what_a_forward_keeps_stays_out(self):
+        class Keeps(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+            def forward(self, x):
+                self.shape = x.shape
+                return self.b(F.relu(self.a(x)))
+
+        model = half(bmrs.add_noise(Keeps(), where="a"))
+        compacted = bmrs.compact(model, torch.randn(4, 6))
+        assert compacted(torch.randn(5, 6)).shape == (5, 3)
+        assert not hasattr(model, "shape")
+
+    def test_forward_that_holds_the_original_is_refused(self):
+        model = half(bmrs.add_noise(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)), where="0"))
+        old = model[2].forward
+        model[2].forward = lambda x: 2 * old(x)
+        with pytest.raises(ValueError, match=r"the forward of layer '2' \(Linear\) was replaced"):
+            bmrs.compact(model, torch.randn(4, 6))
+
+    def test_random_evaluation_is_refused(self):
+        class Random(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+            def forward(self, x):
+                return self.b(F.dropout(F.relu(self.a(x)), 0.5))
+
+        with pytest.raises(ValueError, match="gives other outputs every time in evaluation mode"):
+            bmrs.compact(half(bmrs.add_noise(Random(), where="a")), torch.randn(4, 6))
+
+    def test_heads_only_training_has_are_named(self):
+        class Auxiliary(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b, self.aux = nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(12, 2)
+
+            def forward(self, x):
+                y = F.relu(self.a(x))
+                return (self.b(y), self.aux(y)) if self.training else self.b(y)
+
+        report = bmrs.compact_report(
+            bmrs.compact(half(bmrs.add_noise(Auxiliary(), where="a")), torch.randn(4, 6))
+        )
+        assert report.unused == ("aux.weight", "aux.bias")
+        assert "not used in evaluation mode, left as they are: aux.weight, aux.bias" in str(report)
+
+    def test_examples_of_other_dtypes_and_shapes_are_refused(self):
+        model = half(bmrs.add_noise(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)), where="0"))
+        for example in (torch.randn(4, 6).double(), torch.randn(4, 7)):
+            with pytest.raises(ValueError, match=r"does not run on example_inputs of \(4, [67]\) float"):
+                bmrs.compact(model, example)
+
+    def test_frozen_shared_and_channels_last_parameters_stay_so(self):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        )
+        model = model.to(memory_format=torch.channels_last)
+        model[0].requires_grad_(False)
+        model[4].bias = model[4].bias
+        half(bmrs.add_noise(model, where=lambda name, _: name in ("0", "2")))
+        compacted = bmrs.compact(model, IMAGES)
+        assert not compacted[0].weight.requires_grad
+        assert compacted[2].weight.requires_grad
+        assert compacted[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert num_values(compacted) < num_values(model)
+
+    def test_noise_added_after_compilation_acts(self):
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        compiled = torch.compile(model, backend="eager")
+        x = torch.randn(8, 6)
+        compiled(x)
+        bmrs.add_noise(compiled, where="*.0", initial_log_sigma=0.0)
+        assert not torch.equal(compiled.train()(x), compiled(x))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_forward_mode_derivatives_are_refused(self):
+        model = bmrs.add_noise(nn.Sequential(nn.Linear(6, 16), nn.Tanh()), where="0").train()
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            torch.func.jvp(model, (torch.randn(2, 6),), (torch.randn(2, 6),))
