@@ -591,7 +591,8 @@ class TestBrokenFiles:
             bmrs.load(saved)
 
     @pytest.mark.parametrize(
-        "name", [n for n in CODE if n not in ("a.b", "1a", "self", "class")] + ["forward", "graph.x", "_graph"]
+        "name",
+        [n for n in CODE if n not in ("a.b", "1a", "self", "class")] + ["forward", "graph.x", "_graph"],
     )
     def test_names_of_tensors_that_could_become_code(self, saved, name):
         def change(description, tensors):
