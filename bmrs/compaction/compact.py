@@ -27,6 +27,7 @@ from bmrs.compaction.surgery import (
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import (
     Inputs,
+    MarkedNoise,
     as_inputs,
     capture,
     copied,
@@ -100,7 +101,7 @@ def compact(
         raise ValueError(f"round_to must be at least 1, was {round_to}")
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
-        masked = evaluation_copy(model)
+        masked = _inside_a_module(evaluation_copy(model))
         layers = noise_layers(masked)
         _check_finite(masked)
         factors = {name: _factors(layer, expected_noise) for name, layer in layers.items()}
@@ -156,12 +157,17 @@ def fold(model: nn.Module) -> nn.Module:
         TypeError, ValueError: ``model`` is not a module, is sharded, or has parameters on the meta device.
     """
     with torch.inference_mode(False), torch.no_grad():
-        masked = evaluation_copy(model)
+        masked = _inside_a_module(evaluation_copy(model))
         layers = noise_layers(masked)
         mark(masked, {name: _factors(layer, expected_noise=True) for name, layer in layers.items()})
         result = copied(masked, share=False)
         replace_noise(result, dict.fromkeys(layers, "asked for"))
     return result.eval()
+
+
+def _inside_a_module(model: nn.Module) -> nn.Module:
+    """A noise layer that is itself the model, in a container in which it can be replaced."""
+    return nn.Sequential(model).eval() if isinstance(model, NoiseLayer) else model
 
 
 def _factors(layer: NoiseLayer, expected_noise: bool) -> Tensor:
@@ -315,9 +321,14 @@ def _number_of_values(model: nn.Module) -> int:
 
 
 def _number_of_bytes(model: nn.Module) -> int:
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    own = {name: t for name, t in named.items() if not name.endswith("noise.factors")}
-    return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+    """Of parameters and buffers, without those of noise."""
+    tensors = {
+        id(tensor): tensor
+        for module in model.modules()
+        if not isinstance(module, MarkedNoise)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _single(inputs: Inputs) -> Tensor:

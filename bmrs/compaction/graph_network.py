@@ -351,7 +351,9 @@ class _Describer:
     def _is_layer(self, node: fx.Node, call: Call) -> bool:
         if call.operator in _DROPOUTS:
             return True
-        return call.operator == "batch_norm" and type(self._module(node)) in BATCH_NORMS
+        return (
+            call.operator == "batch_norm" and layer_of(node) != "" and type(self._module(node)) in BATCH_NORMS
+        )
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         path = layer_of(node)
@@ -704,6 +706,9 @@ def _add_layer(root: nn.Module, operation: Operation, tensors: Mapping[str, Tens
             for key in layer.state_dict()
             if f"{path}.{key}" in tensors
         }
+        missing = [key for key in layer.state_dict() if key not in own and key != "num_batches_tracked"]
+        if missing:
+            raise KeyError(f"{path}.{missing[0]}")
         layer.load_state_dict(own, assign=True, strict=False)
         for key, parameter in layer.named_parameters():
             parameter.requires_grad_(f"{path}.{key}" not in frozen)

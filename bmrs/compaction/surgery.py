@@ -18,7 +18,7 @@ from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
-from bmrs.noise_layer import ACTIVATION_LAYERS, ACTIVATIONS, NoiseLayer, add_noise_hook, remove_noise_hook
+from bmrs.noise_layer import ACTIVATION_LAYERS, ACTIVATIONS, remove_noise_hook
 
 
 class ChannelScale(nn.Module):
@@ -343,11 +343,12 @@ def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> dict[str, dict[st
             if known is not None and len(known) == 1 and known != {value} and not name.startswith("_"):
                 (size,) = known
                 changed.setdefault(path, {})[name] = size
-    _set_attributes(model, changed)
+    set_attributes(model, changed)
     return changed
 
 
-def _set_attributes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+def set_attributes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Set attributes of modules, by qualified name."""
     for path, attributes in sizes.items():
         for name, size in attributes.items():
             setattr(model.get_submodule(path), name, size)
@@ -387,112 +388,3 @@ def replace_noise(model: nn.Module, remaining: Mapping[str, str]) -> None:
                 del module._modules[name]
             else:
                 module._modules[name] = nn.Identity()
-
-
-def install(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    groups: Mapping[str, int],
-    scales: Mapping[str, tuple[int, str | None, bool]],
-    sizes: Mapping[str, Mapping[str, int]],
-    frozen: set[str],
-) -> None:
-    """Give a network at its full size the tensors of a compacted one of its class, in place.
-
-    Args:
-        model: the network, with or without noise layers, which it loses.
-        tensors: parameters and buffers by qualified name.
-        groups: of convolutions, by qualified name.
-        scales: by qualified name, of the factors that could not be folded the dimension, the activation before them,
-            and whether they multiply what a layer takes instead of what it returns.
-        sizes: by qualified name of a module, integer attributes that became smaller.
-        frozen: names of parameters that are not trained.
-
-    Raises:
-        ValueError: the tensors are not those of such a network; the first that does not fit is named. The network is
-            left as it was.
-    """
-    old = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    noise = {name for name, module in model.named_modules() if isinstance(module, NoiseLayer)}
-    own = {name: tensor for name, tensor in old.items() if name.rpartition(".")[0] not in noise}
-    persistent = {name for name in model.state_dict(keep_vars=True) if name in own}
-    for name in sorted(persistent):
-        if name not in tensors:
-            raise ValueError(f"it has no {name!r}, which model ({type(model).__name__}) has")
-        if not _fits(tensors[name].shape, own[name].shape):
-            raise ValueError(
-                f"its {name!r} of shape {tuple(tensors[name].shape)} does not come from one of shape "
-                f"{tuple(own[name].shape)}, as model ({type(model).__name__}) has it"
-            )
-    scaled = {f"{name}.factors" for name in scales}
-    for name in tensors:
-        path, _, last = name.rpartition(".")
-        known = (
-            name in own or name in scaled or name.startswith("constants.") or _is_filled_later(model, name)
-        )
-        if not known and not (last == "bias" and f"{path}.weight".lstrip(".") in own):
-            raise ValueError(f"its {name!r} is not a part of model ({type(model).__name__})")
-    modules = dict(model.named_modules())
-    for path, attributes in sizes.items():
-        for name, size in attributes.items():
-            value = vars(modules[path]).get(name) if path in modules else None
-            if type(value) is not int or type(size) is not int or not 0 < size <= value:
-                raise ValueError(
-                    f"its size {name!r} of {path!r} is not one of model ({type(model).__name__})"
-                )
-    replaced = {id(own[name]): name for name in own if name in tensors}
-    new: dict[int, Tensor] = {}
-    for key, name in replaced.items():
-        tensor = tensors[name].clone()
-        new[key] = nn.Parameter(tensor) if isinstance(own[name], nn.Parameter) else tensor
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        for holder in (module._parameters, module._buffers):
-            for key, tensor in holder.items():
-                if tensor is not None and id(tensor) in new:
-                    holder[key] = new[id(tensor)]
-        bias = f"{path}.bias" if path else "bias"
-        if bias in tensors and bias not in own and "bias" in module._parameters:
-            module._parameters["bias"] = nn.Parameter(tensors[bias])
-        if path in groups and isinstance(module, _ConvNd):
-            module.groups = int(groups[path])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    for module in list(model.modules()):
-        set_sizes(module)
-    _set_attributes(model, sizes)
-    _replace_noise_layers(model, tensors, scales)
-
-
-def _is_filled_later(model: nn.Module, name: str) -> bool:
-    """True for a buffer that a module fills when it is called."""
-    path, _, last = name.rpartition(".")
-    module = dict(model.named_modules()).get(path)
-    return module is not None and last in module._buffers
-
-
-def _fits(shape: torch.Size, full: torch.Size) -> bool:
-    return len(shape) == len(full) and all(a <= b for a, b in zip(shape, full, strict=True))
-
-
-def _replace_noise_layers(
-    model: nn.Module, tensors: Mapping[str, Tensor], scales: Mapping[str, tuple[int, str | None, bool]]
-) -> None:
-    for path, module in list(model.named_modules()):
-        for key, child in list(module._modules.items()):
-            if isinstance(child, NoiseLayer):
-                name = f"{path}.{key}" if path else key
-                marked = MarkedNoise(child, name, child.mask)
-                module._modules[key] = marked
-    replace_noise(model, {})
-    for name, (dim, activation, at_input) in scales.items():
-        path, _, key = name.rpartition(".")
-        parent = model.get_submodule(path)
-        scale = ChannelScale(tensors[f"{name}.factors"], dim=dim, activation=activation)
-        if key == "noise" and key not in parent._modules:
-            add_noise_hook(parent, scale, at_input=at_input)
-        else:
-            parent._modules[key] = scale

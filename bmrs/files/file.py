@@ -21,13 +21,13 @@ from torch import Tensor, fx, nn
 
 from bmrs.compaction.graph_network import UnsupportedError, describe
 from bmrs.compaction.record import record_of
-from bmrs.compaction.surgery import ChannelScale, install
 from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
+from bmrs.files.installation import describe_changes, install
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import Inputs, as_inputs, capture, evaluation_copy, map_tensors, materialise_weights
-from bmrs.noise_layer import has_input_noise, noise_layers
+from bmrs.graph.capture import Inputs, as_inputs, capture, evaluation_copy, map_tensors
+from bmrs.noise_layer import noise_layers
 
 _METADATA_KEY = "bmrs"
 
@@ -151,21 +151,7 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
         "form": "graph" if isinstance(model, fx.GraphModule) else "module",
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "parameters": sorted(named),
-        "frozen": sorted(name for name, parameter in named.items() if not parameter.requires_grad),
-        "scales": {
-            name: [
-                module.dim,
-                module.activation,
-                has_input_noise(copy_of_model.get_submodule(name.rpartition(".")[0])),
-            ]
-            for name, module in copy_of_model.named_modules()
-            if isinstance(module, ChannelScale)
-        },
-        "groups": {
-            name: module.groups
-            for name, module in copy_of_model.named_modules()
-            if isinstance(module, nn.modules.conv._ConvNd)
-        },
+        **describe_changes(copy_of_model),
     }
     record = record_of(model)
     description["sizes"] = record.code_sizes if record is not None else {}
@@ -262,11 +248,10 @@ def _names(description: Mapping[str, Any], key: str) -> set[str]:
 def _load_into(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     if description.get("form") == "graph":
         raise ValueError("it holds a graph of operators, not layers of a class: load it without model=")
-    for module in model.modules():
-        materialise_weights(module)
-    groups, scales, sizes = (description.get(key, {}) for key in ("groups", "scales", "sizes"))
-    if not all(isinstance(part, dict) for part in (groups, scales, sizes)):
-        raise ValueError("its groups, scales or sizes are not a mapping")
-    frozen = _names(description, "frozen") if description["version"] == GRAPH_VERSION else set()
-    install(model, tensors, groups=groups, scales=scales, sizes=sizes, frozen=frozen)
+    try:
+        install(model, description, tensors)
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"it does not fit model ({type(model).__name__}): {type(error).__name__}: {error}"
+        ) from error
     return model

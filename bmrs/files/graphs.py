@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten
 
 from bmrs.compaction.graph_network import (
     SCALAR_FUNCTIONS,
@@ -102,6 +103,13 @@ def read_graph(
     tree = description.in_tree
     if not isinstance(tree, tuple) or [type(part) for part in tree] != [tuple, dict]:
         raise ValueError("its arguments are not a tuple and a dict")
+    if not all(map(_is_name, tree[1])):
+        raise ValueError("its arguments have unsuitable names")
+    inputs = sum(operation.kind == "input" for operation in read)
+    if len(tree_flatten(tree, is_leaf=lambda leaf: leaf is None)[0]) != inputs:
+        raise ValueError(f"its arguments are not as many as its {inputs} inputs")
+    if not any(isinstance(leaf, Reference) for leaf in tree_flatten(description.outputs)[0]):
+        raise ValueError("it has no outputs")
     try:
         return build(description, tensors, parameters=parameters, frozen=frozen)
     except (
@@ -130,9 +138,15 @@ def _operation(entry: Any, known: set[str], device: Any) -> Operation:
     kwargs = {str(key): _read(value, known, device) for key, value in entry["kwargs"].items()}
     if kind == "call":
         try:
-            check_operator(target, name)
+            known_names = {argument.name for argument in check_operator(target, name)._schema.arguments}
         except UnsupportedError as error:
             raise ValueError(str(error)) from error
+        unknown = sorted(kwargs.keys() - known_names)
+        if unknown:
+            # They become a part of code that torch.fx generates.
+            raise ValueError(
+                f"its operation {name!r}, {target}, does not take an argument {unknown[0][:100]!r}"
+            )
     if kind == "scalar" and target not in SCALAR_FUNCTIONS:
         raise ValueError(f"its operation {name!r} is an unknown function {target[:100]!r}")
     if kind == "tensor" and not all(map(_is_name_or_number, target.split("."))):
@@ -213,7 +227,7 @@ def _read(value: Any, known: set[str], device: Any) -> Any:
     if len(value) != 1:
         raise ValueError(f"its argument {str(value)[:100]} is unknown")
     ((key, content),) = value.items()
-    if key == "of" and content in known:
+    if key == "of" and isinstance(content, str) and content in known:
         return Reference(content)
     if key == "float" and content in ("inf", "-inf", "nan"):
         return float(content)
@@ -243,7 +257,7 @@ def _read_tree(tree: Any, known: set[str]) -> Any:
         return tree
     if len(tree) == 1:
         ((key, content),) = tree.items()
-        if key == "of" and content in known:
+        if key == "of" and isinstance(content, str) and content in known:
             return Reference(content)
         if key == "dict" and isinstance(content, dict):
             return {name: _read_tree(value, known) for name, value in content.items()}

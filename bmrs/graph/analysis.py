@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,15 @@ from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 
 from bmrs.graph.capture import Captured
-from bmrs.graph.channels import STAYS, Staying, compressed, smallest_staying, varying_axes, without_repetition
+from bmrs.graph.channels import (
+    STAYS,
+    AtLeastOne,
+    Staying,
+    compressed,
+    smallest_staying,
+    varying_axes,
+    without_repetition,
+)
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.values import Network, Value
 
@@ -104,7 +112,8 @@ def analyse(captured: Captured) -> Analysis:
 
 def _unread(network: Network) -> Tensor:
     """Channels that nothing reads even if nothing is pruned, such as rows that a slice leaves out."""
-    staying = smallest_staying(network.ties, network.constraints, nothing_is_quiet=True)
+    needs = [constraint for constraint in network.constraints if not isinstance(constraint, AtLeastOne)]
+    staying = smallest_staying(network.ties, needs, nothing_is_quiet=True)
     channels = torch.arange(len(network.ties))
     return channels[~staying.of(channels)]
 
@@ -120,12 +129,12 @@ class _Reader:
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
         self._by_tensor: dict[int, Value] = {}
-        self._uses = Counter(
-            id(captured.tensors[user_input.name])
-            for node in captured.graph.nodes
-            for user_input in node.all_input_nodes
-            if user_input.name in captured.tensors
-        )
+        # A tensor can have several placeholders, of which one is used.
+        self._users: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in captured.graph.nodes:
+            for read in node.all_input_nodes:
+                if read.name in captured.tensors:
+                    self._users[id(captured.tensors[read.name])].append(node)
 
     def run(self, graph: fx.Graph, inputs: Sequence[Any] = ()) -> list[Any]:
         """Read a graph. Of one that is called by another the inputs are given, and the results are returned."""
@@ -151,18 +160,18 @@ class _Reader:
         name = self.captured.names.get(node.name)
         if id(tensor) not in self._by_tensor:
             self._by_tensor[id(tensor)] = Value(
-                tensor.shape, tuple(self._layers_of(node, tensor, name)), None, tensor, name
+                tensor.shape, tuple(self._layers_of(tensor, name)), None, tensor, name
             )
         value = self._by_tensor[id(tensor)]
         if name is not None:
             self.parameters[name] = value
         return value
 
-    def _layers_of(self, node: fx.Node, tensor: Tensor, name: str | None) -> list[Tensor]:
+    def _layers_of(self, tensor: Tensor, name: str | None) -> list[Tensor]:
         """Channels of a parameter along every dimension that can be cut."""
         if name is None or not tensor.is_floating_point():
             return []
-        users = [user for user in node.users if user.op == "call_function"]
+        users = [user for user in self._users[id(tensor)] if user.op == "call_function"]
         if not users:
             return []
         names = {_operator_name(user) for user in users}
@@ -220,10 +229,14 @@ class _Reader:
     def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> bool:
         weight = arguments.get("weight") or arguments.get("mat2")
         bias = arguments.get("bias") or (arguments.get("self") if _operator_name(node) == "addmm" else None)
-        if not isinstance(weight, Value) or weight.parameter is None or self._uses[id(weight.tensor)] != 1:
+        if (
+            not isinstance(weight, Value)
+            or weight.parameter is None
+            or len(self._users[id(weight.tensor)]) != 1
+        ):
             return False
         if isinstance(bias, Value):
-            return bias.parameter is not None and self._uses[id(bias.tensor)] == 1
+            return bias.parameter is not None and len(self._users[id(bias.tensor)]) == 1
         path, _, name = weight.parameter.rpartition(".")
         layer = self.captured.model.get_submodule(path)
         for kind in (nn.Linear, _ConvNd):

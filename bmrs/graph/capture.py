@@ -308,7 +308,17 @@ def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
     Args:
         model: the model.
         factors: by qualified name of the noise layer, its factors in evaluation mode.
+
+    Raises:
+        ValueError: a noise layer does something else than `NoiseLayer`.
     """
+    for name, layer in noise_layers(model).items():
+        changed = type(layer).forward is not NoiseLayer.forward or "forward" in vars(layer)
+        if changed or layer._forward_hooks or layer._forward_pre_hooks:
+            raise ValueError(
+                f"noise layer {name!r} ({type(layer).__name__}) has a forward or hooks of its own, which would be "
+                "lost: put what they do into a layer beside it"
+            )
     replacements = {
         layer: MarkedNoise(layer, name, factors[name]).eval() for name, layer in noise_layers(model).items()
     }
@@ -342,10 +352,8 @@ def capture(
     failure: Exception | None = None
     for example, dimensions in attempts:
         args, kwargs = example
-        shapes = (
-            None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example), example)
-        )
         try:
+            shapes = None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example))
             # A copy: what a forward keeps in attributes would be symbols.
             exported = copied(model, share=True)
             with warnings.catch_warnings(), torch.no_grad():
@@ -364,8 +372,14 @@ def has_autocast(graph: fx.Graph) -> bool:
 
 
 def _captured(model: nn.Module, program: ExportedProgram) -> Captured:
-    program.graph.eliminate_dead_code()
     signature = program.graph_signature
+    own_inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    # What nobody reads goes, unless it has weights: the model's code calls these layers all the same.
+    program.graph.eliminate_dead_code(
+        is_impure_node=lambda node: (
+            node.is_impure() or any(n.name in own_inputs for n in node.all_input_nodes)
+        )
+    )
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     own = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -397,10 +411,8 @@ def _several_examples(inputs: Inputs) -> Inputs:
     return map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
 
 
-def _shapes_by_name(model: nn.Module, shapes: Any, inputs: Inputs) -> Any:
+def _shapes_by_name(model: nn.Module, shapes: Any) -> Any:
     """Dynamic shapes in the form that torch.export takes: positional ones and named ones in one tree."""
-    if shapes is None:
-        return None
     args, kwargs = shapes
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 

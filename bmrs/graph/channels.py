@@ -296,6 +296,10 @@ def smallest_staying(
         needed = constraint.required(staying)
         return needed.numel() > 0 and staying.add(needed, i)
 
+    for i, constraint in enumerate(constraints):
+        # Unconditional ones first: their reasons say most.
+        if isinstance(constraint, Stay):
+            asks(i, constraint)
     while True:
         while any([asks(i, c) for i, c in first]):  # noqa: C419 (each is to be asked)
             pass

@@ -247,7 +247,18 @@ def einsum(network: Network, call: Call) -> Value:
             network.stay_all(value, f"einsum {equation} is not followed")
         return Value(call.shape)
     layers = contract(network, values[0], names[0], values[1], names[1], out)
-    return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers))
+    constant = None
+    if set(out) == set("".join(names)):
+        # Nothing is summed: zeros stay zeros.
+        zero = torch.zeros([1] * len(out), dtype=torch.bool)
+        for value, axes in zip(values, names, strict=True):
+            if value.constant is not None:
+                place = [axes.index(letter) for letter in out if letter in axes]
+                shape = [value.shape[axes.index(letter)] if letter in axes else 1 for letter in out]
+                zero = zero | (value.constant.permute(place).reshape(shape) == 0)
+        constant = compressed(torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan))
+        constant = constant.expand(call.shape)
+    return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), constant)
 
 
 @rule("embedding")
@@ -308,10 +319,18 @@ def convolution(network: Network, call: Call) -> Value:
         assert isinstance(value, Value)
         constant = None if value.constant is None else value.constant[0]
         return Value(call.shape, tuple(layer[0] for layer in value.layers), constant)
+    layers_of_x = []
     for layer in x.layers:
-        if set(varying_axes(layer)) - {1}:
+        along = varying_axes(layer)
+        if along == (1,):
+            layers_of_x.append(layer)
+        elif 1 in along and 0 not in along:
+            # As behind a pixel shuffle: a channel leaves where all its positions do.
+            network.whole(layer, along[1:], "a convolution runs over its dimension")
+            layers_of_x.append(network.entries(layer, [1]).expand(layer.shape))
+        else:
             network.stay(layer, "a convolution runs over its dimension")
-    x = Value(x.shape, tuple(y for y in x.layers if varying_axes(y) in ((1,), ())), x.constant, x.tensor)
+    x = Value(x.shape, tuple(layers_of_x), x.constant, x.tensor)
     transposed = "transpose" in call.operator or bool(call["transposed"])
     groups = call["groups"]
     readable = _constants_through(call, x, transposed)

@@ -225,6 +225,10 @@ def layer_norm(network: Network, call: Call) -> Value | list[Value]:
     dims = range(len(x.shape) - rank, len(x.shape))
     for layer in x.layers:
         network.whole(layer, dims, "the statistics of a normalisation count it")
+        if x.constant is not None and set(varying_axes(layer)) & set(dims):
+            # Constant before, and no longer behind.
+            channels, constant = without_repetition(layer, x.constant)
+            network.stay(channels[~constant.isnan()], "the statistics of a normalisation count it")
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     operands += [(p.shape, p.layers) for p in (call["weight"], call["bias"]) if p is not None]
     value = Value(x.shape, combine(network, x.shape, operands))

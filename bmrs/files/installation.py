@@ -1,0 +1,193 @@
+"""A network of the user's class at its full size becomes the compacted one of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from bmrs.compaction.surgery import ChannelScale, replace_noise, set_attributes, set_sizes
+from bmrs.graph.capture import MarkedNoise, copied, materialise_weights
+from bmrs.noise_layer import ACTIVATION_LAYERS, NoiseLayer, add_noise_hook, has_input_noise, noise_layers
+
+
+def describe_changes(model: nn.Module) -> dict[str, Any]:
+    """What a compacted network has that its tensors do not tell, ready for JSON.
+
+    Returns:
+        Names of parameters that are ``"frozen"``; by qualified name, ``"groups"`` of convolutions, ``"scales"``,
+        factors that could not be folded (dimension, activation before them, whether they multiply what the layer takes),
+        and ``"activations"`` that noise had and that hooks go on applying (name, whether to what the layer takes).
+    """
+    hosts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
+    return {
+        "frozen": [n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
+        "groups": {n: m.groups for n, m in model.named_modules() if isinstance(m, _ConvNd)},
+        "scales": {
+            n: [m.dim, m.activation, has_input_noise(hosts[n])]
+            for n, m in model.named_modules()
+            if isinstance(m, ChannelScale)
+        },
+        "activations": {
+            n: [kind, has_input_noise(hosts[n])]
+            for n, m in model.named_modules()
+            for kind, layer in ACTIVATION_LAYERS.items()
+            if n.rpartition(".")[2] == "noise" and type(m) is layer
+        },
+    }
+
+
+def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Make a network at its full size the compacted one that a file describes, in place.
+
+    Args:
+        model: the network, with or without noise layers, which it loses.
+        description: see `describe_changes`; and ``"sizes"``, by qualified name of a module integer attributes that
+            became smaller.
+        tensors: parameters and buffers by qualified name.
+
+    Raises:
+        ValueError: the file is not of such a network; the first thing that does not fit is named. The network is left
+            as it was.
+    """
+    trial = copied(model, share=True)
+    for module in trial.modules():
+        materialise_weights(module)
+    for key in ("groups", "scales", "sizes", "activations"):
+        if not isinstance(description.get(key, {}), dict):
+            raise ValueError(f"its {key} are not a mapping")
+    name_of_class = type(model).__name__
+    _set_tensors(trial, tensors, description, name_of_class)
+    _set_groups(trial, description.get("groups", {}), name_of_class)
+    for module in trial.modules():
+        set_sizes(module)
+    set_attributes(trial, _checked_sizes(trial, description.get("sizes", {}), name_of_class))
+    _set_noise(trial, tensors, description, name_of_class)
+    # Only now, so that the network is untouched by whatever is wrong before.
+    model.__class__ = type(trial)
+    model.__dict__.clear()
+    model.__dict__.update(vars(trial))
+
+
+def _set_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], name_of_class: str
+) -> None:
+    noise = set(noise_layers(model))
+    own = {
+        name: tensor
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+        if name.rpartition(".")[0] not in noise
+    }
+    for name in sorted(name for name in model.state_dict(keep_vars=True) if name in own):
+        if name not in tensors:
+            raise ValueError(f"it has no {name!r}, which model ({name_of_class}) has")
+        if not _fits(tensors[name].shape, own[name].shape):
+            raise ValueError(
+                f"its {name!r} of shape {tuple(tensors[name].shape)} does not come from one of shape "
+                f"{tuple(own[name].shape)}, as model ({name_of_class}) has it"
+            )
+    modules = dict(model.named_modules())
+    scaled = {f"{name}.factors" for name in description.get("scales", {})}
+    for name in tensors:
+        path, _, last = name.rpartition(".")
+        module = modules.get(path)
+        # A buffer may be filled when the module is called; a bias is added where compaction needed one.
+        missing = module is not None and (
+            last in module._buffers or (last == "bias" and last in module._parameters)
+        )
+        if not (name in own or name in scaled or name.startswith("constants.") or missing):
+            raise ValueError(f"its {name!r} is not a part of model ({name_of_class})")
+        if missing and module is not None and name not in own and last == "bias":
+            module._parameters["bias"] = nn.Parameter(tensors[name].clone())
+    new: dict[int, Tensor] = {}
+    for name, tensor in own.items():
+        if name in tensors and id(tensor) not in new:
+            clone = tensors[name].clone()
+            trained = isinstance(tensor, nn.Parameter)
+            new[id(tensor)] = (
+                nn.Parameter(clone, requires_grad=clone.is_floating_point()) if trained else clone
+            )
+    for module in model.modules():
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
+            for key, held in holder.items():
+                holder[key] = new.get(id(held), held)
+    frozen = description.get("frozen", [])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def _set_groups(model: nn.Module, groups: Mapping[str, Any], name_of_class: str) -> None:
+    modules = dict(model.named_modules())
+    for name, number in groups.items():
+        module = modules.get(name)
+        fits = isinstance(module, _ConvNd) and type(number) is int and 0 < number <= module.groups
+        if not fits or len(module.weight) % number:  # type: ignore[union-attr]
+            raise ValueError(
+                f"its groups {str(number)[:50]} of {name[:100]!r} are not those of model ({name_of_class})"
+            )
+        module.groups = number  # type: ignore[union-attr]
+
+
+def _checked_sizes(
+    model: nn.Module, sizes: Mapping[str, Any], name_of_class: str
+) -> Mapping[str, Mapping[str, int]]:
+    modules = dict(model.named_modules())
+    for path, attributes in sizes.items():
+        if not isinstance(attributes, dict) or path not in modules:
+            raise ValueError(f"its sizes of {path[:100]!r} are not those of model ({name_of_class})")
+        for name, size in attributes.items():
+            value = vars(modules[path]).get(name)
+            if type(value) is not int or type(size) is not int or not 0 < size <= value:
+                raise ValueError(f"its size {name[:100]!r} of {path!r} is not one of model ({name_of_class})")
+    return sizes
+
+
+def _set_noise(
+    model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], name_of_class: str
+) -> None:
+    scales = {name: _scale(name, options, tensors) for name, options in description.get("scales", {}).items()}
+    for path, module in list(model.named_modules()):
+        for key, child in list(module._modules.items()):
+            name = f"{path}.{key}" if path else key
+            if isinstance(child, NoiseLayer):
+                # In its place, as the order counts in containers.
+                module._modules[key] = (
+                    scales.pop(name)[0] if name in scales else MarkedNoise(child, name, child.mask)
+                )
+    replace_noise(model, {})
+    hooked = {name: (scale, at_input) for name, (scale, at_input) in scales.items()}
+    for name, options in description.get("activations", {}).items():
+        kind, at_input = options if isinstance(options, list) and len(options) == 2 else (None, None)
+        if kind not in ACTIVATION_LAYERS:
+            raise ValueError(f"its activation at {name[:100]!r} is unknown")
+        hooked[name] = (ACTIVATION_LAYERS[kind](), bool(at_input))
+    modules = dict(model.named_modules())
+    for name, (layer, at_input) in hooked.items():
+        path, _, key = name.rpartition(".")
+        if name in modules and type(modules[name]) is type(layer):
+            continue
+        if path not in modules or key != "noise" or hasattr(modules[path], "noise"):
+            raise ValueError(f"it has noise at {name[:100]!r}, where model ({name_of_class}) has none")
+        add_noise_hook(modules[path], layer, at_input=at_input)
+
+
+def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, bool]:
+    dim, activation, at_input = (
+        options if isinstance(options, list) and len(options) == 3 else (None, None, None)
+    )
+    factors = tensors.get(f"{name}.factors")
+    known = activation is None or activation in ACTIVATION_LAYERS
+    if type(dim) is not int or not known or factors is None or factors.dim() != 1:
+        raise ValueError(f"its factors at {name[:100]!r} are not whole")
+    return ChannelScale(factors.clone(), dim=dim, activation=activation), bool(at_input)
+
+
+def _fits(shape: torch.Size, full: torch.Size) -> bool:
+    return len(shape) == len(full) and all(a <= b for a, b in zip(shape, full, strict=True))
