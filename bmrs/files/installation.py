@@ -20,7 +20,8 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
     Returns:
         Names of parameters that are ``"frozen"``; by qualified name, ``"groups"`` of convolutions, ``"scales"``,
         factors that could not be folded (dimension, activation before them, whether they multiply what the layer
-        takes), and ``"activations"`` that noise had and that hooks go on applying (name, whether to what the layer takes).
+        takes), and ``"activations"`` that noise had and that hooks go on applying (name, and again whether to what the
+        layer takes).
     """
     hosts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
     return {
