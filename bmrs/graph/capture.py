@@ -25,15 +25,15 @@ Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 
 @torch.library.custom_op("bmrs::mark_noise", mutates_args=())
-def mark_noise(x: Tensor, factors: Tensor, dim: int, name: str) -> Tensor:
-    """X · factors along a dimension, in a form that stays recognisable in a graph."""
+def mark_noise(x: Tensor, factors: Tensor, dim: int, name: str, structure_size: int) -> Tensor:
+    """x · factors along a dimension, in a form that stays recognisable in a graph."""
     shape = [1] * x.dim()
     shape[dim] = -1
     return x * factors.to(x.dtype).view(shape)
 
 
 @mark_noise.register_fake
-def _(x: Tensor, factors: Tensor, dim: int, name: str) -> Tensor:
+def _(x: Tensor, factors: Tensor, dim: int, name: str, structure_size: int) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -51,6 +51,7 @@ class MarkedNoise(nn.Module):
     def __init__(self, layer: NoiseLayer, name: str, factors: Tensor) -> None:
         super().__init__()
         self.name, self.dim, self.activation = name, layer.dim, layer.activation
+        self.structure_size = layer.structure_size
         self.register_buffer("factors", factors)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class MarkedNoise(nn.Module):
             return torch.nested.as_nested_tensor(examples, layout=x.layout)
         if self.activation is not None:
             x = ACTIVATIONS[self.activation](x)
-        result: Tensor = mark_noise(x, self.factors, self.dim, self.name)
+        result: Tensor = mark_noise(x, self.factors, self.dim, self.name, self.structure_size)
         return result
 
 

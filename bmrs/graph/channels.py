@@ -267,13 +267,19 @@ class EqualNumbers:
 
 @dataclass(frozen=True)
 class AtLeastOne:
-    """Something stays: no layer is left with nothing."""
+    """Something stays: no layer is left with nothing.
+
+    Attributes:
+        channels: those of which something stays.
+        number: how many of them, the first ones, stay where nothing else does.
+    """
 
     channels: Tensor
+    number: int = 1
 
     def required(self, staying: Staying) -> Tensor:
         """See `Constraint`."""
-        return _NONE if staying.of(self.channels).any() else self.channels.flatten()[:1]
+        return _NONE if staying.of(self.channels).any() else self.channels.flatten()[: self.number]
 
 
 def smallest_staying(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmrs.graph.channels import compressed, without_repetition
+from bmrs.graph.channels import AtLeastOne, compressed, without_repetition
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Network, Value, combine
 
@@ -172,6 +172,10 @@ def noise(network: Network, call: Call) -> Value:
     layers = combine(
         network, call.shape, [(x.shape, x.layers), (shape, [y.view(shape) for y in call["factors"].layers])]
     )
+    along = Value(call.shape, layers).channels_along(axis)
+    if call["structure_size"] > 1 and along is not None:
+        # Of heads, a whole one.
+        network.add(AtLeastOne(along, call["structure_size"]), "no layer is left empty")
     factors = factors.detach().cpu().double()
     pruned = (factors == 0).view(shape)
     known = x.known()
