@@ -26,7 +26,7 @@ Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 @torch.library.custom_op("bmrs::mark_noise", mutates_args=())
 def mark_noise(x: Tensor, factors: Tensor, dim: int, name: str, structure_size: int) -> Tensor:
-    """x · factors along a dimension, in a form that stays recognisable in a graph."""
+    """Return x · factors along a dimension, in a form that stays recognisable in a graph."""
     shape = [1] * x.dim()
     shape[dim] = -1
     return x * factors.to(x.dtype).view(shape)
