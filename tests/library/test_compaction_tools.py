@@ -343,3 +343,49 @@ class TestModelsOfUsers:
         model = bmrs.add_noise(nn.Sequential(nn.Linear(6, 16), nn.Tanh()), where="0").train()
         with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
             torch.func.jvp(model, (torch.randn(2, 6),), (torch.randn(2, 6),))
+
+
+class TestShuffles:
+    """What takes channels in blocks loses blocks."""
+
+    def test_channel_shuffle_loses_the_same_channels_of_every_group(self):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        ).double()
+        bmrs.add_noise(model, where="0")
+        model[0].noise.mask[[0, 4, 1]] = False
+        x = IMAGES.double()
+        compacted = bmrs.compact(model.eval(), x)
+        assert compacted[0].out_channels == 6
+        torch.testing.assert_close(compacted(x), model(x), rtol=0, atol=1e-12)
+        (reason,) = bmrs.compact_report(compacted).layers[0].kept_because
+        assert reason.startswith("channel_shuffle takes blocks of channels at channel_shuffle in layer '1'")
+
+    def test_pixel_shuffle_loses_whole_channels(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(2, 4, 1)).double()
+        bmrs.add_noise(model, where="0")
+        model[0].noise.mask[[0, 1, 2, 3, 5]] = False
+        x = IMAGES.double()
+        compacted = bmrs.compact(model.eval(), x)
+        assert (compacted[0].out_channels, compacted[3].in_channels) == (4, 1)
+        torch.testing.assert_close(compacted(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_where_all_heads_are_pruned_a_whole_one_stays():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model = bmrs.add_noise(Attention(), where="o", structures="heads", num_heads=3).double().eval()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    for kept in ([False, True, False], [False, False, False]):
+        model.o.noise.mask.copy_(torch.tensor(kept))
+        compacted = bmrs.compact(model, x)
+        assert type(compacted) is Attention
+        assert compacted.q.out_features == compacted.v.out_features == compacted.o.in_features == 4
+        torch.testing.assert_close(compacted(x), model(x), rtol=0, atol=1e-12)

@@ -39,7 +39,14 @@ def same(network: Network, call: Call) -> Value:
     *("permute", "transpose", "t", "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes", "swapdims"),
     *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile"),
     *("slice", "select", "narrow", "diagonal", "flip", "roll", "rot90", "unfold", "unbind", "chunk", "split"),
-    *("split_with_sizes", "tensor_split", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    *(
+        "split_with_sizes",
+        "tensor_split",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "native_channel_shuffle",
+    ),
 )
 def moved(network: Network, call: Call) -> Value | list[Value]:
     """Elements of one tensor in another order, some of them several times or not at all."""
@@ -62,6 +69,8 @@ def moved(network: Network, call: Call) -> Value | list[Value]:
             # Which entries it picks depends on their numbers.
             network.stay(layer, f"{call.operator} counts it")
 
+    _keep_shuffles_whole(network, call, value)
+
     def move(x: Tensor) -> Any:
         if call.operator in ("view", "_unsafe_view", "view_as"):
             # Channels are laid out otherwise in memory.
@@ -69,6 +78,19 @@ def moved(network: Network, call: Call) -> Value | list[Value]:
         return call.target(**{**_plain(call), name: x})
 
     return _moved(network, call, value, move)
+
+
+def _keep_shuffles_whole(network: Network, call: Call, value: Value) -> None:
+    """A pixel shuffle takes channels in blocks, a channel shuffle the same ones of every group."""
+    if call.operator == "pixel_shuffle":
+        axis, block, along = len(value.shape) - 3, call["upscale_factor"] ** 2, 1
+    elif call.operator in ("channel_shuffle", "native_channel_shuffle"):
+        axis, block, along = 1, value.shape[1] // call["groups"], 0
+    else:
+        return
+    for layer in value.layers:
+        grouped = compressed(layer.unflatten(axis, (-1, block)))
+        network.whole(grouped, [axis + along], f"{call.operator} takes blocks of channels")
 
 
 def _plain(call: Call) -> dict[str, Any]:
