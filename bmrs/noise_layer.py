@@ -158,9 +158,7 @@ class NoiseLayer(nn.Module):
             ValueError: x lacks dimension ``dim``, has another size along it, or lies on another device.
         """
         if isinstance(x, Tensor) and x.is_nested:
-            # One example after another: few operators know nested tensors.
-            examples = [self(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
-            return torch.nested.as_nested_tensor(examples, layout=x.layout)
+            return _for_each_example(self, x)
         self._check_input(x)
         if not self.training:
             shape = [1] * x.dim()
@@ -221,6 +219,45 @@ class NoiseLayer(nn.Module):
             return converted if converted.dtype == dtype else tensor.to(converted.device, dtype)
 
         return super()._apply(convert, recurse)
+
+
+class ChannelScale(nn.Module):
+    """A fixed factor for each entry along a dimension: noise in evaluation mode that no other layer could take up.
+
+    Args:
+        factors: the factors.
+        dim: the dimension.
+        activation: what is applied before, as in `NoiseLayer`.
+    """
+
+    factors: Tensor
+
+    def __init__(self, factors: Tensor, *, dim: int, activation: str | None = None) -> None:
+        super().__init__()
+        self.dim, self.activation = dim, activation
+        self.register_buffer("factors", factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return activation(x) · factors."""
+        if x.is_nested:
+            return _for_each_example(self, x)
+        return self.scaled(x if self.activation is None else ACTIVATIONS[self.activation](x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return x · factors."""
+        shape = [1] * x.dim()
+        shape[self.dim] = -1
+        return x * self.factors.to(x.dtype).view(shape)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{len(self.factors)}, dim={self.dim}, activation={self.activation!r}"
+
+
+def _for_each_example(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's result for a nested tensor, one example after another: few operators know such tensors."""
+    examples = [layer(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
+    return torch.nested.as_nested_tensor(examples, layout=x.layout)
 
 
 def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:

@@ -77,17 +77,19 @@ def compact(
             `bmrs.add_noise`, or the dense network whose weights the model has. It is left as it is. Each linear and
             convolution layer then gets the weights with which its outputs on ``example_inputs`` are closest to those
             of the full network, by least squares. That takes no training and no labels.
-
         round_to: gives pruned structures back, those with the most evidence for them, until the numbers that stay are
-            multiples of this one, which hardware may be faster with; or all of them where there are fewer. The outputs
-            are then compared with those of the masked model without their masks.
+            multiples of this one, which hardware may be faster with; or all of them where there are fewer. That is for
+            structures that lie along one dimension of a value, such as all of linear and convolution layers. The
+            outputs are then compared with those of the masked model without their masks.
 
     Returns:
         A copy of the model with narrower layers: its own classes, names, hooks, shared weights, frozen parameters,
         dtypes and memory formats. Where the model's own code has sizes in it that cannot be narrower, a
         ``torch.fx.GraphModule`` of its operators instead. It is in evaluation mode. Before refitting, its outputs
         equal the masked model's, both computed in float64 from the stored numbers: within 1e-9 of the largest for a
-        float64 model, 1e-4 for a float32 one and 16 units of rounding for 16-bit ones. That is checked on the example.
+        float64 model, 1e-4 for a float32 one and 16 units of rounding for 16-bit ones and for autocast in the model's
+        own code. That is checked on the example. (A model that casts to a dtype of its own choice is compared as it
+        is.)
 
     Raises:
         TypeError: ``model`` is not a module, ``example_inputs`` hold no tensor, or ``round_to`` is not an int.

@@ -16,8 +16,6 @@ from bmrs.graph.capture import Inputs, copied, map_tensors
 # Relative to the largest output: what rounding of changed weights makes of nothing.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
 
-_TOLERANCE_OF_MIXED = 0.016
-
 
 class Comparison:
     """Outputs of a masked network on examples, and the comparison of others with them.
@@ -33,6 +31,9 @@ class Comparison:
     Attributes:
         tolerance: largest difference that is accepted, relative to the largest output.
         dtype: what the outputs are computed in, as text.
+
+    Raises:
+        ValueError: the network returns no tensor.
     """
 
     def __init__(self, masked: nn.Module, inputs: Inputs, *, autocast: bool = False) -> None:
@@ -44,8 +45,16 @@ class Comparison:
         except Exception:
             self._double = False
             self._expected = outputs(masked, inputs, double=False)
-        if autocast or not self._double:
-            self.tolerance = max(self.tolerance, _TOLERANCE_OF_MIXED)
+        if not self._double:
+            # It casts to another dtype in its code, single precision most often.
+            self.tolerance = max(self.tolerance, _TOLERANCES[torch.float32])
+        if autocast:
+            self.tolerance = max(self.tolerance, _TOLERANCES[torch.float16])
+        if not self._expected:
+            raise ValueError(
+                f"the model ({type(masked).__name__}) returns no tensor on example_inputs, so that nothing "
+                "can be compared"
+            )
         self.dtype = "float64" if self._double else "its own dtype"
 
     def error(self, network: nn.Module) -> float:

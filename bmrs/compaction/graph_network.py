@@ -52,71 +52,22 @@ SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
 _DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-_FACTORIES = (
-    *(
-        "arange",
-        "full",
-        "zeros",
-        "ones",
-        "scalar_tensor",
-        "sym_size",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "eye",
-    ),
-    *(
-        "linspace",
-        "tril",
-        "triu",
-        "bitwise_not",
-        "logical_not",
-        "item",
-        "_local_scalar_dense",
-        "new_empty",
-        "empty",
-    ),
-    *(
-        "one_hot",
-        "searchsorted",
-        "bucketize",
-        "histc",
-        "isin",
-        "nonzero",
-        "count_nonzero",
-        "index_put",
-        "scatter",
-    ),
-    *(
-        "slice_scatter",
-        "select_scatter",
-        "masked_scatter",
-        "diff",
-        "outer",
-        "tensordot",
-        "chain_matmul",
-        "cross",
-    ),
-    *(
-        "cdist",
-        "cosine_similarity",
-        "pairwise_distance",
-        "im2col",
-        "col2im",
-        "unfold_backward",
-        "scatter_add",
-    ),
-    *(
-        "addmv",
-        "addbmm",
-        "grid_sampler_2d",
-        "affine_grid_generator",
-        "roi_align",
-        "bernoulli",
-        "numel",
-        "stride",
-    ),
-)
+# Pure operators that have no rule of their own: channels that reach them stay.
+# fmt: off
+_WITHOUT_RULE = frozenset((
+    "arange", "full", "zeros", "ones", "scalar_tensor", "sym_size", "new_zeros", "new_ones", "new_full",
+    "new_empty", "empty", "eye", "linspace", "tril", "triu", "item", "_local_scalar_dense", "one_hot",
+    "searchsorted", "bucketize", "histc", "isin", "nonzero", "count_nonzero", "index_put", "index_add",
+    "scatter", "scatter_add", "slice_scatter", "select_scatter", "masked_scatter", "diff", "outer",
+    "tensordot", "chain_matmul", "cross", "cdist", "cosine_similarity", "pairwise_distance", "im2col",
+    "col2im", "addmv", "addbmm", "bilinear", "embedding_bag", "affine_grid_generator", "max_unpool2d",
+    "cummax", "cummin", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "fft_fft", "fft_ifft",
+    "fft_rfft", "fft_irfft", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "view_as_real",
+    "view_as_complex", "real", "imag", "complex", "polar", "cross_entropy_loss", "nll_loss", "nll_loss_nd",
+    "mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div", "std_mean", "median",
+    "kthvalue", "mode", "frac", "trace",
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -154,14 +105,12 @@ class Description:
     Attributes:
         operations: in an order of execution.
         outputs: arguments with references, in the tree that the model returns.
-        input_names: of the model's arguments, for the signature.
         in_tree: how (args, kwargs) are nested: lists, tuples and dicts with None at the leaves.
         constants: tensors that are not the model's, by name.
     """
 
     operations: tuple[Operation, ...]
     outputs: Any
-    input_names: tuple[str, ...]
     in_tree: Any
     constants: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -207,7 +156,7 @@ class _Describer:
 
     def description(self) -> Description:
         program = self.analysis.captured.program
-        names = self._graph(program.graph, program.graph_module, None)
+        self._graph(program.graph, program.graph_module, None)
         results = self._output(program.graph.output_node())
         spec = program.call_spec
         flat = results[-len(program.graph_signature.user_outputs) :]
@@ -218,24 +167,21 @@ class _Describer:
         }
         read |= {reference.name for reference in _references(out_tree)}
         needed = tuple(op for op in self.operations if op.kind != "tensor" or op.name in read)
-        return Description(needed, out_tree, tuple(names), in_tree, self.constants)
+        return Description(needed, out_tree, in_tree, self.constants)
 
     def _output(self, node: fx.Node) -> list[Any]:
         return [self._argument(value) for value in node.args[0]]  # type: ignore[union-attr]
 
-    def _graph(self, graph: fx.Graph, owner: nn.Module, inputs: list[Any] | None) -> list[str]:
-        given, names = iter(inputs or ()), []
+    def _graph(self, graph: fx.Graph, owner: nn.Module, inputs: list[Any] | None) -> None:
+        given = iter(inputs or ())
         for node in graph.nodes:
             if node.op == "placeholder":
                 if inputs is not None:
                     self.references[node] = next(given)
                     continue
-                if node.name not in self.analysis.captured.tensors:
-                    names.append(node.name)
                 self._placeholder(node)
             elif node.op == "call_function":
                 self._call(node, owner)
-        return names
 
     def _placeholder(self, node: fx.Node) -> None:
         captured = self.analysis.captured
@@ -517,7 +463,7 @@ def check_operator(name: str, place: str) -> torch._ops.OpOverload:
         if operator_name.endswith("_") and not operator_name.endswith("__")
         else operator_name
     )
-    if namespace != "aten" or not (plain in RULES or plain in _FACTORIES):
+    if namespace != "aten" or not (plain in RULES or plain in _WITHOUT_RULE):
         raise UnsupportedError(f"a network cannot be described with {place!r}, a call of {name}")
     packet = getattr(torch.ops.aten, operator_name, None)
     found = getattr(packet, overload, None)
@@ -695,7 +641,9 @@ def _submodule(root: nn.Module, path: str) -> nn.Module:
     return owner
 
 
-def _add_layer(root: nn.Module, operation: Operation, tensors: Mapping[str, Tensor], frozen: set[str]) -> str:
+def _add_layer(
+    root: nn.Module, operation: Operation, tensors: Mapping[str, Tensor], frozen: set[str]
+) -> None:
     path = str(operation.args[1])
     parent, _, last = _without_keywords(path).rpartition(".")
     owner = _submodule(root, parent)
@@ -713,11 +661,10 @@ def _add_layer(root: nn.Module, operation: Operation, tensors: Mapping[str, Tens
         for key, parameter in layer.named_parameters():
             parameter.requires_grad_(f"{path}.{key}" not in frozen)
         owner.add_module(last, layer.eval())
-    return path
 
 
 def _scale(graph: fx.Graph, x: fx.Node, factors: fx.Node, dim: int) -> fx.Node:
-    """X · factors along a dimension, counted from the front or the end."""
+    """Multiply by factors along a dimension, counted from the front or the end."""
     aten = torch.ops.aten
     if dim == -1:
         return graph.call_function(aten.mul.Tensor, (x, factors))

@@ -18,39 +18,7 @@ from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
-from bmrs.noise_layer import ACTIVATION_LAYERS, ACTIVATIONS, remove_noise_hook
-
-
-class ChannelScale(nn.Module):
-    """A fixed factor for each entry along a dimension: the noise that no layer could take up.
-
-    Args:
-        factors: the factors.
-        dim: the dimension.
-        activation: what is applied before, as in `bmrs.NoiseLayer`.
-    """
-
-    factors: Tensor
-
-    def __init__(self, factors: Tensor, *, dim: int, activation: str | None = None) -> None:
-        super().__init__()
-        self.dim, self.activation = dim, activation
-        self.register_buffer("factors", factors)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return activation(x) · factors."""
-        if x.is_nested:
-            examples = [self(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
-            return torch.nested.as_nested_tensor(examples, layout=x.layout)
-        if self.activation is not None:
-            x = ACTIVATIONS[self.activation](x)
-        shape = [1] * x.dim()
-        shape[self.dim] = -1
-        return x * self.factors.to(x.dtype).view(shape)
-
-    def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
-        return f"{len(self.factors)}, dim={self.dim}, activation={self.activation!r}"
+from bmrs.noise_layer import ACTIVATION_LAYERS, ChannelScale, remove_noise_hook
 
 
 @dataclass(frozen=True)
@@ -228,29 +196,17 @@ def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> 
             for name, tensor in holder.items():
                 if tensor is not None and id(tensor) in new:
                     holder[name] = new[id(tensor)]
-        for name in ("bias",):
-            full = f"{path}.{name}" if path else name
-            if full in the_cut.tensors and full not in old:
-                weight = module._parameters["weight"]
-                assert weight is not None
-                module._parameters[name] = nn.Parameter(
-                    the_cut.tensors[full], requires_grad=weight.requires_grad
-                )
+        bias = f"{path}.bias" if path else "bias"
+        if bias in the_cut.tensors and bias not in old:
+            weight = module.get_parameter("weight")
+            module._parameters["bias"] = nn.Parameter(
+                the_cut.tensors[bias], requires_grad=weight.requires_grad
+            )
     _set_groups(analysis, model)
-    _leave_fast_path(model)
     for module in model.modules():
         set_sizes(module)
     replace_noise(model, remaining)
     return model.eval()
-
-
-def _leave_fast_path(model: nn.Module) -> None:
-    """Have torch's transformer layers compute the same with gradients and without, and as a loaded network does."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:

@@ -62,7 +62,6 @@ def describe_graph(description: Description) -> dict[str, Any]:
             for op in description.operations
         ],
         "outputs": _plain_tree(description.outputs),
-        "input_names": list(description.input_names),
         "in_tree": _plain_tree(description.in_tree),
     }
 
@@ -91,14 +90,8 @@ def read_graph(
             raise ValueError(f"its tensor {operation.target!r} is missing")
         known.add(operation.name)
         read.append(operation)
-    names = data.get("input_names")
-    if not isinstance(names, list):
-        raise ValueError("its input names are not a list")
     description = Description(
-        tuple(read),
-        _read_tree(data.get("outputs"), known),
-        tuple(map(str, names)),
-        _read_tree(data.get("in_tree"), known),
+        tuple(read), _read_tree(data.get("outputs"), known), _read_tree(data.get("in_tree"), known)
     )
     tree = description.in_tree
     if not isinstance(tree, tuple) or [type(part) for part in tree] != [tuple, dict]:

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from bmrs.compaction.surgery import ChannelScale, replace_noise, set_attributes, set_sizes
+from bmrs.compaction.surgery import replace_noise, set_attributes, set_sizes
 from bmrs.graph.capture import MarkedNoise, copied, materialise_weights
-from bmrs.noise_layer import ACTIVATION_LAYERS, NoiseLayer, add_noise_hook, has_input_noise, noise_layers
+from bmrs.noise_layer import (
+    ACTIVATION_LAYERS,
+    ChannelScale,
+    NoiseLayer,
+    add_noise_hook,
+    has_input_noise,
+    noise_layers,
+)
 
 
 def describe_changes(model: nn.Module) -> dict[str, Any]:

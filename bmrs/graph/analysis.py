@@ -16,12 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from bmrs.graph.capture import Captured
 from bmrs.graph.channels import (
-    STAYS,
     AtLeastOne,
     Staying,
-    compressed,
     smallest_staying,
-    varying_axes,
     without_repetition,
 )
 from bmrs.graph.rules import RULES, Call, unknown
@@ -205,7 +202,7 @@ class _Reader:
         constant = self._evaluated(call)
         if constant is not None and not any(value.layers for value in call.values()):
             return constant
-        result = _rule(call)(self.network, call)
+        result: Any = RULES.get(call.operator, unknown)(self.network, call)
         if isinstance(result, list) and not isinstance(example, list | tuple):
             (result,) = result
         if isinstance(constant, Value) and isinstance(result, Value):
@@ -301,17 +298,14 @@ class _Reader:
 
     def _resolve(self, argument: Any) -> Any:
         """An argument with values and numbers in place of nodes."""
-        return (
-            map_arg(argument, lambda n: self.values.get(n))
-            if not _is_flat_list(argument)
-            else [self._resolve(item) for item in argument]
-        )
+        if isinstance(argument, list | tuple):
+            return [self._resolve(item) for item in argument]
+        return map_arg(argument, self.values.get)
 
 
 def place_of(node: fx.Node) -> str:
     """An operation by its name and the layer that it belongs to, for messages."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((str(path) for path, _ in reversed(stack.values())), "")
+    path = layer_of(node)
     name = _operator_name(node) if node.op == "call_function" else node.name
     return f"{name} in layer {path!r}" if path else str(name)
 
@@ -335,10 +329,6 @@ def _operator_name(node: fx.Node) -> str:
         return getattr(target, "__name__", str(target))
     name = target._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def _rule(call: Call) -> Any:
-    return RULES.get(call.operator, unknown)
 
 
 def _groups_of(node: fx.Node) -> int:
@@ -389,16 +379,9 @@ def _as_list(values: Any) -> list[Value]:
     return [v for v in (values if isinstance(values, list | tuple) else [values]) if isinstance(v, Value)]
 
 
-def _is_flat_list(argument: Any) -> bool:
-    return isinstance(argument, list | tuple)
-
-
 @functools.cache
 def _forwards_of_convolutions() -> tuple[Any, ...]:
     return (
         *(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward),
         *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
     )
-
-
-__all__ = ["STAYS", "Analysis", "analyse", "compressed", "layer_of", "place_of", "varying_axes"]

@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_flatten, tree_map
 
-from bmrs.noise_layer import ACTIVATIONS, NoiseLayer, noise_layers
+from bmrs.noise_layer import ChannelScale, NoiseLayer, noise_layers
 
 Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
@@ -37,7 +37,7 @@ def _(x: Tensor, factors: Tensor, dim: int, name: str, structure_size: int) -> T
     return torch.empty_like(x)
 
 
-class MarkedNoise(nn.Module):
+class MarkedNoise(ChannelScale):
     """A noise layer in evaluation mode, as a single marked operation.
 
     Args:
@@ -46,21 +46,12 @@ class MarkedNoise(nn.Module):
         factors: what multiplies the entries along its dimension.
     """
 
-    factors: Tensor
-
     def __init__(self, layer: NoiseLayer, name: str, factors: Tensor) -> None:
-        super().__init__()
-        self.name, self.dim, self.activation = name, layer.dim, layer.activation
-        self.structure_size = layer.structure_size
-        self.register_buffer("factors", factors)
+        super().__init__(factors, dim=layer.dim, activation=layer.activation)
+        self.name, self.structure_size = name, layer.structure_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return activation(x) · factors."""
-        if x.is_nested:
-            examples = [self(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
-            return torch.nested.as_nested_tensor(examples, layout=x.layout)
-        if self.activation is not None:
-            x = ACTIVATIONS[self.activation](x)
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return x · factors."""
         result: Tensor = mark_noise(x, self.factors, self.dim, self.name, self.structure_size)
         return result
 

@@ -389,3 +389,52 @@ def test_where_all_heads_are_pruned_a_whole_one_stays():
         assert type(compacted) is Attention
         assert compacted.q.out_features == compacted.v.out_features == compacted.o.in_features == 4
         torch.testing.assert_close(compacted(x), model(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_batches_of_torchs_encoder_come_out_as_before():
+    """Without gradients torch leaves padded places out, in the masked network as in the compacted one."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double()
+    half(bmrs.add_noise(model, where="layers.*.linear1"))
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    inputs = {"src": x, "src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])}
+    compacted = bmrs.compact(model, inputs)
+    assert compacted.layers[1].linear1.out_features == 8
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(compacted(**inputs), model(**inputs), rtol=0, atol=1e-12)
+
+
+def test_operators_without_a_rule_are_saved(tmp_path):
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.cell = nn.EmbeddingBag(9, 4), nn.GRUCell(4, 6)
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, ids, labels):
+            y = self.b(F.relu(self.a(self.cell(self.bag(ids)))))
+            return F.cross_entropy(y, labels), y
+
+    model = half(bmrs.add_noise(Bag(), where="a"))
+    inputs = (torch.randint(0, 9, (3, 5)), torch.tensor([0, 1, 2]))
+    compacted = bmrs.compact(model, inputs)
+    assert compacted.a.out_features == 4
+    bmrs.save(tmp_path / "m", compacted)
+    for found, expected in zip(bmrs.load(tmp_path / "m")(*inputs), compacted(*inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_model_without_tensors_to_compare_is_refused():
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 12)
+
+        def forward(self, x):
+            self.a(x)
+            return (3,)
+
+    with pytest.raises(ValueError, match=r"\(Silent\) returns no tensor on example_inputs"):
+        bmrs.compact(half(bmrs.add_noise(Silent(), where="a")), torch.randn(4, 6))

@@ -570,7 +570,6 @@ class TestBrokenFiles:
             (lambda d, t: d["graph"].update(in_tree=arguments(2)), "argument"),
             (lambda d, t: d["graph"].update(in_tree=arguments(0)), "argument"),
             (lambda d, t: d["graph"].update(in_tree=arguments(1, "y")), "argument"),
-            (lambda d, t: d["graph"].update(input_names=3), "its input names are not a list"),
             # Versions.
             (lambda d, t: d.update(version="3"), "it has format version '3'"),
             (lambda d, t: d.update(version=2), "its layers are not a list"),

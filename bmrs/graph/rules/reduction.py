@@ -38,7 +38,7 @@ def _dimensions(call: Call, rank: int) -> list[int]:
     "linalg_vector_norm",
     "var_mean",
 )
-def reduced(network: Network, call: Call) -> Value | list[Value]:
+def reduced(network: Network, call: Call) -> list[Value]:
     """Channels along other dimensions stay apart; those that are summed over are read, and zeros are not."""
     x: Value = call["self"]
     rank = len(x.shape)
@@ -55,11 +55,10 @@ def reduced(network: Network, call: Call) -> Value | list[Value]:
     constant = None
     if known is not None and call.operator in _REDUCTIONS:
         constant = compressed(_REDUCTIONS[call.operator](known.contiguous(), dims, bool(call["keepdim"])))
-    values = [
+    return [
         Value(shape, tuple(y.expand(shape) for y in layers), constant if i == 0 else None)
         for i, shape in enumerate(call.shapes)
     ]
-    return values if len(values) > 1 else values[0]
 
 
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "mean": torch.mean}
@@ -80,7 +79,7 @@ _REDUCTIONS |= dict.fromkeys(("amax", "max"), torch.amax) | dict.fromkeys(("amin
     "argsort",
     "logcumsumexp",
 )
-def mixed(network: Network, call: Call) -> Value | list[Value]:
+def mixed(network: Network, call: Call) -> list[Value]:
     """Every entry along a dimension depends on all others, so that none of them leaves."""
     x: Value = call["self"]
     dims = _dimensions(call, len(x.shape))
@@ -98,7 +97,7 @@ def mixed(network: Network, call: Call) -> Value | list[Value]:
             for layer in kept:
                 network.stay(layer, f"{call.operator} is not followed")
         results.append(Value(shape, layers))
-    return results if len(results) > 1 else results[0]
+    return results
 
 
 def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
@@ -132,7 +131,7 @@ def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact3d", "upsample_nearest2d_vec"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "lp_pool2d", "grid_sampler"),
 )
-def pooled(network: Network, call: Call) -> Value | list[Value]:
+def pooled(network: Network, call: Call) -> list[Value]:
     """Channels along the first dimensions stay apart; the last ones are resampled."""
     x: Value = call["self"] if isinstance(call["self"], Value) else call["input"]
     spatial = _spatial_dimensions(call, x)
@@ -159,7 +158,7 @@ def pooled(network: Network, call: Call) -> Value | list[Value]:
             else compressed(constant.expand(*x.shape[:first], *[1] * spatial)).expand(shape)
         )
         results.append(Value(shape, tuple(_resized(layer, shape) for layer in kept), its_constant))
-    return results if len(results) > 1 else results[0]
+    return results
 
 
 def _spatial_dimensions(call: Call, x: Value) -> int:
@@ -177,7 +176,7 @@ def _averages_padding(call: Call) -> bool:
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "cudnn_batch_norm")
-def batch_norm(network: Network, call: Call) -> Value | list[Value]:
+def batch_norm(network: Network, call: Call) -> list[Value]:
     """Every channel by itself: a factor and a shift of its own."""
     x: Value = call["input"]
     parameters = [call[name] for name in ("weight", "bias", "running_mean", "running_var")]
@@ -192,7 +191,7 @@ def batch_norm(network: Network, call: Call) -> Value | list[Value]:
         network.whole(layer, [0, *range(2, len(x.shape))], "the statistics of a normalisation count it")
     layers = combine(network, x.shape, operands)
     value = Value(x.shape, layers, _normalised_constant(call, x, parameters, view, own_statistics=bool(own)))
-    return [value, *(Value(shape) for shape in call.shapes[1:])] if len(call.shapes) > 1 else value
+    return [value, *(Value(shape) for shape in call.shapes[1:])]
 
 
 def _normalised_constant(
@@ -218,7 +217,7 @@ def _normalised_constant(
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
-def layer_norm(network: Network, call: Call) -> Value | list[Value]:
+def layer_norm(network: Network, call: Call) -> list[Value]:
     """Statistics over the last dimensions count zeros too, so that no channel along these leaves."""
     x: Value = call["input"]
     rank = len(call["normalized_shape"])
@@ -232,11 +231,11 @@ def layer_norm(network: Network, call: Call) -> Value | list[Value]:
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     operands += [(p.shape, p.layers) for p in (call["weight"], call["bias"]) if p is not None]
     value = Value(x.shape, combine(network, x.shape, operands))
-    return [value, *(Value(shape) for shape in call.shapes[1:])] if len(call.shapes) > 1 else value
+    return [value, *(Value(shape) for shape in call.shapes[1:])]
 
 
 @rule("group_norm", "native_group_norm")
-def group_norm(network: Network, call: Call) -> Value | list[Value]:
+def group_norm(network: Network, call: Call) -> list[Value]:
     """Statistics over groups of channels: groups leave whole."""
     x: Value = call["input"]
     groups = call["num_groups"] or call["group"]
@@ -261,7 +260,7 @@ def group_norm(network: Network, call: Call) -> Value | list[Value]:
         shift = torch.zeros(1) if bias is None else bias.tensor.detach().double().view(view)
         constant = compressed(shift.double().expand(gone.shape).masked_fill(~gone, torch.nan).expand(x.shape))
     value = Value(x.shape, layers, constant)
-    return [value, *(Value(s) for s in call.shapes[1:])] if len(call.shapes) > 1 else value
+    return [value, *(Value(s) for s in call.shapes[1:])]
 
 
 @rule("glu")
