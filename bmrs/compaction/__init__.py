@@ -1,8 +1,10 @@
 """Compaction: a masked network becomes a smaller one.
 
-`folding` moves the noise into the parameters around it, `surgery` cuts the parameters, `graph_network` puts a network
-together from operators where the user's own code cannot run narrower, `refit` makes up for what is gone, if asked to,
-`report` says what happened. What can leave is found by `bmrs.graph`.
+`compact` is the way from one to the other. `folding` moves the noise into the parameters around it, `surgery` cuts the
+parameters of the user's own classes, `description` and `graph_network` put a network together from operators where their
+code cannot run narrower, `comparison` checks the result, `refit` makes up for what is gone, if asked to, `rounding` gives
+structures back, `optimizer` carries moments over, `report` and `record` say what happened. What can leave is found by
+`bmrs.graph`.
 """
 
 from bmrs.compaction.compact import compact, compact_report, fold

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from bmrs.compaction.comparison import Comparison, cut_examples, flops, without_fast_path
+from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
-from bmrs.compaction.graph_network import UnsupportedError, build_graph_network
+from bmrs.compaction.graph_network import build_graph_network
 from bmrs.compaction.record import Record, record_of, remember
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
@@ -30,15 +31,13 @@ from bmrs.graph.capture import (
     MarkedNoise,
     as_inputs,
     capture,
-    copied,
     does_not_run,
-    evaluation_copy,
     has_autocast,
     map_tensors,
     mark,
-    unwrapped,
 )
 from bmrs.graph.channels import without_repetition
+from bmrs.graph.copies import copied, evaluation_copy, unwrapped
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
 

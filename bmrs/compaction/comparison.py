@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from bmrs.graph.capture import Inputs, copied, map_tensors
+from bmrs.graph.capture import Inputs, map_tensors
+from bmrs.graph.copies import copied
 
 # Relative to the largest output: what rounding of changed weights makes of nothing.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}

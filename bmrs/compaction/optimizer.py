@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bmrs.compaction.record import record_of
 from bmrs.compaction.surgery import Selection
-from bmrs.graph.capture import unwrapped
+from bmrs.graph.copies import unwrapped
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 

@@ -13,8 +13,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bmrs.compaction.folding import Folding
 from bmrs.graph.analysis import Analysis, layer_of
-from bmrs.graph.capture import MarkedNoise, copied
+from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.channels import varying_axes, without_repetition
+from bmrs.graph.copies import copied
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value

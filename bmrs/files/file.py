@@ -19,14 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.graph_network import UnsupportedError, describe
+from bmrs.compaction.description import UnsupportedError, describe
 from bmrs.compaction.record import record_of
 from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
 from bmrs.files.installation import describe_changes, install
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import Inputs, as_inputs, capture, evaluation_copy, map_tensors
+from bmrs.graph.capture import Inputs, as_inputs, capture, map_tensors
+from bmrs.graph.copies import evaluation_copy
 from bmrs.noise_layer import noise_layers
 
 _METADATA_KEY = "bmrs"

@@ -1,6 +1,6 @@
 """Networks of operators in a file's description: format version 3.
 
-The description lists the operations of the network in their order, as `bmrs.compaction.graph_network` has them: names,
+The description lists the operations of the network in their order, as `bmrs.compaction.description` has them: names,
 operators of ATen by name, arguments as plain values. Reading it runs no code from the file: only operators of a fixed
 list are called, only batch norms and dropout are constructed, with plain values as arguments.
 """
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
-from bmrs.compaction.graph_network import (
+from bmrs.compaction.description import (
     SCALAR_FUNCTIONS,
     Description,
     Operation,
     Reference,
     UnsupportedError,
-    build,
     check_operator,
 )
+from bmrs.compaction.graph_network import build
 from bmrs.compaction.stock_layers import BATCH_NORMS, argument_names
 
 GRAPH_VERSION = 3

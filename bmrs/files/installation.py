@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bmrs.compaction.surgery import replace_noise, set_attributes, set_sizes
-from bmrs.graph.capture import MarkedNoise, copied, materialise_weights
+from bmrs.graph.capture import MarkedNoise
+from bmrs.graph.copies import copied, materialise_weights
 from bmrs.noise_layer import (
     ACTIVATION_LAYERS,
     ChannelScale,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Captured, as_inputs, capture, evaluation_copy, mark
+from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.channels import varying_axes, without_repetition
+from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.ties import last_channel_leaves, needed_layers, same_channels
 from bmrs.noise_layer import add_noise, can_get_noise, noise_layers
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Captured, as_inputs, capture, evaluation_copy, mark, unwrapped
+from bmrs.graph.capture import Captured, as_inputs, capture, mark
+from bmrs.graph.copies import evaluation_copy, unwrapped
 from bmrs.noise_layer import NoiseLayer, added_noise, noise_layers
 
 WeightLayer: TypeAlias = (

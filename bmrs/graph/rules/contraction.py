@@ -8,14 +8,11 @@ for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bmrs.graph.channels import (
-    STAYS,
-    EqualNumbers,
     Read,
     compressed,
     varying_axes,
@@ -195,7 +192,7 @@ def matmul(network: Network, call: Call) -> Value:
             network.stay_all(value, "it is a vector in a product")
         return Value(call.shape)
     rank = len(call.shape)
-    a, b = (_with_rank(value, rank) for value in (a, b))
+    a, b = (with_rank(value, rank) for value in (a, b))
     batch = "abcdefgh"[: rank - 2]
     layers = tuple(
         layer.expand(call.shape)
@@ -208,7 +205,8 @@ def matmul(network: Network, call: Call) -> Value:
     return Value(call.shape, layers, _zero_products(a, b, call.shape))
 
 
-def _with_rank(value: Value, rank: int) -> Value:
+def with_rank(value: Value, rank: int) -> Value:
+    """A value with dimensions of size 1 in front."""
     missing = rank - len(value.shape)
     shape = torch.Size([1] * missing + list(value.shape))
     raise_ = lambda x: x[(None,) * missing] if missing else x  # noqa: E731
@@ -302,162 +300,6 @@ def _repeated(value: Value, repeats: int, axis: int) -> Value:
     constant = None if value.constant is None else repeat(value.constant)
     shape = torch.Size([n * repeats if d == axis else n for d, n in enumerate(value.shape)])
     return Value(shape, tuple(compressed(repeat(layer)) for layer in value.layers), constant)
-
-
-@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def convolution(network: Network, call: Call) -> Value:
-    """Convolutions, transposed and grouped ones too."""
-    x, weight, bias = call["input"], call["weight"], call["bias"]
-    spatial = len(weight.shape) - 2
-    if len(x.shape) == spatial + 1:
-        batched = replace(
-            call,
-            arguments={**call.arguments, "input": _with_rank(x, spatial + 2)},
-            shapes=(torch.Size([1, *call.shape]),),
-        )
-        value = convolution(network, batched)
-        assert isinstance(value, Value)
-        constant = None if value.constant is None else value.constant[0]
-        return Value(call.shape, tuple(layer[0] for layer in value.layers), constant)
-    layers_of_x = []
-    for layer in x.layers:
-        along = varying_axes(layer)
-        if along == (1,):
-            layers_of_x.append(layer)
-        elif 1 in along and 0 not in along:
-            # As behind a pixel shuffle: a channel leaves where all its positions do.
-            network.whole(layer, along[1:], "a convolution runs over its dimension")
-            layers_of_x.append(network.entries(layer, [1]).expand(layer.shape))
-        else:
-            network.stay(layer, "a convolution runs over its dimension")
-    x = Value(x.shape, tuple(layers_of_x), x.constant, x.tensor)
-    transposed = "transpose" in call.operator or bool(call["transposed"])
-    groups = call["groups"]
-    readable = _constants_through(call, x, transposed)
-    if groups > 1:
-        layers, constant = _grouped(network, call, x, weight, readable, transposed)
-    else:
-        ignored = None
-        if readable is not None:
-            ignored = (
-                (~readable.isnan() if call.can_shift else readable == 0)
-                .view(1, -1, *[1] * spatial)
-                .expand(x.shape)
-            )
-        reduced = Value(torch.Size([1, x.shape[1]]), tuple(y.flatten(2)[:1, :, 0] for y in x.layers))
-        kernel = Value(
-            torch.Size(weight.shape[:2]),
-            tuple(y.flatten(2)[:, :, 0] for y in weight.layers),
-            None,
-            weight.tensor,
-        )
-        if ignored is not None:
-            ignored = ignored.flatten(2)[:1, :, 0]
-        axes = "io" if transposed else "oi"
-        layers = tuple(
-            layer.view(1, -1, *[1] * spatial).expand(call.shape)
-            for layer in contract(network, reduced, "ni", kernel, axes, "no", ignored=ignored)
-        )
-        constant = None
-    if bias is not None:
-        view = (1, -1, *[1] * spatial)
-        bias_layers = [y.view(view) for y in bias.layers]
-        shape = [1, bias.shape[0], *[1] * spatial]
-        layers = combine(network, call.shape, [(call.shape, layers), (shape, bias_layers)])
-    return Value(call.shape, layers, constant)
-
-
-def _constants_through(call: Call, x: Value, transposed: bool) -> Tensor | None:
-    """The constants of the input's channels that a convolution reads as such, NaN elsewhere; of shape (channels,)."""
-    if x.constant is None:
-        return None
-    constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != 1])
-    constant = constant.expand(1, x.shape[1], *[1] * (len(x.shape) - 2)).flatten()
-    if transposed or pads(call["padding"], call["weight"].shape[2:]):
-        # Beside zeros, and where fewer weights overlap, all constants but 0 differ from place to place.
-        constant = constant.where(constant == 0, torch.nan)
-    return None if constant.isnan().all() else constant
-
-
-def pads(padding: object, kernel_size: Sequence[int]) -> bool:
-    """True if a convolution puts zeros around its input."""
-    if isinstance(padding, str):
-        return padding == "same" and any(size > 1 for size in kernel_size)
-    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
-
-
-def _grouped(
-    network: Network, call: Call, x: Value, weight: Value, readable: Tensor | None, transposed: bool
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Layers and constants of a grouped convolution. Groups leave whole, or equally many channels in each.
-
-    The rows of the weight are numbered by the result's channels, or by the input's if transposed; the columns are those
-    of the other side in each group, and get channels of their own there.
-    """
-    groups, spatial = call["groups"], len(call.shape) - 2
-    inputs, outputs = x.shape[1], call.shape[1]
-    before = x.channels_along(1)
-    rows = weight.channels_along(0)
-    columns = weight.layer_along(1)
-    if before is None:
-        before = torch.full((inputs,), STAYS)
-    if rows is None or (columns is not None and weight.shape[1] > 1 and not _is_joint(columns)):
-        network.stay(before, "the weight of a grouped convolution is computed")
-        network.stay_all(weight, "the weight of a grouped convolution is computed")
-        return (), None
-    after = torch.full((outputs,), STAYS)
-    other = network.ties.new(outputs) if transposed else before
-    if transposed:
-        network.tie(rows, before)
-        after, other = other, other
-    else:
-        after = rows
-    if columns is not None:
-        its_columns = columns.flatten(2)[..., 0] if columns.dim() > 2 else columns
-        per_row = other.view(groups, -1).repeat_interleave(len(rows) // groups, dim=0)
-        network.tie(its_columns.contiguous(), per_row)
-    read_by, into = before.view(groups, -1), after.view(groups, -1)
-    if inputs == outputs == groups:
-        network.tie(before, after)
-    else:
-        network.same_entries(read_by, into, (0,))
-    for channels in (read_by, into):
-        if channels.shape[1] > 1:
-            network.add(EqualNumbers(channels), "groups stay of equal size")
-    silent = torch.zeros(groups, inputs // groups, dtype=torch.bool)
-    constant = None
-    if readable is not None:
-        per_group = readable.view(groups, -1)
-        silent = ~per_group.isnan() if call.can_shift else per_group == 0
-        if not transposed and weight.tensor is not None:
-            constant = _grouped_constants(call, per_group, weight.tensor)
-    if inputs > groups:
-        for group_in, group_out, quiet in zip(read_by, into, silent, strict=True):
-            network.add(Read(group_in, by_any=(group_out,), quiet=quiet), "it is read")
-    layer = after.view(1, -1, *[1] * spatial).expand(call.shape)
-    return (layer,), constant
-
-
-def _is_joint(columns: Tensor) -> bool:
-    return 0 in varying_axes(columns)
-
-
-def _grouped_constants(call: Call, per_group: Tensor, weight: Tensor) -> Tensor | None:
-    """Results of groups of which all inputs are constant."""
-    known = ~per_group.isnan().any(dim=1)
-    if not known.any():
-        return None
-    groups = len(per_group)
-    kernel = weight.detach().double().flatten(2).sum(2)
-    inputs = per_group.nan_to_num(0.0).repeat_interleave(len(kernel) // groups, dim=0)
-    result = (kernel * inputs).sum(dim=1)
-    bias = call["bias"]
-    if bias is not None:
-        if bias.tensor is None:
-            return None
-        result = result + bias.tensor.detach().double()
-    result = result.where(known.repeat_interleave(len(kernel) // groups), torch.nan)
-    return compressed(result.view(1, -1, *[1] * (len(call.shape) - 2)).expand(call.shape))
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")

@@ -1,0 +1,181 @@
+"""Copies of models: without wrappers, in evaluation mode, with weights as layers use them."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`, DistributedDataParallel and the like.
+
+    Raises:
+        TypeError: it is not a module.
+        ValueError: its parameters are sharded, so that it has to be gathered first.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, was {model!r}")
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "FullyShardedDataParallel" in type(model).__name__ or _is_sharded(model):
+            raise ValueError(
+                f"the parameters of the model ({type(model).__name__}) are sharded: gather a full state_dict and load "
+                "it into an unsharded copy of the model first"
+            )
+        else:
+            return model
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
+def copied(model: nn.Module, *, share: bool) -> nn.Module:
+    """A copy of a model.
+
+    Args:
+        model: any module, also one of which a layer holds a computed tensor, which `copy.deepcopy` refuses.
+        share: whether parameters and buffers are shared with the original.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for holder in (module.__dict__, module._buffers, module._parameters):
+            for tensor in holder.values():
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_inference():
+            # Such a tensor can neither be trained nor traced.
+            clone = tensor.clone()
+            trained = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(clone, requires_grad=tensor.requires_grad) if trained else clone
+        elif share:
+            memo[id(tensor)] = tensor
+    try:
+        copy_of_model = copy.deepcopy(model, dict(memo))
+    except Exception:
+        copy_of_model = copy.deepcopy(model, {**memo, **_what_cannot_be_copied(model, memo)})
+    _remove_wrappers(copy_of_model)
+    return unwrapped(copy_of_model)
+
+
+def _what_cannot_be_copied(model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """Attributes of modules that a copy has to share, such as locks, open files and tensors of an old computation."""
+    shared = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, nn.Module | Tensor) or value is None:
+                continue
+            try:
+                copy.deepcopy(value, {**memo, **{id(m): m for m in model.modules()}})
+            except Exception:
+                shared[id(value)] = value
+    return shared
+
+
+def _check_forwards(model: nn.Module) -> None:
+    """Refuse a forward that was replaced by one that holds the module: its copy would compute with the original."""
+    modules = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        own = isinstance(forward, types.MethodType) and forward.__self__ is module
+        if forward is not None and not own and _holds(forward, modules, depth=4):
+            raise ValueError(
+                f"the forward of layer {name!r} ({type(module).__name__}) was replaced by {forward!r}, which holds the "
+                "module, so that a copy would compute with the original: set the class's own forward back first "
+                "(del layer.forward)"
+            )
+
+
+def _holds(value: Any, modules: set[int], depth: int) -> bool:
+    """Whether a function refers to one of some modules."""
+    if depth == 0 or value is None:
+        return False
+    if id(value) in modules:
+        return True
+    inside: list[Any] = []
+    for attribute in ("__self__", "__func__", "__wrapped__", "func", "_torchdynamo_orig_callable"):
+        inside.append(getattr(value, attribute, None))
+    inside += [*getattr(value, "args", ()), *(getattr(value, "keywords", None) or {}).values()]
+    inside += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_filled(cell)]
+    return any(_holds(item, modules, depth - 1) for item in inside)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _remove_wrappers(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        module._compiled_call_impl = None
+        for name, child in list(module._modules.items()):
+            if isinstance(child, torch._dynamo.eval_frame.OptimizedModule):
+                module._modules[name] = unwrapped(child)
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that shares its tensors, with weights as layers use them.
+
+    Parametrizations and the older hooks, such as those of weight normalisation, are replaced by the weights that they
+    compute.
+
+    Raises:
+        TypeError, ValueError: see `unwrapped`; or a tensor is on the meta device, or a forward was replaced by one that
+            holds the original.
+    """
+    model = unwrapped(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} is on the meta device and has no values: load the weights first")
+    _check_forwards(model)
+    result = copied(model, share=not _computes_weights(model)).eval()
+    for module in result.modules():
+        materialise_weights(module)
+    return result
+
+
+def _computes_weights(model: nn.Module) -> bool:
+    return any(parametrize.is_parametrized(m) or _weight_hooks(m) for m in model.modules())
+
+
+def _weight_hooks(module: nn.Module) -> list[Any]:
+    kinds = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, kinds)]
+
+
+def materialise_weights(module: nn.Module) -> None:
+    """Replace what computes weights of a layer, such as weight normalisation, by the weights, in place."""
+    if parametrize.is_parametrized(module):
+        _remove_parametrizations(module)
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, WeightNorm | SpectralNorm):
+            hook.remove(module)
+            del module._forward_pre_hooks[key]
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+
+
+def _remove_parametrizations(module: nn.Module) -> None:
+    """Like torch's function, which would change the class of the original too, since a copy has the same one."""
+    parametrizations = module.parametrizations
+    assert isinstance(parametrizations, nn.ModuleDict)
+    values = {name: getattr(module, name).detach().clone() for name in parametrizations}
+    trained = {name: any(p.requires_grad for p in its.parameters()) for name, its in parametrizations.items()}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=trained[name]))
