@@ -1,10 +1,10 @@
 """Compaction: a masked network becomes a smaller one.
 
 `compact` is the way from one to the other. `folding` moves the noise into the parameters around it, `surgery` cuts the
-parameters of the user's own classes, `description` and `graph_network` put a network together from operators where their
-code cannot run narrower, `comparison` checks the result, `refit` makes up for what is gone, if asked to, `rounding` gives
-structures back, `optimizer` carries moments over, `report` and `record` say what happened. What can leave is found by
-`bmrs.graph`.
+parameters of the user's own classes, `description` and `graph_network` put a network together from operators where
+their code cannot run narrower, `comparison` checks the result, `refit` makes up for what is gone, if asked to,
+`rounding` gives structures back, `optimizer` carries moments over, `report` and `record` say what happened. What can
+leave is found by `bmrs.graph`.
 """
 
 from bmrs.compaction.compact import compact, compact_report, fold
