@@ -18,8 +18,8 @@ from torch import Tensor
 import bmrs_kernels
 from benchmarks import plain
 from benchmarks.function_cases import DIRECTIONS, DTYPES, Case
-from bmrs_kernels import backend
-from bmrs_kernels.multiplicative_noise.eager import along, draw_shape
+from bmrs_kernels.dispatch import backend
+from bmrs_kernels.multiplicative_noise.torch_noise import along, draw_shape
 
 SEED = 20_240_602
 # Largest difference over the largest value.

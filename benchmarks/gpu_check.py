@@ -20,7 +20,7 @@ import torch
 from benchmarks import processes
 from benchmarks.environment import environment
 from benchmarks.gpu_report import Report
-from bmrs_kernels import backend
+from bmrs_kernels.dispatch import backend
 
 # Limits of the programs that run beside each other; most of their time is compilation.
 TESTS_S, CASES_S, SANITIZER_S, COMPILATION_S = 240.0, 150.0, 120.0, 240.0

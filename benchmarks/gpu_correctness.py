@@ -23,9 +23,9 @@ import bmrs_kernels
 from benchmarks import processes
 from benchmarks.activations import CHANNELS_LAST, LARGE, LINEAR, TOKENS, Activation
 from benchmarks.measure import capture
-from bmrs_kernels import philox
-from bmrs_kernels.backend import INTERPRETING
-from bmrs_kernels.multiplicative_noise import fused
+from bmrs_kernels.dispatch.backend import INTERPRETING
+from bmrs_kernels.multiplicative_noise import triton_noise
+from bmrs_kernels.uniform import torch_philox
 
 SEEDS = (0, 1, 2**31 - 1, 2**32 + 5, 123_456_789_012_345, 2**63 - 1, 2**64 - 1)
 GRANULARITIES = ("element", "sample", "batch")
@@ -127,7 +127,7 @@ def uniforms(
         for shape in shapes:
             expected = bmrs_kernels.philox_uniform(seed, shape, device="cpu")
             drawn = {
-                "kernel": fused.philox_uniform(philox.seed_tensor(seed, device), shape),
+                "kernel": triton_noise.philox_uniform(torch_philox.seed_tensor(seed, device), shape),
                 "torch on the device": bmrs_kernels.philox_uniform(seed, shape, device=device),
             }
             for name, actual in drawn.items():
@@ -236,14 +236,14 @@ def wide_index(device: torch.device, sizes: tuple[int, ...] = WIDE_SIZES) -> dic
 
 def uniforms_at(seed: int, numbers: Tensor) -> Tensor:
     """Return the uniforms of a seed with given numbers, without drawing those before them."""
-    counter = numbers.div(philox.LANES, rounding_mode="floor")
+    counter = numbers.div(torch_philox.LANES, rounding_mode="floor")
     zero = torch.zeros_like(counter)
-    words = philox.philox_4x32(
-        (counter & philox.WORD, counter >> philox.HALF, zero, zero.clone()),
-        philox.round_keys(philox.seed_tensor(seed, numbers.device)),
+    words = torch_philox.philox_4x32(
+        (counter & torch_philox.WORD, counter >> torch_philox.HALF, zero, zero.clone()),
+        torch_philox.round_keys(torch_philox.seed_tensor(seed, numbers.device)),
     )
-    word = torch.stack(words).gather(0, (numbers % philox.LANES)[None])[0]
-    return ((word >> (32 - philox.UNIFORM_BITS)).float() + 0.5) * 2.0**-philox.UNIFORM_BITS
+    word = torch.stack(words).gather(0, (numbers % torch_philox.LANES)[None])[0]
+    return ((word >> (32 - torch_philox.UNIFORM_BITS)).float() + 0.5) * 2.0**-torch_philox.UNIFORM_BITS
 
 
 def cuda_graph(

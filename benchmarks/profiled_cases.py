@@ -19,9 +19,8 @@ from benchmarks import timing
 from benchmarks.activations import CHANNELS_LAST, LARGE, LINEAR
 from benchmarks.function_cases import OF_STRUCTURES, STRUCTURES
 from benchmarks.sanitize_cases import recorded_launches
-from bmrs_kernels import philox
-from bmrs_kernels.multiplicative_noise import fused
-from bmrs_kernels.pruning_statistics.op import pruning_statistics
+from bmrs_kernels.multiplicative_noise import triton_noise
+from bmrs_kernels.uniform import torch_philox
 
 NOISE = (
     timing.Case(LARGE, "element", "float32"),
@@ -43,10 +42,9 @@ def cases(device: torch.device) -> dict[str, Callable[[], Callable[[], Any]]]:
     }
     for name in OF_STRUCTURES:
         found[name] = functools.partial(_of_structures, getattr(bmrs_kernels, name), device)
-    found["pruning_statistics"] = functools.partial(_of_structures, pruning_statistics, device)
     found["sample_noise"] = functools.partial(_sample, device)
-    seed = philox.seed_tensor(1, device)
-    found["philox_uniform"] = lambda: functools.partial(fused.philox_uniform, seed, (NUM_UNIFORMS,))
+    seed = torch_philox.seed_tensor(1, device)
+    found["philox_uniform"] = lambda: functools.partial(triton_noise.philox_uniform, seed, (NUM_UNIFORMS,))
     return found
 
 

@@ -19,9 +19,8 @@ import triton
 from torch import Tensor
 
 import bmrs_kernels
-from bmrs_kernels import launch as launching
-from bmrs_kernels.multiplicative_noise import fused
-from bmrs_kernels.pruning_statistics.op import pruning_statistics
+from bmrs_kernels.dispatch import triton_launch as launching
+from bmrs_kernels.multiplicative_noise import triton_noise
 
 STRUCTURES = 6
 
@@ -53,7 +52,7 @@ def noise_case(
 ) -> None:
     """Run ``multiply_noise`` and its gradients; with ``table`` as activations are run that are larger."""
     options = dict(options)
-    largest_without = 0 if options.pop("table", False) else fused.LARGEST_WITHOUT_TABLE
+    largest_without = 0 if options.pop("table", False) else triton_noise.LARGEST_WITHOUT_TABLE
     x = torch.randn(shape, device=device).to(dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -61,7 +60,7 @@ def noise_case(
     parameters = posteriors(device, shape[dim], torch.float64 if dtype == torch.float64 else torch.float32)
     if "mask" in options:
         options = {**options, "mask": torch.arange(shape[dim], device=device) % 3 > 0}
-    with mock.patch.object(fused, "LARGEST_WITHOUT_TABLE", largest_without):
+    with mock.patch.object(triton_noise, "LARGEST_WITHOUT_TABLE", largest_without):
         out = bmrs_kernels.multiply_noise(
             x, *parameters, dim=dim, granularity=granularity, seed=1, backend="triton", **options
         )
@@ -92,7 +91,7 @@ def sample_case(device: torch.device) -> None:
 
 def uniform_case(device: torch.device) -> None:
     """Draw uniforms."""
-    check(fused.philox_uniform(torch.tensor(3, device=device), (7, 11)))
+    check(triton_noise.philox_uniform(torch.tensor(3, device=device), (7, 11)))
 
 
 def cases(device: torch.device) -> dict[str, Callable[[], None]]:
@@ -106,7 +105,6 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
         (bmrs_kernels.delta_f_loguniform, True),
         (bmrs_kernels.noise_mean, True),
         (bmrs_kernels.noise_snr, False),
-        (pruning_statistics, False),
     ):
         found[function.__name__] = lambda function=function, differentiable=differentiable: structure_case(
             device, function, differentiable=differentiable

@@ -27,7 +27,7 @@ from benchmarks.measure import Plan, Stopwatch, capture, ratio, summary
 from benchmarks.networks import Network, trained_networks
 from benchmarks.options import add_device_and_record, positive
 from bmrs.noise_layer import Backend, Granularity
-from bmrs_kernels.backend import resolve_backend
+from bmrs_kernels.dispatch.backend import resolve_backend
 
 SUITE = "step"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -24,7 +24,6 @@ from benchmarks.activations import CHANNELS_LAST, LARGE, LINEAR, TOKENS, Activat
 from benchmarks.competitors import Compiler, compiler, copy_of, directions_of
 from benchmarks.function_cases import DIRECTIONS, DTYPES, GRANULARITIES, STRUCTURES, TENSORS_MOVED
 from benchmarks.measure import Plan, Stopwatch, capture, ratio, summary
-from bmrs_kernels.pruning_statistics.op import pruning_statistics
 
 ROUNDS = 3
 RIVALS = ("eager", "compiled")
@@ -225,14 +224,10 @@ def time_structures(
         with torch.no_grad():
             return bmrs_kernels.delta_f_lognormal(*parameters, backend=backend) >= 0
 
-    def statistics(backend: str) -> Any:
-        return pruning_statistics(*parameters, backend=backend)
-
     rows = []
     for name, function in (
         ("KL and its gradients", kl_with_gradients),
         ("pruning decision by ΔF", decision),
-        ("all pruning statistics", statistics),
     ):
         calls = {backend: functools.partial(function, backend) for backend in ("triton", "torch")}
         for call in calls.values():

@@ -27,7 +27,7 @@ from benchmarks.accuracy.report import RESULTS, as_json, as_markdown, committed_
 from benchmarks.accuracy.table import Judged, judged, reference_pool
 from benchmarks.environment import environment
 from benchmarks.options import positive
-from bmrs_kernels import backend
+from bmrs_kernels.dispatch import backend
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

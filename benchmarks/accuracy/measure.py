@@ -18,7 +18,7 @@ from benchmarks.accuracy.contract import BOUNDS, DECISION_MARGINS
 from benchmarks.accuracy.points import KINDS, Points
 from benchmarks.accuracy.quantities import VALUE, Evaluation, Quantity
 from benchmarks.accuracy.table import Judged, Values
-from bmrs_kernels.backend import INTERPRETING
+from bmrs_kernels.dispatch.backend import INTERPRETING
 
 WORST_POINTS = 3
 # Points beyond a bound are excused where rounding the inputs to float64 causes a larger error, but not many, and not
@@ -107,14 +107,14 @@ def few_programs() -> Iterator[None]:
     if not INTERPRETING:
         yield
         return
-    from bmrs_kernels import device_quadrature
+    from bmrs_kernels.truncated_normal import triton_quadrature
 
-    usual = device_quadrature.STRUCTURES_PER_PROGRAM
-    device_quadrature.STRUCTURES_PER_PROGRAM = 1024
+    usual = triton_quadrature.STRUCTURES_PER_PROGRAM
+    triton_quadrature.STRUCTURES_PER_PROGRAM = 1024
     try:
         yield
     finally:
-        device_quadrature.STRUCTURES_PER_PROGRAM = usual
+        triton_quadrature.STRUCTURES_PER_PROGRAM = usual
 
 
 def run(evaluate: Evaluation, where: Points, dtype: torch.dtype, device: str) -> NDArray[np.float64]:

@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.accuracy.contract import LOWER, UPPER
-from bmrs_kernels.backend import INTERPRETING
-from bmrs_kernels.launch import launch
-from bmrs_kernels.multiplicative_noise.device_constants import load_posterior, table_column
-from bmrs_kernels.multiplicative_noise.device_noise import tile_log_noise, tile_regimes
-from bmrs_kernels.multiplicative_noise.device_tiles import exponential
-from bmrs_kernels.multiplicative_noise.fused import constants
+from bmrs_kernels.dispatch.backend import INTERPRETING
+from bmrs_kernels.dispatch.triton_launch import launch
+from bmrs_kernels.multiplicative_noise.triton_constants import load_posterior, table_column
+from bmrs_kernels.multiplicative_noise.triton_log_noise import tile_log_noise, tile_regimes
+from bmrs_kernels.multiplicative_noise.triton_noise import constants
+from bmrs_kernels.multiplicative_noise.triton_tiles import exponential
 
 # An interpreted program takes tens of milliseconds, whatever its size.
 BLOCK = 4096 if INTERPRETING else 64

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.contract import LOWER, UPPER
-from bmrs_kernels.loop_math import loop
-from bmrs_kernels.multiplicative_noise.loop_noise import (
+from bmrs_kernels.multiplicative_noise.numba_log_noise import (
     IN_RANGE,
     NUM_CONSTANTS,
     strip_noise,
     structure_constants,
 )
+from bmrs_kernels.truncated_normal.numba_special import loop
 
 
 def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

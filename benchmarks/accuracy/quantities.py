@@ -14,7 +14,7 @@ import bmrs_kernels
 from benchmarks import plain
 from benchmarks.accuracy import oracle
 from benchmarks.accuracy.contract import LOWER, UPPER
-from bmrs_kernels.multiplicative_noise import eager
+from bmrs_kernels.multiplicative_noise import torch_noise
 
 LN2 = math.log(2.0)
 VALUE, GRAD_MU, GRAD_LOG_SIGMA = "value", "d/dμ", "d/dlog σ"
@@ -96,8 +96,8 @@ def inside_multiply_noise(backend: str) -> Evaluation:
             return noise_loops.noise(mu, log_sigma, uniform)
         x = torch.ones(1, len(mu), dtype=mu.dtype, device=mu.device)
         arguments = (x, mu, log_sigma, None, uniform[None], 1, None, LOWER, UPPER)
-        theta = eager.multiply_noise_at(*arguments)[0]
-        _, *gradients = eager.multiply_noise_at_backward(x, *arguments)
+        theta = torch_noise.multiply_noise_at(*arguments)[0]
+        _, *gradients = torch_noise.multiply_noise_at_backward(x, *arguments)
         return (theta, *(gradient.double() / theta.double() for gradient in gradients))
 
     return evaluate

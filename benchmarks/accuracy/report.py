@@ -20,7 +20,7 @@ from benchmarks.accuracy.measure import Measured, Setting, Worst, as_record, dty
 from benchmarks.accuracy.narrow import NarrowErrors
 from benchmarks.environment import one_line
 from benchmarks.markdown import table
-from bmrs_kernels.backend import INTERPRETING
+from bmrs_kernels.dispatch.backend import INTERPRETING
 
 WORST_COLUMNS = ("quantity", "point", "set", "got", "true", "error", "rounding")
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"

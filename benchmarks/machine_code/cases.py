@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import bmrs_kernels
-from bmrs_kernels import backend
-from bmrs_kernels.pruning_statistics.op import pruning_statistics
+from bmrs_kernels.dispatch import backend
 
 WIDEST_ACCESS = 16  # bytes
 
@@ -141,7 +140,7 @@ def _structure_cases() -> Iterator[Case]:
         yield Case(operation=operation, shape=(4096,), everywhere=True)
         yield Case(operation=operation, shape=(4096,), gradients=False, in_gate=operation == "sample_noise")
         yield Case(operation=operation, shape=(4096,), dtype="float64", in_gate=False)
-    for operation in ("noise_snr", "pruning_statistics", "philox_uniform"):
+    for operation in ("noise_snr", "philox_uniform"):
         yield Case(operation=operation, shape=(4096,), gradients=False, everywhere=True)
 
 
@@ -206,17 +205,15 @@ def _recording(into: list[Launch]) -> Iterator[None]:
 def _call(case: Case) -> Tensor:
     """Call a case's function on tensors that are never read."""
     if case.operation == "philox_uniform":
-        from bmrs_kernels.multiplicative_noise import fused
+        from bmrs_kernels.multiplicative_noise import triton_noise
 
-        return fused.philox_uniform(torch.tensor(1), case.shape)
+        return triton_noise.philox_uniform(torch.tensor(1), case.shape)
     if case.operation == "multiply_noise":
         return _multiply_noise(case)
     mu, log_sigma = _parameters(case.elements, case.torch_dtype, gradients=case.gradients)
     if case.operation == "sample_noise":
         uniform = torch.empty_like(mu)
         return bmrs_kernels.sample_noise(mu, log_sigma, uniform, backend="triton")
-    if case.operation == "pruning_statistics":
-        return pruning_statistics(mu, log_sigma, backend="triton")[0]
     function: Callable[..., Tensor] = getattr(bmrs_kernels, case.operation)
     return function(mu, log_sigma, backend="triton")
 

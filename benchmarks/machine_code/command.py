@@ -17,7 +17,7 @@ from benchmarks.machine_code.cases import all_cases
 from benchmarks.machine_code.compilation import TARGETS
 from benchmarks.machine_code.measure import FLOOR_TARGET, Outcome, Task, measure_all
 from benchmarks.machine_code.report import as_json, as_markdown, environment
-from bmrs_kernels import backend
+from bmrs_kernels.dispatch import backend
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from benchmarks.machine_code.compilation import MachineCode, compiled, compiling
 from benchmarks.machine_code.pointers import Pointers
 from benchmarks.machine_code.source_lines import Origin, function_names, loop_trips, read_origins
 
-# The functions of device_noise between which kernels branch, outer ones first, and what their paths are called.
+# The functions of triton_log_noise between which kernels branch, outer ones first, and what their paths are called.
 REGIMES = {
     "wide_tail_log_noise": "wide tail",
     "inside_log_noise": "inside",

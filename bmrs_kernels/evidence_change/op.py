@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from bmrs_kernels.backend import Backend, resolve_backend
-from bmrs_kernels.evidence_change import reference
-from bmrs_kernels.registration import structure_op
-from bmrs_kernels.validation import (
+from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.dispatch.registration import structure_op
+from bmrs_kernels.dispatch.validation import (
     check_interval,
     check_parameters,
     check_reduced_interval,
     check_reduced_normal,
 )
+from bmrs_kernels.evidence_change import reference
 
 LN2 = math.log(2.0)
 
@@ -24,13 +24,13 @@ LN2 = math.log(2.0)
 def _implementation(backend: str) -> ModuleType:
     # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
-        from bmrs_kernels.evidence_change import kernels
+        from bmrs_kernels.evidence_change import triton_kernels
 
-        return kernels
+        return triton_kernels
     if backend == "numba":
-        from bmrs_kernels.evidence_change import loops
+        from bmrs_kernels.evidence_change import numba_loops
 
-        return loops
+        return numba_loops
     return reference
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bmrs_kernels import torch_math
-from bmrs_kernels.torch_math import HALF_LOG_2PI, Differentiable, Gaussian
+from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal.torch_quadrature import HALF_LOG_2PI, Differentiable, Gaussian
 
 
 class ReducedNormal(NamedTuple):
@@ -29,8 +29,8 @@ class ReducedNormal(NamedTuple):
 def reduced_normal(prior_mean: float, prior_std: float, lower: float, upper: float) -> ReducedNormal:
     """Return the reduced prior's constants."""
     mean, std = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in (prior_mean, prior_std))
-    prior = torch_math.gaussian_on(lower, upper, mean, std)
-    log_mass = float(torch_math.window(prior).log_mass) - HALF_LOG_2PI
+    prior = torch_quadrature.gaussian_on(lower, upper, mean, std)
+    log_mass = float(torch_quadrature.window(prior).log_mass) - HALF_LOG_2PI
     return ReducedNormal(float(prior.anchor), math.log(upper - lower) - log_mass)
 
 
@@ -53,8 +53,8 @@ def delta_f_lognormal(
     prior = reduced_normal(prior_mean, prior_std, lower, upper)
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
+        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
         # q times p̃: a Gaussian whose mean lies between μ and the reduced prior's, weighted by precision.
         total_std = torch.hypot(sigma, sigma.new_full((), prior_std))
         posterior_weight, prior_weight = (prior_std / total_std) ** 2, (sigma / total_std) ** 2
@@ -66,9 +66,11 @@ def delta_f_lognormal(
         )
         mean_shift = prior_weight * (prior_mean - mu)
         anchor = torch.minimum(torch.maximum(mean_shift, -posterior.below), posterior.above)
-        expectation = torch_math.log_mass_ratio(posterior, product, anchor, with_gradients=with_gradients)
+        expectation = torch_quadrature.log_mass_ratio(
+            posterior, product, anchor, with_gradients=with_gradients
+        )
         if with_gradients:
-            quadrature = torch_math.window(posterior)
+            quadrature = torch_quadrature.window(posterior)
             # x - μ̃p at the posterior's anchor x: μ, or an end, whose distance must not be rounded by way of μ.
             anchor_from_mean = torch.where(
                 posterior.below < 0,
@@ -79,7 +81,9 @@ def delta_f_lognormal(
             log_factor = (
                 -0.5 * (offset / prior_std) * ((offset + 2.0 * anchor_from_mean.unsqueeze(-1)) / prior_std)
             )
-            expectation = torch_math.with_precise_grad_mu(expectation, posterior, quadrature, log_factor)
+            expectation = torch_quadrature.with_precise_grad_mu(
+                expectation, posterior, quadrature, log_factor
+            )
 
         # x - μ̃p at the product's anchor x: at an end, or μ̃p plus its share of the way to μ.
         from_prior_mean = torch.where(
@@ -98,7 +102,7 @@ def delta_f_lognormal(
         )
         return _with_clamp(value, expectation, log_sigma)
 
-    return torch_math.tile_structures(compute, mu, log_sigma)
+    return torch_quadrature.tile_structures(compute, mu, log_sigma)
 
 
 def delta_f_loguniform(
@@ -115,20 +119,20 @@ def delta_f_loguniform(
     gain = log_density_gain(reduced_lower, reduced_upper, lower, upper)
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
-        restricted = torch_math.gaussian_on(reduced_lower, reduced_upper, mu, sigma)
-        expectation = torch_math.log_mass_ratio(
+        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
+        restricted = torch_quadrature.gaussian_on(reduced_lower, reduced_upper, mu, sigma)
+        expectation = torch_quadrature.log_mass_ratio(
             posterior, restricted, restricted.anchor, with_gradients=with_gradients
         )
         return _with_clamp(expectation.value + gain, expectation, log_sigma)
 
-    return torch_math.tile_structures(compute, mu, log_sigma)
+    return torch_quadrature.tile_structures(compute, mu, log_sigma)
 
 
 def _with_clamp(value: Tensor, expectation: Differentiable, log_sigma: Tensor) -> Differentiable:
     """Return a value with the gradients of an expectation, zero where log σ is clamped."""
     grad_log_sigma = expectation.grad_log_sigma
     if grad_log_sigma.numel():
-        grad_log_sigma = grad_log_sigma * torch_math.log_sigma_in_range(log_sigma)
+        grad_log_sigma = grad_log_sigma * torch_quadrature.log_sigma_in_range(log_sigma)
     return Differentiable(value, expectation.grad_mu, grad_log_sigma)

@@ -7,22 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
-from bmrs_kernels.backend import Backend, resolve_backend
+from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.dispatch.registration import structure_op
+from bmrs_kernels.dispatch.validation import check_interval, check_parameters
 from bmrs_kernels.log_uniform_kl import reference
-from bmrs_kernels.registration import structure_op
-from bmrs_kernels.validation import check_interval, check_parameters
 
 
 def _implementation(backend: str) -> ModuleType:
     # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
-        from bmrs_kernels.log_uniform_kl import kernels
+        from bmrs_kernels.log_uniform_kl import triton_kernels
 
-        return kernels
+        return triton_kernels
     if backend == "numba":
-        from bmrs_kernels.log_uniform_kl import loops
+        from bmrs_kernels.log_uniform_kl import numba_loops
 
-        return loops
+        return numba_loops
     return reference
 
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bmrs_kernels import philox
-from bmrs_kernels.backend import Backend, resolve_backend
-from bmrs_kernels.multiplicative_noise import eager
-from bmrs_kernels.registration import dispatcher_is_needed, multiply_derivatives, refuse_forward_mode
-from bmrs_kernels.validation import check_device, check_interval, check_parameters, check_uniform
+from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.dispatch.registration import dispatcher_is_needed, multiply_derivatives, refuse_forward_mode
+from bmrs_kernels.dispatch.validation import check_device, check_interval, check_parameters, check_uniform
+from bmrs_kernels.multiplicative_noise import torch_noise
+from bmrs_kernels.uniform import torch_philox
 
 Granularity = Literal["element", "sample", "batch"]
 Activation = Literal["relu", "tanh"]
@@ -21,14 +21,14 @@ Activation = Literal["relu", "tanh"]
 def _implementation(backend: str) -> ModuleType:
     # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
-        from bmrs_kernels.multiplicative_noise import fused
+        from bmrs_kernels.multiplicative_noise import triton_noise
 
-        return fused
+        return triton_noise
     if backend == "numba":
-        from bmrs_kernels.multiplicative_noise import compiled
+        from bmrs_kernels.multiplicative_noise import numba_noise
 
-        return compiled
-    return eager
+        return numba_noise
+    return torch_noise
 
 
 @torch.library.custom_op("bmrs_kernels::sample_noise", mutates_args=())
@@ -250,7 +250,7 @@ def multiply_noise(
     if seed is None:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
-        seed = philox.seed_tensor(seed, x.device)
+        seed = torch_philox.seed_tensor(seed, x.device)
     refuse_forward_mode(x, mu, log_sigma)
     chosen = resolve_backend(backend, x)
     inputs = (x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)

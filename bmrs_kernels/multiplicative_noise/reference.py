@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bmrs_kernels import torch_math
-from bmrs_kernels.torch_math import SQRT2
+from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal.torch_quadrature import SQRT2
 
 # Below this tail probability erfinv's argument is too close to ±1, and z is taken from the smaller tail instead.
 RARE = 0.02
@@ -46,17 +46,17 @@ class LogNoise(NamedTuple):
 def posterior(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Posterior:
     """Return the constants of each structure's posterior, in the shape of μ."""
     mu, log_sigma = mu.double(), log_sigma.double()
-    sigma = torch_math.sigma_from_log(log_sigma)
+    sigma = torch_quadrature.sigma_from_log(log_sigma)
     alpha, beta = (lower - mu) / sigma, (upper - mu) / sigma
     return Posterior(
         mu=mu,
         sigma=sigma,
         alpha=alpha,
         beta=beta,
-        below=torch_math.normal_cdf(alpha),
-        above=torch_math.normal_cdf(-beta),
-        mass=torch_math.normal_mass(alpha, beta),
-        log_sigma_in_range=torch_math.log_sigma_in_range(log_sigma),
+        below=torch_quadrature.normal_cdf(alpha),
+        above=torch_quadrature.normal_cdf(-beta),
+        mass=torch_quadrature.normal_mass(alpha, beta),
+        log_sigma_in_range=torch_quadrature.log_sigma_in_range(log_sigma),
     )
 
 

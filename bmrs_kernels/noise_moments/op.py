@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmrs_kernels.backend import Backend, resolve_backend
+from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.dispatch.registration import structure_op
+from bmrs_kernels.dispatch.validation import check_interval, check_parameters
 from bmrs_kernels.noise_moments import reference
-from bmrs_kernels.registration import structure_op
-from bmrs_kernels.validation import check_interval, check_parameters
 
 
 def _implementation(backend: str) -> ModuleType:
     # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
-        from bmrs_kernels.noise_moments import kernels
+        from bmrs_kernels.noise_moments import triton_kernels
 
-        return kernels
+        return triton_kernels
     if backend == "numba":
-        from bmrs_kernels.noise_moments import loops
+        from bmrs_kernels.noise_moments import numba_loops
 
-        return loops
+        return numba_loops
     return reference
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmrs_kernels import torch_math
-from bmrs_kernels.torch_math import Differentiable, Gaussian
+from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
 
 # Below this standard deviation of log θ the variance is integrated directly: what θ² adds beyond the window's end
 # still counts for less than 1e-14. Above, E[θ²]/E[θ]² - 1 is large enough to be a difference.
@@ -19,49 +19,51 @@ def noise_mean(
     """Return E[θ] and its gradients in μ and log σ."""
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
-        tilted, anchor = torch_math.exponential_tilt(posterior, 1.0)
-        expectation = torch_math.log_mass_ratio(posterior, tilted, anchor, with_gradients=with_gradients)
+        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
+        tilted, anchor = torch_quadrature.exponential_tilt(posterior, 1.0)
+        expectation = torch_quadrature.log_mass_ratio(
+            posterior, tilted, anchor, with_gradients=with_gradients
+        )
         value = torch.exp(expectation.value + (mu + anchor))
         if not with_gradients:
-            return torch_math.without_gradients(value)
-        quadrature = torch_math.window(posterior)
-        expectation = torch_math.with_precise_grad_mu(
+            return torch_quadrature.without_gradients(value)
+        quadrature = torch_quadrature.window(posterior)
+        expectation = torch_quadrature.with_precise_grad_mu(
             expectation, posterior, quadrature, sigma.unsqueeze(-1) * quadrature.distance
         )
-        in_range = torch_math.log_sigma_in_range(log_sigma)
+        in_range = torch_quadrature.log_sigma_in_range(log_sigma)
         return Differentiable(
             value, value * expectation.grad_mu, value * expectation.grad_log_sigma * in_range
         )
 
-    return torch_math.tile_structures(compute, mu, log_sigma)
+    return torch_quadrature.tile_structures(compute, mu, log_sigma)
 
 
 def noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tensor:
     """Return E[θ]/sd(θ)."""
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_math.sigma_from_log(log_sigma)
-        posterior = torch_math.gaussian_on(lower, upper, mu, sigma)
+        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
         spread = torch.minimum(sigma / posterior.outside.clamp(min=1.0), posterior.width)
         snr = torch.where(spread < NARROW, _narrow_snr(posterior), _wide_snr(posterior))
-        return torch_math.without_gradients(snr)
+        return torch_quadrature.without_gradients(snr)
 
-    return torch_math.tile_structures(compute, mu, log_sigma).value.reshape(mu.shape)
+    return torch_quadrature.tile_structures(compute, mu, log_sigma).value.reshape(mu.shape)
 
 
 def _narrow_snr(posterior: Gaussian) -> Tensor:
-    quadrature = torch_math.window(posterior)
+    quadrature = torch_quadrature.window(posterior)
     # θ over its value at the anchor, minus one. Where the posterior is wide this result is not used.
     relative = torch.expm1((posterior.scale.unsqueeze(-1) * quadrature.distance).clamp(max=80.0))
     return (1.0 + quadrature.mean(relative)) / quadrature.covariance(relative, relative).sqrt()
 
 
 def _wide_snr(posterior: Gaussian) -> Tensor:
-    tilts = [torch_math.exponential_tilt(posterior, power) for power in (1.0, 2.0)]
+    tilts = [torch_quadrature.exponential_tilt(posterior, power) for power in (1.0, 2.0)]
     (first, first_anchor), (second, second_anchor) = (
-        (torch_math.log_mass_ratio(posterior, tilted, anchor, with_gradients=False).value, anchor)
+        (torch_quadrature.log_mass_ratio(posterior, tilted, anchor, with_gradients=False).value, anchor)
         for tilted, anchor in tilts
     )
     log_ratio = (second - 2.0 * first) + 2.0 * (second_anchor - first_anchor)

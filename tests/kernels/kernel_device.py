@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bmrs_kernels import backend
+from bmrs_kernels.dispatch import backend
 
 ON_GPU = torch.cuda.is_available() and not backend.INTERPRETING
 DEVICE = "cuda" if ON_GPU else "cpu"

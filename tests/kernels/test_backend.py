@@ -11,9 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from bmrs_kernels import backend, kl_divergence, multiply_noise, philox_uniform
-from bmrs_kernels.backend import resolve_backend
-from bmrs_kernels.registration import dispatcher_is_needed
+from bmrs_kernels import kl_divergence, multiply_noise, philox_uniform
+from bmrs_kernels.dispatch import backend
+from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.dispatch.registration import dispatcher_is_needed
 
 ON_CPU, ELSEWHERE = torch.empty(0), torch.empty(0, device="meta")
 

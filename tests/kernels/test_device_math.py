@@ -11,11 +11,12 @@ from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import assert_within
 
 from benchmarks.accuracy import oracle
-from bmrs_kernels import philox, polynomials, torch_math
+from bmrs_kernels.truncated_normal import polynomials, torch_quadrature
+from bmrs_kernels.uniform import torch_philox
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-from bmrs_kernels import device_math  # noqa: E402 -- imports Triton
+from bmrs_kernels.truncated_normal import triton_special  # noqa: E402
 
 pytestmark = RUNS_KERNELS
 
@@ -46,7 +47,7 @@ def assert_exact(actual, function, x, tolerance, *, scale=0.0):
 
 def test_log2():
     x = torch.cat([torch.logspace(-37.9, 38.5, 1501), torch.linspace(0.5, 2, 500)]).float()
-    actual = on_device(device_math.log2, x)
+    actual = on_device(triton_special.log2, x)
     error = (actual.double() - x.double().log2()).abs()
     assert (error <= 1.2e-7 + 6e-8 * x.double().log2().abs()).all()
     torch.testing.assert_close(actual, torch.log2(x), rtol=3e-7, atol=2e-7)
@@ -54,20 +55,22 @@ def test_log2():
 
 def test_float64_roots_and_reciprocals_without_branches():
     x = torch.logspace(-30, 30, 2001, dtype=torch.float64)
-    torch.testing.assert_close(on_device(device_math.float64_sqrt, x), x.sqrt(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(on_device(device_math.float64_reciprocal, x), 1 / x, rtol=3e-14, atol=0)
+    torch.testing.assert_close(on_device(triton_special.float64_sqrt, x), x.sqrt(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(on_device(triton_special.float64_reciprocal, x), 1 / x, rtol=3e-14, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-7), (torch.float64, 1e-15)])
 def test_tanh(dtype, tolerance):
     magnitude = torch.cat([torch.logspace(-30, 1.5, 1000), torch.tensor([0.25, math.nextafter(0.25, 0)])])
     x = torch.cat([-magnitude, magnitude]).to(dtype)
-    actual = on_device(device_math.tanh, x)
+    actual = on_device(triton_special.tanh, x)
     assert_exact(actual, mp.tanh, x, tolerance)
     torch.testing.assert_close(actual, torch.tanh(x), rtol=2 * tolerance, atol=0)
     limits = torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=dtype)
-    assert torch.equal(on_device(device_math.tanh, limits)[:3], torch.tensor([0.0, 1.0, -1.0], dtype=dtype))
-    assert on_device(device_math.tanh, limits)[3].isnan()
+    assert torch.equal(
+        on_device(triton_special.tanh, limits)[:3], torch.tensor([0.0, 1.0, -1.0], dtype=dtype)
+    )
+    assert on_device(triton_special.tanh, limits)[3].isnan()
 
 
 @pytest.mark.parametrize("name", ["quantile_ratio", "inverse_density_ratio"])
@@ -85,24 +88,24 @@ def test_quantile_polynomials(name):
 
     variable = (level + polynomials.QUANTILE_SHIFT).sqrt() - polynomials.QUANTILE_CENTRE
     expected, points = exactly(exact, level), [(value,) for value in level.tolist()]
-    function = getattr(device_math, name)
+    function = getattr(triton_special, name)
     assert_within(on_device(function, variable), expected, points, 3e-8, scale=0)
     assert_within(on_device(function, variable.float()), expected, points, 4e-7, scale=0)
-    twin = getattr(torch_math, name)(variable.float())
+    twin = getattr(torch_quadrature, name)(variable.float())
     torch.testing.assert_close(on_device(function, variable.float()), twin, rtol=4e-7, atol=0)
 
 
 def test_quantile_variable():
     product = torch.logspace(-8.8, 0, 2000).float()
-    actual = on_device(device_math.quantile_variable, product)
+    actual = on_device(triton_special.quantile_variable, product)
     exact = (4 - product.double().log2()).sqrt() - 3.5
     torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6e-7)
-    torch.testing.assert_close(actual, torch_math.quantile_variable(product), rtol=0, atol=9e-7)
+    torch.testing.assert_close(actual, torch_quadrature.quantile_variable(product), rtol=0, atol=9e-7)
 
 
 def test_mills_ratio():
     t = torch.cat([torch.zeros(1), torch.logspace(-12, 12, 1500)]).double()
-    actual = on_device(device_math.mills_ratio, t)
+    actual = on_device(triton_special.mills_ratio, t)
 
     def exact(t):
         if t > 40:
@@ -110,23 +113,23 @@ def test_mills_ratio():
         return oracle.survival(t) / oracle.density(t)
 
     assert_exact(actual, exact, t, 1e-15)
-    torch.testing.assert_close(actual, torch_math.mills_ratio(t), rtol=3e-15, atol=0)
+    torch.testing.assert_close(actual, torch_quadrature.mills_ratio(t), rtol=3e-15, atol=0)
 
 
 def test_normal_cdf_and_density():
     z = torch.linspace(-37, 37, 1481, dtype=torch.float64)
-    cdf = on_device(device_math.normal_cdf, z)
+    cdf = on_device(triton_special.normal_cdf, z)
     # exp(-z²/2) carries half a unit of its argument into the value.
     assert_exact(cdf, mp.ncdf, z, 2e-13)
-    assert_exact(on_device(device_math.normal_density, z), oracle.density, z, 2e-13)
-    torch.testing.assert_close(cdf, torch_math.normal_cdf(z), rtol=4e-13, atol=0)
+    assert_exact(on_device(triton_special.normal_density, z), oracle.density, z, 2e-13)
+    torch.testing.assert_close(cdf, torch_quadrature.normal_cdf(z), rtol=4e-13, atol=0)
 
 
 @triton.jit
 def mass_kernel(alpha_ptr, beta_ptr, out_ptr, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     alpha, beta = tl.load(alpha_ptr + index), tl.load(beta_ptr + index)
-    tl.store(out_ptr + index, device_math.normal_mass(alpha, beta))
+    tl.store(out_ptr + index, triton_special.normal_mass(alpha, beta))
 
 
 def test_normal_mass():
@@ -146,16 +149,16 @@ def test_normal_mass():
     with mp.workdps(60):
         expected = [oracle.mass(mp.mpf(a), mp.mpf(b)) for a, b in ends]
     assert_within(out.cpu(), expected, ends, 2e-13, scale=0)
-    torch.testing.assert_close(out, torch_math.normal_mass(alpha, beta), rtol=4e-13, atol=0)
+    torch.testing.assert_close(out, torch_quadrature.normal_mass(alpha, beta), rtol=4e-13, atol=0)
 
 
 @triton.jit
 def philox_kernel(low_ptr, high_ptr, seed_ptr, out_ptr, uniform_ptr, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
-    words = device_math.philox_4x32(tl.load(low_ptr + index), tl.load(high_ptr + index), tl.load(seed_ptr))
+    words = triton_special.philox_4x32(tl.load(low_ptr + index), tl.load(high_ptr + index), tl.load(seed_ptr))
     for lane in tl.static_range(4):
         tl.store(out_ptr + lane * BLOCK + index, words[lane].to(tl.int64))
-        tl.store(uniform_ptr + lane * BLOCK + index, device_math.uniform_from_word(words[lane]))
+        tl.store(uniform_ptr + lane * BLOCK + index, triton_special.uniform_from_word(words[lane]))
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x243F6A8885A308D3])
@@ -165,7 +168,9 @@ def test_philox_equals_its_twin_bit_for_bit(seed):
     seed = torch.tensor(seed)
     zero = torch.zeros_like(low)
     expected = torch.stack(
-        philox.philox_4x32((low.clone(), high.clone(), zero, zero.clone()), philox.round_keys(seed))
+        torch_philox.philox_4x32(
+            (low.clone(), high.clone(), zero, zero.clone()), torch_philox.round_keys(seed)
+        )
     )
     actual = torch.empty(4, 8, dtype=torch.int64, device=DEVICE)
     uniform = torch.empty(4, 8, device=DEVICE)
@@ -188,7 +193,7 @@ def word_kernel(word_ptr, out_ptr, num_words, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     valid = index < num_words
     word = tl.load(word_ptr + index, mask=valid, other=0).to(tl.uint32)
-    tl.store(out_ptr + index, device_math.uniform_from_word(word), mask=valid)
+    tl.store(out_ptr + index, triton_special.uniform_from_word(word), mask=valid)
 
 
 def on_words(words):

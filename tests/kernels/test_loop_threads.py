@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 
-from bmrs_kernels import loop_threads
-from bmrs_kernels.loop_threads import in_threads
+from bmrs_kernels.dispatch import numba_threads
+from bmrs_kernels.dispatch.numba_threads import in_threads
 
 LONG = 1.0  # second: enough work for every thread
 
@@ -26,9 +26,9 @@ def three_threads():
 @pytest.fixture(params=["OpenMP", "Python's own"])
 def threads(request, monkeypatch):
     if request.param == "OpenMP":
-        assert loop_threads._openmp() is not None or sys.platform != "linux"
+        assert numba_threads._openmp() is not None or sys.platform != "linux"
     else:
-        monkeypatch.setattr(loop_threads, "_openmp", lambda: None)
+        monkeypatch.setattr(numba_threads, "_openmp", lambda: None)
     return request.param
 
 
@@ -71,9 +71,9 @@ def test_without_openmp_there_are_pythons_threads(monkeypatch):
     def no_library(name):
         raise OSError
 
-    loop_threads._openmp.cache_clear()
-    monkeypatch.setattr(loop_threads.ctypes, "CDLL", no_library)
+    numba_threads._openmp.cache_clear()
+    monkeypatch.setattr(numba_threads.ctypes, "CDLL", no_library)
     try:
-        assert loop_threads._openmp() is None
+        assert numba_threads._openmp() is None
     finally:
-        loop_threads._openmp.cache_clear()
+        numba_threads._openmp.cache_clear()

@@ -8,11 +8,13 @@ import pytest
 import torch
 from numerics import TOLERANCES
 
-from bmrs_kernels import loop_math, multiply_noise, philox, sample_noise
-from bmrs_kernels.multiplicative_noise import compiled, loops
+from bmrs_kernels import multiply_noise, sample_noise
+from bmrs_kernels.multiplicative_noise import numba_loops, numba_noise
+from bmrs_kernels.truncated_normal import numba_special
+from bmrs_kernels.uniform import torch_philox
 
 SEED = 77
-# (shape, axis of the structures), one for each way through the loops.
+# (shape, axis of the structures), one for each way through the numba_loops.
 SHAPES = {
     "one gathered tile": ((9, 5), 1),
     "several gathered tiles in both directions": ((130, 300), 1),
@@ -71,7 +73,7 @@ def test_agrees_with_the_torch_path(case, granularity, activation):
 @pytest.mark.parametrize("granularity", ["element", "sample"])
 @pytest.mark.parametrize("case", ["several gathered tiles in both directions", "strips longer than a tile"])
 def test_the_number_of_threads_changes_no_bit(case, granularity, monkeypatch):
-    monkeypatch.setattr("bmrs_kernels.loop_threads.WORTH_A_THREAD", 1e-12)
+    monkeypatch.setattr("bmrs_kernels.dispatch.numba_threads.WORTH_A_THREAD", 1e-12)
     shape, dim = SHAPES[case]
     x, upstream = torch.randn(shape, requires_grad=True), torch.randn(shape)
     mu, log_sigma = posterior(shape[dim])
@@ -93,7 +95,7 @@ def test_the_number_of_threads_changes_no_bit(case, granularity, monkeypatch):
 def test_uniforms_are_those_of_the_torch_path(seed):
     seed = torch.tensor(seed)
     for count in (0, 1, 5, 1023, 1024, 1025, 70_001):
-        assert torch.equal(compiled.uniform_stream(seed, count), philox.uniform_stream(seed, count))
+        assert torch.equal(numba_noise.uniform_stream(seed, count), torch_philox.uniform_stream(seed, count))
 
 
 @pytest.mark.parametrize("shape", [(40, 4), (3, 4, 20)])
@@ -240,9 +242,9 @@ class TestMath:
     @pytest.mark.parametrize(
         ("function", "exact", "low", "high", "relative", "absolute"),
         [
-            (loop_math.log2, np.log2, 1e-30, 1.0, 1.2e-7, 1.2e-7),
-            (loop_math.exp, np.exp, -87.0, 88.0, 1.2e-7, 0.0),
-            (loop_math.tanh, np.tanh, -12.0, 12.0, 4e-7, 0.0),
+            (numba_special.log2, np.log2, 1e-30, 1.0, 1.2e-7, 1.2e-7),
+            (numba_special.exp, np.exp, -87.0, 88.0, 1.2e-7, 0.0),
+            (numba_special.tanh, np.tanh, -12.0, 12.0, 4e-7, 0.0),
         ],
     )
     def test_float32(self, function, exact, low, high, relative, absolute):
@@ -255,29 +257,29 @@ class TestMath:
         x = np.array([-np.inf, -200.0, -103.0, -95.0, -87.5, 0.0, 88.5, 89.5, 1e30, np.inf], np.float32)
         with np.errstate(over="ignore"):
             wanted = np.exp(x)
-        np.testing.assert_allclose(self.applied(loop_math.wide_exp, x), wanted, rtol=1.2e-7, atol=1.5e-45)
+        np.testing.assert_allclose(self.applied(numba_special.wide_exp, x), wanted, rtol=1.2e-7, atol=1.5e-45)
 
     def test_exp_in_float64(self):
         x = np.linspace(-699.0, 0.0, 100_001)
-        np.testing.assert_allclose(self.applied(loop_math.exp_float64, x), np.exp(x), rtol=5e-16, atol=0)
+        np.testing.assert_allclose(self.applied(numba_special.exp_float64, x), np.exp(x), rtol=5e-16, atol=0)
 
 
 class TestCache:
     """Compiled loops on disk."""
 
     def test_a_change_of_any_source_is_noticed(self, monkeypatch):
-        cache = loops.sum_loop._cache
-        signature = loops.sum_loop.signatures[0] if loops.sum_loop.signatures else ()
+        cache = numba_loops.sum_loop._cache
+        signature = numba_loops.sum_loop.signatures[0] if numba_loops.sum_loop.signatures else ()
         generator = numba.core.registry.cpu_target.target_context.codegen()
         before = cache._index_key(signature, generator)
         assert cache._index_key(signature, generator) == before
-        monkeypatch.setattr(loop_math, "_fingerprint", lambda: "other sources")
+        monkeypatch.setattr(numba_special, "_fingerprint", lambda: "other sources")
         assert cache._index_key(signature, generator) != before
 
     def test_without_a_folder_loops_are_compiled_all_the_same(self, monkeypatch):
         def no_folder(function):
             raise RuntimeError("cannot cache function: no locator available")
 
-        monkeypatch.setattr(loop_math, "_Cache", no_folder)
-        doubled = loop_math.loop(lambda x: x + x)
+        monkeypatch.setattr(numba_special, "_Cache", no_folder)
+        doubled = numba_special.loop(lambda x: x + x)
         assert doubled(21) == 42

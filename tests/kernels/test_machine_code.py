@@ -1,4 +1,4 @@
-"""Reading machine code: short programs with known answers, and the gate on the real kernels."""
+"""Reading machine code: short programs with known answers, and the gate on the real triton_element_kernels."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ class TestSource:
         assert source_lines.read_origins(self.DISASSEMBLY) == {0: inlined, 16: inlined, 32: library}
 
     def test_regimes_are_functions(self):
-        source = (source_lines.PACKAGE / "multiplicative_noise" / "device_noise.py").read_text()
+        source = (source_lines.PACKAGE / "multiplicative_noise" / "triton_log_noise.py").read_text()
         for function in REGIMES:
             assert f"def {function}(" in source
 
@@ -383,9 +383,9 @@ class TestCosts:
 
     def test_trip_counts_come_from_the_source(self):
         pytest.importorskip("triton")
-        from bmrs_kernels.multiplicative_noise import kernels
+        from bmrs_kernels.multiplicative_noise import triton_element_kernels
 
-        kernel = SimpleNamespace(fn=kernels.sum_partials_kernel.fn)
+        kernel = SimpleNamespace(fn=triton_element_kernels.sum_partials_kernel.fn)
         file = source_lines.relative(kernel.fn.__code__.co_filename)
         first = kernel.fn.__code__.co_firstlineno
         origins = [(source_lines.Line(file, first + offset),) for offset in range(60)]

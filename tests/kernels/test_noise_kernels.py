@@ -11,12 +11,13 @@ from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import TOLERANCES
 from scipy import stats
 
-from bmrs_kernels import backend, launch, multiply_noise, philox_uniform, sample_noise
+from bmrs_kernels import multiply_noise, philox_uniform, sample_noise
+from bmrs_kernels.dispatch import backend, triton_launch
 from bmrs_kernels.multiplicative_noise import reference
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-from bmrs_kernels.multiplicative_noise import fused  # noqa: E402 -- imports Triton
+from bmrs_kernels.multiplicative_noise import triton_noise  # noqa: E402
 
 pytestmark = RUNS_KERNELS
 SEED = 1234
@@ -176,7 +177,7 @@ def test_channels_last_is_read_as_it_lies(shape, memory_format, granularity, mon
     monkeypatch.setattr(torch.Tensor, "contiguous", refuse_copies(torch.Tensor.contiguous))
     mask = (torch.arange(shape[1]) % 3 != 1).to(DEVICE)
     assert_agrees(x, dim=1, granularity=granularity, mask=mask)
-    assert fused.layout_of(x, 1).channels_last
+    assert triton_noise.layout_of(x, 1).channels_last
 
 
 def refuse_copies(contiguous):
@@ -201,8 +202,8 @@ def test_activations(shape, granularity, activation):
 def test_more_than_one_program_and_step(granularity, monkeypatch):
     """Blocks that are cut off at every edge, several tiles to a program, and several partial sums to add."""
     set_tiles(monkeypatch, 128)
-    monkeypatch.setattr(launch, "PROGRAMS_THAT_FILL_A_GPU", 2)
-    monkeypatch.setattr(launch, "STRUCTURES_PER_TILE", 8)
+    monkeypatch.setattr(triton_launch, "PROGRAMS_THAT_FILL_A_GPU", 2)
+    monkeypatch.setattr(triton_launch, "STRUCTURES_PER_TILE", 8)
     for shape in ((77, 10), (3, 2, 9, 20), (3, 2, 7, 15)):
         assert_agrees(activation_of(shape, torch.float32), dim=1, granularity=granularity)
     for shape in ((3, 12, 6, 6), (3, 12, 3, 5)):
@@ -213,7 +214,7 @@ def test_more_than_one_program_and_step(granularity, monkeypatch):
 @pytest.fixture
 def always_from_the_table(monkeypatch):
     """Let small activations take the structures' constants from the table, as large ones do."""
-    monkeypatch.setattr(fused, "LARGEST_WITHOUT_TABLE", 0)
+    monkeypatch.setattr(triton_noise, "LARGEST_WITHOUT_TABLE", 0)
 
 
 @pytest.mark.usefixtures("poisoned_memory", "always_from_the_table")
@@ -254,23 +255,25 @@ def test_regimes_of_a_tile(kind):
 
 def test_more_draws_than_a_grids_second_axis_is_long(monkeypatch):
     started = []
-    monkeypatch.setattr(fused, "launch", lambda _kernel, grid, *_tensors, **_options: started.append(grid))
-    examples = 64 * launch.LONGEST_SECOND_AXIS
+    monkeypatch.setattr(
+        triton_noise, "launch", lambda _kernel, grid, *_tensors, **_options: started.append(grid)
+    )
+    examples = 64 * triton_launch.LONGEST_SECOND_AXIS
     x = torch.empty((examples, 1, 1), device="meta").expand(examples, 64, 2)
-    assert fused.num_groups(x, fused.Layout(examples, 64, 2, False, 1), 1, "sample") == examples
-    noise = fused.Noise(*torch.empty(2, 64), None, torch.tensor(0), {"EXACT": False})
-    fused._draw(x, noise, examples, 64, with_gradients=False)
-    assert started[0][1] <= launch.LONGEST_SECOND_AXIS
+    assert triton_noise.num_groups(x, triton_noise.Layout(examples, 64, 2, False, 1), 1, "sample") == examples
+    noise = triton_noise.Noise(*torch.empty(2, 64), None, torch.tensor(0), {"EXACT": False})
+    triton_noise._draw(x, noise, examples, 64, with_gradients=False)
+    assert started[0][1] <= triton_launch.LONGEST_SECOND_AXIS
 
 
 def set_tiles(monkeypatch, elements):
     for name in ("LIGHT_TILE", "MEDIUM_TILE", "HEAVY_TILE", "SCALING_TILE"):
-        monkeypatch.setattr(fused, name, elements)
+        monkeypatch.setattr(triton_noise, name, elements)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_indices_of_64_bits(granularity, monkeypatch):
-    monkeypatch.setattr(fused, "NARROW_INDEX_LIMIT", 0)
+    monkeypatch.setattr(triton_noise, "NARROW_INDEX_LIMIT", 0)
     for shape, memory_format in (((7, 12), None), ((2, 6, 3, 3), None), ((2, 8, 2, 2), torch.channels_last)):
         assert_agrees(activation_of(shape, torch.float32, memory_format), dim=1, granularity=granularity)
 
@@ -357,7 +360,7 @@ def test_sample_noise_broadcasts_and_takes_any_uniform():
 @pytest.mark.parametrize("count", [1, 3, 4, 1021, 3000])
 def test_uniforms_are_the_published_ones(count):
     for seed in (0, -7, 2**62 + 11):
-        ours = fused.philox_uniform(torch.tensor(seed, device=DEVICE), (count,))
+        ours = triton_noise.philox_uniform(torch.tensor(seed, device=DEVICE), (count,))
         assert torch.equal(ours.cpu(), philox_uniform(seed, (count,), device="cpu"))
 
 

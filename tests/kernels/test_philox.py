@@ -8,7 +8,14 @@ import torch
 from scipy import stats
 
 from bmrs_kernels import philox_uniform
-from bmrs_kernels.philox import COUNTERS_PER_TILE, LANES, philox_4x32, round_keys, seed_tensor, uniform_stream
+from bmrs_kernels.uniform.torch_philox import (
+    COUNTERS_PER_TILE,
+    LANES,
+    philox_4x32,
+    round_keys,
+    seed_tensor,
+    uniform_stream,
+)
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from scipy import stats
 import bmrs_kernels
 from benchmarks.accuracy import oracle
 from bmrs_kernels import delta_f_lognormal, delta_f_loguniform, kl_divergence, noise_mean, sample_noise
-from bmrs_kernels.torch_math import STRUCTURES_PER_TILE
+from bmrs_kernels.truncated_normal.torch_quadrature import STRUCTURES_PER_TILE
 
 POINTS = torch.tensor(
     [[-1.0, -1.0], [-10.0, 1.0], [0.3, -0.5], [-19.5, 0.0], [-21.0, -0.5], [4.0, 2.0]], dtype=torch.float64

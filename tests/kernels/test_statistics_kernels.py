@@ -13,12 +13,12 @@ from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import LOWER, UPPER, assert_within, columns, grid, random_points, single
 
 import bmrs_kernels
-from bmrs_kernels import backend, torch_math
-from bmrs_kernels.pruning_statistics.op import pruning_statistics
+from bmrs_kernels.dispatch import backend
+from bmrs_kernels.truncated_normal import torch_quadrature
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-from bmrs_kernels import device_math, device_quadrature  # noqa: E402 -- imports Triton
+from bmrs_kernels.truncated_normal import triton_quadrature, triton_special  # noqa: E402
 
 pytestmark = RUNS_KERNELS
 
@@ -55,7 +55,7 @@ OPTIONS = {
 def one_program(monkeypatch):
     """One program for everything: an interpreted program takes tens of milliseconds, whatever its size."""
     if backend.INTERPRETING:
-        monkeypatch.setattr(device_quadrature, "STRUCTURES_PER_PROGRAM", 1024)
+        monkeypatch.setattr(triton_quadrature, "STRUCTURES_PER_PROGRAM", 1024)
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def launches(monkeypatch):
         names.append(kernel.__name__)
         original(kernel, *arguments, **options)
 
-    original = device_quadrature.launch
-    monkeypatch.setattr(device_quadrature, "launch", launch)
+    original = triton_quadrature.launch
+    monkeypatch.setattr(triton_quadrature, "launch", launch)
     return names
 
 
@@ -106,10 +106,10 @@ NUM_ARGUMENTS = tl.constexpr(2048)
 def elementary_functions_kernel(x_ptr, expm1_ptr, hypot_ptr, sigma_ptr, in_range_ptr, y: tl.constexpr):
     index = tl.arange(0, NUM_ARGUMENTS)
     x = tl.load(x_ptr + index)
-    tl.store(expm1_ptr + index, device_quadrature.expm1(x))
-    tl.store(hypot_ptr + index, device_quadrature.hypot(tl.abs(x), device_quadrature.full_like(x, y)))
-    tl.store(sigma_ptr + index, device_math.sigma_from_log(x))
-    tl.store(in_range_ptr + index, device_math.log_sigma_in_range(x))
+    tl.store(expm1_ptr + index, triton_quadrature.expm1(x))
+    tl.store(hypot_ptr + index, triton_quadrature.hypot(tl.abs(x), triton_quadrature.full_like(x, y)))
+    tl.store(sigma_ptr + index, triton_special.sigma_from_log(x))
+    tl.store(in_range_ptr + index, triton_special.log_sigma_in_range(x))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -128,8 +128,8 @@ def test_elementary_functions(y):
     expected = (
         torch.expm1(x),
         torch.hypot(x, torch.tensor(y, dtype=torch.float64)),
-        torch_math.sigma_from_log(x),
-        torch_math.log_sigma_in_range(x),
+        torch_quadrature.sigma_from_log(x),
+        torch_quadrature.log_sigma_in_range(x),
     )
     for actual, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-15, atol=0, equal_nan=True)
@@ -285,8 +285,6 @@ def test_opcheck_of_operators_without_gradients():
     mu, log_sigma = (leaf.detach() for leaf in leaves(FEW))
     operators = torch.ops.bmrs_kernels
     torch.library.opcheck(operators.noise_snr.default, (mu, log_sigma, LOWER, UPPER, "triton"))
-    options = (LOWER, 1e-2, -15.0, -5.0, LOWER, UPPER, "triton")
-    torch.library.opcheck(operators.pruning_statistics.default, (mu, log_sigma, *options))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -302,33 +300,3 @@ def test_compiles_without_graph_breaks(name, launches):
     assert launches == [f"{name}_kernel"]
     expected = torch.autograd.grad(function(*parameters, backend="triton").sum(), parameters)
     assert all(torch.equal(got, wanted) for got, wanted in zip(actual, expected, strict=True))
-
-
-@pytest.mark.usefixtures("one_program")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_pruning_statistics(dtype, launches):
-    mu, log_sigma = leaves(POINTS, dtype)
-    statistics = pruning_statistics(mu, log_sigma, prior_std=1e-3, reduced_upper=-3.3, backend="triton")
-    assert launches == ["pruning_statistics_kernel"]
-    expected = (
-        bmrs_kernels.delta_f_lognormal(mu, log_sigma, prior_std=1e-3, backend="triton"),
-        bmrs_kernels.delta_f_loguniform(mu, log_sigma, reduced_upper=-3.3, backend="triton"),
-        bmrs_kernels.noise_mean(mu, log_sigma, backend="triton"),
-        bmrs_kernels.noise_snr(mu, log_sigma, backend="triton"),
-    )
-    # The same functions in another program: only the compiler may contract other products and sums.
-    for actual, alone in zip(statistics, expected, strict=True):
-        torch.testing.assert_close(actual, alone, rtol=max(1e-13, torch.finfo(dtype).eps), atol=1e-13)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-def test_pruning_statistics_shapes():
-    mu = torch.linspace(-21, 1, 6, device=DEVICE).reshape(2, 3).T
-    log_sigma = torch.linspace(-6, 3, 6, device=DEVICE).reshape(2, 3).T
-    statistics = pruning_statistics(mu, log_sigma, backend="triton")
-    expected = pruning_statistics(mu.cpu(), log_sigma.cpu(), backend="torch")
-    for actual, reference in zip(statistics, expected, strict=True):
-        assert actual.isfinite().all()
-        torch.testing.assert_close(actual.cpu(), reference, rtol=1.2e-7, atol=1e-15)
-    for field in pruning_statistics(mu[:0], log_sigma[:0], backend="triton"):
-        assert field.shape == (0, 2)

@@ -10,9 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from bmrs_kernels.launch import HEAVY_TILE, LIGHT_TILE, MEDIUM_TILE, columns_config, launch, rows_config
-from bmrs_kernels.multiplicative_noise import kernels, shared_kernels
-from bmrs_kernels.multiplicative_noise.device_constants import BLOCK_STRIDE, TABLE_BLOCK
+from bmrs_kernels.dispatch.triton_launch import (
+    HEAVY_TILE,
+    LIGHT_TILE,
+    MEDIUM_TILE,
+    columns_config,
+    launch,
+    rows_config,
+)
+from bmrs_kernels.multiplicative_noise import triton_element_kernels, triton_shared_kernels
+from bmrs_kernels.multiplicative_noise.triton_constants import BLOCK_STRIDE, TABLE_BLOCK
 
 # Beyond this many elements indices need 64 bits; below, with room for the lanes of a last block.
 NARROW_INDEX_LIMIT = 2**31 - 2**16
@@ -123,7 +130,7 @@ def multiply_noise(
         if layout.in_columns:
             grid, arguments, tile = _shared_columns(layout, groups)
             launch(
-                shared_kernels.scale_columns_forward_kernel,
+                triton_shared_kernels.scale_columns_forward_kernel,
                 grid,
                 x,
                 out,
@@ -135,18 +142,41 @@ def multiply_noise(
         else:
             grid, arguments, tile = _shared_rows(layout, groups)
             launch(
-                shared_kernels.scale_rows_forward_kernel, grid, x, out, theta, *arguments, **options, **tile
+                triton_shared_kernels.scale_rows_forward_kernel,
+                grid,
+                x,
+                out,
+                theta,
+                *arguments,
+                **options,
+                **tile,
             )
     elif layout.in_columns:
         grid, arguments, tile = _columns(x, layout, backward=False)
         options |= noise.options | tile
         posterior = _posterior(noise, layout, kept)
-        launch(kernels.multiply_columns_forward_kernel, grid, x, out, *posterior, *arguments, **options)
+        launch(
+            triton_element_kernels.multiply_columns_forward_kernel,
+            grid,
+            x,
+            out,
+            *posterior,
+            *arguments,
+            **options,
+        )
     else:
         grid, arguments, tile = _rows(x, layout, backward=False)
         options |= noise.options | tile
         posterior = _posterior(noise, layout, kept)
-        launch(kernels.multiply_rows_forward_kernel, grid, x, out, *posterior, *arguments, **options)
+        launch(
+            triton_element_kernels.multiply_rows_forward_kernel,
+            grid,
+            x,
+            out,
+            *posterior,
+            *arguments,
+            **options,
+        )
     return out
 
 
@@ -195,22 +225,22 @@ def multiply_noise_backward(
         if layout.in_columns:
             grid, arguments, tile = _shared_columns(layout, groups)
             partial = theta.new_empty(grid[0], layout.num_structures)
-            kernel = shared_kernels.scale_columns_backward_kernel
+            kernel = triton_shared_kernels.scale_columns_backward_kernel
         else:
             grid, arguments, tile = _shared_rows(layout, groups)
             inner_blocks = math.ceil(layout.inner / tile["BLOCK_INNER"])
             partial = theta.new_empty(layout.num_rows * inner_blocks, layout.num_structures)
-            kernel = shared_kernels.scale_rows_backward_kernel
+            kernel = triton_shared_kernels.scale_rows_backward_kernel
         launch(kernel, grid, grad, x, grad_x, partial, theta, *arguments, **options, **tile)
         return grad_x, *_sum(partial, partial, mu, log_sigma, weights)
     if layout.in_columns:
         grid, arguments, tile = _columns(x, layout, backward=True)
         num_partials = grid[1]
-        kernel = kernels.multiply_columns_backward_kernel
+        kernel = triton_element_kernels.multiply_columns_backward_kernel
     else:
         grid, arguments, tile = _rows(x, layout, backward=True)
         num_partials = grid[0] // layout.num_structures * grid[1]
-        kernel = kernels.multiply_rows_backward_kernel
+        kernel = triton_element_kernels.multiply_rows_backward_kernel
     options |= noise.options | tile
     # One program's sums are the gradients themselves.
     dtype = mu.dtype if num_partials == 1 else torch.float64 if options["EXACT"] else torch.float32
@@ -235,7 +265,7 @@ def sample_noise(
         outputs.append(torch.empty_like(outputs[0]) if with_gradients else mu.new_empty(0))
     grid = (triton.cdiv(outputs[0].numel(), ELEMENTS_PER_SAMPLE_PROGRAM),)
     launch(
-        kernels.sample_kernel,
+        triton_element_kernels.sample_kernel,
         grid,
         *inputs,
         *outputs,
@@ -253,7 +283,9 @@ def philox_uniform(seed: Tensor, shape: Sequence[int]) -> Tensor:
     out = torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
     counters = triton.cdiv(out.numel(), 4)
     grid = (triton.cdiv(counters, ELEMENTS_PER_SAMPLE_PROGRAM),)
-    launch(kernels.uniform_kernel, grid, out, seed, out.numel(), BLOCK=ELEMENTS_PER_SAMPLE_PROGRAM)
+    launch(
+        triton_element_kernels.uniform_kernel, grid, out, seed, out.numel(), BLOCK=ELEMENTS_PER_SAMPLE_PROGRAM
+    )
     return out
 
 
@@ -296,7 +328,7 @@ def constants(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tens
     num_blocks = triton.cdiv(mu.numel(), TABLE_BLOCK.value)
     table = torch.empty(num_blocks * BLOCK_STRIDE.value, dtype=torch.float64, device=mu.device)
     launch(
-        kernels.constants_kernel,
+        triton_element_kernels.constants_kernel,
         (num_blocks * TABLE_BLOCK.value // STRUCTURES_PER_CONSTANTS_PROGRAM,),
         mu,
         log_sigma,
@@ -322,7 +354,7 @@ def _draw(
     config = columns_config(groups, num_structures, tile=tile)
     grid = (triton.cdiv(groups, config.block_rows), config.column_programs(num_structures))
     launch(
-        shared_kernels.draw_kernel,
+        triton_shared_kernels.draw_kernel,
         grid,
         theta,
         weight_mu,
@@ -409,7 +441,7 @@ def _sum(
     grad_mu, grad_log_sigma = torch.empty_like(mu), torch.empty_like(log_sigma)
     groups = num_partials if weights[0] is None else weights[0].shape[0]
     launch(
-        kernels.sum_partials_kernel,
+        triton_element_kernels.sum_partials_kernel,
         (triton.cdiv(num_structures, STRUCTURES_PER_SUM),),
         partial_mu,
         partial_log_sigma,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels.device_math import philox_4x32, tanh
-from bmrs_kernels.multiplicative_noise.device_constants import (
+from bmrs_kernels.multiplicative_noise.triton_constants import (
     load_posterior,
     posterior_constants,
     table_column,
 )
+from bmrs_kernels.truncated_normal.triton_special import philox_4x32, tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

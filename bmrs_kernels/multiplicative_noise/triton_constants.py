@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels import polynomials
-from bmrs_kernels.device_math import (
+from bmrs_kernels.truncated_normal import polynomials
+from bmrs_kernels.truncated_normal.triton_special import (
     log_sigma_in_range,
     maximum,
     mills_ratio,

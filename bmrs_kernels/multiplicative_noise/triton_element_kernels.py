@@ -13,21 +13,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels.device_math import store, uniform_from_word
-from bmrs_kernels.multiplicative_noise.device_constants import (
+from bmrs_kernels.multiplicative_noise.triton_constants import (
     load_posterior,
     posterior_constants,
     store_constants,
     table_column,
     tail_constants,
 )
-from bmrs_kernels.multiplicative_noise.device_noise import (
+from bmrs_kernels.multiplicative_noise.triton_log_noise import (
     exact_log_noise,
     structure_log_noise,
     tile_log_noise,
     tile_regimes,
 )
-from bmrs_kernels.multiplicative_noise.device_tiles import (
+from bmrs_kernels.multiplicative_noise.triton_tiles import (
     activated,
     behind_activation,
     columns_factor,
@@ -41,6 +40,7 @@ from bmrs_kernels.multiplicative_noise.device_tiles import (
     widened,
     words_of_counters,
 )
+from bmrs_kernels.truncated_normal.triton_special import store, uniform_from_word
 
 
 @triton.jit

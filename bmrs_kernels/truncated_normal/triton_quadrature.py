@@ -1,7 +1,7 @@
-"""The mathematics of the truncated normal inside kernels: float64 twins, name by name, of functions in torch_math.
+"""The mathematics of the truncated normal inside kernels: float64 twins, name by name, of functions in torch_quadrature.
 
 What belongs to a structure is a vector [STRUCTURES], what is evaluated at the nodes a tile [NODES, STRUCTURES]; a
-``Gaussian`` and a ``Window`` carry torch_math's fields. With the structures along the lanes, most of a sum over the
+``Gaussian`` and a ``Window`` carry torch_quadrature's fields. With the structures along the lanes, most of a sum over the
 nodes stays inside a thread, and arithmetic on vectors is not repeated in every lane.
 
 A number beside a float64 tensor is taken in float64 by arithmetic and by ``tl.where``, but ``tl.minimum`` and
@@ -17,19 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels import torch_math
-from bmrs_kernels.device_math import maximum, minimum, store
-from bmrs_kernels.launch import launch
-from bmrs_kernels.torch_math import BoundaryTerms, Differentiable, Gaussian, Window
+from bmrs_kernels.dispatch.triton_launch import launch
+from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal.torch_quadrature import BoundaryTerms, Differentiable, Gaussian, Window
+from bmrs_kernels.truncated_normal.triton_special import maximum, minimum, store
 
 # A program is one warp, which adds up without waiting for others: 8 threads a structure, 8 nodes a thread. Twice the
 # structures take all the registers that a thread can have.
 STRUCTURES_PER_PROGRAM = 4
 
-WINDOW_EXPONENT = tl.constexpr(torch_math.WINDOW_EXPONENT)
-NODES_PER_SIDE = tl.constexpr(torch_math.NODES_PER_SIDE)
-UNIT_NODES, UNIT_WEIGHTS = (tl.constexpr(tuple(part.tolist())) for part in torch_math.gauss_legendre())
-NEARLY_CONSTANT = tl.constexpr(torch_math.NEARLY_CONSTANT)
+WINDOW_EXPONENT = tl.constexpr(torch_quadrature.WINDOW_EXPONENT)
+NODES_PER_SIDE = tl.constexpr(torch_quadrature.NODES_PER_SIDE)
+UNIT_NODES, UNIT_WEIGHTS = (tl.constexpr(tuple(part.tolist())) for part in torch_quadrature.gauss_legendre())
+NEARLY_CONSTANT = tl.constexpr(torch_quadrature.NEARLY_CONSTANT)
 # Below this magnitude exp(x) - 1 has lost more than a bit, and 14 terms of the series leave less than 5e-17.
 EXPM1_SERIES_LIMIT = tl.constexpr(0.5)
 EXPM1_SERIES_TERMS = tl.constexpr(14)
@@ -228,7 +228,7 @@ def second_moment(quadrature):
 
 @triton.jit
 def log_mass_ratio(posterior, other, other_anchor, rule, WITH_GRADIENTS: tl.constexpr):
-    """Compare the masses of the posterior and of the posterior times a factor, as torch_math says."""
+    """Compare the masses of the posterior and of the posterior times a factor, as torch_quadrature says."""
     sigma = posterior.scale
     quadrature, other_quadrature = window(posterior, rule), window(other, rule)
     anchor = gaussian_anchor(posterior)

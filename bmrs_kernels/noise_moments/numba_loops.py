@@ -7,8 +7,8 @@ import math
 import numpy as np
 from torch import Tensor
 
-from bmrs_kernels.loop_math import compiled, log_sigma_in_range, loop, sigma_from_log
-from bmrs_kernels.loop_quadrature import (
+from bmrs_kernels.noise_moments.reference import NARROW
+from bmrs_kernels.truncated_normal.numba_quadrature import (
     compute_structures,
     exponential_tilt,
     gaussian_on,
@@ -20,8 +20,8 @@ from bmrs_kernels.loop_quadrature import (
     window_covariance,
     window_mean,
 )
-from bmrs_kernels.noise_moments.reference import NARROW
-from bmrs_kernels.torch_math import Differentiable
+from bmrs_kernels.truncated_normal.numba_special import compiled, log_sigma_in_range, loop, sigma_from_log
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable
 
 
 def noise_mean(

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels.device_math import log_sigma_in_range, maximum, sigma_from_log
-from bmrs_kernels.device_quadrature import (
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable
+from bmrs_kernels.truncated_normal.triton_quadrature import (
     boundary_terms,
     empty_results,
     gauss_legendre,
@@ -24,7 +24,7 @@ from bmrs_kernels.device_quadrature import (
     window_mean,
     without_gradients,
 )
-from bmrs_kernels.torch_math import Differentiable
+from bmrs_kernels.truncated_normal.triton_special import log_sigma_in_range, maximum, sigma_from_log
 
 
 def kl_divergence(

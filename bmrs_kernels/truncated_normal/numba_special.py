@@ -1,4 +1,4 @@
-"""Special functions for the compiled CPU loops: scalar twins, name by name, of those in device_math and torch_math.
+"""Special functions for the compiled CPU loops: scalar twins, name by name, of those in triton_special and torch_quadrature.
 
 numba compiles them into the loops that call them, which LLVM then vectorises. Where a number's type decides the
 precision, functions come in a float32 and a float64 edition made by one factory: in numba a float32 number times a
@@ -22,26 +22,27 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-from bmrs_kernels import philox, polynomials, torch_math
+from bmrs_kernels.truncated_normal import polynomials, torch_quadrature
+from bmrs_kernels.uniform import torch_philox
 
 # Sums and products may be regrouped, so that loops vectorise; NaN and infinity keep their meaning.
 REGROUPING = {"contract", "nsz", "reassoc"}
 ROUNDING_AS_WRITTEN = {"contract"}
 
-ROUNDS = philox.ROUNDS
-MULTIPLIER_0, MULTIPLIER_1 = (np.uint64(part) for part in philox.MULTIPLIERS)
-INCREMENT_0, INCREMENT_1 = (np.uint32(part) for part in philox.KEY_INCREMENTS)
-UNUSED_BITS = np.uint32(32 - philox.UNIFORM_BITS)
+ROUNDS = torch_philox.ROUNDS
+MULTIPLIER_0, MULTIPLIER_1 = (np.uint64(part) for part in torch_philox.MULTIPLIERS)
+INCREMENT_0, INCREMENT_1 = (np.uint32(part) for part in torch_philox.KEY_INCREMENTS)
+UNUSED_BITS = np.uint32(32 - torch_philox.UNIFORM_BITS)
 HALF_WORD = np.uint64(32)
-LANES = philox.LANES
-UNIFORM_STEP = np.float32(2.0**-philox.UNIFORM_BITS)
+LANES = torch_philox.LANES
+UNIFORM_STEP = np.float32(2.0**-torch_philox.UNIFORM_BITS)
 HALF = np.float32(0.5)
 
 QUANTILE_SHIFT, QUANTILE_CENTRE = polynomials.QUANTILE_SHIFT, polynomials.QUANTILE_CENTRE
 MILLS_CENTRE = polynomials.MILLS_CENTRE
-LOG_SIGMA_MIN, LOG_SIGMA_MAX = torch_math.LOG_SIGMA_MIN, torch_math.LOG_SIGMA_MAX
-HALF_LOG_2PI = torch_math.HALF_LOG_2PI
-SQRT2 = torch_math.SQRT2
+LOG_SIGMA_MIN, LOG_SIGMA_MAX = torch_quadrature.LOG_SIGMA_MIN, torch_quadrature.LOG_SIGMA_MAX
+HALF_LOG_2PI = torch_quadrature.HALF_LOG_2PI
+SQRT2 = torch_quadrature.SQRT2
 
 SQRT_HALF_BITS = np.int32(0x3F3504F3)
 EXPONENT_MASK = np.int32(-0x00800000)

@@ -1,6 +1,6 @@
 """θ and the derivatives of log θ in compiled CPU loops, strip by strip: uniforms of one structure each.
 
-The regimes and formulas are those of device_noise, told apart by structure: *inside* and *tail* in float32, and both in
+The regimes and formulas are those of triton_log_noise, told apart by structure: *inside* and *tail* in float32, and both in
 float64 where σ is above WIDE. Each strip branches once.
 """
 
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bmrs_kernels import polynomials
-from bmrs_kernels.loop_math import (
+from bmrs_kernels.multiplicative_noise.torch_noise import MAX_OUTSIDE, MAX_SIGMA
+from bmrs_kernels.truncated_normal import polynomials
+from bmrs_kernels.truncated_normal.numba_special import (
     EXP_HIGHEST,
     EXP_LOWEST,
     QUANTILE_CENTRE,
@@ -30,7 +31,6 @@ from bmrs_kernels.loop_math import (
     use_widest_vectors,
     wide_exp,
 )
-from bmrs_kernels.multiplicative_noise.eager import MAX_OUTSIDE, MAX_SIGMA
 
 WIDE = MAX_SIGMA
 TAIL_START = MAX_OUTSIDE
@@ -64,7 +64,7 @@ class Inside(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """Constants of a structure whose mode is far outside; see ``device_noise.tail_constants``."""
+    """Constants of a structure whose mode is far outside; see ``triton_constants.tail_constants``."""
 
     reflected: Any  # whether the mode is above the interval
     distance: Any

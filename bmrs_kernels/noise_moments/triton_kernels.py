@@ -6,14 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels.device_math import (
-    log_sigma_in_range,
-    maximum,
-    minimum,
-    sigma_from_log,
-    store,
-)
-from bmrs_kernels.device_quadrature import (
+from bmrs_kernels.noise_moments import reference
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable
+from bmrs_kernels.truncated_normal.triton_quadrature import (
     empty_results,
     expm1,
     exponential_tilt,
@@ -31,8 +26,13 @@ from bmrs_kernels.device_quadrature import (
     with_precise_grad_mu,
     without_gradients,
 )
-from bmrs_kernels.noise_moments import reference
-from bmrs_kernels.torch_math import Differentiable
+from bmrs_kernels.truncated_normal.triton_special import (
+    log_sigma_in_range,
+    maximum,
+    minimum,
+    sigma_from_log,
+    store,
+)
 
 NARROW = tl.constexpr(reference.NARROW)
 

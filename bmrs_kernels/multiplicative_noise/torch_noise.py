@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bmrs_kernels import philox, torch_math
 from bmrs_kernels.multiplicative_noise import reference
 from bmrs_kernels.multiplicative_noise.reference import LogNoise
-from bmrs_kernels.polynomials import TAIL_START
+from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal.polynomials import TAIL_START
+from bmrs_kernels.uniform import torch_philox
 
 # Elements a tile: on a CPU several tiles of memory stay in the last cache, elsewhere launches are few.
 TILE, LARGE_TILE = 1 << 17, 1 << 24
@@ -57,12 +58,12 @@ class Noise:
         self.mu, self.log_sigma = along(mu, x, dim), along(log_sigma, x, dim)
         self.exact = x.dtype == torch.float64
         wide_mu, wide_log_sigma = self.mu.double(), self.log_sigma.double()
-        sigma = torch_math.sigma_from_log(wide_log_sigma)
+        sigma = torch_quadrature.sigma_from_log(wide_log_sigma)
         # Both ends together: half the operations, and small layers are bound by their number.
         offsets = torch.stack([lower - wide_mu, upper - wide_mu])
         standardised = offsets / sigma
         alpha, beta = standardised
-        below, above = torch_math.normal_cdf(torch.stack([alpha, -beta]))
+        below, above = torch_quadrature.normal_cdf(torch.stack([alpha, -beta]))
         self.single = Single(
             *torch.stack(
                 [
@@ -71,9 +72,9 @@ class Noise:
                     below,
                     above,
                     1.0 - below - above,  # enough where the mode is inside or not far outside
-                    *torch_math.normal_density(standardised),
+                    *torch_quadrature.normal_density(standardised),
                     *offsets,
-                    torch_math.log_sigma_in_range(wide_log_sigma),
+                    torch_quadrature.log_sigma_in_range(wide_log_sigma),
                 ]
             ).float()
         )
@@ -111,7 +112,7 @@ class Noise:
         torch.addcmul(q.below, q.mass, uniform, out=below)
         torch.addcmul(q.above, q.mass, complement, out=above)
         first, second, third = scratch
-        z, inverse_density = torch_math.normal_quantile(
+        z, inverse_density = torch_quadrature.normal_quantile(
             below, above, (first, second, third), with_density=with_gradients
         )
         x = torch.addcmul(q.mu, q.sigma, z, out=above).clamp_(self.lower, self.upper)
@@ -199,7 +200,7 @@ def multiply_noise_backward(
 
 def _uniforms(seed: Tensor, x: Tensor, dim: int, granularity: str) -> Tensor:
     shape = draw_shape(x, dim, granularity)
-    return philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
+    return torch_philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
 
 
 def multiply_noise_at(

@@ -10,7 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from bmrs_kernels.loop_math import (
+from bmrs_kernels.multiplicative_noise.numba_log_noise import (
+    FACTOR,
+    IN_RANGE,
+    NUM_CONSTANTS,
+    strip_noise,
+    structure_constants,
+)
+from bmrs_kernels.truncated_normal.numba_special import (
     LANES,
     ONE,
     REGROUPING,
@@ -21,13 +28,6 @@ from bmrs_kernels.loop_math import (
     unmanaged,
     use_widest_vectors,
     vector_at,
-)
-from bmrs_kernels.multiplicative_noise.loop_noise import (
-    FACTOR,
-    IN_RANGE,
-    NUM_CONSTANTS,
-    strip_noise,
-    structure_constants,
 )
 
 # Activations by number.

@@ -1,6 +1,6 @@
-"""Coefficients of the polynomial fits that ``torch_math`` and ``device_math`` share, highest power first.
+"""Coefficients of the polynomial fits that ``torch_quadrature`` and ``triton_special`` share, highest power first.
 
-The fits are near-minimax (``python -m benchmarks.fit_polynomials`` makes them again and prints their errors).
+The fits are near-minimax (``python -m bmrs_kernels.truncated_normal.fit_polynomials`` makes them again and prints their errors).
 """
 
 from __future__ import annotations

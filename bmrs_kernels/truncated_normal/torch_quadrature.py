@@ -20,7 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bmrs_kernels.polynomials import INVERSE_DENSITY, QUANTILE, QUANTILE_CENTRE, QUANTILE_SHIFT
+from bmrs_kernels.truncated_normal.polynomials import (
+    INVERSE_DENSITY,
+    QUANTILE,
+    QUANTILE_CENTRE,
+    QUANTILE_SHIFT,
+)
 
 LOG_SIGMA_MIN = -20.0
 LOG_SIGMA_MAX = 5.0

@@ -7,8 +7,7 @@ import math
 from torch import Tensor
 
 from bmrs_kernels.evidence_change.reference import log_density_gain, reduced_normal
-from bmrs_kernels.loop_math import HALF_LOG_2PI, compiled, log_sigma_in_range, loop, sigma_from_log
-from bmrs_kernels.loop_quadrature import (
+from bmrs_kernels.truncated_normal.numba_quadrature import (
     compute_structures,
     gaussian_anchor,
     gaussian_on,
@@ -17,7 +16,14 @@ from bmrs_kernels.loop_quadrature import (
     precise_grad_mu,
     window,
 )
-from bmrs_kernels.torch_math import Differentiable, Gaussian
+from bmrs_kernels.truncated_normal.numba_special import (
+    HALF_LOG_2PI,
+    compiled,
+    log_sigma_in_range,
+    loop,
+    sigma_from_log,
+)
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
 
 
 def delta_f_lognormal(

@@ -1,7 +1,7 @@
-"""The mathematics of the truncated normal in compiled CPU loops: float64 twins, name by name, of those in torch_math.
+"""The mathematics of the truncated normal in compiled CPU loops: float64 twins, name by name, of those in torch_quadrature.
 
 Everything is about one structure; only what is evaluated at the nodes is an array. A ``Gaussian`` and a ``Window``
-carry torch_math's fields.
+carry torch_quadrature's fields.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bmrs_kernels import torch_math
-from bmrs_kernels.loop_math import REGROUPING, compiled, exp_float64, use_widest_vectors
-from bmrs_kernels.loop_threads import in_threads
-from bmrs_kernels.torch_math import BoundaryTerms, Differentiable, Gaussian, Window
+from bmrs_kernels.dispatch.numba_threads import in_threads
+from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal.numba_special import REGROUPING, compiled, exp_float64, use_widest_vectors
+from bmrs_kernels.truncated_normal.torch_quadrature import BoundaryTerms, Differentiable, Gaussian, Window
 
-WINDOW_EXPONENT = torch_math.WINDOW_EXPONENT
-NEARLY_CONSTANT = torch_math.NEARLY_CONSTANT
+WINDOW_EXPONENT = torch_quadrature.WINDOW_EXPONENT
+NEARLY_CONSTANT = torch_quadrature.NEARLY_CONSTANT
 # Both sides of the anchor: negative nodes to the left, positive ones to the right.
-_nodes, _weights = torch_math.gauss_legendre()
+_nodes, _weights = torch_quadrature.gauss_legendre()
 SIGNED_NODES, NODE_WEIGHTS = np.concatenate([-_nodes, _nodes]), np.concatenate([_weights, _weights])
 NUM_NODES = SIGNED_NODES.size
 SECONDS_PER_STRUCTURE = 0.5e-6
@@ -174,7 +174,7 @@ second_moment = compiled(_second_moment, inline=False, fastmath=REGROUPING)
 
 @compiled
 def log_mass_ratio(posterior, quadrature, other, other_quadrature, other_anchor, with_gradients):
-    """Compare the masses of the posterior and of the posterior times a factor, as torch_math says."""
+    """Compare the masses of the posterior and of the posterior times a factor, as torch_quadrature says."""
     sigma = posterior.scale
     anchor = gaussian_anchor(posterior)
     shift = (other_anchor - anchor) / sigma

@@ -14,8 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels import polynomials
-from bmrs_kernels.device_math import (
+from bmrs_kernels.multiplicative_noise.triton_constants import (
+    TAIL_START,
+    inside_constants,
+    load_posterior,
+    table_column,
+    tail_constant,
+    tail_constants,
+)
+from bmrs_kernels.truncated_normal import polynomials
+from bmrs_kernels.truncated_normal.triton_special import (
     HALF_LOG_2PI,
     QUANTILE_CENTRE,
     QUANTILE_SHIFT,
@@ -28,14 +36,6 @@ from bmrs_kernels.device_math import (
     minimum,
     quantile_ratio,
     quantile_variable,
-)
-from bmrs_kernels.multiplicative_noise.device_constants import (
-    TAIL_START,
-    inside_constants,
-    load_posterior,
-    table_column,
-    tail_constant,
-    tail_constants,
 )
 
 WIDE = tl.constexpr(4.0)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels.device_math import uniform_from_word
-from bmrs_kernels.multiplicative_noise.device_noise import tile_log_noise, tile_regimes
-from bmrs_kernels.multiplicative_noise.device_tiles import (
+from bmrs_kernels.multiplicative_noise.triton_log_noise import tile_log_noise, tile_regimes
+from bmrs_kernels.multiplicative_noise.triton_tiles import (
     activated,
     behind_activation,
     columns_factor,
@@ -23,6 +22,7 @@ from bmrs_kernels.multiplicative_noise.device_tiles import (
     rows_of_block,
     widened,
 )
+from bmrs_kernels.truncated_normal.triton_special import uniform_from_word
 
 
 @triton.jit

@@ -6,8 +6,7 @@ import math
 
 from torch import Tensor
 
-from bmrs_kernels.loop_math import compiled, log_sigma_in_range, loop, sigma_from_log
-from bmrs_kernels.loop_quadrature import (
+from bmrs_kernels.truncated_normal.numba_quadrature import (
     boundary_terms,
     compute_structures,
     gaussian_on,
@@ -17,7 +16,8 @@ from bmrs_kernels.loop_quadrature import (
     window_covariance,
     window_mean,
 )
-from bmrs_kernels.torch_math import Differentiable
+from bmrs_kernels.truncated_normal.numba_special import compiled, log_sigma_in_range, loop, sigma_from_log
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable
 
 
 def kl_divergence(

@@ -6,14 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels import torch_math
-from bmrs_kernels.device_math import (
-    log_sigma_in_range,
-    maximum,
-    minimum,
-    sigma_from_log,
-)
-from bmrs_kernels.device_quadrature import (
+from bmrs_kernels.evidence_change import reference
+from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
+from bmrs_kernels.truncated_normal.triton_quadrature import (
     empty_results,
     full_like,
     gauss_legendre,
@@ -28,10 +24,14 @@ from bmrs_kernels.device_quadrature import (
     window,
     with_precise_grad_mu,
 )
-from bmrs_kernels.evidence_change import reference
-from bmrs_kernels.torch_math import Differentiable, Gaussian
+from bmrs_kernels.truncated_normal.triton_special import (
+    log_sigma_in_range,
+    maximum,
+    minimum,
+    sigma_from_log,
+)
 
-HALF_LOG_2PI = tl.constexpr(torch_math.HALF_LOG_2PI)
+HALF_LOG_2PI = tl.constexpr(torch_quadrature.HALF_LOG_2PI)
 
 
 def delta_f_lognormal(

@@ -1,8 +1,8 @@
-"""Fit the coefficients of ``bmrs_kernels.polynomials`` again and print them, with the errors of both.
+"""Fit the coefficients of ``polynomials`` again and print them, with the errors of both.
 
-``python -m benchmarks.fit_polynomials``. Weighted least squares in a Chebyshev basis, the weights raised where the
-error is large until it is nearly level (Lawson's algorithm). Refitted coefficients differ from the committed ones,
-their errors hardly.
+``python -m bmrs_kernels.truncated_normal.fit_polynomials``. Weighted least squares in a Chebyshev basis, the weights
+raised where the error is large until it is nearly level (Lawson's algorithm). Refitted coefficients differ from the
+committed ones, their errors hardly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 from scipy.special import erfcx, ndtri_exp
 
-from bmrs_kernels import polynomials
+from bmrs_kernels.truncated_normal import polynomials
 
 Array = NDArray[np.float64]
 ITERATIONS = 400

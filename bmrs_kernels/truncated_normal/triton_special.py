@@ -1,6 +1,6 @@
 """Special functions for Triton kernels, in plain arithmetic: exp2, exp, log, sqrt and multiplications.
 
-Each has a twin of the same name in ``torch_math`` (``philox_4x32`` in ``philox``). Functions of log θ's tails are
+Each has a twin of the same name in ``torch_quadrature`` (``philox_4x32`` in ``torch_philox``). Functions of log θ's tails are
 float64; those that run once for each element of an activation are float32. They work on tensors of any shape.
 In arithmetic a constexpr stands on the right of a tensor: Triton's interpreter mistakes the result otherwise.
 """
@@ -10,18 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels import philox, polynomials, torch_math
+from bmrs_kernels.truncated_normal import polynomials, torch_quadrature
+from bmrs_kernels.uniform import torch_philox
 
-ROUNDS = tl.constexpr(philox.ROUNDS)
-MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(philox.MULTIPLIERS[0]), tl.constexpr(philox.MULTIPLIERS[1])
-INCREMENT_0, INCREMENT_1 = tl.constexpr(philox.KEY_INCREMENTS[0]), tl.constexpr(philox.KEY_INCREMENTS[1])
-UNUSED_BITS = tl.constexpr(32 - philox.UNIFORM_BITS)
+ROUNDS = tl.constexpr(torch_philox.ROUNDS)
+MULTIPLIER_0, MULTIPLIER_1 = (
+    tl.constexpr(torch_philox.MULTIPLIERS[0]),
+    tl.constexpr(torch_philox.MULTIPLIERS[1]),
+)
+INCREMENT_0, INCREMENT_1 = (
+    tl.constexpr(torch_philox.KEY_INCREMENTS[0]),
+    tl.constexpr(torch_philox.KEY_INCREMENTS[1]),
+)
+UNUSED_BITS = tl.constexpr(32 - torch_philox.UNIFORM_BITS)
 ONE_BITS = tl.constexpr(0x3F800000)
-ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0 ** -(philox.UNIFORM_BITS + 1))
+ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0 ** -(torch_philox.UNIFORM_BITS + 1))
 
-LOG_SIGMA_MIN = tl.constexpr(torch_math.LOG_SIGMA_MIN)
-LOG_SIGMA_MAX = tl.constexpr(torch_math.LOG_SIGMA_MAX)
-HALF_LOG_2PI = tl.constexpr(torch_math.HALF_LOG_2PI)
+LOG_SIGMA_MIN = tl.constexpr(torch_quadrature.LOG_SIGMA_MIN)
+LOG_SIGMA_MAX = tl.constexpr(torch_quadrature.LOG_SIGMA_MAX)
+HALF_LOG_2PI = tl.constexpr(torch_quadrature.HALF_LOG_2PI)
 
 LOG2 = tl.constexpr(polynomials.LOG2)
 QUANTILE = tl.constexpr(polynomials.QUANTILE)

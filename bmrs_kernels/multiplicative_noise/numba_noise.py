@@ -1,4 +1,4 @@
-"""Noise multiplied onto an activation by compiled CPU loops: the arrays and tiles that ``loops`` are called with.
+"""Noise multiplied onto an activation by compiled CPU loops: the arrays and tiles that ``numba_loops`` are called with.
 
 float64 activations and noise at given uniforms, which are float64 too, are left to tensor operations: in float64 these
 are faster than loops over scalar special functions.
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bmrs_kernels.loop_threads import in_threads
-from bmrs_kernels.multiplicative_noise import eager, loops
-from bmrs_kernels.multiplicative_noise.eager import draw_shape
+from bmrs_kernels.dispatch.numba_threads import in_threads
+from bmrs_kernels.multiplicative_noise import numba_loops, torch_noise
+from bmrs_kernels.multiplicative_noise.torch_noise import draw_shape
 
-sample_noise = eager.sample_noise
+sample_noise = torch_noise.sample_noise
 
-ACTIVATIONS = {None: loops.IDENTITY, "relu": loops.RELU, "tanh": loops.TANH}
+ACTIVATIONS = {None: numba_loops.IDENTITY, "relu": numba_loops.RELU, "tanh": numba_loops.TANH}
 # Of one thread, for an element; for the number of threads, these need not be exact.
 FORWARD_SECONDS, BACKWARD_SECONDS, UNIFORM_SECONDS, SCALING_SECONDS = 6e-9, 9e-9, 1e-9, 1e-9
 
@@ -55,7 +55,7 @@ class Noise:
         in_float64 = mu.dtype != torch.float32
         wide = [part.double().contiguous() if in_float64 else part.contiguous() for part in (mu, log_sigma)]
         factors = None if mask is None else mask.double().contiguous()
-        self.table = loops.constants_loop(
+        self.table = numba_loops.constants_loop(
             *(part.data_ptr() for part in wide),
             in_float64,
             0 if factors is None else factors.data_ptr(),
@@ -64,7 +64,7 @@ class Noise:
             self.upper,
         )
         self.sizes = (math.prod(shape[:dim]), mu.numel(), math.prod(shape[dim + 1 :]))
-        self.tile = loops.tile_shape(*self.sizes)
+        self.tile = numba_loops.tile_shape(*self.sizes)
         blocks = [-(-size // tile) for size, tile in zip(self.sizes, self.tile, strict=True)]
         self.num_sums, self.num_tiles = blocks[0] * blocks[2], math.prod(blocks)
 
@@ -72,7 +72,7 @@ class Noise:
         """Return activation(x) · θ · mask, contiguous; x is float32."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        loop = loops.forward_loop
+        loop = numba_loops.forward_loop
         source, target, number = x.data_ptr(), out.data_ptr(), ACTIVATIONS[activation]
         sizes, tile, lower, upper = self.sizes, self.tile, self.lower, self.upper
 
@@ -87,7 +87,7 @@ class Noise:
         grad, x = grad.contiguous(), x.contiguous()
         grad_x = torch.empty_like(x)
         sums = np.empty((2, self.num_sums, self.sizes[1]))
-        loop = loops.backward_loop
+        loop = numba_loops.backward_loop
         addresses, number = [part.data_ptr() for part in (grad, x, grad_x)], ACTIVATIONS[activation]
         options = (self.table, self.seed, self.sizes, self.tile, number)
         lower, upper = self.lower, self.upper
@@ -99,7 +99,7 @@ class Noise:
         in_float64 = self.dtype != torch.float32
         dtype = torch.float64 if in_float64 else torch.float32
         grad_mu, grad_log_sigma = (torch.empty(self.sizes[1], dtype=dtype, device="cpu") for _ in range(2))
-        loops.sum_loop(sums, self.table, grad_mu.data_ptr(), grad_log_sigma.data_ptr(), in_float64)
+        numba_loops.sum_loop(sums, self.table, grad_mu.data_ptr(), grad_log_sigma.data_ptr(), in_float64)
         return grad_x, grad_mu.to(self.dtype), grad_log_sigma.to(self.dtype)
 
 
@@ -129,7 +129,7 @@ class SharedNoise:
         if not self._in_rows(x):
             return _activated(x, activation) * self.theta.view(self.draws)
         out = torch.empty_like(x)
-        loop = loops.shared_forward_loop
+        loop = numba_loops.shared_forward_loop
         arguments = (
             x.data_ptr(),
             out.data_ptr(),
@@ -164,7 +164,7 @@ class SharedNoise:
 
     def _gradients_in_rows(self, grad: Tensor, x: Tensor, activation: str | None) -> tuple[Tensor, Tensor]:
         grad_x, sums = torch.empty_like(x), torch.empty(self.sizes[0], dtype=torch.float64, device="cpu")
-        loop = loops.shared_backward_loop
+        loop = numba_loops.shared_backward_loop
         addresses = [part.data_ptr() for part in (grad, x, grad_x, sums, self.theta)]
 
         def call(first: int, last: int) -> None:
@@ -176,7 +176,7 @@ class SharedNoise:
 
     def _in_rows(self, x: Tensor) -> bool:
         """Return whether the elements of a structure lie together, in rows that are worth a loop."""
-        return self.length >= loops.SHORTEST_STRIP and x.is_contiguous()
+        return self.length >= numba_loops.SHORTEST_STRIP and x.is_contiguous()
 
 
 def multiply_noise(
@@ -196,7 +196,7 @@ def multiply_noise(
     """Return activation(x) · θ · mask in x's memory layout; what backward needs again is put into ``kept``."""
     if x.dtype == torch.float64:
         arguments = (x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
-        return eager.multiply_noise(*arguments, kept=kept)
+        return torch_noise.multiply_noise(*arguments, kept=kept)
     if x.numel() == 0:
         return torch.empty_like(x)
     wide = _widened(x)
@@ -224,7 +224,7 @@ def multiply_noise_backward(
     """Return the gradients of ``multiply_noise`` in x, μ and log σ; bitwise the same on every run."""
     if x.dtype == torch.float64:
         arguments = (grad, x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
-        return eager.multiply_noise_backward(*arguments, kept=kept)
+        return torch_noise.multiply_noise_backward(*arguments, kept=kept)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(mu), torch.zeros_like(log_sigma)
     wide = _widened(x)
@@ -248,7 +248,7 @@ def uniform_stream(seed: Tensor, count: int) -> Tensor:
     number, array = int(seed), _array(out)
 
     def call(first: int, last: int) -> None:
-        loops.uniform_loop(number, array, first, last)
+        numba_loops.uniform_loop(number, array, first, last)
 
     in_threads(call, count, seconds=count * UNIFORM_SECONDS)
     return out

@@ -75,7 +75,7 @@ def numba_is_usable() -> bool:
 def _numba_compiles() -> bool:
     """Return whether the loops can be compiled, and warn if not: some versions of numba refuse a newer NumPy."""
     try:
-        importlib.import_module("bmrs_kernels.loop_math")
+        importlib.import_module("bmrs_kernels.truncated_normal.numba_special")
         if importlib.import_module("numba").config.DISABLE_JIT:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
     except (

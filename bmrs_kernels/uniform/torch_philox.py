@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bmrs_kernels.backend import resolve_backend
-from bmrs_kernels.registration import dispatcher_is_needed
+from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.dispatch.registration import dispatcher_is_needed
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -128,7 +128,7 @@ def philox_uniform(seed: Tensor | int, shape: Sequence[int], *, device: torch.de
     seed = seed_tensor(seed, torch.empty(0, device=device).device)
     count = math.prod(shape)
     if not dispatcher_is_needed(seed) and resolve_backend("auto", seed) == "numba":
-        from bmrs_kernels.multiplicative_noise import compiled
+        from bmrs_kernels.multiplicative_noise import numba_noise
 
-        return compiled.uniform_stream(seed, count).reshape(tuple(shape))
+        return numba_noise.uniform_stream(seed, count).reshape(tuple(shape))
     return uniform_stream(seed, count).reshape(tuple(shape))

@@ -1,1 +1,0 @@
-"""Everything that a pruning decision reads about a structure, in one pass."""
