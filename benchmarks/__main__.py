@@ -11,25 +11,25 @@ from collections.abc import Sequence
 COMMANDS = {
     "accuracy": ("benchmarks.accuracy.command", "measure the error of every quantity against the reference"),
     "compaction": (
-        "benchmarks.compaction",
+        "benchmarks.experiments.compaction",
         "compact the architectures that people use, beside Torch-Pruning",
     ),
     "finite-training": (
-        "benchmarks.finite_training",
+        "benchmarks.experiments.finite_training",
         "train with the functions here and with the plain formulas, and look for NaN",
     ),
-    "gpu-check": ("benchmarks.gpu_check", "test and time the kernels on this machine's GPU"),
-    "paper": ("benchmarks.paper", "repeat the paper's experiment on its small networks"),
+    "gpu-check": ("benchmarks.gpu.check", "test and time the kernels on this machine's GPU"),
+    "paper": ("benchmarks.experiments.paper", "repeat the paper's experiment on its small networks"),
     "peers": (
-        "benchmarks.peers.command",
+        "benchmarks.experiments.peers.command",
         "compare the recipe with other ways to a network of the same size",
     ),
-    "rules": ("benchmarks.peers.rules", "compare the decisions of rules on converged posteriors"),
-    "scaling": ("benchmarks.scaling", "time everything against its size, and fit the slopes"),
-    "readme": ("benchmarks.readme", "write the README's tables from the committed results"),
-    "step": ("benchmarks.step", "time training steps with noise against the same network without"),
-    "pruning": ("benchmarks.pruning", "time pruning decisions, compaction and the compacted networks"),
-    "profile": ("benchmarks.kernel_profile", "have Nsight Compute say what bounds each kernel"),
+    "rules": ("benchmarks.experiments.peers.rules", "compare the decisions of rules on converged posteriors"),
+    "scaling": ("benchmarks.speed.scaling", "time everything against its size, and fit the slopes"),
+    "readme": ("benchmarks.tables.readme", "write the README's tables from the committed results"),
+    "step": ("benchmarks.speed.step", "time training steps with noise against the same network without"),
+    "pruning": ("benchmarks.speed.pruning", "time pruning decisions, compaction and the compacted networks"),
+    "profile": ("benchmarks.gpu.profile", "have Nsight Compute say what bounds each kernel"),
     "machine-code": ("benchmarks.machine_code.command", "compile the kernels and read their machine code"),
 }
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import compaction
+from benchmarks.experiments import compaction
 from benchmarks.__main__ import main as benchmarks
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import bmrs
-from benchmarks import finite_training, plain_layer
+from benchmarks.experiments import finite_training
+from benchmarks.rivals import plain_layer
 from benchmarks.__main__ import main
-from benchmarks.finite_training import Run, Settings, train
-from benchmarks.plain_layer import PlainNoiseLayer, use_plain_formulas
+from benchmarks.experiments.finite_training import Run, Settings, train
+from benchmarks.rivals.plain_layer import PlainNoiseLayer, use_plain_formulas
 
 SHAPES = {(64, 5): 1, (3, 5, 4, 6): 1, (3, 4, 6, 5): -1}
 QUICK = ("--steps", "2", "--models", "mlp", "--seeds", "1", "--jobs", "1")

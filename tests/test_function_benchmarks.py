@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import bmrs_kernels
-from benchmarks import competitors, conftest, plain
-from benchmarks.activations import Activation
-from benchmarks.competitors import Contest, competitors_of, project_backends
-from benchmarks.function_cases import DIRECTIONS, Case, cases
-from benchmarks.function_results import Item, Measurements, results_table
+from benchmarks.speed import competitors
+from benchmarks.speed import conftest
+from benchmarks.rivals import plain
+from benchmarks.speed.activation_shapes import Activation
+from benchmarks.speed.competitors import Contest, competitors_of, project_backends
+from benchmarks.speed.function_cases import DIRECTIONS, Case, cases
+from benchmarks.speed.function_results import Item, Measurements, results_table
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

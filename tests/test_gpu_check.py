@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_report, measure, processes  # noqa: E402
+from benchmarks import processes  # noqa: E402
+from benchmarks.gpu import report as gpu_report
+from benchmarks.speed import stopwatch as measure
 from benchmarks.__main__ import main  # noqa: E402
 
 LARGE = {"activation": "64x64x112x112", "x_bytes": 64 << 20}
@@ -229,7 +231,7 @@ def test_programs_are_stopped_at_their_limit(tmp_path):
 
 def test_outputs_of_other_programs_are_understood():
     pytest.importorskip("triton")
-    from benchmarks import gpu_correctness
+    from benchmarks.gpu import correctness as gpu_correctness
 
     output = "....\n1 failed, 41 passed, 3 skipped, 2 errors in 12.34s\n"
     expected = {"failed": 1, "passed": 41, "skipped": 3, "errors": 2}
@@ -278,7 +280,7 @@ RACES = """\
 )
 def test_each_sanitizer_runs_the_cases_and_its_reports_are_understood(tool, output, expected, monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import gpu_correctness
+    from benchmarks.gpu import correctness as gpu_correctness
 
     started = []
 
@@ -293,14 +295,16 @@ def test_each_sanitizer_runs_the_cases_and_its_reports_are_understood(tool, outp
     assert found["summary"].startswith("1 kernels, ")
     ((command, settings),) = started
     assert command[:3] == ["/bin/compute-sanitizer", "--tool", tool]
-    assert command[-3:] == [sys.executable, "-m", "benchmarks.sanitize_cases"]
+    assert command[-3:] == [sys.executable, "-m", "benchmarks.gpu.sanitized_cases"]
     assert ("--report-api-errors" in command) == (tool == "memcheck")
     assert settings == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def test_the_check_has_all_its_stages_and_sanitizes_compiled_kernels(tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import gpu_check, gpu_correctness, timing
+    from benchmarks.gpu import check as gpu_check
+    from benchmarks.gpu import correctness as gpu_correctness
+    from benchmarks.gpu import noise_times as timing
 
     order = []
 
@@ -330,7 +334,7 @@ def test_the_check_has_all_its_stages_and_sanitizes_compiled_kernels(tmp_path, m
 
 def test_without_the_sanitizer_its_stages_are_skipped(monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import gpu_correctness
+    from benchmarks.gpu import correctness as gpu_correctness
 
     monkeypatch.setattr(gpu_correctness.shutil, "which", lambda name, path: None)
     for tool in gpu_correctness.SANITIZERS:
@@ -339,7 +343,7 @@ def test_without_the_sanitizer_its_stages_are_skipped(monkeypatch):
 
 def test_the_kernels_tests_need_no_package_that_a_gpus_machine_may_lack(monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import gpu_correctness
+    from benchmarks.gpu import correctness as gpu_correctness
 
     started = []
 
@@ -362,8 +366,8 @@ def test_the_kernels_tests_need_no_package_that_a_gpus_machine_may_lack(monkeypa
 
 def test_bytes_are_those_that_have_to_move():
     pytest.importorskip("triton")
-    from benchmarks import timing
-    from benchmarks.activations import Activation
+    from benchmarks.gpu import noise_times as timing
+    from benchmarks.speed.activation_shapes import Activation
 
     case = timing.Case(Activation((3, 5, 7)), "element", "bfloat16")
     assert case.x_bytes == 210
@@ -375,7 +379,7 @@ def test_bytes_are_those_that_have_to_move():
 
 def test_the_timed_cases():
     pytest.importorskip("triton")
-    from benchmarks import timing
+    from benchmarks.gpu import noise_times as timing
 
     cases = timing.cases()
     assert len({case.name for case in cases}) == len(cases)
@@ -393,7 +397,7 @@ def test_the_timed_cases():
 
 @pytest.mark.slow
 def test_every_kernel_has_a_case_for_the_sanitizer():
-    finished = run_interpreted("-m", "benchmarks.sanitize_cases", "--device", "cpu")
+    finished = run_interpreted("-m", "benchmarks.gpu.sanitized_cases", "--device", "cpu")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "NOT LAUNCHED" not in finished.stdout
     defined = {
@@ -417,8 +421,10 @@ def test_rehearsal():
 
 def rehearse() -> None:
     """Run the stages on the CPU, on shapes of a few elements."""
-    from benchmarks import gpu_check, gpu_correctness, timing
-    from benchmarks.activations import Activation
+    from benchmarks.gpu import check as gpu_check
+    from benchmarks.gpu import correctness as gpu_correctness
+    from benchmarks.gpu import noise_times as timing
+    from benchmarks.speed.activation_shapes import Activation
 
     def copying_capture(call):
         """Stand in for a CUDA graph."""

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import kernel_profile, processes
+from benchmarks import processes
+from benchmarks.gpu import profile as kernel_profile
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ def test_the_command_writes_its_table_and_all_numbers(gpu, tmp_path, monkeypatch
     (command,) = started
     assert command[0] == "/opt/ncu"
     assert command[command.index("--clock-control") + 1] == "none"
-    assert command[-3:] == [sys.executable, "-m", "benchmarks.profiled_cases"]
+    assert command[-3:] == [sys.executable, "-m", "benchmarks.gpu.profiled_cases"]
     names = command[command.index("--kernel-name") + 1]
     assert names.startswith("regex:^(")
     assert "|draw_kernel|" in names
@@ -134,8 +135,10 @@ def test_without_ncu_one_line_and_exit_code_2(gpu, monkeypatch, capsys):
 @pytest.mark.slow
 def test_every_kernel_is_profiled():
     small = """
-from benchmarks import profiled_cases, sanitize_cases, timing
-from benchmarks.activations import Activation
+from benchmarks.gpu import profiled_cases
+from benchmarks.gpu import sanitized_cases as sanitize_cases
+from benchmarks.gpu import noise_times as timing
+from benchmarks.speed.activation_shapes import Activation
 image = Activation((2, 4, 4, 4))
 shapes = {True: image._replace(channels_last=True), False: image}
 profiled_cases.NOISE = tuple(

@@ -10,8 +10,13 @@ from torch import nn
 
 import bmrs
 from benchmarks.__main__ import main as benchmarks
-from benchmarks.peers import command, picture, rivals, rules, table, trainings
-from benchmarks.peers.budget import Chain, Cost
+from benchmarks.experiments.peers import command
+from benchmarks.experiments.peers import picture
+from benchmarks.rivals import torch_pruning as rivals
+from benchmarks.experiments.peers import rules
+from benchmarks.experiments.peers import table
+from benchmarks.experiments.peers import trainings
+from benchmarks.experiments.peers.budget import Chain, Cost
 from bmrs.costs import flops, num_parameters
 from bmrs.data import EMBEDDED, Split
 from bmrs.models import MLP, LeNet5
@@ -54,7 +59,7 @@ class TestBudget:
 
     @pytest.mark.parametrize("most", [2_000_000, 0])
     def test_best_widths_keep_the_budget_and_the_best_structures(self, most, monkeypatch):
-        monkeypatch.setattr("benchmarks.peers.budget._MOST_WIDTHS", most)
+        monkeypatch.setattr("benchmarks.experiments.peers.budget._MOST_WIDTHS", most)
         chain = Chain.of(MLP(in_features=50, num_blocks=1, hidden=100, noise=False), torch.randn(1, 50))
         target = chain.cost((50, 50))
         even = [torch.full((100,), 1.0), torch.full((100,), 1.0)]

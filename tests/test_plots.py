@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from speed_rows import ABOUT, GPU, all_rows, function_rows, step_rows
 
-from benchmarks import plots, records
+from benchmarks.tables import plots
+from benchmarks.tables import records
 
 MACHINE = records.machine_of(ABOUT)
 

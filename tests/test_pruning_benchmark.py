@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import bmrs
-from benchmarks import pruning, records
+from benchmarks.speed import pruning
+from benchmarks.tables import records
 from benchmarks.__main__ import main
-from benchmarks.measure import Stopwatch
-from benchmarks.networks import (
+from benchmarks.speed.stopwatch import Stopwatch
+from benchmarks.speed.networks import (
     RESNET50,
     SMALL_RESNET50,
     Network,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bmrs
-from benchmarks import readme
+from benchmarks.tables import readme
 from benchmarks.__main__ import COMMANDS
 from benchmarks.__main__ import main as benchmarks
 

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import records, scaling
+from benchmarks.tables import records
+from benchmarks.speed import scaling
 from benchmarks.__main__ import main
 
 CPU = torch.device("cpu")

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 import bmrs
-from benchmarks import networks, records, step
+from benchmarks.speed import networks
+from benchmarks.tables import records
+from benchmarks.speed import step
 from benchmarks.__main__ import main
-from benchmarks.measure import Round, Stopwatch
-from benchmarks.networks import Network, with_noise_inside
-from benchmarks.plain_layer import PlainNoiseLayer
-from benchmarks.step import NO_NOISE, Way
+from benchmarks.speed.stopwatch import Round, Stopwatch
+from benchmarks.speed.networks import Network, with_noise_inside
+from benchmarks.rivals.plain_layer import PlainNoiseLayer
+from benchmarks.speed.step import NO_NOISE, Way
 from bmrs.noise_layer import noise_layers
 
 CPU = torch.device("cpu")

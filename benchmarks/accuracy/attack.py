@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy import points
 from benchmarks.accuracy.contract import BOUNDS, LOG_SIGMA_RANGE, MU_RANGE, SMALLEST_UNIFORM
-from benchmarks.accuracy.measure import Measured, Setting, errors, input_rounding, is_undetermined, run
+from benchmarks.accuracy.errors import Measured, Setting, errors, input_rounding, is_undetermined, run
 from benchmarks.accuracy.points import Points
 from benchmarks.accuracy.progress import progress
 from benchmarks.accuracy.quantities import QUANTITIES, Quantity

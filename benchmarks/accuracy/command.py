@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.accuracy.attack import attack, keep
 from benchmarks.accuracy.heat_map import draw
-from benchmarks.accuracy.measure import Setting, failures, measure
+from benchmarks.accuracy.errors import Setting, failures, measure
 from benchmarks.accuracy.narrow import measure_narrow
 from benchmarks.accuracy.points import DOMAIN_POINTS
 from benchmarks.accuracy.progress import progress

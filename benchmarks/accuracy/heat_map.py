@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.accuracy.contract import BOUNDS, LOG_SIGMA_RANGE, LOWER, MU_RANGE, UPPER
-from benchmarks.accuracy.measure import Setting, errors_of_both
+from benchmarks.accuracy.errors import Setting, errors_of_both
 from benchmarks.accuracy.points import Points
 from benchmarks.accuracy.quantities import Quantity
 from benchmarks.accuracy.table import Judged

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bmrs_kernels
 from benchmarks.accuracy.contract import BOUNDS, LOWER, UPPER
-from benchmarks.accuracy.measure import Setting, dtype_name
+from benchmarks.accuracy.errors import Setting, dtype_name
 from benchmarks.accuracy.points import over_domain, sobol
 from bmrs_kernels.dispatch.backend import INTERPRETING
 from bmrs_kernels.multiplicative_noise import reference

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bmrs_kernels
-from benchmarks import plain
+from benchmarks.rivals import plain
 from benchmarks.accuracy import oracle
 from benchmarks.accuracy.contract import LOWER, UPPER
 from bmrs_kernels.multiplicative_noise import torch_noise

@@ -16,14 +16,15 @@ from benchmarks.accuracy.contract import (
     MU_RANGE,
     UPPER,
 )
-from benchmarks.accuracy.measure import Measured, Setting, Worst, as_record, dtype_name
+from benchmarks.accuracy.errors import Measured, Setting, Worst, as_record, dtype_name
 from benchmarks.accuracy.narrow import NarrowErrors
 from benchmarks.environment import one_line
-from benchmarks.markdown import table
+from benchmarks.tables.markdown import table
+from benchmarks.tables.records import RESULTS
 from bmrs_kernels.dispatch.backend import INTERPRETING
 
 WORST_COLUMNS = ("quantity", "point", "set", "got", "true", "error", "rounding")
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+ACCURACY_RESULTS = RESULTS / "accuracy"
 
 
 def regressions(measured: Sequence[Measured], setting: Setting) -> list[str]:
@@ -59,7 +60,7 @@ def regressions(measured: Sequence[Measured], setting: Setting) -> list[str]:
 
 def committed_report(setting: Setting) -> Path:
     """Return where the committed report of a setting is, or would be."""
-    return RESULTS / f"{setting}.json"
+    return ACCURACY_RESULTS / f"{setting}.json"
 
 
 def as_json(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.machine_code.cases import WIDEST_ACCESS
-from benchmarks.machine_code.measure import FLOOR_TARGET, Measurement
+from benchmarks.machine_code.counts import FLOOR_TARGET, Measurement
 
 BUDGET_FILE = Path(__file__).parent / "budget.json"
 MARGIN, SIGNIFICANT_DIGITS = 0.02, 3

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.environment import git_commit
 from benchmarks.machine_code import sass
-from benchmarks.machine_code.measure import FLOOR_TARGET, H100, TYPICAL_PATH, Measurement, PathCost
-from benchmarks.markdown import table
+from benchmarks.machine_code.counts import FLOOR_TARGET, H100, TYPICAL_PATH, Measurement, PathCost
+from benchmarks.tables.markdown import table
 
 _SHORT_CLASSES = ("fp32", "fp64", "int", "convert", "special", "load", "store", "spill", "shared", "control")
 

@@ -11,7 +11,7 @@ import pytest
 import bmrs_kernels
 from benchmarks.machine_code import budget, command, pointers, sass, source_lines
 from benchmarks.machine_code.cases import Case, all_cases, launches
-from benchmarks.machine_code.measure import H100, REGIMES, Access, Measurement, PathCost, measure_all
+from benchmarks.machine_code.counts import H100, REGIMES, Access, Measurement, PathCost, measure_all
 
 KERNEL_MODULES = [
     module.name

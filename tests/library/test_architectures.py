@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 import bmrs
-from benchmarks.zoo import ENTRIES, Entry
+from benchmarks.experiments.zoo import ENTRIES, Entry
 from bmrs.noise_layer import noise_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,7 +7,7 @@ from residual_cases import BasicBlock, RandomResidual, SmallResNet, Sum
 from torch import nn
 
 import bmrs
-from benchmarks.networks import ResNet50
+from benchmarks.speed.networks import ResNet50
 from bmrs.noise_layer import NoiseLayer, noise_layers
 
 

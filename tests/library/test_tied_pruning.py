@@ -7,7 +7,7 @@ from residual_cases import RandomResidual, SmallResNet, Sum
 from torch import nn
 
 import bmrs
-from benchmarks.networks import Bottleneck
+from benchmarks.speed.networks import Bottleneck
 from bmrs.graph.ties import tied_noise_layers
 from bmrs.noise_layer import NoiseLayer, noise_layers
 

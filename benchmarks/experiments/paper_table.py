@@ -1,0 +1,139 @@
+"""The table of the paper's experiment on its small networks, from the runs that ``python -m benchmarks paper`` kept."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.tables.markdown import table
+from bmrs.training import RunError
+
+Row = Mapping[str, Any]
+
+RUNS = "runs.jsonl"
+# In the order of the table.
+NAMES = {
+    "mnist": "MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "fashion-mnist-subset": "Fashion-MNIST subset",
+    "mlp": "MLP",
+    "lenet5": "LeNet-5",
+    "element": "element",
+    "sample": "sample",
+    "batch": "batch",
+    "bmrs-n": "BMRS_N",
+    "bmrs-u-8": "BMRS_U-8",
+    "bmrs-u-4": "BMRS_U-4",
+    "snr": "SNR",
+    "mean": "E[θ]",
+}
+
+
+class Group(NamedTuple):
+    """What a line of the table is about."""
+
+    data: str
+    network: str
+    epochs: tuple[int, int]  # of training and of fine-tuning
+    granularity: str
+    criterion: str
+
+
+def load(path: Path) -> list[Row]:
+    """Return the finished runs of a file, none if there is no file.
+
+    Raises:
+        RunError: A line is broken.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}, line {number}: not the JSON of a run; remove the line") from error
+    return rows
+
+
+def readme(results: Path) -> str:
+    """Return the table of the committed runs with what it belongs to, nothing if there are none."""
+    rows = load(results / "paper" / RUNS)
+    if not rows:
+        return ""
+    machines = {row["environment"].get("GPU") or row["environment"]["CPU"] for row in rows}
+    versions = {row["environment"]["torch"] for row in rows}
+    return f"{', '.join(sorted(machines))}; torch {', '.join(sorted(versions))}:\n\n{as_markdown(rows)}"
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """Return means and standard deviations over the seeds, and the runs that failed."""
+    groups: dict[Group, list[Row]] = {}
+    dense: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        epochs = row["settings"]["epochs"], row["settings"]["fine_tune_epochs"]
+        setting = row["data"], row["network"], epochs
+        if row["criterion"] is None:
+            dense.setdefault(setting, []).append(row)
+        else:
+            groups.setdefault(Group(*setting, row["granularity"], row["criterion"]), []).append(row)
+    lines = []
+    for group in sorted(groups, key=_place):
+        finished = [row for row in groups[group] if not row["failure"]]
+        without_noise = [row for row in dense.get(group[:3], []) if not row["failure"]]
+        lines.append(
+            (
+                NAMES[group.data],
+                NAMES[group.network],
+                # Of a matrix, every element is an example's structure.
+                "element = sample" if group[1::2] == ("mlp", "element") else group.granularity,
+                NAMES[group.criterion],
+                " + ".join(map(str, group.epochs)),
+                len(finished),
+                _spread(row["compression_percent"] for row in finished),
+                _spread(100 * row["test_accuracy"] for row in finished),
+                _spread(100 * row["test_accuracy"] for row in without_noise),
+                f"{statistics.mean(row['seconds'] for row in groups[group]):.1f}",
+                " and ".join(dict.fromkeys(_way(row) for row in groups[group])),
+            )
+        )
+    columns = (
+        *("data", "network", "granularity", "criterion", "epochs", "seeds"),
+        *("compression, %", "test accuracy, %", "without noise, %", "seconds a run", "steps"),
+    )
+    parts = [
+        table(columns, lines),
+        "Means ± standard deviations over the seeds. Compression is the paper's: the share of all trainable values, "
+        "μ and log σ too, that pruning makes superfluous. Accuracy is that of the masked network with E[θ].",
+    ]
+    failed = [
+        f"- {row['data']}, {row['network']}, {row['granularity']}, {row['criterion']}, seed {row['seed']}: "
+        f"{row['failure']}"
+        for row in rows
+        if row["failure"]
+    ]
+    if failed:
+        parts.append("Failed runs, which the means leave out:\n\n" + "\n".join(failed))
+    return "\n\n".join(parts)
+
+
+def _place(group: Group) -> list[Any]:
+    names = list(NAMES)
+    return [names.index(part) if isinstance(part, str) else part for part in group]
+
+
+def _way(row: Row) -> str:
+    way = "CUDA graph" if row["cuda_graph"] else "eager"
+    return way if row["jobs"] == 1 else f"{way}, {row['jobs']} runs at a time"
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = list(values)
+    if not found:
+        return ""
+    mean = f"{statistics.mean(found):.2f}"
+    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.2f}"

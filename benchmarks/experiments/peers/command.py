@@ -1,0 +1,138 @@
+"""Compare the recipe of `bmrs train` with what one would do instead: ``python -m benchmarks peers --data-dir DIR``.
+
+For each data set, network and seed all ways start from the same trained network and have the same number of epochs and
+the same schedule. Every finished network is written down at once, and the same command, started again, goes on with
+the others. The exit code is 1 if a run failed and 2 if none could be started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from benchmarks.environment import environment
+from benchmarks.options import positive
+from benchmarks.experiments.peers import table
+from benchmarks.experiments.peers.trainings import CPU, Comparison, Row, Subject, config_of
+from benchmarks.tables.records import RESULTS
+from bmrs.data import EMBEDDED, DataError
+from bmrs.training import CollapseError, ConfigError, NonFiniteError
+from bmrs.training.config import DataName, ModelName
+from bmrs.training.run import load
+
+SEEDS_OF_FULL_SETS = 3
+
+
+class OutOfTimeError(Exception):
+    """The time limit came while a network was trained."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code."""
+    options = _parsed(arguments)
+    try:
+        import torch_pruning  # noqa: F401
+    except ModuleNotFoundError:
+        print("peers: Torch-Pruning is missing: pip install torch-pruning==1.6.1", file=sys.stderr)
+        return 2
+    subjects = _subjects(options.data, options.networks, options.seeds)
+    deadline = time.time() + 60 * options.minutes
+    train = functools.partial(_train, options=options, deadline=deadline, about=environment(options.commit))
+    if options.jobs == 1:
+        failures = [train(subject) for subject in subjects]
+    else:
+        # Not forked: a process that has used several threads cannot safely be.
+        with get_context("spawn").Pool(options.jobs, torch.set_num_threads, (1,)) as pool:
+            failures = list(pool.imap_unordered(train, subjects))
+    for failure in filter(None, failures):
+        print(f"peers: {failure}", file=sys.stderr)
+    rows = table.load(options.output)
+    print(table.as_markdown(rows))
+    return int(any(failures))
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks peers", description=__doc__)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        choices=[name for name in get_args(DataName) if name != "cifar10"],
+        default=[EMBEDDED, "fashion-mnist", "mnist"],
+        help="(the embedded images and both full sets)",
+    )
+    parser.add_argument("--networks", nargs="+", choices=get_args(ModelName), default=["lenet5", "mlp"])
+    parser.add_argument(
+        "--seeds",
+        type=positive,
+        default=5,
+        help=f"number of seeds, from 0; at most {SEEDS_OF_FULL_SETS} of the full sets (%(default)s)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="folder with a folder for each data set, of its name, with the official files",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "peers" / table.RUNS,
+        help="file that rows are added to; by default the committed one",
+    )
+    parser.add_argument("--methods", nargs="+", choices=table.METHODS, help="ways to a smaller network (all)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="time limit (none)")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes of one thread (%(default)s)")
+    parser.add_argument("--commit", help="what is run, where git cannot tell")
+    return parser.parse_args(arguments)
+
+
+def _subjects(data: Iterable[DataName], networks: Iterable[ModelName], seeds: int) -> list[Subject]:
+    """Seed after seed, so that the table is balanced whenever the runs are stopped."""
+    return [
+        Subject(name, network, seed)
+        for seed in range(seeds)
+        for network in networks
+        for name in data
+        if name == EMBEDDED or seed < SEEDS_OF_FULL_SETS
+    ]
+
+
+def _train(subject: Subject, *, options: argparse.Namespace, deadline: float, about: Row) -> str | None:
+    """Train all that a subject lacks; returns what went wrong, None if nothing did or time was up."""
+    torch.set_num_threads(1)
+
+    def check_time() -> None:
+        if time.time() > deadline:
+            raise OutOfTimeError
+
+    done = [
+        row for row in table.load(options.output) if all(row[k] == v for k, v in subject._asdict().items())
+    ]
+    folder = None if options.data_dir is None else str(options.data_dir / subject.data)
+    try:
+        check_time()
+        config = config_of(subject, folder)
+        comparison = Comparison(subject, config, load(config, CPU), check_time, options.methods)
+        for row in comparison.rows(done):
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, "environment": about}, ensure_ascii=False) + "\n")
+            line = f"{subject.data} {subject.network} {subject.seed} {row['size']} {row['method']}"
+            print(f"{line}: {row['accuracy']:.2%}, {row['seconds']} s", file=sys.stderr, flush=True)
+    except OutOfTimeError:
+        return None
+    except (ConfigError, DataError, OSError, NonFiniteError, CollapseError) as error:
+        return f"{' '.join(map(str, subject))}: {error}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

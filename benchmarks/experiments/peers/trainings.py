@@ -1,0 +1,363 @@
+"""The runs of one network, one data set and one seed: every way to a smaller network, in as many epochs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bmrs
+from benchmarks.rivals import torch_pruning as rivals
+from benchmarks.experiments.peers.budget import Chain
+from bmrs.costs import flops, num_parameters
+from bmrs.data import EMBEDDED, Dataset
+from bmrs.noise_layer import noise_layers
+from bmrs.posteriors import PosteriorLearner
+from bmrs.training import TrainConfig, algorithm1, recipe
+from bmrs.training.checkpoint import TrainingState
+from bmrs.training.config import DataName, ModelName
+from bmrs.training.epoch import batches_of
+from bmrs.training.fit import fit, fitting_state
+from bmrs.training.measure import accuracy
+
+CPU = torch.device("cpu")
+SIZES = ("own", "40 %", "20 %", "8 %")
+"""What the networks that are compared take: what the posteriors leave by themselves, and shares of the FLOPs."""
+
+RIVALS = {
+    "random, uniform": ("random", False),
+    "L2, uniform": ("L2", False),
+    "Taylor, uniform": ("Taylor", False),
+    "L2, global": ("L2", True),
+    "Taylor, global": ("Taylor", True),
+}
+
+
+WEIGHT_RATES = {"weights trained slowly, uniform": 0.1, "weights trained, uniform": 1.0}
+"""Variants that train the weights while the noise learns, at a share of the learning rate; on the embedded images."""
+
+
+class Subject(NamedTuple):
+    """What is pruned."""
+
+    data: DataName
+    network: ModelName
+    seed: int
+
+
+Row = dict[str, Any]
+
+
+def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainConfig:
+    """Return what `bmrs train` would be told.
+
+    The settings were chosen on validation images, of other seeds' splits, and the learning rate is one that suits the
+    small networks of all ways.
+    """
+    embedded = subject.data == EMBEDDED
+    schedule = (8, 3, 12) if embedded else (5, 1, 6)
+    names = ("epochs", "noise_epochs", "fine_tune_epochs")
+    return TrainConfig(
+        data=subject.data,
+        data_dir=None if embedded else data_dir,
+        model=subject.network,
+        seed=subject.seed,
+        device="cpu",
+        lr=3e-3 if embedded else 4e-3,
+        batch_size=32 if embedded else 128,
+        noise_lr=5e-2 if embedded else 1e-1,
+        **dict(zip(names, schedule, strict=True)) | epochs,
+    ).resolved()
+
+
+class Built(NamedTuple):
+    """A network of a row.
+
+    Attributes:
+        model: as trained to the end.
+        before: test accuracies by name before any weight was trained after pruning.
+        epochs: of training in all.
+    """
+
+    model: nn.Module
+    before: dict[str, float]
+    epochs: int
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All ways for one subject.
+
+    Attributes:
+        subject: What is pruned.
+        config: The options of the recipe; the others get as many epochs.
+        data: Preprocessed images.
+        check_time: Called at each step; raises when there is no time left.
+        methods: The ways that are wanted; None for all.
+    """
+
+    subject: Subject
+    config: TrainConfig
+    data: Dataset
+    check_time: Callable[[], None]
+    methods: Sequence[str] | None = None
+
+    def rows(self, done: Sequence[Row]) -> Iterator[Row]:
+        """Train what is not done yet, and yield a row for each network, the most informative ones first."""
+        finished = {(row["size"], row["method"]) for row in done}
+        for size, method, build in self._ways():
+            if (size, method) in finished or (self.methods is not None and method not in self.methods):
+                continue
+            started = time.perf_counter()
+            built = build()
+            if built is None:
+                continue
+            yield {
+                **self.subject._asdict(),
+                "size": size,
+                "method": method,
+                "settings": self.config.settings._asdict(),
+                "epochs": built.epochs,
+                "widths": [len(built.model.get_submodule(name).weight) for name in self.chain.names],  # type: ignore[arg-type]
+                "parameters": num_parameters(built.model),
+                "flops": flops(built.model, self.data.test.images[:1]),
+                **{f"{name}_accuracy": value for name, value in built.before.items()},
+                "accuracy": accuracy(built.model, self.data.test),
+                "validation_accuracy": accuracy(built.model, self.data.validation),
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+
+    def _ways(self) -> Iterator[tuple[str, str, Callable[[], Built | None]]]:
+        yield "dense", "dense", self._dense
+        yield "dense", "trained", lambda: Built(self.trained, {}, self.config.settings.epochs)
+        for size in SIZES:
+            yield size, "bmrs", functools.partial(self._bmrs, size, uniform=False)
+            yield size, "scratch", functools.partial(self._scratch, size)
+            for method, (criterion, everywhere) in RIVALS.items():
+                if everywhere and size == "own":
+                    continue  # the widths are given
+                yield size, method, functools.partial(self._rival, size, criterion, everywhere)
+            if size != "own":
+                yield size, "bmrs, uniform", functools.partial(self._bmrs, size, uniform=True)
+                yield size, "paper's training, uniform", functools.partial(self._paper, size)
+            if size != "own" and self.subject.data == EMBEDDED:
+                for method in WEIGHT_RATES:
+                    yield size, method, functools.partial(self._weights_trained, size, method)
+
+    # What the ways have in common, made once.
+
+    @functools.cached_property
+    def chain(self) -> Chain:
+        """The dense network's layers."""
+        return Chain.of(recipe.untrained(self.config, self.data, CPU), self.data.test.images[:1])
+
+    @functools.cached_property
+    def trained(self) -> nn.Module:
+        """The network that all pruning starts from."""
+        return self._fit(recipe.untrained(self.config, self.data, CPU), self.config.settings.epochs)
+
+    @functools.cached_property
+    def noisy(self) -> nn.Module:
+        """That network with learned posteriors."""
+        state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
+        recipe.learn_noise(state, self.data, self.config, save=_nothing, progress=self._progress)
+        return state.model
+
+    @functools.cached_property
+    def evidence(self) -> list[Tensor]:
+        """Of each layer's structures, what the likelihood loses without it, to second order: T/2·SNR² nats."""
+        prices = bmrs.structure_prices(
+            recipe.noisy_state(self.trained, self.config, self.data, CPU).model,
+            self.data.train.images[:1],
+            exponent=self.config.price_exponent or 0.0,
+        )
+        return [
+            0.5 * prices[name] * bmrs.SNR()(layer).scores.cpu() ** 2
+            for name, layer in noise_layers(self.noisy).items()
+        ]
+
+    @functools.cached_property
+    def rivals_scores(self) -> dict[str, list[Tensor]]:
+        """Those of Torch-Pruning."""
+        return rivals.scores(self.trained, self.chain.names, self.data.train, seed=self.subject.seed)
+
+    @functools.cached_property
+    def paper_noisy(self) -> nn.Module:
+        """A network trained with noise and the paper's KL weight for as long as training and noise take here."""
+        settings = self.config.settings
+        assert settings.noise_epochs is not None, "settings have it for this recipe"
+        config = TrainConfig(
+            recipe="paper",
+            mode="post-training",
+            data=self.config.data,
+            data_dir=self.config.data_dir,
+            model=self.config.model,
+            seed=self.config.seed,
+            device="cpu",
+            epochs=settings.epochs + settings.noise_epochs,
+            fine_tune_epochs=0,
+            batch_size=settings.batch_size,
+            granularity="sample",
+        ).resolved()
+        state = algorithm1.new_state(config, self.data, noise=True, device=CPU)
+        algorithm1.train(state, self.data, config, save=_nothing, progress=self._progress)
+        for layer in noise_layers(state.model).values():
+            layer.mask.fill_(True)  # the size decides how many stay
+        return state.model
+
+    # The ways.
+
+    def _dense(self) -> Built:
+        epochs = recipe.total_epochs(self.config)
+        return Built(self._fit(recipe.untrained(self.config, self.data, CPU), epochs), {}, epochs)
+
+    def _bmrs(self, size: str, *, uniform: bool) -> Built | None:
+        widths = self._uniform(size) if uniform else self._own_widths(size)
+        if widths is None:
+            return None
+        model = _masked(self.noisy, self.evidence, widths)
+        examples = self.data.train.images[: recipe.EXAMPLES]
+        before = {
+            "pruned": accuracy(bmrs.compact(model, examples), self.data.test),
+            "refitted": accuracy(bmrs.compact(model, examples, refit_to=self.trained), self.data.test),
+        }
+        start = bmrs.compact(model, examples, expected_noise=False)
+        return Built(self._fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config))
+
+    def _scratch(self, size: str) -> Built | None:
+        widths = self._own_widths(size)
+        if widths is None:
+            return None
+        examples = self.data.train.images[:2]
+        same = bmrs.compact(_masked(self.noisy, self.evidence, widths), examples)
+        epochs = recipe.total_epochs(self.config)
+        return Built(self._fit(recipe.untrained_copy(same, self.config), epochs), {}, epochs)
+
+    def _rival(self, size: str, criterion: str, everywhere: bool) -> Built | None:
+        scores = self.rivals_scores[criterion]
+        if everywhere:
+            widths = self.chain.best(scores, self.chain.cost(self._uniform(size)))
+        else:
+            widths = self._own_widths(size) if size == "own" else self._uniform(size)
+        if widths is None:
+            return None
+        kept = {
+            name: _best(each, width)
+            for name, each, width in zip(self.chain.names, scores, widths, strict=True)
+        }
+        start = rivals.pruned(self.trained, kept, self.data.train.images[:2])
+        before = {"pruned": accuracy(start, self.data.test)}
+        epochs = recipe.total_epochs(self.config) - self.config.settings.epochs
+        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))
+
+    def _paper(self, size: str) -> Built:
+        layers = noise_layers(self.paper_noisy).values()
+        scores = [-bmrs.BMRSNormal()(layer).scores.cpu() for layer in layers]
+        model = _masked(self.paper_noisy, scores, self._uniform(size))
+        start = bmrs.compact(model, self.data.train.images[:2])
+        before = {"pruned": accuracy(start, self.data.test)}
+        epochs = self.config.settings.fine_tune_epochs
+        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))
+
+    def _weights_trained(self, size: str, method: str) -> Built:
+        model = self._noisy_with_weights(WEIGHT_RATES[method])
+        scores = [bmrs.SNR()(layer).scores.cpu() for layer in noise_layers(model).values()]
+        start = bmrs.compact(
+            _masked(model, scores, self._uniform(size)), self.data.train.images[: recipe.EXAMPLES]
+        )
+        before = {"pruned": accuracy(start, self.data.test)}
+        epochs = recipe.total_epochs(self.config)
+        return Built(self._fit(start, self.config.settings.fine_tune_epochs), before, epochs)
+
+    @functools.cache  # noqa: B019 - as long as the comparison lives
+    def _noisy_with_weights(self, share: float) -> nn.Module:
+        """The trained network with posteriors that were learned while its weights went on training."""
+        settings, train = self.config.settings, self.data.train
+        assert settings.noise_epochs is not None, "settings have it for this recipe"
+        state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
+        prices = bmrs.structure_prices(
+            state.model, train.images[:1], exponent=self.config.price_exponent or 0.0
+        )
+        learner = PosteriorLearner(
+            state.model,
+            temperature=settings.temperature or 1.0,
+            dataset_size=len(train),
+            learning_rate=settings.noise_lr,
+            prices=prices,
+            weight_lr=share * settings.lr,
+        )
+        with learner:
+            for _ in range(settings.noise_epochs):
+                for batch in batches_of(state, train, self.config):
+                    self.check_time()
+                    learner.step(F.cross_entropy(state.model(train.images[batch]), train.labels[batch]))
+        return state.model
+
+    def _own_widths(self, size: str) -> tuple[int, ...] | None:
+        if size != "own":
+            return self.chain.best(self.evidence, self.chain.cost(self._uniform(size)))
+        kept = [int((~bmrs.BMRSOdds()(layer).prune).sum()) for layer in noise_layers(self.noisy).values()]
+        return tuple(max(1, count) for count in kept)
+
+    def _uniform(self, size: str) -> tuple[int, ...]:
+        return self.chain.uniform(float(size.removesuffix("%")) / 100)
+
+    @property
+    def _tuning_epochs(self) -> int:
+        # Noise that settled early does not get longer fine-tuning here, so that all rows of a size compare.
+        return self.config.settings.fine_tune_epochs
+
+    def _fit(self, model: nn.Module, epochs: int) -> nn.Module:
+        state = fitting_state(copy.deepcopy(model), self.config, CPU)
+        fit(
+            state,
+            self.data,
+            self.config,
+            epochs=epochs,
+            phase="fit",
+            save=_nothing,
+            progress=self._progress,
+        )
+        return state.model
+
+    @property
+    def _progress(self) -> _Clock:
+        return _Clock(self.check_time)
+
+
+class _Clock:
+    """Looks at the time while training goes on."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def step(self, **_: Any) -> None:
+        """Look at the time."""
+        self._check()
+
+    def epoch(self, row: Row) -> None:
+        """Do nothing."""
+
+
+def _nothing(state: TrainingState) -> None:
+    pass
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _masked(model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int]) -> nn.Module:
+    """A copy of a noisy model with the masks that keep so many structures with the highest scores in each layer."""
+    model = copy.deepcopy(model)
+    for layer, each, width in zip(noise_layers(model).values(), scores, widths, strict=True):
+        layer.mask.zero_()
+        layer.mask[_best(each, width)] = True
+    return model

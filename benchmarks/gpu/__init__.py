@@ -1,0 +1,1 @@
+"""What only a GPU can tell: tests, sanitizers, profiles and times there."""

@@ -1,0 +1,162 @@
+"""What the function benchmarks time: every public function at the sizes of the paper's networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.speed.activation_shapes import LARGE, Activation
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DIRECTIONS = ("forward", "backward", "both")
+GRANULARITIES = ("element", "sample", "batch")
+STRUCTURES = {"LeNet-5": 226, "MLP": 800, "ResNet-50": 26_560}
+
+TINY_LINEAR, LENET5_MAPS = Activation((128, 100)), Activation((64, 18, 28, 28))
+VIT_TOKENS = Activation((32, 197, 768), dim=2)
+RESNET50_STAGES = tuple(
+    Activation((32, channels, side, side)) for channels, side in ((256, 56), (512, 28), (1024, 14), (2048, 7))
+)
+ACTIVATIONS = (
+    Activation((128, 50)),
+    TINY_LINEAR,
+    Activation((128, 150)),
+    Activation((32, 6, 28, 28)),
+    LENET5_MAPS,
+    Activation((64, 16, 10, 10)),
+    *RESNET50_STAGES,
+    VIT_TOKENS,
+    LARGE,
+)
+# Those that a check of the benchmarks runs, and those that a CPU is spared unless asked.
+SMALL_ELEMENTS, LARGE_ELEMENTS = 120_000, 8_000_000
+
+# What a direction has to read and write at least, in tensors of the case's shape: multiply_noise x → out and
+# grad, x → grad_x; functions of structures μ, log σ → value and μ, log σ, grad → grad_μ, grad_log_σ; sample_noise
+# uniform → θ and uniform, grad → nothing of its size.
+_OF_STRUCTURES = {"forward": 3, "backward": 5, "both": 8}
+TENSORS_MOVED = {
+    "multiply_noise": {"forward": 2, "backward": 3, "both": 5},
+    "kl_divergence": _OF_STRUCTURES,
+    "delta_f_lognormal": _OF_STRUCTURES,
+    "delta_f_loguniform": _OF_STRUCTURES,
+    "noise_mean": _OF_STRUCTURES,
+    "noise_snr": {"forward": 3},
+    "sample_noise": {"forward": 2, "backward": 2, "both": 4},
+    "philox_uniform": {"forward": 1},
+}
+OF_STRUCTURES = ("kl_divergence", "delta_f_lognormal", "delta_f_loguniform", "noise_mean", "noise_snr")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function and what it is called with.
+
+    Attributes:
+        function: name of the public function.
+        activation: the shape of x, of the uniforms, or of all structures, and where the structures lie in it.
+        granularity: of the noise; None for a function that has none.
+        dtype: of x, or of what stands in its place.
+        compiled: whether torch.compile competes: each compilation takes long.
+    """
+
+    function: str
+    activation: Activation
+    granularity: str | None = None
+    dtype: str = "float32"
+    compiled: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the shape."""
+        return math.prod(self.activation.shape)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of a tensor of the shape."""
+        return self.elements * DTYPES[self.dtype].itemsize
+
+    @property
+    def large(self) -> bool:
+        """Whether a CPU is spared the shape unless asked."""
+        return self.elements > LARGE_ELEMENTS
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The directions that the function has."""
+        return tuple(TENSORS_MOVED[self.function])
+
+    def bytes_moved(self, direction: str) -> int:
+        """Bytes that a direction reads and writes at least."""
+        return TENSORS_MOVED[self.function][direction] * self.tensor_bytes
+
+    @property
+    def draws(self) -> int:
+        """Number of independent values of θ; 0 for a function that draws none."""
+        if self.function != "multiply_noise":
+            return 0
+        structures = self.activation.structures
+        per_sample = structures * (self.activation.shape[0] if self.activation.dim else 1)
+        return {"element": self.elements, "sample": per_sample, "batch": structures}[self.granularity or ""]
+
+    @property
+    def name(self) -> str:
+        """A name for people."""
+        dtype = "" if self.dtype == "float32" else self.dtype
+        return " ".join(filter(None, [self.function, self.activation.name, self.granularity, dtype]))
+
+
+def cases(device: torch.device, *, large: bool, only_small: bool = False) -> list[Case]:
+    """Return the cases, activations first.
+
+    Args:
+        device: a GPU gets 16-bit activations and more of torch.compile, whose compilations are quicker there.
+        large: whether to include shapes of more than 8 million elements.
+        only_small: whether to leave out shapes of more than 120,000 elements, and torch.compile.
+    """
+    on_gpu = device.type == "cuda"
+    found = [*_multiplied(on_gpu), *_drawn(), *_of_structures(on_gpu)]
+    if only_small:
+        return [_without_compiler(case) for case in found if case.elements <= SMALL_ELEMENTS]
+    return [case for case in found if large or not case.large]
+
+
+def _multiplied(on_gpu: bool) -> list[Case]:
+    compiled = {(TINY_LINEAR, "element"), (LENET5_MAPS, "element")}
+    if on_gpu:
+        compiled |= {(each, "element") for each in (*RESNET50_STAGES, VIT_TOKENS)}
+        compiled |= {(LARGE, granularity) for granularity in GRANULARITIES}
+    return [
+        Case("multiply_noise", activation, granularity, dtype, (activation, granularity) in compiled)
+        for activation in ACTIVATIONS
+        for dtype in DTYPES
+        if dtype == "float32" or (on_gpu and activation in (VIT_TOKENS, LARGE))
+        for granularity in GRANULARITIES
+        # Of a matrix, every element is an example's structure.
+        if granularity != "sample" or len(activation.shape) > 2
+    ]
+
+
+def _drawn() -> list[Case]:
+    return [
+        Case(function, activation)
+        for function in ("sample_noise", "philox_uniform")
+        for activation in (TINY_LINEAR, LENET5_MAPS, VIT_TOKENS, LARGE)
+    ]
+
+
+def _of_structures(on_gpu: bool) -> list[Case]:
+    compiled = {("kl_divergence", STRUCTURES["MLP"])}
+    if on_gpu:
+        compiled |= {(function, STRUCTURES["ResNet-50"]) for function in OF_STRUCTURES}
+    return [
+        Case(function, Activation((count,), dim=0), compiled=(function, count) in compiled)
+        for function in OF_STRUCTURES
+        for count in STRUCTURES.values()
+    ]
+
+
+def _without_compiler(case: Case) -> Case:
+    return Case(case.function, case.activation, case.granularity, case.dtype)
