@@ -2,14 +2,15 @@
 
 from bmrs import models
 from bmrs.compaction import CompactReport, compact, compact_optimizer, compact_report, fold
-from bmrs.costs import StructureCost, structure_costs, structure_prices
+from bmrs.compaction.costs import StructureCost, structure_costs, structure_prices
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
-from bmrs.divergence import kl_divergence
 from bmrs.files import load, save
 from bmrs.graph.suggestions import Suggestions, suggest
-from bmrs.noise_layer import NoiseLayer, add_noise
-from bmrs.posteriors import PosteriorReport, learn_posteriors, unsettled
-from bmrs.pruning import PruneReport, prune
+from bmrs.noise.divergence import kl_divergence
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.placement import add_noise
+from bmrs.pruning.posteriors import PosteriorReport, learn_posteriors, unsettled
+from bmrs.pruning.prune import PruneReport, prune
 
 __all__ = [
     "L2",

@@ -6,7 +6,8 @@ from collections import OrderedDict
 
 from torch import nn
 
-from bmrs.noise_layer import Activation, Backend, Granularity, NoiseLayer
+from bmrs.noise.layer import NoiseLayer
+from bmrs_kernels.options import Activation, Backend, Granularity
 
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import bmrs
-from benchmarks.tables import readme
 from benchmarks.__main__ import COMMANDS
 from benchmarks.__main__ import main as benchmarks
+from benchmarks.tables import readme
 
 README = Path(__file__).parents[1] / "README.md"
 

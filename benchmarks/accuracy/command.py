@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.attack import attack, keep
-from benchmarks.accuracy.heat_map import draw
 from benchmarks.accuracy.errors import Setting, failures, measure
+from benchmarks.accuracy.heat_map import draw
 from benchmarks.accuracy.narrow import measure_narrow
 from benchmarks.accuracy.points import DOMAIN_POINTS
 from benchmarks.accuracy.progress import progress

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import bmrs_kernels
-from benchmarks.rivals import plain
 from benchmarks.accuracy import oracle
 from benchmarks.accuracy.contract import LOWER, UPPER
+from benchmarks.rivals import plain
 from bmrs_kernels.multiplicative_noise import torch_noise
 
 LN2 = math.log(2.0)

@@ -1,8 +1,7 @@
 """What `bmrs.compact` does to the architectures that people use: ``python -m benchmarks compaction``.
 
-For every network of `benchmarks.experiments.zoo`, with half of the structures pruned at random: what is removed, how far the
-outputs are from those of the masked network, how long it takes, and what size and time of inference become. Beside it
-Torch-Pruning with the same structures of the same layers, where it can follow the network.
+For every network of `zoo`, with half of the structures pruned at random: what is removed, how far the outputs are from
+those of the masked network, how long it takes, and what size and time of inference become. Beside it Torch-Pruning with the same structures of the same layers, where it can follow the network.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from torch.utils._pytree import tree_flatten
 
 import bmrs
 from benchmarks.environment import environment, one_line
+from benchmarks.experiments.zoo import ENTRIES, Entry
+from benchmarks.options import positive
 from benchmarks.tables.markdown import table
 from benchmarks.tables.records import RESULTS
-from benchmarks.options import positive
-from benchmarks.experiments.zoo import ENTRIES, Entry
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 
 ROUNDS = 15
 _DENSITY = 0.5
@@ -40,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compaction", description=__doc__)
     parser.add_argument("networks", nargs="*", default=list(ENTRIES), help="names of networks (default: all)")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS / "compaction", help="folder for rows and table (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=RESULTS / "compaction",
+        help="folder for rows and table (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds", type=positive, default=ROUNDS, help="turns of each timing (default: %(default)s)"

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bmrs
-from benchmarks.rivals import plain_layer
 from benchmarks.environment import environment
-from benchmarks.tables.markdown import table
 from benchmarks.options import positive
+from benchmarks.rivals import plain_layer
 from benchmarks.rivals.plain_layer import KLWeight
+from benchmarks.tables.markdown import table
 from bmrs.data import EMBEDDED, Split, load_dataset, preprocess
-from bmrs.noise_layer import Granularity
+from bmrs_kernels.options import Granularity
 
 NETWORKS = ("mlp", "lenet5")
 # The paper's MLP for MNIST.

@@ -24,16 +24,16 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 
-from benchmarks.experiments import paper_table
 from benchmarks.environment import environment, one_line
+from benchmarks.experiments import paper_table
 from benchmarks.options import positive
 from benchmarks.tables.records import machine_of
 from bmrs.data import EMBEDDED, DataError, Dataset
-from bmrs.noise_layer import Granularity
 from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, algorithm1
 from bmrs.training.config import DataName, ModelName
-from bmrs.training.measure import accuracy
+from bmrs.training.evaluation import accuracy
 from bmrs.training.run import device_of, load
+from bmrs_kernels.options import Granularity
 
 # Options of `bmrs train` for each criterion that the paper compares in this experiment.
 CRITERIA: dict[str, dict[str, Any]] = {

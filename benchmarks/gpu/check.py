@@ -24,7 +24,7 @@ from bmrs_kernels.dispatch import backend
 
 # Limits of the programs that run beside each other; most of their time is compilation.
 TESTS_S, CASES_S, SANITIZER_S, COMPILATION_S = 240.0, 150.0, 120.0, 240.0
-# Kept for timing, and for writing down the results.
+# Kept for noise_times, and for writing down the results.
 TIMING_SHARE, RESERVE_S = 0.35, 10.0
 
 
@@ -63,8 +63,7 @@ def why_not() -> str | None:
 
 def check(report: Report, device: torch.device, limit_s: float) -> None:
     """Run all stages: correctness, of which the programs run beside each other, then timing alone."""
-    from benchmarks.gpu import correctness
-    from benchmarks.gpu import noise_times as timing
+    from benchmarks.gpu import correctness, noise_times
 
     def left_before_timing() -> float:
         return max(0.0, (1.0 - TIMING_SHARE) * limit_s - report.elapsed_s)
@@ -88,7 +87,7 @@ def check(report: Report, device: torch.device, limit_s: float) -> None:
         programs = [
             pool.submit(report.stage, "kernel tests", within(TESTS_S, correctness.kernel_tests)),
             pool.submit(sanitizers),
-            pool.submit(report.stage, "compilation", within(COMPILATION_S, timing.compile_cases)),
+            pool.submit(report.stage, "compilation", within(COMPILATION_S, noise_times.compile_cases)),
         ]
         try:
             report.stage("uniforms", lambda: correctness.uniforms(device))
@@ -106,7 +105,7 @@ def check(report: Report, device: torch.device, limit_s: float) -> None:
 
 def time_everything(report: Report, device: torch.device, deadline_s: float) -> None:
     """Run the timing stages until the deadline, in seconds since the report's start."""
-    from benchmarks.gpu import noise_times as timing
+    from benchmarks.gpu import noise_times
     from benchmarks.speed.stopwatch import Stopwatch
 
     stopwatch: Stopwatch | None = None
@@ -114,15 +113,15 @@ def time_everything(report: Report, device: torch.device, deadline_s: float) -> 
     def small_things() -> dict[str, Any]:
         nonlocal stopwatch
         stopwatch = Stopwatch(device)
-        report.data["structures"] = timing.time_structures(stopwatch)
-        report.data["tiny"] = timing.time_tiny(stopwatch)
+        report.data["structures"] = noise_times.time_structures(stopwatch)
+        report.data["tiny"] = noise_times.time_tiny(stopwatch)
         return {"summary": "functions of the structures, and a layer bound by its launches", "failures": []}
 
     report.stage("small timings", small_things)
     report.stage(
         "timings",
         lambda: time_cases(
-            report, stopwatch or Stopwatch(device), timing.cases(), deadline_s, timing.compiler
+            report, stopwatch or Stopwatch(device), noise_times.cases(), deadline_s, noise_times.compiler
         ),
     )
 
@@ -136,7 +135,7 @@ def time_cases(
     rounds: int = 3,
 ) -> dict[str, Any]:
     """Time the cases in turn; what the deadline leaves out is recorded."""
-    from benchmarks.gpu import noise_times as timing
+    from benchmarks.gpu import noise_times
 
     failures: list[str] = []
     skipped = []
@@ -145,7 +144,7 @@ def time_cases(
             skipped.append(case.name)
             continue
         try:
-            rows = timing.run_case(
+            rows = noise_times.run_case(
                 case,
                 stopwatch,
                 rounds=rounds,

@@ -1,7 +1,7 @@
 """Times of ``multiply_noise`` against a copy of the same bytes, the torch reference and a compiled plain formula.
 
-``python -m benchmarks.gpu.noise_times --part 0 --of 4`` runs every fourth case once, which leaves its compiled kernels in the
-caches on disk: several such processes compile faster than one.
+``python -m benchmarks.gpu.noise_times --part 0 --of 4`` runs every fourth case once, which leaves its compiled kernels
+in the caches on disk: several such processes compile faster than one.
 """
 
 from __future__ import annotations
@@ -249,7 +249,15 @@ def compile_cases(limit_s: float) -> dict[str, Any]:
     count = max(1, min(4, (os.cpu_count() or 1) // 4, memory))
 
     def part(number: int) -> processes.Finished:
-        command = [sys.executable, "-m", "benchmarks.gpu.noise_times", "--part", str(number), "--of", str(count)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.noise_times",
+            "--part",
+            str(number),
+            "--of",
+            str(count),
+        ]
         # A pool of compilers for each of these processes would be too many.
         settings = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
         return processes.run(

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 import bmrs_kernels
-from benchmarks.gpu import noise_times as timing
+from benchmarks.gpu import noise_times
+from benchmarks.gpu.sanitized_cases import recorded_launches
 from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR
 from benchmarks.speed.function_cases import OF_STRUCTURES, STRUCTURES
-from benchmarks.gpu.sanitized_cases import recorded_launches
 from bmrs_kernels.multiplicative_noise import triton_noise
 from bmrs_kernels.uniform import torch_philox
 
 NOISE = (
-    timing.Case(LARGE, "element", "float32"),
-    timing.Case(LARGE, "element", "bfloat16"),
-    timing.Case(LARGE, "sample", "float32"),
-    timing.Case(LARGE, "batch", "float32"),
-    timing.Case(CHANNELS_LAST, "element", "float32"),
-    timing.Case(CHANNELS_LAST, "sample", "float32"),
-    timing.Case(LINEAR, "element", "float32"),
+    noise_times.Case(LARGE, "element", "float32"),
+    noise_times.Case(LARGE, "element", "bfloat16"),
+    noise_times.Case(LARGE, "sample", "float32"),
+    noise_times.Case(LARGE, "batch", "float32"),
+    noise_times.Case(CHANNELS_LAST, "element", "float32"),
+    noise_times.Case(CHANNELS_LAST, "sample", "float32"),
+    noise_times.Case(LINEAR, "element", "float32"),
 )
 NUM_STRUCTURES = STRUCTURES["ResNet-50"]
 NUM_UNIFORMS = 1 << 25
@@ -48,14 +48,14 @@ def cases(device: torch.device) -> dict[str, Callable[[], Callable[[], Any]]]:
     return found
 
 
-def _noise(case: timing.Case, device: torch.device) -> Callable[[], Any]:
-    inputs, grad = timing.inputs_of(case, device)
-    function = timing.implementations(case, None)["triton"]
+def _noise(case: noise_times.Case, device: torch.device) -> Callable[[], Any]:
+    inputs, grad = noise_times.inputs_of(case, device)
+    function = noise_times.implementations(case, None)["triton"]
     return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
 
 
 def _of_structures(function: Callable[..., Any], device: torch.device) -> Callable[[], Any]:
-    parameters = timing.posteriors(NUM_STRUCTURES, device)
+    parameters = noise_times.posteriors(NUM_STRUCTURES, device)
 
     def call() -> Any:
         result = function(*parameters, backend="triton")
@@ -66,7 +66,7 @@ def _of_structures(function: Callable[..., Any], device: torch.device) -> Callab
 
 
 def _sample(device: torch.device) -> Callable[[], Any]:
-    parameters = timing.posteriors(NUM_STRUCTURES, device)
+    parameters = noise_times.posteriors(NUM_STRUCTURES, device)
     uniform = torch.rand(64, NUM_STRUCTURES, device=device).clamp_(1e-6, 1 - 1e-6)
     return functools.partial(bmrs_kernels.sample_noise, *parameters, uniform, backend="triton")
 

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 import bmrs_kernels
-from bmrs_kernels.dispatch import triton_launch as launching
+from bmrs_kernels.dispatch import triton_launch
 from bmrs_kernels.multiplicative_noise import triton_noise
 
 STRUCTURES = 6
@@ -146,7 +146,7 @@ def package_modules() -> list[Any]:
 def recorded_launches() -> Iterator[list[str]]:
     """Collect the names of the kernels that are launched, in order."""
     names: list[str] = []
-    original = launching.launch
+    original = triton_launch.launch
 
     def launch(kernel: Any, *arguments: Any, **options: Any) -> None:
         names.append(kernel.__name__)

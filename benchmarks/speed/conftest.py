@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.tables import records
 from benchmarks.environment import environment
 from benchmarks.speed.function_results import Measurements, results_table
+from benchmarks.tables import records
 
 MEASUREMENTS = pytest.StashKey[Measurements]()
 # What tells cases apart: those that -k leaves out keep their earlier times.

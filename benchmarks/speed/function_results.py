@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.speed.competitors import Contest
 from benchmarks.speed.function_cases import Case
-from benchmarks.tables.markdown import table
 from benchmarks.speed.stopwatch import Round, summary
+from benchmarks.tables.markdown import table
 
 
 class Item(NamedTuple):

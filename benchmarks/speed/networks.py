@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bmrs
-from bmrs.noise_layer import Backend, Granularity, Where
+from bmrs.noise.placement import Where
+from bmrs_kernels.options import Backend, Granularity
 
 NUM_CLASSES = 10
 IMAGENET_CLASSES = 1000

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import bmrs
 import bmrs_kernels
-from benchmarks.tables import records
-from benchmarks.speed.competitors import posteriors, project_backends
 from benchmarks.environment import environment, one_line
-from benchmarks.tables.markdown import table
-from benchmarks.speed.stopwatch import Call, Stopwatch, summary
 from benchmarks.options import add_device_and_record, positive
+from benchmarks.speed.competitors import posteriors, project_backends
+from benchmarks.speed.stopwatch import Call, Stopwatch, summary
+from benchmarks.tables import records
+from benchmarks.tables.markdown import table
 
 ROUNDS = 3
 STEEPEST = 1.1

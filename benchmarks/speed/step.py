@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bmrs
-from benchmarks.rivals import plain_layer
-from benchmarks.tables import records
 from benchmarks.environment import environment, one_line
-from benchmarks.tables.markdown import table
-from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, ratio, summary
-from benchmarks.speed.networks import Network, trained_networks
 from benchmarks.options import add_device_and_record, positive
-from bmrs.noise_layer import Backend, Granularity
+from benchmarks.rivals import plain_layer
+from benchmarks.speed.networks import Network, trained_networks
+from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, ratio, summary
+from benchmarks.tables import records
+from benchmarks.tables.markdown import table
 from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.options import Backend, Granularity
 
 SUITE = "step"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

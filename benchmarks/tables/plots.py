@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.tables import records
 from benchmarks.speed.function_cases import GRANULARITIES
+from benchmarks.tables import records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

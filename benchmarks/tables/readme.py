@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import paper_table
-from benchmarks.tables import plots
-from benchmarks.tables import speed_tables
-from benchmarks.tables.markdown import table
-from benchmarks.experiments.peers import picture
-from benchmarks.experiments.peers import rules
+from benchmarks.experiments.peers import picture, rules
 from benchmarks.experiments.peers import table as peers_table
 from benchmarks.processes import ROOT
+from benchmarks.tables import plots, speed_tables
+from benchmarks.tables.markdown import table
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import plots
-from benchmarks.tables import records
 from benchmarks.speed.activation_shapes import LARGE
 from benchmarks.speed.function_cases import LENET5_MAPS, OF_STRUCTURES, STRUCTURES, TINY_LINEAR, VIT_TOKENS
+from benchmarks.tables import plots, records
 from benchmarks.tables.markdown import table
 
 Row = Mapping[str, Any]

@@ -38,7 +38,8 @@ from bmrs.graph.capture import (
 )
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied, evaluation_copy, unwrapped
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 def compact(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bmrs.compaction.stock_layers import BATCH_NORMS, constructor_arguments
 from bmrs.compaction.surgery import groups_left
 from bmrs.graph.analysis import Analysis, layer_of
 from bmrs.graph.rules import RULES, Call
+from bmrs.graph.stock_layers import BATCH_NORMS, constructor_arguments
 from bmrs.graph.values import Value
 
 SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bmrs.compaction.stock_layers import WEIGHT_LAYERS, WeightLayer, is_depthwise
+from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer, is_depthwise
 
 RIDGE = 1e-3
 """Weight of the present weights, relative to the mean square of the inputs."""

@@ -10,7 +10,7 @@ from torch import Tensor
 import bmrs_kernels
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.ties import same_channels
-from bmrs.noise_layer import NoiseLayer
+from bmrs.noise.layer import NoiseLayer
 
 
 def structures_to_give_back(

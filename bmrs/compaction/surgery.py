@@ -19,7 +19,9 @@ from bmrs.graph.copies import copied
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
-from bmrs.noise_layer import ACTIVATION_LAYERS, ChannelScale, remove_noise_hook
+from bmrs.noise.activations import ACTIVATION_LAYERS
+from bmrs.noise.channel_scale import ChannelScale
+from bmrs.noise.hooks import remove_noise_hook
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bmrs.noise_layer import Backend, NoiseLayer
+from bmrs.noise.layer import NoiseLayer
+from bmrs_kernels.options import Backend
 
 
 class Decision(NamedTuple):

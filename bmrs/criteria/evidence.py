@@ -13,7 +13,7 @@ from torch import Tensor
 
 import bmrs_kernels
 from bmrs.criteria.base import Decision, PosteriorCriterion, check_number
-from bmrs.noise_layer import Backend
+from bmrs_kernels.options import Backend
 
 LN2 = math.log(2.0)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import bmrs_kernels
 from bmrs.criteria.base import PosteriorCriterion, check_number
-from bmrs.noise_layer import Backend
+from bmrs_kernels.options import Backend
 
 
 @dataclass(frozen=True)

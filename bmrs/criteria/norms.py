@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.criteria.base import Criterion, Decision, check_number
-from bmrs.noise_layer import NoiseLayer
+from bmrs.noise.layer import NoiseLayer
 
 
 @dataclass(frozen=True)

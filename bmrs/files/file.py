@@ -28,7 +28,7 @@ from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain
 from bmrs.graph.analysis import analyse
 from bmrs.graph.capture import Inputs, as_inputs, capture, map_tensors
 from bmrs.graph.copies import evaluation_copy
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 
 _METADATA_KEY = "bmrs"
 

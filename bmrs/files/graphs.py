@@ -26,7 +26,7 @@ from bmrs.compaction.description import (
     check_operator,
 )
 from bmrs.compaction.graph_network import build
-from bmrs.compaction.stock_layers import BATCH_NORMS, argument_names
+from bmrs.graph.stock_layers import BATCH_NORMS, argument_names
 
 GRAPH_VERSION = 3
 

@@ -12,14 +12,11 @@ from torch.nn.modules.conv import _ConvNd
 from bmrs.compaction.surgery import replace_noise, set_attributes, set_sizes
 from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.copies import copied, materialise_weights
-from bmrs.noise_layer import (
-    ACTIVATION_LAYERS,
-    ChannelScale,
-    NoiseLayer,
-    add_noise_hook,
-    has_input_noise,
-    noise_layers,
-)
+from bmrs.noise.activations import ACTIVATION_LAYERS
+from bmrs.noise.channel_scale import ChannelScale
+from bmrs.noise.hooks import add_noise_hook, has_input_noise
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 def describe_changes(model: nn.Module) -> dict[str, Any]:

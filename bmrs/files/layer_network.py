@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from bmrs.compaction.stock_layers import STOCK_LAYERS, Addition
+from bmrs.graph.stock_layers import STOCK_LAYERS, Addition
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bmrs.compaction.stock_layers import (
+from bmrs.files.layer_network import Node
+from bmrs.graph.stock_layers import (
     STOCK_LAYERS,
     Addition,
     argument_names,
     build_layer,
     constructor_arguments,
 )
-from bmrs.files.layer_network import Node
 
 CHAIN_VERSION, LAYER_GRAPH_VERSION = 1, 2
 

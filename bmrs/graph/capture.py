@@ -15,7 +15,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bmrs.graph.copies import copied, unwrapped
-from bmrs.noise_layer import ChannelScale, NoiseLayer, noise_layers
+from bmrs.noise.channel_scale import ChannelScale
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 

@@ -14,7 +14,8 @@ from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.ties import last_channel_leaves, needed_layers, same_channels
-from bmrs.noise_layer import add_noise, can_get_noise, noise_layers
+from bmrs.noise.lookup import noise_layers
+from bmrs.noise.placement import add_noise, can_get_noise
 
 
 @dataclass(frozen=True)

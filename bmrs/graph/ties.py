@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.copies import evaluation_copy, unwrapped
-from bmrs.noise_layer import NoiseLayer, added_noise, noise_layers
+from bmrs.noise.hooks import added_noise
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 WeightLayer: TypeAlias = (
     nn.Linear

@@ -12,13 +12,13 @@ from torch import nn
 
 import bmrs
 from bmrs.data import Dataset
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.evaluation import accuracy, compression
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.measure import accuracy, compression
-from bmrs.training.step import Step, cross_entropy, new_step, update_of
+from bmrs.training.training_step import Step, cross_entropy, new_step, update_of
 
 
 def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.device) -> TrainingState:

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args, get_origin, ge
 
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, Criterion, GradientNorm, Mean
 from bmrs.data import EMBEDDED
-from bmrs.noise_layer import Granularity, NoiseLayer
+from bmrs.noise.layer import NoiseLayer
+from bmrs_kernels.options import Granularity
 
 DataName: TypeAlias = Literal["fashion-mnist-subset", "mnist", "fashion-mnist", "cifar10"]
 ModelName: TypeAlias = Literal["lenet5", "mlp"]

@@ -12,7 +12,7 @@ from bmrs.data import Split
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.step import Step
+from bmrs.training.training_step import Step
 
 CHECK_EVERY = 50
 """Steps between two looks at the device, for the progress report and for NaN."""

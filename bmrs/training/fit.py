@@ -14,9 +14,9 @@ from bmrs.data import Dataset
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.evaluation import accuracy, in_batches
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.measure import accuracy, in_batches
-from bmrs.training.step import DataLoss, cross_entropy, new_step
+from bmrs.training.training_step import DataLoss, cross_entropy, new_step
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""

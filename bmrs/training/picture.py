@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bmrs.criteria import BMRSNormal, BMRSOdds, BMRSUniform, Mean
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.run_folder import Network

@@ -19,15 +19,15 @@ from torch import nn
 import bmrs
 from bmrs.criteria import PosteriorCriterion
 from bmrs.data import Dataset
-from bmrs.noise_layer import noise_layers
-from bmrs.posteriors import PosteriorLearner
+from bmrs.noise.lookup import noise_layers
+from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training.algorithm1 import build_model
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.evaluation import accuracy
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.measure import accuracy
-from bmrs.training.step import cross_entropy, new_step
+from bmrs.training.training_step import cross_entropy, new_step
 
 Save = Callable[[TrainingState], None]
 

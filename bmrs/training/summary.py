@@ -17,14 +17,14 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 import bmrs
-from bmrs.costs import flops, num_parameters
+from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import Dataset, Split
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.config import TrainConfig
+from bmrs.training.evaluation import accuracy, compression, in_batches, latency
 from bmrs.training.fit import fitting_state
-from bmrs.training.measure import accuracy, compression, in_batches, latency
 from bmrs.training.run_folder import Network, RunError, RunFolder
 
 LATENCY_BATCHES = (1, 64)

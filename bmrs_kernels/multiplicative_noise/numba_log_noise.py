@@ -1,7 +1,7 @@
 """θ and the derivatives of log θ in compiled CPU loops, strip by strip: uniforms of one structure each.
 
-The regimes and formulas are those of triton_log_noise, told apart by structure: *inside* and *tail* in float32, and both in
-float64 where σ is above WIDE. Each strip branches once.
+The regimes and formulas are those of triton_log_noise, told apart by structure: *inside* and *tail* in float32, and
+both in float64 where σ is above WIDE. Each strip branches once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The mathematics of the truncated normal in compiled CPU loops: float64 twins, name by name, of those in torch_quadrature.
+"""Quadrature over a truncated normal in numba: float64 twins, name by name, of the functions in torch_quadrature.
 
 Everything is about one structure; only what is evaluated at the nodes is an array. A ``Gaussian`` and a ``Window``
 carry torch_quadrature's fields.

@@ -1,4 +1,4 @@
-"""Special functions for the compiled CPU loops: scalar twins, name by name, of those in triton_special and torch_quadrature.
+"""Special functions in numba: scalar twins, name by name, of those in triton_special and torch_special.
 
 numba compiles them into the loops that call them, which LLVM then vectorises. Where a number's type decides the
 precision, functions come in a float32 and a float64 edition made by one factory: in numba a float32 number times a

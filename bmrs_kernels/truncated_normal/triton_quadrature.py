@@ -1,8 +1,8 @@
-"""The mathematics of the truncated normal inside kernels: float64 twins, name by name, of functions in torch_quadrature.
+"""Quadrature over a truncated normal in Triton: float64 twins, name by name, of the functions in torch_quadrature.
 
 What belongs to a structure is a vector [STRUCTURES], what is evaluated at the nodes a tile [NODES, STRUCTURES]; a
-``Gaussian`` and a ``Window`` carry torch_quadrature's fields. With the structures along the lanes, most of a sum over the
-nodes stays inside a thread, and arithmetic on vectors is not repeated in every lane.
+``Gaussian`` and a ``Window`` carry the same fields. With the structures along the lanes, most of a sum over the nodes
+stays inside a thread, and arithmetic on vectors is not repeated in every lane.
 
 A number beside a float64 tensor is taken in float64 by arithmetic and by ``tl.where``, but ``tl.minimum`` and
 ``tl.maximum`` may round it to float32, as any operation does with numbers alone.

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import bmrs
 from bmrs.compaction.report import LayerCompaction
-from bmrs.compaction.stock_layers import BATCH_NORMS, CONVOLUTIONS
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.graph.stock_layers import BATCH_NORMS, CONVOLUTIONS
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)

@@ -5,8 +5,8 @@ import random
 import torch
 from torch import nn
 
-from bmrs.compaction.stock_layers import BATCH_NORMS, CONVOLUTIONS
-from bmrs.noise_layer import NoiseLayer
+from bmrs.graph.stock_layers import BATCH_NORMS, CONVOLUTIONS
+from bmrs.noise.layer import NoiseLayer
 
 ADAPTIVE_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 

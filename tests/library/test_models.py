@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bmrs.models import MLP, LeNet5
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 
 BUILDERS = {
     "mlp": lambda **options: MLP(in_features=48, num_blocks=2, hidden=11, **options),

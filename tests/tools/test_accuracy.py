@@ -17,8 +17,8 @@ import bmrs_kernels
 from benchmarks.__main__ import main
 from benchmarks.accuracy import attack, command, narrow, oracle, points, report, table
 from benchmarks.accuracy.contract import ALLOWED_LOSS, BOUNDS, LOG_SIGMA_RANGE, MU_RANGE
-from benchmarks.accuracy.heat_map import cell_errors
 from benchmarks.accuracy.errors import Setting, errors, failures, input_rounding, measure
+from benchmarks.accuracy.heat_map import cell_errors
 from benchmarks.accuracy.quantities import QUANTITIES
 from benchmarks.accuracy.table import Judged, Values
 

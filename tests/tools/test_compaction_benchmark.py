@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.experiments import compaction
 from benchmarks.__main__ import main as benchmarks
+from benchmarks.experiments import compaction
 
 
 def test_rows_and_table(tmp_path, capsys):

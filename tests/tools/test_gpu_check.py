@@ -20,14 +20,14 @@ from unittest import mock
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import processes  # noqa: E402
-from benchmarks.gpu import report as gpu_report
-from benchmarks.speed import stopwatch as measure
 from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.gpu import report as gpu_report  # noqa: E402
+from benchmarks.speed import stopwatch as measure  # noqa: E402
 
 LARGE = {"activation": "64x64x112x112", "x_bytes": 64 << 20}
 
@@ -304,7 +304,7 @@ def test_the_check_has_all_its_stages_and_sanitizes_compiled_kernels(tmp_path, m
     pytest.importorskip("triton")
     from benchmarks.gpu import check as gpu_check
     from benchmarks.gpu import correctness as gpu_correctness
-    from benchmarks.gpu import noise_times as timing
+    from benchmarks.gpu import noise_times
 
     order = []
 
@@ -318,7 +318,7 @@ def test_the_check_has_all_its_stages_and_sanitizes_compiled_kernels(tmp_path, m
     in_process = ("uniforms", "values", "cuda_graph", "determinism", "wide_index")
     for name in ("kernel_tests", "kernels_run", "sanitize", *in_process):
         monkeypatch.setattr(gpu_correctness, name, found(name))
-    monkeypatch.setattr(timing, "compile_cases", found("compile_cases"))
+    monkeypatch.setattr(noise_times, "compile_cases", found("compile_cases"))
     monkeypatch.setattr(gpu_check, "time_everything", lambda *_: order.append("timing"))
     report = gpu_report.Report(tmp_path, {"GPU": "none"})
     gpu_check.check(report, torch.device("cpu"), 60.0)
@@ -366,31 +366,31 @@ def test_the_kernels_tests_need_no_package_that_a_gpus_machine_may_lack(monkeypa
 
 def test_bytes_are_those_that_have_to_move():
     pytest.importorskip("triton")
-    from benchmarks.gpu import noise_times as timing
+    from benchmarks.gpu import noise_times
     from benchmarks.speed.activation_shapes import Activation
 
-    case = timing.Case(Activation((3, 5, 7)), "element", "bfloat16")
+    case = noise_times.Case(Activation((3, 5, 7)), "element", "bfloat16")
     assert case.x_bytes == 210
-    assert [case.bytes_moved(direction) for direction in timing.DIRECTIONS] == [420, 630, 1050]
-    copies = timing.copies(case, torch.device("cpu"))
+    assert [case.bytes_moved(direction) for direction in noise_times.DIRECTIONS] == [420, 630, 1050]
+    copies = noise_times.copies(case, torch.device("cpu"))
     for direction, copy in copies.items():
         assert copy().numel() == case.bytes_moved(direction) // 2
 
 
 def test_the_timed_cases():
     pytest.importorskip("triton")
-    from benchmarks.gpu import noise_times as timing
+    from benchmarks.gpu import noise_times
 
-    cases = timing.cases()
+    cases = noise_times.cases()
     assert len({case.name for case in cases}) == len(cases)
-    assert sum(case.compiled for case in cases) == len(timing.COMPILED) <= 6
+    assert sum(case.compiled for case in cases) == len(noise_times.COMPILED) <= 6
     # Every target against a copy has cases.
     rows = [
         timing_row(1.0)
         | {"x_bytes": case.x_bytes, "dtype": case.dtype, "granularity": case.granularity}
         | {"direction": direction}
         for case in cases
-        for direction in timing.DIRECTIONS
+        for direction in noise_times.DIRECTIONS
     ]
     assert all(found["met"] for found in gpu_report.targets(rows) if "copy" in found["target"])
 
@@ -423,7 +423,7 @@ def rehearse() -> None:
     """Run the stages on the CPU, on shapes of a few elements."""
     from benchmarks.gpu import check as gpu_check
     from benchmarks.gpu import correctness as gpu_correctness
-    from benchmarks.gpu import noise_times as timing
+    from benchmarks.gpu import noise_times
     from benchmarks.speed.activation_shapes import Activation
 
     def copying_capture(call):
@@ -460,7 +460,7 @@ def rehearse() -> None:
         }.items():
             report.stage(name, stage)
         stopwatch = measure.Stopwatch(cpu)
-        cases = [timing.Case(Activation((2, 4, 4)), "sample", "bfloat16", compiled=True)]
+        cases = [noise_times.Case(Activation((2, 4, 4)), "sample", "bfloat16", compiled=True)]
 
         def identity():
             """Stand in for torch.compile."""
@@ -474,8 +474,8 @@ def rehearse() -> None:
             "no time left",
             lambda: gpu_check.time_cases(report, stopwatch, cases, 0.0, identity),
         )
-        report.data["structures"] = timing.time_structures(stopwatch, count=4, rounds=1, repeats=1)
-        report.data["tiny"] = timing.time_tiny(stopwatch, Activation((2, 3)), repeats=1)
+        report.data["structures"] = noise_times.time_structures(stopwatch, count=4, rounds=1, repeats=1)
+        report.data["tiny"] = noise_times.time_tiny(stopwatch, Activation((2, 3)), repeats=1)
         report.write()
         text = (report.folder / "gpu_check.md").read_text("utf-8")
     print(text)

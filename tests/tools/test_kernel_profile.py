@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import processes
-from benchmarks.gpu import profile as kernel_profile
 from benchmarks.__main__ import main
+from benchmarks.gpu import profile as kernel_profile
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # As ncu --csv --page raw prints it: messages, names, units, a line for each launch.
 REPORT = """\
@@ -136,8 +136,8 @@ def test_without_ncu_one_line_and_exit_code_2(gpu, monkeypatch, capsys):
 def test_every_kernel_is_profiled():
     small = """
 from benchmarks.gpu import profiled_cases
-from benchmarks.gpu import sanitized_cases as sanitize_cases
-from benchmarks.gpu import noise_times as timing
+from benchmarks.gpu import sanitized_cases
+from benchmarks.gpu import noise_times
 from benchmarks.speed.activation_shapes import Activation
 image = Activation((2, 4, 4, 4))
 shapes = {True: image._replace(channels_last=True), False: image}
@@ -149,7 +149,7 @@ profiled_cases.NOISE = tuple(
 )
 profiled_cases.NUM_STRUCTURES = profiled_cases.NUM_UNIFORMS = 6
 assert profiled_cases.main(["--device", "cpu"]) == 0
-print("all:", *sorted(sanitize_cases.package_kernels()))
+print("all:", *sorted(sanitized_cases.package_kernels()))
 """
     finished = subprocess.run(
         [sys.executable, "-c", small],

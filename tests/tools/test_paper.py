@@ -13,11 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.experiments import paper
-from benchmarks.experiments import paper_table
-from benchmarks.tables import readme
 from benchmarks.__main__ import main
+from benchmarks.experiments import paper, paper_table
 from benchmarks.experiments.paper import Conditions, Run
+from benchmarks.tables import readme
 from bmrs.data import EMBEDDED, Split
 from bmrs.training import ConfigError, NonFiniteError, RunError, algorithm1
 from bmrs.training.run import load

@@ -1,4 +1,4 @@
-"""The comparison with what one would do instead: sizes, rivals, runs and tables."""
+"""The comparison with what one would do instead: sizes, torch_pruning, runs and tables."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from torch import nn
 
 import bmrs
 from benchmarks.__main__ import main as benchmarks
-from benchmarks.experiments.peers import command
-from benchmarks.experiments.peers import picture
-from benchmarks.rivals import torch_pruning as rivals
-from benchmarks.experiments.peers import rules
-from benchmarks.experiments.peers import table
-from benchmarks.experiments.peers import trainings
+from benchmarks.experiments.peers import command, picture, rules, table, trainings
 from benchmarks.experiments.peers.budget import Chain, Cost
-from bmrs.costs import flops, num_parameters
+from benchmarks.rivals import torch_pruning
+from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import EMBEDDED, Split
 from bmrs.models import MLP, LeNet5
 
@@ -46,7 +42,7 @@ class TestBudget:
         chain = Chain.of(model, images[:1])
         widths = tuple(max(1, width // 2 - i) if narrow else width for i, width in enumerate(chain.widths))
         kept = {name: torch.arange(width) for name, width in zip(chain.names, widths, strict=True)}
-        pruned = rivals.pruned(model, kept, images[:2])
+        pruned = torch_pruning.pruned(model, kept, images[:2])
         assert chain.cost(widths) == Cost(num_parameters(pruned), flops(pruned, images[:1]))
 
     def test_uniform_widths_come_near_their_share(self, network):
@@ -78,17 +74,17 @@ class TestRivals:
         model = LeNet5(noise=False)
         names = ("conv1", "conv2", "hidden1", "hidden2")
         split = Split(IMAGES, torch.arange(8))
-        scores = rivals.scores(model, names, split, seed=1)
+        scores = torch_pruning.scores(model, names, split, seed=1)
         assert set(scores) == {"random", "L2", "Taylor"}
         for each in scores.values():
             assert [len(layer) for layer in each] == [6, 16, 120, 84]
             assert all(layer.isfinite().all() for layer in each)
-        again = rivals.scores(model, names, split, seed=1)
+        again = torch_pruning.scores(model, names, split, seed=1)
         assert all(torch.equal(a, b) for a, b in zip(scores["random"], again["random"], strict=True))
         with torch.no_grad():
             model.hidden2.weight[3] = 0
             model.classes.weight[:, 3] = 0
-        assert rivals.scores(model, names, split, seed=1)["L2"][3].argmin() == 3
+        assert torch_pruning.scores(model, names, split, seed=1)["L2"][3].argmin() == 3
 
     def test_what_is_kept_computes_what_it_did(self, network):
         model, images = network
@@ -96,7 +92,7 @@ class TestRivals:
         kept = {
             name: torch.arange(0, width, 2) for name, width in zip(chain.names, chain.widths, strict=True)
         }
-        pruned = rivals.pruned(model, kept, images[:2])
+        pruned = torch_pruning.pruned(model, kept, images[:2])
         silenced = bmrs.add_noise(
             model, where=lambda name, _: name in chain.names, initial_mu=0.0, initial_log_sigma=-20.0
         )

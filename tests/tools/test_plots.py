@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from speed_rows import ABOUT, GPU, all_rows, function_rows, step_rows
 
-from benchmarks.tables import plots
-from benchmarks.tables import records
+from benchmarks.tables import plots, records
 
 MACHINE = records.machine_of(ABOUT)
 

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 import bmrs
-from benchmarks.speed import pruning
-from benchmarks.tables import records
 from benchmarks.__main__ import main
-from benchmarks.speed.stopwatch import Stopwatch
+from benchmarks.speed import pruning
 from benchmarks.speed.networks import (
     RESNET50,
     SMALL_RESNET50,
@@ -21,7 +19,9 @@ from benchmarks.speed.networks import (
     with_noise_behind,
     with_noise_inside,
 )
-from bmrs.noise_layer import noise_layers
+from benchmarks.speed.stopwatch import Stopwatch
+from benchmarks.tables import records
+from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")
 TINY = Network(

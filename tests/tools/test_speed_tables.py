@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 from speed_rows import ABOUT, GPU, all_rows, function_rows, pruning_rows, step_rows
 
-from benchmarks.tables import plots
-from benchmarks.tables import readme
-from benchmarks.tables import records
 from benchmarks.__main__ import main
+from benchmarks.tables import plots, readme, records
 
 SUITES = ("functions", "step", "pruning", "scaling")
 

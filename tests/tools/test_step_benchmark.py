@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 import bmrs
-from benchmarks.speed import networks
-from benchmarks.tables import records
-from benchmarks.speed import step
 from benchmarks.__main__ import main
-from benchmarks.speed.stopwatch import Round, Stopwatch
-from benchmarks.speed.networks import Network, with_noise_inside
 from benchmarks.rivals.plain_layer import PlainNoiseLayer
+from benchmarks.speed import networks, step
+from benchmarks.speed.networks import Network, with_noise_inside
 from benchmarks.speed.step import NO_NOISE, Way
-from bmrs.noise_layer import noise_layers
+from benchmarks.speed.stopwatch import Round, Stopwatch
+from benchmarks.tables import records
+from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")
 TINY = Network(

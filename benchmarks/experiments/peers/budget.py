@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bmrs.compaction.stock_layers import WEIGHT_LAYERS
+from bmrs.graph.stock_layers import WEIGHT_LAYERS
 
 TOLERANCE = 0.05
 """How far parameters and FLOPs of networks that are compared may lie apart."""

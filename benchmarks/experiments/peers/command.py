@@ -20,9 +20,9 @@ from typing import get_args
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.options import positive
 from benchmarks.experiments.peers import table
 from benchmarks.experiments.peers.trainings import CPU, Comparison, Row, Subject, config_of
+from benchmarks.options import positive
 from benchmarks.tables.records import RESULTS
 from bmrs.data import EMBEDDED, DataError
 from bmrs.training import CollapseError, ConfigError, NonFiniteError

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 import bmrs
 from benchmarks.environment import environment
-from benchmarks.tables.markdown import table
-from benchmarks.options import positive
 from benchmarks.experiments.peers.table import NAMES, load
 from benchmarks.experiments.peers.trainings import CPU, Comparison, Row, Subject, config_of
+from benchmarks.options import positive
+from benchmarks.tables.markdown import table
 from benchmarks.tables.records import RESULTS
-from bmrs.noise_layer import noise_layers
-from bmrs.posteriors import PosteriorLearner
+from bmrs.noise.lookup import noise_layers
+from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training import recipe
 from bmrs.training.run import load as load_data
 

@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bmrs
-from benchmarks.rivals import torch_pruning as rivals
 from benchmarks.experiments.peers.budget import Chain
-from bmrs.costs import flops, num_parameters
+from benchmarks.rivals import torch_pruning
+from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import EMBEDDED, Dataset
-from bmrs.noise_layer import noise_layers
-from bmrs.posteriors import PosteriorLearner
+from bmrs.noise.lookup import noise_layers
+from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training import TrainConfig, algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import DataName, ModelName
 from bmrs.training.epoch import batches_of
+from bmrs.training.evaluation import accuracy
 from bmrs.training.fit import fit, fitting_state
-from bmrs.training.measure import accuracy
 
 CPU = torch.device("cpu")
 SIZES = ("own", "40 %", "20 %", "8 %")
@@ -186,7 +186,7 @@ class Comparison:
     @functools.cached_property
     def rivals_scores(self) -> dict[str, list[Tensor]]:
         """Those of Torch-Pruning."""
-        return rivals.scores(self.trained, self.chain.names, self.data.train, seed=self.subject.seed)
+        return torch_pruning.scores(self.trained, self.chain.names, self.data.train, seed=self.subject.seed)
 
     @functools.cached_property
     def paper_noisy(self) -> nn.Module:
@@ -252,7 +252,7 @@ class Comparison:
             name: _best(each, width)
             for name, each, width in zip(self.chain.names, scores, widths, strict=True)
         }
-        start = rivals.pruned(self.trained, kept, self.data.train.images[:2])
+        start = torch_pruning.pruned(self.trained, kept, self.data.train.images[:2])
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config) - self.config.settings.epochs
         return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import bmrs
 from benchmarks.experiments.zoo import ENTRIES, Entry
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,9 +15,10 @@ from compaction_cases import (
 from torch import nn
 
 import bmrs
-from bmrs.compaction.stock_layers import STOCK_LAYERS
 from bmrs.compaction.surgery import ChannelScale
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.graph.stock_layers import STOCK_LAYERS
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 @pytest.mark.parametrize("seed", range(48))

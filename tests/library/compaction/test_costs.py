@@ -7,7 +7,7 @@ from residual_cases import BasicBlock
 from torch import nn
 
 import bmrs
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 
 IMAGE = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -78,7 +78,7 @@ def test_prices_are_powers_of_the_share_with_mean_one(lenet, monkeypatch):
     total = sum(layer.num_structures for layer in layers.values())
     costs = bmrs.structure_costs(lenet, IMAGE)
     shares = {n: (c.parameters / 61706 + c.flops / 833040) / 2 for n, c in costs.items()}
-    monkeypatch.setattr(bmrs.costs, "structure_costs", lambda *args: costs)  # once is enough
+    monkeypatch.setattr(bmrs.compaction.costs, "structure_costs", lambda *args: costs)  # once is enough
     for exponent in (0.0, 0.5, 1.0):
         prices = bmrs.structure_prices(lenet, IMAGE, exponent=exponent)
         spent = sum(prices[name] * layer.num_structures for name, layer in layers.items())

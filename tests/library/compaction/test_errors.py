@@ -7,7 +7,8 @@ from compaction_cases import assert_compacts, assert_equal_outputs, prune_struct
 from torch import distributed, nn
 
 import bmrs
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 class Dynamic(nn.Module):

@@ -11,7 +11,8 @@ from torch import nn
 
 import bmrs
 from bmrs.compaction.surgery import ChannelScale
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 def calling(function, **layers: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 import bmrs
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 
 NETWORKS = 90
 RESIDUAL = 20

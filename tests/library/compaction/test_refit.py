@@ -8,7 +8,8 @@ from torch import nn
 
 import bmrs
 from bmrs.compaction.refit import _patches
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 def generator(seed: int = 0) -> torch.Generator:

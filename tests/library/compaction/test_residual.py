@@ -8,7 +8,8 @@ from torch import nn
 
 import bmrs
 from benchmarks.speed.networks import ResNet50
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 @pytest.mark.parametrize("seed", range(60))

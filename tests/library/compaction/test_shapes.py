@@ -4,7 +4,8 @@ from compaction_cases import assert_compacts, parameter_shapes, prune_structures
 from torch import nn
 
 import bmrs
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 class TestShapes:

@@ -11,7 +11,7 @@ from torch import nn
 
 import bmrs
 from bmrs import NoiseLayer
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 from tests.library.compaction_cases import num_values, randomise
 
 

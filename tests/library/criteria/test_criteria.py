@@ -7,7 +7,7 @@ from torch import nn
 
 import bmrs
 import bmrs_kernels
-from bmrs.noise_layer import NoiseLayer
+from bmrs.noise.layer import NoiseLayer
 
 LN2 = math.log(2.0)
 

@@ -13,8 +13,8 @@ from saved_files import rewrite
 from torch import nn
 
 import bmrs
-from bmrs.compaction.stock_layers import STOCK_LAYERS, constructor_arguments
-from bmrs.noise_layer import noise_layers
+from bmrs.graph.stock_layers import STOCK_LAYERS, constructor_arguments
+from bmrs.noise.lookup import noise_layers
 
 EXAMPLES: list[nn.Module] = [
     nn.Linear(3, 2),

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import bmrs
 from bmrs.compaction.surgery import ChannelScale
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 import bmrs
-import bmrs.divergence
+import bmrs.noise.divergence
 import bmrs_kernels
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 def posterior(layer: NoiseLayer) -> torch.Tensor:

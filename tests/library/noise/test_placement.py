@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import bmrs
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 
 def set_posterior(layer: NoiseLayer) -> NoiseLayer:

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import bmrs
-from bmrs.noise_layer import noise_layers
-from bmrs.posteriors import PosteriorLearner
+from bmrs.noise.lookup import noise_layers
+from bmrs.pruning.posteriors import PosteriorLearner
 
 NUM_INPUTS, NUM_HIDDEN, USEFUL = 8, 24, 6
 

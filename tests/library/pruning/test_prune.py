@@ -9,8 +9,9 @@ from torch import nn
 import bmrs
 import bmrs_kernels
 from bmrs.criteria import PosteriorCriterion
-from bmrs.noise_layer import NoiseLayer, noise_layers
-from bmrs.pruning import LayerReport, PruneReport
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
+from bmrs.pruning.prune import LayerReport, PruneReport
 
 NEEDLESS, NEEDED = -19.5, -0.5
 

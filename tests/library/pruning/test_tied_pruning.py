@@ -9,7 +9,8 @@ from torch import nn
 import bmrs
 from benchmarks.speed.networks import Bottleneck
 from bmrs.graph.ties import tied_noise_layers
-from bmrs.noise_layer import NoiseLayer, noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 STAGE1 = ["bn1.noise", "layer1.0.bn2.noise", "layer1.1.bn2.noise"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bmrs.data import load_dataset, preprocess
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 from bmrs.training import RunError
 from bmrs.training.algorithm1 import new_state, train
 from bmrs.training.checkpoint import load_checkpoint, save_checkpoint

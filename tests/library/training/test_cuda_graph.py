@@ -7,11 +7,11 @@ import torch
 from idx_files import write_idx_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 from bmrs.training import NonFiniteError, RunError, TrainConfig, algorithm1, cuda_graph, run
 from bmrs.training.cuda_graph import WARM_UPS, GraphedStep
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.step import cross_entropy, new_step, update_of
+from bmrs.training.training_step import cross_entropy, new_step, update_of
 
 CPU = torch.device("cpu")
 

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import bmrs
-from bmrs.costs import flops, num_parameters
+from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import Split
-from bmrs.training.measure import accuracy, compression, in_batches, latency
+from bmrs.training.evaluation import accuracy, compression, in_batches, latency
 
 
 def test_accuracy_is_the_share_of_right_answers():

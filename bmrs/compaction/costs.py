@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bmrs.compaction import compact, compact_report
 from bmrs.graph.capture import as_inputs, map_tensors
 from bmrs.graph.ties import tied_noise_layers
-from bmrs.noise_layer import noise_layers, required_noise_layers
+from bmrs.noise.lookup import noise_layers, required_noise_layers
 
 ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
 

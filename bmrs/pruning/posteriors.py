@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bmrs.criteria import SNR, BMRSNormal, BMRSOdds, PosteriorCriterion
 from bmrs.criteria.evidence import LN2
-from bmrs.divergence import kl_divergence
-from bmrs.noise_layer import NoiseLayer, noise_layers, required_noise_layers
+from bmrs.noise.divergence import kl_divergence
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers, required_noise_layers
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 

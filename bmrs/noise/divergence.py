@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import bmrs_kernels
-from bmrs.noise_layer import NoiseLayer, layers_of_one_kind, required_noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import layers_of_one_kind, required_noise_layers
 
 KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bmrs.criteria import Criterion, Decision, PosteriorCriterion
 from bmrs.graph.ties import producers, tied_noise_layers
-from bmrs.noise_layer import NoiseLayer, layers_of_one_kind, required_noise_layers
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import layers_of_one_kind, required_noise_layers
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 import bmrs
-from bmrs.costs import num_parameters
+from bmrs.compaction.costs import num_parameters
 from bmrs.data import Split
-from bmrs.noise_layer import noise_layers
+from bmrs.noise.lookup import noise_layers
 
 _EVALUATION_BATCH = 500
 

@@ -1,0 +1,1 @@
+"""Noise on the structures of a network: the layer, where it is put, and its KL divergence."""

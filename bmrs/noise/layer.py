@@ -1,0 +1,208 @@
+"""The noise layer: multiplicative truncated log-normal noise on the structures of its input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+import bmrs_kernels
+from bmrs.noise.activations import activated
+from bmrs.noise.checks import check_choice, check_integer
+from bmrs.noise.nested import for_each_example
+from bmrs_kernels.options import Activation, Backend, Granularity
+
+
+class NoiseLayer(nn.Module):
+    """Multiplies each structure of its input by a learned noise variable θ in [e^lower, e^upper].
+
+    log θ has a uniform prior on [lower, upper] and, as posterior, Normal(mu, exp(log_sigma)²) truncated to
+    that interval (arXiv 1705.07283). In training mode the layer returns ``activation(x) · θ · mask`` with
+    fresh θ; in evaluation mode ``activation(x) · E[θ] · mask``.
+
+    Args:
+        num_structures: number of structures (neurons, filters, channels, attention heads).
+        dim: dimension of x along which the structures lie; may be negative.
+        structure_size: successive entries along ``dim`` that a structure takes, such as the width of an attention
+            head; x has ``num_structures · structure_size`` of them.
+        granularity: ``"element"`` draws θ at every element of x, ``"sample"`` once per example and structure
+            (Eq. 1 of arXiv 2406.01345), ``"batch"`` once per structure and minibatch.
+        activation: ``"relu"`` or ``"tanh"``, applied to x before the noise in the same pass; None for none.
+        lower: lower bound of log θ, in nats.
+        upper: upper bound of log θ, in nats.
+        initial_mu: value that ``mu`` starts from.
+        initial_log_sigma: value that ``log_sigma`` starts from.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``; see ``bmrs_kernels``.
+        device: device of the parameters and the mask.
+        dtype: dtype of the parameters; 16-bit dtypes give float32 ones.
+
+    Attributes:
+        mu: parameter of shape (num_structures,), float32 or float64. ``half()`` and ``bfloat16()`` leave it
+            float32: 16 bits do not resolve the posterior.
+        log_sigma: parameter of the same shape and dtype.
+        mask: bool buffer of shape (num_structures,); False marks a pruned structure.
+    """
+
+    mu: nn.Parameter
+    log_sigma: nn.Parameter
+    mask: Tensor
+
+    def __init__(
+        self,
+        num_structures: int,
+        *,
+        dim: int = 1,
+        structure_size: int = 1,
+        granularity: Granularity = "element",
+        activation: Activation | None = None,
+        lower: float = -20.0,
+        upper: float = 0.0,
+        initial_mu: float = 0.0,
+        initial_log_sigma: float = -5.0,
+        backend: Backend = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("num_structures", num_structures)
+        if num_structures < 1:
+            raise ValueError(f"num_structures must be at least 1, was {num_structures}")
+        check_integer("dim", dim)
+        check_integer("structure_size", structure_size)
+        if structure_size < 1:
+            raise ValueError(f"structure_size must be at least 1, was {structure_size}")
+        check_choice("granularity", granularity, get_args(Granularity))
+        check_choice("activation", activation, (None, *get_args(Activation)))
+        check_choice("backend", backend, get_args(Backend))
+        numbers = {
+            "lower": lower,
+            "upper": upper,
+            "initial_mu": initial_mu,
+            "initial_log_sigma": initial_log_sigma,
+        }
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, was {value}")
+        if lower >= upper:
+            raise ValueError(f"lower must be less than upper, were {lower} and {upper}")
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating dtype, was {dtype}")
+
+        self.num_structures = num_structures
+        self.dim = dim
+        self.structure_size = structure_size
+        self.granularity: Granularity = granularity
+        self.activation: Activation | None = activation
+        self.lower = lower
+        self.upper = upper
+        self.initial_mu = initial_mu
+        self.initial_log_sigma = initial_log_sigma
+        self.backend: Backend = backend
+        dtype = _at_least_float32(dtype)
+        self.mu = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
+        self.log_sigma = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
+        self.register_buffer("mask", torch.empty(num_structures, device=device, dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set ``mu`` and ``log_sigma`` to their initial values and keep every structure."""
+        with torch.no_grad():
+            self.mu.fill_(self.initial_mu)
+            self.log_sigma.fill_(self.initial_log_sigma)
+            self.mask.fill_(True)
+
+    def expected_noise(self) -> Tensor:
+        """E[θ] · mask of shape (num_structures,), the factors of evaluation mode."""
+        mean = bmrs_kernels.noise_mean(
+            self.mu, self.log_sigma, lower=self.lower, upper=self.upper, backend=self.backend
+        )
+        return mean * self.mask
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the structures, of shape (num_structures,), for the entries along ``dim``."""
+        return values if self.structure_size == 1 else values.repeat_interleave(self.structure_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x by the noise, or in evaluation mode by its expectation.
+
+        Args:
+            x: floating tensor of at least one dimension, with ``num_structures · structure_size`` entries along
+                ``dim``; nested tensors too.
+
+        Returns:
+            A tensor of x's shape and dtype.
+
+        Raises:
+            TypeError: x is not a floating tensor.
+            ValueError: x lacks dimension ``dim``, has another size along it, or lies on another device.
+        """
+        if isinstance(x, Tensor) and x.is_nested:
+            return for_each_example(self, x)
+        self._check_input(x)
+        if not self.training:
+            shape = [1] * x.dim()
+            shape[self.dim] = -1
+            factors = self.spread(self.expected_noise()).to(x.dtype).view(shape)
+            return activated(x, self.activation) * factors
+        if self.structure_size == 1:
+            return self._noisy(x, self.dim)
+        dim = self.dim % x.dim()
+        return self._noisy(x.unflatten(dim, (self.num_structures, self.structure_size)), dim).flatten(
+            dim, dim + 1
+        )
+
+    def _noisy(self, x: Tensor, dim: int) -> Tensor:
+        return bmrs_kernels.multiply_noise(
+            x,
+            self.mu,
+            self.log_sigma,
+            dim=dim,
+            mask=self.mask,
+            granularity=self.granularity,
+            activation=self.activation,
+            lower=self.lower,
+            upper=self.upper,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Constructor arguments, as ``print(model)`` shows them."""
+        size = "" if self.structure_size == 1 else f", structure_size={self.structure_size}"
+        text = f"{self.num_structures}, dim={self.dim}{size}, granularity={self.granularity!r}"
+        text += f", activation={self.activation!r}, lower={self.lower}, upper={self.upper}"
+        return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, was {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must have a floating dtype, was {x.dtype}")
+        if not -x.dim() <= self.dim < x.dim():
+            raise ValueError(f"x has no dimension {self.dim}: its shape is {tuple(x.shape)}")
+        if x.shape[self.dim] != self.num_structures * self.structure_size:
+            size = "" if self.structure_size == 1 else f" · structure_size={self.structure_size}"
+            raise ValueError(
+                f"x must have num_structures={self.num_structures}{size} entries along dim={self.dim}, "
+                f"was of shape {tuple(x.shape)}"
+            )
+        if x.device != self.mu.device:
+            raise ValueError(f"x must be on the noise layer's device {self.mu.device}, was on {x.device}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseLayer:
+        """Follow conversions, but keep the mask bool and the parameters at 32 bits or more."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            dtype = torch.bool if tensor.dtype == torch.bool else _at_least_float32(converted.dtype)
+            # From the unconverted tensor, which still has all its digits.
+            return converted if converted.dtype == dtype else tensor.to(converted.device, dtype)
+
+        return super()._apply(convert, recurse)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype

@@ -1,0 +1,226 @@
+"""Adding noise to the layers of an existing model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Literal, TypeAlias, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from bmrs.noise.checks import check_integer
+from bmrs.noise.hooks import add_noise_hook, added_noise
+from bmrs.noise.layer import NoiseLayer
+from bmrs_kernels.options import Activation, Backend, Granularity
+
+Structures: TypeAlias = Literal["features", "heads"]
+Where: TypeAlias = "type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]"
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def add_noise(
+    model: ModelT,
+    *,
+    where: Where,
+    structures: Structures = "features",
+    num_heads: int | None = None,
+    num_structures: int | None = None,
+    dim: int | None = None,
+    granularity: Granularity = "element",
+    activation: Activation | None = None,
+    lower: float = -20.0,
+    upper: float = 0.0,
+    initial_mu: float = 0.0,
+    initial_log_sigma: float = -5.0,
+    backend: Backend = "auto",
+) -> ModelT:
+    """Put a noise layer behind chosen layers of a model, in place.
+
+    Each chosen layer gets a child module ``noise`` that a forward hook applies to its output, or to the first tensor of
+    a tuple, as recurrent layers return. The layer keeps its place, type and state_dict names, so that weights saved
+    without noise still load with ``strict=False``. Between a layer and a following ReLU the noise acts as if behind the
+    ReLU, because θ is positive. Build the optimizer afterwards, so that it sees the new parameters, and compile or wrap
+    the model afterwards; what torch has compiled so far is compiled anew.
+
+    Args:
+        model: any module; it may itself be a chosen layer.
+        where: the layers to choose: a module type or tuple of types, a glob pattern on qualified names
+            (``"features.*.conv?"``, case-sensitive), or a function of (qualified name, module).
+        structures: ``"features"``, every entry of a layer's output; or ``"heads"``, the attention heads that a chosen
+            output projection reads: the noise then multiplies the input of that layer, one θ for each head.
+        num_heads: for ``"heads"``, their number.
+        num_structures: structures of each chosen layer's output; needed, with ``dim``, only where they cannot
+            be inferred. They can for linear, convolution, normalisation, embedding and recurrent layers.
+        dim: dimension along which the structures lie; given exactly when ``num_structures`` is.
+        granularity: see `NoiseLayer`, as for all further arguments.
+        activation: applied to the layer's output before the noise, in addition to the model's own.
+        lower: lower bound of log θ, in nats.
+        upper: upper bound of log θ, in nats.
+        initial_mu: value that ``mu`` starts from.
+        initial_log_sigma: value that ``log_sigma`` starts from.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing matches, or a matching layer has noise already, is never called, or its structures
+            cannot be inferred; ``num_heads`` is missing or does not divide a layer's input; or the model is wrapped
+            for distributed training, where new parameters would not be synchronised. The model is then unchanged.
+    """
+    if structures not in get_args(Structures):
+        raise ValueError(
+            f"structures must be one of {', '.join(map(repr, get_args(Structures)))}, was {structures!r}"
+        )
+    if (structures == "heads") != (num_heads is not None):
+        raise ValueError(f'num_heads must be given with structures="heads" and only then, was {num_heads}')
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "add_noise needs the model before DistributedDataParallel wraps it, so that the new parameters are "
+            "synchronised: call it on the .module and wrap that afterwards"
+        )
+    if (num_structures is None) != (dim is None):
+        raise ValueError(
+            f"num_structures and dim must be given together, were {num_structures} and {dim}; "
+            "leave both out to infer them"
+        )
+    chosen = _chosen_layers(model, where)
+    if not chosen:
+        raise ValueError(f"where={where!r} matches no layer of the model ({type(model).__name__})")
+    fallback = next(model.parameters(), torch.empty(0))
+    additions = []
+    for name, layer in chosen.items():
+        _check_can_get_noise(name, layer)
+        size = 1
+        if num_heads is not None:
+            count, axis, size = num_heads, -1, _head_size(name, layer, num_heads)
+        elif num_structures is None or dim is None:
+            count, axis = _output_structures(name, layer)
+        else:
+            count, axis = num_structures, dim
+        tensors = chain(layer.parameters(), layer.buffers())
+        like = next((t for t in tensors if t.is_floating_point()), fallback)
+        noise = NoiseLayer(
+            count,
+            dim=axis,
+            structure_size=size,
+            granularity=granularity,
+            activation=activation,
+            lower=lower,
+            upper=upper,
+            initial_mu=initial_mu,
+            initial_log_sigma=initial_log_sigma,
+            backend=backend,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        additions.append((layer, noise.train(layer.training)))
+    for layer, noise in additions:
+        add_noise_hook(layer, noise, at_input=num_heads is not None)
+    _forget_compiled_code()
+    return model
+
+
+def _forget_compiled_code() -> None:
+    """Have torch compile models anew, which does not look whether a layer has got a hook since."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and compiler.cached_backends:
+        torch._dynamo.reset()
+
+
+def _chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    chosen: Callable[[str, nn.Module], bool]
+    if isinstance(where, str):
+        pattern = where
+        chosen = lambda name, module: fnmatchcase(name, pattern)  # noqa: E731
+    elif isinstance(where, type | tuple):
+        types = where
+        chosen = lambda name, module: isinstance(module, types)  # noqa: E731
+    elif callable(where):
+        chosen = where
+    else:
+        raise TypeError(
+            f"where must be a module type, a tuple of them, a name pattern or a function, was {where!r}"
+        )
+    layers: dict[nn.Module, str] = {}
+    # With duplicates, so that a pattern can name a shared layer by any of its names.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in layers and not isinstance(module, NoiseLayer) and chosen(name, module):
+            layers[module] = name
+    return {name: module for module, name in layers.items()}
+
+
+def _check_can_get_noise(name: str, layer: nn.Module) -> None:
+    if hasattr(layer, "noise"):
+        what = "already has a noise layer" if added_noise(layer) else "already has an attribute 'noise'"
+        raise ValueError(f"layer {name!r} ({type(layer).__name__}) {what}")
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"layer {name!r} is read by its MultiheadAttention without being called, so that noise "
+            "behind it would never act; exclude it from where"
+        )
+
+
+def can_get_noise(layer: nn.Module) -> bool:
+    """True for a layer that `add_noise` takes without being told its structures."""
+    try:
+        _check_can_get_noise("", layer)
+        return _output_structures("", layer)[0] > 1
+    except ValueError:
+        return False
+
+
+def _output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
+    """Number of structures in a layer's output and the dimension that they lie along."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, -1
+    if isinstance(layer, _ConvNd):
+        # From the end, as the dimension of the batch may be missing.
+        return layer.out_channels, -1 - len(layer.kernel_size)
+    if isinstance(layer, _InstanceNorm):
+        return layer.num_features, -1 - int(type(layer).__name__[-2])
+    if isinstance(layer, _BatchNorm):
+        return layer.num_features, 1
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels, 1
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and len(layer.normalized_shape) == 1:
+        return layer.normalized_shape[0], -1
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, -1
+    if isinstance(layer, nn.RNNBase):
+        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1), -1
+    if _is_transposed_linear(layer):
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight.shape[1], -1
+    raise ValueError(
+        f"the structures of layer {name!r} ({type(layer).__name__}) cannot be inferred: choose linear, convolution, "
+        "normalisation, embedding or recurrent layers, or give num_structures and dim"
+    )
+
+
+def _is_transposed_linear(layer: nn.Module) -> bool:
+    """True for the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
+    return type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def _head_size(name: str, layer: nn.Module, num_heads: int) -> int:
+    check_integer("num_heads", num_heads)
+    if isinstance(layer, nn.Linear):
+        features = layer.in_features
+    elif _is_transposed_linear(layer):
+        assert isinstance(layer.weight, Tensor)
+        features = layer.weight.shape[0]
+    else:
+        raise ValueError(
+            f'structures="heads" needs the linear layers that read the heads, and {name!r} is a {type(layer).__name__}'
+        )
+    if num_heads < 1 or features % num_heads:
+        raise ValueError(f"num_heads must divide the {features} inputs of layer {name!r}, was {num_heads}")
+    return features // num_heads

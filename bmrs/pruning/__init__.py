@@ -1,0 +1,1 @@
+"""Which structures go: learning what is decided on, and deciding."""
