@@ -180,7 +180,7 @@ Milliseconds are medians of event times with p20 and p80 over all calls; the com
 the smallest and largest value of a round. Launches are queued beforehand, so the times are the GPU's own; † marks where
 the queue did not hold them. *GB/s* counts what has to be moved at least (forward: x → out; backward: grad, x → grad_x);
 *of copy* compares with a device copy of as many bytes. *eager* is `backend="torch"` on the GPU, whose launches are too
-many to be queued; *compiled* is the plain formula (`benchmarks/rivals/plain.py`) under `torch.compile`, which draws from
+many to be queued; *compiled* is the plain formula of `benchmarks.rivals.plain` under `torch.compile`, which draws from
 torch's generator and is inexact in the tails. *peak* is the memory that forward and backward allocate on top of their
 inputs, in units of x: Triton / eager / compiled. Activations that fit into the L2 cache are measured with the cache
 emptied."""

@@ -1,6 +1,7 @@
 """Special functions for Triton kernels, in plain arithmetic: exp2, exp, log, sqrt and multiplications.
 
-Each has a twin of the same name in ``torch_special``. Functions of log θ's tails are float64; those that run once for each element of an activation are float32. They work on tensors of any shape.
+Each has a twin of the same name in ``torch_special``. Functions of log θ's tails are float64; those that run once
+for each element of an activation are float32. They work on tensors of any shape.
 In arithmetic a constexpr stands on the right of a tensor: Triton's interpreter mistakes the result otherwise.
 """
 
