@@ -7,7 +7,7 @@ from bmrs_kernels.evidence_change.op import delta_f_lognormal, delta_f_logunifor
 from bmrs_kernels.log_uniform_kl.op import kl_divergence
 from bmrs_kernels.multiplicative_noise.op import multiply_noise, sample_noise
 from bmrs_kernels.noise_moments.op import noise_mean, noise_snr
-from bmrs_kernels.uniform.torch_philox import philox_uniform
+from bmrs_kernels.uniform.op import philox_uniform
 
 __all__ = [
     "delta_f_lognormal",

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.contract import LOWER, UPPER
-from bmrs_kernels.multiplicative_noise.numba_log_noise import (
-    IN_RANGE,
-    NUM_CONSTANTS,
-    strip_noise,
-    structure_constants,
-)
-from bmrs_kernels.truncated_normal.numba_special import loop
+from bmrs_kernels.dispatch.numba_compile import loop
+from bmrs_kernels.multiplicative_noise.numba_log_noise import IN_RANGE, NUM_CONSTANTS, structure_constants
+from bmrs_kernels.multiplicative_noise.numba_loops import typed_strip_noise
 
 
 def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return θ and the derivatives of log θ for float32 activations; all arguments are float32."""
+    """Return θ and the derivatives of log θ for activations of μ's dtype, float32 or float64."""
     results = [torch.empty_like(mu) for _ in range(3)]
     inputs = [part.detach().double().numpy() for part in (mu, log_sigma)]
     noise_loop(*inputs, uniform.numpy(), LOWER, UPPER, *(result.numpy() for result in results))
@@ -31,5 +27,5 @@ def noise_loop(mu, log_sigma, uniform, lower, upper, theta, grad_mu, grad_log_si
     for i in range(mu.size):
         structure_constants(mu[i], log_sigma[i], lower, upper, row)
         strip = (theta[i : i + 1], grad_mu[i : i + 1], grad_log_sigma[i : i + 1])
-        strip_noise(uniform[i : i + 1], row, lower, upper, strip, True)
+        typed_strip_noise(uniform[i : i + 1], row, lower, upper, strip, True)
         grad_log_sigma[i] *= row[IN_RANGE]

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy.contract import LOG_SIGMA_RANGE, LOWER, MU_RANGE, SMALLEST_UNIFORM, UPPER
 from benchmarks.accuracy.quantities import LN2, QUANTITIES, REDUCED_LOWER, Quantity
-from bmrs_kernels.multiplicative_noise import reference, torch_noise
-from bmrs_kernels.noise_moments.reference import NARROW
-from bmrs_kernels.truncated_normal.torch_quadrature import NEARLY_CONSTANT, WINDOW_EXPONENT
+from bmrs_kernels.truncated_normal import regimes
+from bmrs_kernels.truncated_normal.regimes import NEARLY_CONSTANT, WINDOW_EXPONENT
 
 # What a set is for, in the order in which sets lie in the table.
 KINDS = ("domain", "ends", "adversarial", "found")
@@ -110,16 +109,21 @@ def random_points(count: int, seed: int = 0) -> list[tuple[float, float]]:
 def regime_borders() -> Iterator[tuple[float, float]]:
     """Yield posteriors to either side of the places where the code changes its formula from one to the other."""
     log_sigmas = np.linspace(*LOG_SIGMA_RANGE, 26)
-    for log_sigma, outside in itertools.product(log_sigmas, (0.0, torch_noise.MAX_OUTSIDE, reference.TAIL)):
+    for log_sigma, outside in itertools.product(
+        log_sigmas, (0.0, regimes.TAIL_START, regimes.REFERENCE_TAIL_START)
+    ):
         step = outside * math.exp(single(log_sigma))
         for mu in (*neighbours(UPPER + step), *neighbours(LOWER - step)):
             yield mu, single(log_sigma)
-    for log_sigma in (*neighbours(math.log(torch_noise.MAX_SIGMA)), *neighbours(math.log(NARROW))):
+    for log_sigma in (
+        *neighbours(math.log(regimes.WIDE_SIGMA)),
+        *neighbours(math.log(regimes.NARROW_SPREAD)),
+    ):
         for mu in (-40, -25, -20, -15, -10, -5, 0, 5, 20):
             yield mu, log_sigma
     # Outside the interval the spread is σ divided by the distance in σ.
     for log_sigma in log_sigmas:
-        distance = math.exp(2.0 * single(log_sigma)) / NARROW
+        distance = math.exp(2.0 * single(log_sigma)) / regimes.NARROW_SPREAD
         for mu in (*neighbours(UPPER + distance), *neighbours(LOWER - distance)):
             yield mu, single(log_sigma)
     # Inside it the logarithm of θ changes by this much over the quadrature's window.

@@ -15,6 +15,7 @@ from benchmarks.accuracy import oracle
 from benchmarks.accuracy.contract import LOWER, UPPER
 from benchmarks.rivals import plain
 from bmrs_kernels.multiplicative_noise import torch_noise
+from bmrs_kernels.multiplicative_noise.call import NoiseCall
 
 LN2 = math.log(2.0)
 VALUE, GRAD_MU, GRAD_LOG_SIGMA = "value", "d/dμ", "d/dlog σ"
@@ -88,16 +89,18 @@ def inside_multiply_noise(backend: str) -> Evaluation:
         from benchmarks.accuracy import noise_kernels
 
         return noise_kernels.noise
+    if backend == "numba":
+        from benchmarks.accuracy import noise_loops
+
+        return noise_loops.noise
 
     def evaluate(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
-        if backend == "numba" and mu.dtype == torch.float32:
-            from benchmarks.accuracy import noise_loops
-
-            return noise_loops.noise(mu, log_sigma, uniform)
         x = torch.ones(1, len(mu), dtype=mu.dtype, device=mu.device)
-        arguments = (x, mu, log_sigma, None, uniform[None], 1, None, LOWER, UPPER)
-        theta = torch_noise.multiply_noise_at(*arguments)[0]
-        _, *gradients = torch_noise.multiply_noise_at_backward(x, *arguments)
+        seed = torch.zeros((), dtype=torch.int64, device=mu.device)  # not read
+        call = NoiseCall(x, mu, log_sigma, None, seed, 1, "element", None, LOWER, UPPER)
+        noise = torch_noise.prepare(call)
+        theta = torch_noise.multiply_noise_at(call, noise, uniform[None])[0]
+        _, *gradients = torch_noise.multiply_noise_at_backward(call, noise, x, uniform[None])
         return (theta, *(gradient.double() / theta.double() for gradient in gradients))
 
     return evaluate

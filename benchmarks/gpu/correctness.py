@@ -24,8 +24,8 @@ from benchmarks import processes
 from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOKENS, Activation
 from benchmarks.speed.stopwatch import capture
 from bmrs_kernels.dispatch.backend import INTERPRETING
-from bmrs_kernels.multiplicative_noise import triton_noise
-from bmrs_kernels.uniform import torch_philox
+from bmrs_kernels.dispatch.validation import seed_tensor
+from bmrs_kernels.uniform import philox, torch_philox
 
 SEEDS = (0, 1, 2**31 - 1, 2**32 + 5, 123_456_789_012_345, 2**63 - 1, 2**64 - 1)
 GRANULARITIES = ("element", "sample", "batch")
@@ -127,8 +127,10 @@ def uniforms(
         for shape in shapes:
             expected = bmrs_kernels.philox_uniform(seed, shape, device="cpu")
             drawn = {
-                "kernel": triton_noise.philox_uniform(torch_philox.seed_tensor(seed, device), shape),
-                "torch on the device": bmrs_kernels.philox_uniform(seed, shape, device=device),
+                "kernel": bmrs_kernels.philox_uniform(seed, shape, device=device, backend="triton"),
+                "torch on the device": bmrs_kernels.philox_uniform(
+                    seed, shape, device=device, backend="torch"
+                ),
             }
             for name, actual in drawn.items():
                 if not same_bits(actual.cpu(), expected):
@@ -236,14 +238,14 @@ def wide_index(device: torch.device, sizes: tuple[int, ...] = WIDE_SIZES) -> dic
 
 def uniforms_at(seed: int, numbers: Tensor) -> Tensor:
     """Return the uniforms of a seed with given numbers, without drawing those before them."""
-    counter = numbers.div(torch_philox.LANES, rounding_mode="floor")
+    counter = numbers.div(philox.LANES, rounding_mode="floor")
     zero = torch.zeros_like(counter)
     words = torch_philox.philox_4x32(
         (counter & torch_philox.WORD, counter >> torch_philox.HALF, zero, zero.clone()),
-        torch_philox.round_keys(torch_philox.seed_tensor(seed, numbers.device)),
+        torch_philox.round_keys(seed_tensor(seed, numbers.device)),
     )
-    word = torch.stack(words).gather(0, (numbers % torch_philox.LANES)[None])[0]
-    return ((word >> (32 - torch_philox.UNIFORM_BITS)).float() + 0.5) * 2.0**-torch_philox.UNIFORM_BITS
+    word = torch.stack(words).gather(0, (numbers % philox.LANES)[None])[0]
+    return ((word >> (32 - philox.UNIFORM_BITS)).float() + 0.5) * 2.0**-philox.UNIFORM_BITS
 
 
 def cuda_graph(

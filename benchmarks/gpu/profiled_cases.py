@@ -19,8 +19,6 @@ from benchmarks.gpu import noise_times
 from benchmarks.gpu.sanitized_cases import recorded_launches
 from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR
 from benchmarks.speed.function_cases import OF_STRUCTURES, STRUCTURES
-from bmrs_kernels.multiplicative_noise import triton_noise
-from bmrs_kernels.uniform import torch_philox
 
 NOISE = (
     noise_times.Case(LARGE, "element", "float32"),
@@ -43,8 +41,10 @@ def cases(device: torch.device) -> dict[str, Callable[[], Callable[[], Any]]]:
     for name in OF_STRUCTURES:
         found[name] = functools.partial(_of_structures, getattr(bmrs_kernels, name), device)
     found["sample_noise"] = functools.partial(_sample, device)
-    seed = torch_philox.seed_tensor(1, device)
-    found["philox_uniform"] = lambda: functools.partial(triton_noise.philox_uniform, seed, (NUM_UNIFORMS,))
+    seed = torch.tensor(1, device=device)
+    found["philox_uniform"] = lambda: functools.partial(
+        bmrs_kernels.philox_uniform, seed, (NUM_UNIFORMS,), device=device, backend="triton"
+    )
     return found
 
 

@@ -91,7 +91,7 @@ def sample_case(device: torch.device) -> None:
 
 def uniform_case(device: torch.device) -> None:
     """Draw uniforms."""
-    check(triton_noise.philox_uniform(torch.tensor(3, device=device), (7, 11)))
+    check(bmrs_kernels.philox_uniform(3, (7, 11), device=device, backend="triton"))
 
 
 def cases(device: torch.device) -> dict[str, Callable[[], None]]:

@@ -19,7 +19,8 @@ import bmrs_kernels
 from benchmarks.rivals import plain
 from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, Case
 from bmrs_kernels.dispatch import backend
-from bmrs_kernels.multiplicative_noise.torch_noise import along, draw_shape
+from bmrs_kernels.multiplicative_noise.call import draw_shape
+from bmrs_kernels.multiplicative_noise.torch_noise import along
 
 SEED = 20_240_602
 # Largest difference over the largest value.
@@ -178,7 +179,7 @@ class Contest:
         if case.function == "multiply_noise":
             options |= {"dim": case.activation.dim, "granularity": case.granularity}
             if fixed:
-                shape = draw_shape(self.inputs[0], case.activation.dim, case.granularity or "")
+                shape = draw_shape(case.activation.shape, case.activation.dim, case.granularity or "")
                 uniform = bmrs_kernels.philox_uniform(SEED, shape, device=self.device)
                 options |= {"seed": SEED} if of_project else {"uniform": uniform}
         bound = functools.partial(function, **options)

@@ -75,12 +75,11 @@ def numba_is_usable() -> bool:
 def _numba_compiles() -> bool:
     """Return whether the loops can be compiled, and warn if not: some versions of numba refuse a newer NumPy."""
     try:
-        importlib.import_module("bmrs_kernels.truncated_normal.numba_special")
+        importlib.import_module("bmrs_kernels.dispatch.numba_memory")
         if importlib.import_module("numba").config.DISABLE_JIT:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
-    except (
-        Exception
-    ) as error:  # a library that cannot be loaded raises OSError, other mismatches what they like
+    # A library that cannot be loaded raises OSError; other mismatches raise many kinds of errors.
+    except Exception as error:
         warnings.warn(
             f"numba is installed but cannot be used, so that CPU tensors take torch: {error}",
             stacklevel=2,

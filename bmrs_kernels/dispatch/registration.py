@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-StructureOp = Callable[..., tuple[Tensor, Tensor, Tensor]]
+StructureFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def dispatcher_is_needed(*tensors: Tensor | None) -> bool:
@@ -70,22 +70,25 @@ def _(grad: Tensor, grad_mu: Tensor, grad_log_sigma: Tensor) -> tuple[Tensor, Te
     return torch.empty_like(grad_mu), torch.empty_like(grad_log_sigma)
 
 
-def structure_op(name: str, compute: StructureOp, *, options: str) -> Callable[..., Tensor]:
-    """Register ``compute(mu, log_sigma, *options, with_gradients=)`` and return its differentiable form.
+def structure_op(
+    name: str, implementation: Callable[[str], StructureFunction], *, options: str
+) -> Callable[..., Tensor]:
+    """Register an operation of structures and return its differentiable form.
 
     Args:
         name: name of the operator in the ``bmrs_kernels`` namespace.
-        compute: returns the value in μ's shape and dtype, and both derivatives likewise or empty.
-        options: schema of the options, for instance ``"float lower, float upper, str backend"``.
+        implementation: returns a backend's function of (mu, log_sigma, *options, with_gradients=), which returns the
+            value in μ's dtype, and both derivatives likewise or empty.
+        options: schema of the options, for instance ``"float lower, float upper"``.
 
     Returns:
-        A function of (mu, log_sigma, *options).
+        A function of (mu, log_sigma, *options, backend).
     """
-    schema = f"(Tensor mu, Tensor log_sigma, {options}, bool with_gradients) -> (Tensor, Tensor, Tensor)"
+    schema = f"(Tensor mu, Tensor log_sigma, {options}, str backend, bool with_gradients) -> (Tensor, Tensor, Tensor)"
 
     def body(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *values, with_gradients = arguments
-        results = compute(mu, log_sigma, *values, with_gradients=with_gradients)
+        *values, backend, with_gradients = arguments
+        results = implementation(backend)(mu, log_sigma, *values, with_gradients=with_gradients)
         value, *gradients = (result.reshape(mu.shape) for result in results[: 3 if with_gradients else 1])
         grad_mu, grad_log_sigma = gradients or (mu.new_empty(0), mu.new_empty(0))
         return value, grad_mu, grad_log_sigma

@@ -67,3 +67,25 @@ def check_uniform(uniform: Tensor, mu: Tensor) -> None:
         raise ValueError(
             f"uniform of shape {tuple(uniform.shape)} does not broadcast with mu of shape {tuple(mu.shape)}"
         ) from None
+
+
+def seed_tensor(seed: Tensor | int, device: torch.device) -> Tensor:
+    """Return a seed as an int64 scalar tensor on a device.
+
+    Raises:
+        TypeError: ``seed`` is neither an int nor an int64 tensor.
+        ValueError: ``seed`` has more than one element, more than 64 bits, or is on another device.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got a tensor of {seed.dtype}")
+        if seed.numel() != 1:
+            raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed must be on the device of the noise ({device}), got {seed.device}")
+        return seed.reshape(())
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

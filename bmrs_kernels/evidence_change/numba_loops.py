@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+from bmrs_kernels.constants import HALF_LOG_2PI
+from bmrs_kernels.dispatch.numba_compile import compiled, loop
 from bmrs_kernels.evidence_change.reference import log_density_gain, reduced_normal
 from bmrs_kernels.truncated_normal.numba_quadrature import (
     compute_structures,
@@ -16,13 +18,7 @@ from bmrs_kernels.truncated_normal.numba_quadrature import (
     precise_grad_mu,
     window,
 )
-from bmrs_kernels.truncated_normal.numba_special import (
-    HALF_LOG_2PI,
-    compiled,
-    log_sigma_in_range,
-    loop,
-    sigma_from_log,
-)
+from bmrs_kernels.truncated_normal.numba_special import log_sigma_in_range, sigma_from_log
 from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
 
 

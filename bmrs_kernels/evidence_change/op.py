@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor
 
-from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.constants import LOWER, PRIOR_STD, REDUCED_LOWER, REDUCED_UPPER, UPPER
+from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.dispatch.registration import structure_op
 from bmrs_kernels.dispatch.validation import (
     check_interval,
@@ -17,8 +16,7 @@ from bmrs_kernels.dispatch.validation import (
     check_reduced_normal,
 )
 from bmrs_kernels.evidence_change import reference
-
-LN2 = math.log(2.0)
+from bmrs_kernels.options import Backend
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -34,45 +32,15 @@ def _implementation(backend: str) -> ModuleType:
     return reference
 
 
-def _compute_lognormal(
-    mu: Tensor,
-    log_sigma: Tensor,
-    prior_mean: float,
-    prior_std: float,
-    lower: float,
-    upper: float,
-    backend: str,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).delta_f_lognormal(
-        mu, log_sigma, prior_mean, prior_std, lower, upper, **options
-    )
-
-
-def _compute_loguniform(
-    mu: Tensor,
-    log_sigma: Tensor,
-    reduced_lower: float,
-    reduced_upper: float,
-    lower: float,
-    upper: float,
-    backend: str,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).delta_f_loguniform(
-        mu, log_sigma, reduced_lower, reduced_upper, lower, upper, **options
-    )
-
-
 _delta_f_lognormal = structure_op(
     "delta_f_lognormal",
-    _compute_lognormal,
-    options="float prior_mean, float prior_std, float lower, float upper, str backend",
+    lambda backend: _implementation(backend).delta_f_lognormal,
+    options="float prior_mean, float prior_std, float lower, float upper",
 )
 _delta_f_loguniform = structure_op(
     "delta_f_loguniform",
-    _compute_loguniform,
-    options="float reduced_lower, float reduced_upper, float lower, float upper, str backend",
+    lambda backend: _implementation(backend).delta_f_loguniform,
+    options="float reduced_lower, float reduced_upper, float lower, float upper",
 )
 
 
@@ -81,9 +49,9 @@ def delta_f_lognormal(
     log_sigma: Tensor,
     *,
     prior_mean: float | None = None,
-    prior_std: float = 1e-6,
-    lower: float = -20.0,
-    upper: float = 0.0,
+    prior_std: float = PRIOR_STD,
+    lower: float = LOWER,
+    upper: float = UPPER,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return ΔF for a truncated log-normal reduced prior: BMRS_N (Eq. 8).
@@ -121,10 +89,10 @@ def delta_f_loguniform(
     mu: Tensor,
     log_sigma: Tensor,
     *,
-    reduced_lower: float = -23.0 * LN2,
-    reduced_upper: float = -8.0 * LN2,
-    lower: float = -20.0,
-    upper: float = 0.0,
+    reduced_lower: float = REDUCED_LOWER,
+    reduced_upper: float = REDUCED_UPPER,
+    lower: float = LOWER,
+    upper: float = UPPER,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return ΔF for a log-uniform reduced prior: BMRS_U.

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bmrs_kernels.truncated_normal import torch_quadrature
-from bmrs_kernels.truncated_normal.torch_quadrature import HALF_LOG_2PI, Differentiable, Gaussian
+from bmrs_kernels.constants import HALF_LOG_2PI
+from bmrs_kernels.truncated_normal import torch_quadrature, torch_special
+from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
 
 
 class ReducedNormal(NamedTuple):
@@ -53,7 +54,7 @@ def delta_f_lognormal(
     prior = reduced_normal(prior_mean, prior_std, lower, upper)
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        sigma = torch_special.sigma_from_log(log_sigma)
         posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
         # q times p̃: a Gaussian whose mean lies between μ and the reduced prior's, weighted by precision.
         total_std = torch.hypot(sigma, sigma.new_full((), prior_std))
@@ -119,7 +120,7 @@ def delta_f_loguniform(
     gain = log_density_gain(reduced_lower, reduced_upper, lower, upper)
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        sigma = torch_special.sigma_from_log(log_sigma)
         posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
         restricted = torch_quadrature.gaussian_on(reduced_lower, reduced_upper, mu, sigma)
         expectation = torch_quadrature.log_mass_ratio(
@@ -134,5 +135,5 @@ def _with_clamp(value: Tensor, expectation: Differentiable, log_sigma: Tensor) -
     """Return a value with the gradients of an expectation, zero where log σ is clamped."""
     grad_log_sigma = expectation.grad_log_sigma
     if grad_log_sigma.numel():
-        grad_log_sigma = grad_log_sigma * torch_quadrature.log_sigma_in_range(log_sigma)
+        grad_log_sigma = grad_log_sigma * torch_special.log_sigma_in_range(log_sigma)
     return Differentiable(value, expectation.grad_mu, grad_log_sigma)

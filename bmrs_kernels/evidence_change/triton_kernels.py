@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bmrs_kernels import constants
 from bmrs_kernels.evidence_change import reference
-from bmrs_kernels.truncated_normal import torch_quadrature
 from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
 from bmrs_kernels.truncated_normal.triton_quadrature import (
     empty_results,
@@ -31,7 +31,7 @@ from bmrs_kernels.truncated_normal.triton_special import (
     sigma_from_log,
 )
 
-HALF_LOG_2PI = tl.constexpr(torch_quadrature.HALF_LOG_2PI)
+HALF_LOG_2PI = tl.constexpr(constants.HALF_LOG_2PI)
 
 
 def delta_f_lognormal(

@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from bmrs_kernels.dispatch.numba_compile import compiled, loop
 from bmrs_kernels.truncated_normal.numba_quadrature import (
     boundary_terms,
     compute_structures,
@@ -16,7 +17,7 @@ from bmrs_kernels.truncated_normal.numba_quadrature import (
     window_covariance,
     window_mean,
 )
-from bmrs_kernels.truncated_normal.numba_special import compiled, log_sigma_in_range, loop, sigma_from_log
+from bmrs_kernels.truncated_normal.numba_special import log_sigma_in_range, sigma_from_log
 from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor
 
-from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.constants import LOWER, UPPER
+from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.dispatch.registration import structure_op
 from bmrs_kernels.dispatch.validation import check_interval, check_parameters
 from bmrs_kernels.log_uniform_kl import reference
+from bmrs_kernels.options import Backend
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -26,17 +27,15 @@ def _implementation(backend: str) -> ModuleType:
     return reference
 
 
-def _compute(
-    mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).kl_divergence(mu, log_sigma, lower, upper, **options)
-
-
-_kl_divergence = structure_op("kl_divergence", _compute, options="float lower, float upper, str backend")
+_kl_divergence = structure_op(
+    "kl_divergence",
+    lambda backend: _implementation(backend).kl_divergence,
+    options="float lower, float upper",
+)
 
 
 def kl_divergence(
-    mu: Tensor, log_sigma: Tensor, *, lower: float = -20.0, upper: float = 0.0, backend: Backend = "auto"
+    mu: Tensor, log_sigma: Tensor, *, lower: float = LOWER, upper: float = UPPER, backend: Backend = "auto"
 ) -> Tensor:
     """Return KL(q‖p) of each structure's noise posterior from its log-uniform prior (Eq. 3).
 

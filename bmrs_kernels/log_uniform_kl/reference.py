@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal import torch_quadrature, torch_special
 from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
 
 
@@ -21,7 +21,7 @@ def kl_divergence(
     """
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        sigma = torch_special.sigma_from_log(log_sigma)
         posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
         quadrature = torch_quadrature.window(posterior)
         value = (
@@ -36,7 +36,7 @@ def kl_divergence(
             _covariance_inside(posterior, quadrature.log_mass),
         )
         grad_log_sigma = -2.0 * quadrature.covariance(quadrature.exponent, quadrature.exponent)
-        in_range = torch_quadrature.log_sigma_in_range(log_sigma)
+        in_range = torch_special.log_sigma_in_range(log_sigma)
         return Differentiable(value, grad_mu / sigma, grad_log_sigma * in_range)
 
     return torch_quadrature.tile_structures(compute, mu, log_sigma)

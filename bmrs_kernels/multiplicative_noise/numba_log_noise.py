@@ -1,7 +1,7 @@
 """θ and the derivatives of log θ in compiled CPU loops, strip by strip: uniforms of one structure each.
 
 The regimes and formulas are those of triton_log_noise, told apart by structure: *inside* and *tail* in float32, and
-both in float64 where σ is above WIDE. Each strip branches once.
+both in float64 where σ is above WIDE_SIGMA. Each strip branches once.
 """
 
 from __future__ import annotations
@@ -12,30 +12,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bmrs_kernels.multiplicative_noise.torch_noise import MAX_OUTSIDE, MAX_SIGMA
+from bmrs_kernels.constants import LN2
+from bmrs_kernels.dispatch.numba_compile import compiled, polynomial
+from bmrs_kernels.dispatch.numba_memory import use_widest_vectors
 from bmrs_kernels.truncated_normal import polynomials
 from bmrs_kernels.truncated_normal.numba_special import (
     EXP_HIGHEST,
     EXP_LOWEST,
     QUANTILE_CENTRE,
     QUANTILE_SHIFT,
-    compiled,
     exp,
     log2,
     log_sigma_in_range,
     mills_ratio,
     normal_cdf,
     normal_density,
-    polynomial,
+    normal_mass,
     sigma_from_log,
-    use_widest_vectors,
     wide_exp,
 )
+from bmrs_kernels.truncated_normal.regimes import TAIL_START, WIDE_SIGMA
 
-WIDE = MAX_SIGMA
-TAIL_START = MAX_OUTSIDE
 TAIL_START_SQUARED = TAIL_START**2
-LN2 = math.log(2.0)
 # Keeps the logarithm finite where both tails underflow.
 SMALLEST_PRODUCT = 1e-30
 NAN = np.float32(math.nan)
@@ -84,7 +82,7 @@ def structure_constants(mu, log_sigma, lower, upper, row):
     near = max(alpha, -beta)
     if near < TAIL_START:
         below, above = normal_cdf(alpha), normal_cdf(-beta)
-        row[BELOW], row[ABOVE], row[MASS] = below, above, 1.0 - below - above
+        row[BELOW], row[ABOVE], row[MASS] = below, above, normal_mass(alpha, beta)
         row[LOWER_DENSITY], row[UPPER_DENSITY] = normal_density(alpha), normal_density(beta)
     else:
         width = beta - alpha
@@ -298,7 +296,7 @@ def strip_noise(y, row, lower, upper, noise, with_gradients):
         with_gradients: whether to write the last two.
     """
     theta, grad_mu, grad_log_sigma = noise
-    in_tail, wide = max(row[ALPHA], -row[BETA]) >= TAIL_START, row[SIGMA] > WIDE
+    in_tail, wide = max(row[ALPHA], -row[BETA]) >= TAIL_START, row[SIGMA] > WIDE_SIGMA
     if math.isnan(row[ALPHA]):
         fill_with_nan(y.size, theta, grad_mu, grad_log_sigma)
         return

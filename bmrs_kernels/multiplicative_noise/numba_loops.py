@@ -1,15 +1,32 @@
-"""Compiled CPU loops that multiply noise onto float32 activations, forward and backward, in one pass.
+"""Compiled CPU loops that multiply noise onto activations, forward and backward, in one pass.
 
 The activation is seen as [outer, structures, inner] in logical order and cut into tiles that stay in a core's cache:
 the uniforms of a tile are drawn at once, then each of its structures is a strip. Where ``inner`` is short, the elements
 of a strip lie apart and are gathered. What a tile computes depends on nothing outside it, and sums are kept by tile:
 results do not depend on which thread computes which tiles.
+
+Loops are compiled for float32 and for float64, as the argument ``one`` says.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
+import numpy as np
+from numba.extending import overload
+
+from bmrs_kernels.dispatch.numba_compile import REGROUPING, compiled, loop
+from bmrs_kernels.dispatch.numba_memory import (
+    INLINED,
+    cast_like,
+    dtype_of,
+    unmanaged,
+    use_widest_vectors,
+    vector_at,
+    vector_like,
+    zeros_like_number,
+)
+from bmrs_kernels.multiplicative_noise.numba_exact_noise import exact_strip_noise
 from bmrs_kernels.multiplicative_noise.numba_log_noise import (
     FACTOR,
     IN_RANGE,
@@ -17,18 +34,8 @@ from bmrs_kernels.multiplicative_noise.numba_log_noise import (
     strip_noise,
     structure_constants,
 )
-from bmrs_kernels.truncated_normal.numba_special import (
-    LANES,
-    ONE,
-    REGROUPING,
-    compiled,
-    fill_uniform,
-    loop,
-    tanh,
-    unmanaged,
-    use_widest_vectors,
-    vector_at,
-)
+from bmrs_kernels.truncated_normal.numba_special import ONE, tanh
+from bmrs_kernels.uniform.numba_philox import LANES, fill_uniform
 
 # Activations by number.
 IDENTITY, RELU, TANH = range(3)
@@ -41,6 +48,31 @@ SLACK = 2 * LANES + ELEMENTS_PER_VECTOR
 ELEMENTS_PER_TILE = 1024
 GATHERED_ROWS, GATHERED_ROW = 64, 256
 SHORTEST_STRIP = 16
+
+
+def typed_tanh(x: float) -> float:
+    """Return tanh x in the precision of x; in compiled code only."""
+    raise NotImplementedError("typed_tanh is compiled by numba and cannot be called from Python")
+
+
+@overload(typed_tanh, jit_options=INLINED)
+def _(x):
+    if dtype_of(x) is np.float32:
+        return lambda x: tanh(x)
+    return lambda x: math.tanh(x)
+
+
+def typed_strip_noise(y, row, lower, upper, noise, with_gradients):
+    """Write θ and the derivatives of log θ at a strip of uniforms, as precise as the arrays ``noise`` can hold."""
+    raise NotImplementedError("typed_strip_noise is compiled by numba and cannot be called from Python")
+
+
+@overload(typed_strip_noise, jit_options=INLINED)
+def _(y, row, lower, upper, noise, with_gradients):
+    function = strip_noise if dtype_of(noise[0].dtype) is np.float32 else exact_strip_noise
+    return lambda y, row, lower, upper, noise, with_gradients: function(
+        y, row, lower, upper, noise, with_gradients
+    )
 
 
 def tile_shape(outer: int, structures: int, inner: int) -> tuple[int, int, int]:
@@ -80,10 +112,11 @@ def constants_loop(mu, log_sigma, in_float64, mask, structures, lower, upper):
 
 
 @loop
-def forward_loop(x, out, table, seed, sizes, tile_sizes, activation, first, last, lower, upper):
+def forward_loop(one, x, out, table, seed, sizes, tile_sizes, activation, first, last, lower, upper):
     """Write activation(x) · θ · mask for the tiles from ``first`` to before ``last``.
 
     Args:
+        one: 1 in the dtype of the activation and of the arithmetic, float32 or float64.
         x: address of the activation, contiguous.
         out: address of the result, to be written.
         table: constants of the structures.
@@ -99,13 +132,13 @@ def forward_loop(x, out, table, seed, sizes, tile_sizes, activation, first, last
     use_widest_vectors()
     elements = sizes[0] * sizes[1] * sizes[2]
     x, out, rows_of = (
-        vector_at(x, elements, np.float32),
-        vector_at(out, elements, np.float32),
+        vector_like(x, elements, one),
+        vector_like(out, elements, one),
         unmanaged(table),
     )
     longest = padded(tile_sizes[0] * tile_sizes[2])
     # Zeros, since strips are computed to the end of a vector: what lies there must be a number.
-    memory, uniform_memory = np.zeros((3, longest), np.float32), np.zeros((2, room(tile_sizes)), np.float32)
+    memory, uniform_memory = zeros_like_number((3, longest), one), np.zeros((2, room(tile_sizes)), np.float32)
     strip_x, strip_out, theta = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
     uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
     starts = np.empty(tile_sizes[0], np.int64)
@@ -126,23 +159,24 @@ def forward_loop(x, out, table, seed, sizes, tile_sizes, activation, first, last
                 gather_uniform(uniform[offset:], starts, rows, length, y)
                 gather(x[origin:], stride, rows, length, strip)
             row = rows_of[structure]
-            factor = np.float32(row[FACTOR])
+            factor = cast_like(row[FACTOR], one)
             if factor != ZERO:
-                strip_noise(y[: padded(count)], row, lower, upper, noise, False)
+                typed_strip_noise(y[: padded(count)], row, lower, upper, noise, False)
             forward_strip(strip[:count], target, theta, factor, activation)
             if rows > 1:
                 scatter(target, stride, rows, length, out[origin:])
-    # Up to here they are alive.
+    # Used last, so that the memory of the arrays above lives until here.
     memory[0, 0], uniform_memory[0, 0] = ZERO, ZERO
 
 
 @loop
 def backward_loop(
-    grad, x, grad_x, sums, table, seed, sizes, tile_sizes, activation, first, last, lower, upper
+    one, grad, x, grad_x, sums, table, seed, sizes, tile_sizes, activation, first, last, lower, upper
 ):
     """Write the gradient in x, and each tile's sums of the gradients in μ and log σ.
 
     Args:
+        one: 1 in the dtype of the activation and of the arithmetic, float32 or float64.
         grad: address of the gradient of the result, contiguous.
         x: address of the activation, contiguous.
         grad_x: address of its gradient, to be written.
@@ -159,10 +193,10 @@ def backward_loop(
     """
     use_widest_vectors()
     elements = sizes[0] * sizes[1] * sizes[2]
-    grad, x = vector_at(grad, elements, np.float32), vector_at(x, elements, np.float32)
-    grad_x, rows_of = vector_at(grad_x, elements, np.float32), unmanaged(table)
+    grad, x = vector_like(grad, elements, one), vector_like(x, elements, one)
+    grad_x, rows_of = vector_like(grad_x, elements, one), unmanaged(table)
     longest = padded(tile_sizes[0] * tile_sizes[2])
-    memory, uniform_memory = np.zeros((6, longest), np.float32), np.zeros((2, room(tile_sizes)), np.float32)
+    memory, uniform_memory = zeros_like_number((6, longest), one), np.zeros((2, room(tile_sizes)), np.float32)
     strip_x, strip_grad, strip_out = unmanaged(memory[0]), unmanaged(memory[1]), unmanaged(memory[2])
     theta, grad_mu, grad_log_sigma = unmanaged(memory[3]), unmanaged(memory[4]), unmanaged(memory[5])
     uniform, strip_y = unmanaged(uniform_memory[0]), unmanaged(uniform_memory[1])
@@ -188,10 +222,10 @@ def backward_loop(
                 gather(x[origin:], stride, rows, length, strip)
                 gather(grad[origin:], stride, rows, length, upstream)
             row = rows_of[structure]
-            factor = np.float32(row[FACTOR])
+            factor = cast_like(row[FACTOR], one)
             alive = factor != ZERO
             if alive:
-                strip_noise(y[: padded(count)], row, lower, upper, noise, True)
+                typed_strip_noise(y[: padded(count)], row, lower, upper, noise, True)
             backward_strip(upstream[:count], strip, target, theta, factor, activation)
             if rows > 1:
                 scatter(target, stride, rows, length, grad_x[origin:])
@@ -202,10 +236,11 @@ def backward_loop(
 
 
 @loop
-def shared_forward_loop(x, out, theta, rows, length, rows_of_draw, structures, activation, first, last):
+def shared_forward_loop(one, x, out, theta, rows, length, rows_of_draw, structures, activation, first, last):
     """Write activation(x) · θ for rows ``first`` to ``last - 1``.
 
     Args:
+        one: 1 in the dtype of the activation and of the arithmetic, float32 or float64.
         x: address of the activation [rows, length], contiguous, structures varying fastest along the rows.
         out: address of the result, to be written.
         theta: address of θ · mask [draws of a structure, structures].
@@ -217,8 +252,8 @@ def shared_forward_loop(x, out, theta, rows, length, rows_of_draw, structures, a
         first: see above.
         last: see above.
     """
-    x, out = vector_at(x, rows * length, np.float32), vector_at(out, rows * length, np.float32)
-    theta = vector_at(theta, rows // rows_of_draw, np.float32)
+    x, out = vector_like(x, rows * length, one), vector_like(out, rows * length, one)
+    theta = vector_like(theta, rows // rows_of_draw, one)
     for row in range(first, last):
         factor = theta[row // structures // rows_of_draw * structures + row % structures]
         scale_strip(x[row * length :][:length], out[row * length :], factor, activation)
@@ -226,11 +261,12 @@ def shared_forward_loop(x, out, theta, rows, length, rows_of_draw, structures, a
 
 @loop
 def shared_backward_loop(
-    grad, x, grad_x, sums, theta, rows, length, rows_of_draw, structures, activation, first, last
+    one, grad, x, grad_x, sums, theta, rows, length, rows_of_draw, structures, activation, first, last
 ):
     """Write the gradient in x, and each row's sum of grad · activation(x).
 
     Args:
+        one: 1 in the dtype of the activation and of the arithmetic, float32 or float64.
         grad: address of the gradient of the result [rows, length], contiguous.
         x: address of the activation.
         grad_x: address of its gradient, to be written.
@@ -244,9 +280,9 @@ def shared_backward_loop(
         first: number of the first row to compute.
         last: number after that of the last one.
     """
-    grad, x = vector_at(grad, rows * length, np.float32), vector_at(x, rows * length, np.float32)
-    grad_x, sums = vector_at(grad_x, rows * length, np.float32), vector_at(sums, rows, np.float64)
-    theta = vector_at(theta, rows // rows_of_draw, np.float32)
+    grad, x = vector_like(grad, rows * length, one), vector_like(x, rows * length, one)
+    grad_x, sums = vector_like(grad_x, rows * length, one), vector_at(sums, rows, np.float64)
+    theta = vector_like(theta, rows // rows_of_draw, one)
     for row in range(first, last):
         factor = theta[row // structures // rows_of_draw * structures + row % structures]
         # In pieces, since float32 sums of many terms lose their last ones.
@@ -281,16 +317,6 @@ def sum_loop(sums, table, grad_mu, grad_log_sigma, in_float64):
         else:
             vector_at(grad_mu, structures, np.float32)[structure] = total_mu
             vector_at(grad_log_sigma, structures, np.float32)[structure] = total_log_sigma
-
-
-@loop
-def uniform_loop(seed, out, first, last):
-    """Write the uniforms number ``first`` to ``last - 1`` of a seed to their places."""
-    memory = np.empty(ELEMENTS_PER_TILE + SLACK, np.float32)
-    for start in range(first, last, ELEMENTS_PER_TILE):
-        count = min(ELEMENTS_PER_TILE, last - start)
-        skipped = fill_uniform(seed, start, count, memory)
-        out[start : start + count] = memory[skipped : skipped + count]
 
 
 @compiled
@@ -383,7 +409,7 @@ def _forward_strip(x, out, theta, factor, activation):
             out[i] = value * (theta[i] * factor)
     elif activation == TANH:
         for i in range(x.size):
-            out[i] = tanh(x[i]) * (theta[i] * factor)
+            out[i] = typed_tanh(x[i]) * (theta[i] * factor)
     else:
         for i in range(x.size):
             out[i] = x[i] * (theta[i] * factor)
@@ -403,7 +429,7 @@ def _backward_strip(grad, x, grad_x, theta, factor, activation):
             theta[i] = ZERO if dead else upstream * value * scale
     elif activation == TANH:
         for i in range(grad.size):
-            value, upstream, scale = tanh(x[i]), grad[i], theta[i] * factor
+            value, upstream, scale = typed_tanh(x[i]), grad[i], theta[i] * factor
             grad_x[i] = upstream * (ONE - value * value) * scale
             theta[i] = upstream * value * scale
     else:
@@ -422,7 +448,7 @@ def _scale_strip(x, out, factor, activation):
             out[i] = value * factor
     elif activation == TANH:
         for i in range(x.size):
-            out[i] = tanh(x[i]) * factor
+            out[i] = typed_tanh(x[i]) * factor
     else:
         for i in range(x.size):
             out[i] = x[i] * factor
@@ -439,7 +465,7 @@ def _unscale_strip(grad, x, grad_x, factor, activation):
             total += ZERO if dead else grad[i] * x[i]
     elif activation == TANH:
         for i in range(grad.size):
-            value = tanh(x[i])
+            value = typed_tanh(x[i])
             grad_x[i] = grad[i] * (ONE - value * value) * factor
             total += grad[i] * value
     else:

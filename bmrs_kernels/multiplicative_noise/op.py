@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.constants import LOWER, UPPER
+from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.dispatch.registration import dispatcher_is_needed, multiply_derivatives, refuse_forward_mode
-from bmrs_kernels.dispatch.validation import check_device, check_interval, check_parameters, check_uniform
-from bmrs_kernels.multiplicative_noise import torch_noise
-from bmrs_kernels.uniform import torch_philox
+from bmrs_kernels.dispatch.validation import (
+    check_device,
+    check_interval,
+    check_parameters,
+    check_uniform,
+    seed_tensor,
+)
+from bmrs_kernels.multiplicative_noise.call import NUM_TENSORS, NoiseBackend, NoiseCall
+from bmrs_kernels.options import Activation, Backend, Granularity
 
-Granularity = Literal["element", "sample", "batch"]
-Activation = Literal["relu", "tanh"]
 
-
-def _implementation(backend: str) -> ModuleType:
+def _implementation(backend: str) -> NoiseBackend:
     # Imported where they are used: Triton and numba may be missing.
     if backend == "triton":
         from bmrs_kernels.multiplicative_noise import triton_noise
@@ -28,6 +31,8 @@ def _implementation(backend: str) -> ModuleType:
         from bmrs_kernels.multiplicative_noise import numba_noise
 
         return numba_noise
+    from bmrs_kernels.multiplicative_noise import torch_noise
+
     return torch_noise
 
 
@@ -89,9 +94,9 @@ def _multiply_noise(
     upper: float,
     backend: str,
 ) -> Tensor:
-    return _implementation(backend).multiply_noise(
-        x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper
-    )
+    call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
+    implementation = _implementation(backend)
+    return implementation.multiply_noise(call, implementation.prepare(call))
 
 
 @_multiply_noise.register_fake
@@ -114,9 +119,9 @@ def _multiply_noise_backward(
     upper: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).multiply_noise_backward(
-        grad, x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper
-    )
+    call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
+    implementation = _implementation(backend)
+    return implementation.multiply_noise_backward(call, implementation.prepare(call), grad)
 
 
 @_multiply_noise_backward.register_fake
@@ -125,13 +130,14 @@ def _(grad: Tensor, x: Tensor, mu: Tensor, log_sigma: Tensor, *_: Any) -> tuple[
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+    ctx.save_for_backward(*inputs[:NUM_TENSORS])
+    ctx.options = inputs[NUM_TENSORS:]
 
 
 def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _multiply_noise_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *[None] * (2 + len(ctx.options)))
+    # The mask, the seed and the options have no gradient.
+    return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
 
 
 _multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs)
@@ -142,23 +148,21 @@ class _MultiplyNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.options = inputs[5:]
+        _save_inputs(ctx, inputs, inputs[0])
         *arguments, backend = inputs
-        ctx.kept = {}
-        out: Tensor = _implementation(backend).multiply_noise(*arguments, kept=ctx.kept)
-        return out
+        call, implementation = NoiseCall(*arguments), _implementation(backend)
+        ctx.prepared = implementation.prepare(call)
+        return implementation.multiply_noise(call, ctx.prepared)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *options, backend = ctx.options
         # A second derivative may follow, which only the operator forbids, or the gradient may be no plain tensor.
         if torch.is_grad_enabled() or dispatcher_is_needed(grad):
             return _multiply_backward(ctx, grad)
-        grads = _implementation(backend).multiply_noise_backward(
-            grad, *ctx.saved_tensors, *options, kept=ctx.kept
-        )
-        return (*grads, *[None] * (2 + len(ctx.options)))
+        *options, backend = ctx.options
+        call = NoiseCall(*ctx.saved_tensors, *options)
+        grads = _implementation(backend).multiply_noise_backward(call, ctx.prepared, grad)
+        return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
 
 
 def sample_noise(
@@ -166,8 +170,8 @@ def sample_noise(
     log_sigma: Tensor,
     uniform: Tensor,
     *,
-    lower: float = -20.0,
-    upper: float = 0.0,
+    lower: float = LOWER,
+    upper: float = UPPER,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return θ at given uniforms by inverting the posterior's distribution function.
@@ -211,8 +215,8 @@ def multiply_noise(
     granularity: Granularity = "element",
     activation: Activation | None = None,
     seed: Tensor | int | None = None,
-    lower: float = -20.0,
-    upper: float = 0.0,
+    lower: float = LOWER,
+    upper: float = UPPER,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return ``activation(x) * θ * mask`` with θ drawn from each structure's posterior (Eq. 1).
@@ -250,15 +254,15 @@ def multiply_noise(
     if seed is None:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
-        seed = torch_philox.seed_tensor(seed, x.device)
+        seed = seed_tensor(seed, x.device)
     refuse_forward_mode(x, mu, log_sigma)
     chosen = resolve_backend(backend, x)
-    inputs = (x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
+    call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
     result: Tensor
     if dispatcher_is_needed(x, mu, log_sigma, mask, seed):
-        result = _multiply_noise(*inputs, chosen)
+        result = _multiply_noise(*call, chosen)
     else:
-        result = _MultiplyNoise.apply(*inputs, chosen)
+        result = _MultiplyNoise.apply(*call, chosen)
     return result
 
 

@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bmrs_kernels.truncated_normal import torch_quadrature
-from bmrs_kernels.truncated_normal.torch_quadrature import SQRT2
+from bmrs_kernels.constants import SQRT2
+from bmrs_kernels.truncated_normal import torch_special
+from bmrs_kernels.truncated_normal.regimes import REFERENCE_TAIL_START
 
 # Below this tail probability erfinv's argument is too close to ±1, and z is taken from the smaller tail instead.
 RARE = 0.02
-# Beyond this many σ outside, v = z - α is solved for instead of z, which would lose digits.
-TAIL = 5.0
 TAIL_ITERATIONS = 3
 
 
@@ -46,17 +45,17 @@ class LogNoise(NamedTuple):
 def posterior(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Posterior:
     """Return the constants of each structure's posterior, in the shape of μ."""
     mu, log_sigma = mu.double(), log_sigma.double()
-    sigma = torch_quadrature.sigma_from_log(log_sigma)
+    sigma = torch_special.sigma_from_log(log_sigma)
     alpha, beta = (lower - mu) / sigma, (upper - mu) / sigma
     return Posterior(
         mu=mu,
         sigma=sigma,
         alpha=alpha,
         beta=beta,
-        below=torch_quadrature.normal_cdf(alpha),
-        above=torch_quadrature.normal_cdf(-beta),
-        mass=torch_quadrature.normal_mass(alpha, beta),
-        log_sigma_in_range=torch_quadrature.log_sigma_in_range(log_sigma),
+        below=torch_special.normal_cdf(alpha),
+        above=torch_special.normal_cdf(-beta),
+        mass=torch_special.normal_mass(alpha, beta),
+        log_sigma_in_range=torch_special.log_sigma_in_range(log_sigma),
     )
 
 
@@ -68,7 +67,7 @@ def log_noise(
     y = uniform.double().expand(torch.broadcast_shapes(mu.shape, uniform.shape)).contiguous()
     result = _central_noise(q, y, with_gradients=with_gradients)
     # Structures far outside are few or none, and cost a gather.
-    outside = torch.maximum(q.alpha, -q.beta) > TAIL
+    outside = torch.maximum(q.alpha, -q.beta) > REFERENCE_TAIL_START
     if outside.any():
         chosen = outside.expand(y.shape)
         gathered = Posterior(*(constant.expand(y.shape)[chosen] for constant in q))
@@ -122,10 +121,11 @@ def _tail_noise(q: Posterior, y: Tensor, lower: float, upper: float, *, with_gra
 
 
 def tail_quantile(alpha: Tensor, width: Tensor, y: Tensor, complement: Tensor) -> Tensor:
-    """Return v = z - α for a standard normal truncated to [α, α + width], α > TAIL, at uniforms y = 1 - complement.
+    """Return v = z - α for a standard normal truncated to [α, α + width] at uniforms y = 1 - complement.
 
-    Solves log S(α) - log S(α + v) = l for the survival function S of the normal, where l is the logarithm of
-    S(α) over the survival at the quantile, by Halley steps; log S = log erfcx(z/√2) - z²/2 + const.
+    Meant for α > REFERENCE_TAIL_START. Solves log S(α) - log S(α + v) = l for the survival function S of the normal,
+    where l is the logarithm of S(α) over the survival at the quantile, by Halley steps; log S = log erfcx(z/√2) - z²/2
+    + const.
     """
     scaled_survival = torch.special.erfcx(alpha / SQRT2)
     log_far = -width * (alpha + 0.5 * width)

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bmrs_kernels.multiplicative_noise import reference
+from bmrs_kernels.multiplicative_noise.call import NoiseCall
 from bmrs_kernels.multiplicative_noise.reference import LogNoise
-from bmrs_kernels.truncated_normal import torch_quadrature
-from bmrs_kernels.truncated_normal.polynomials import TAIL_START
+from bmrs_kernels.truncated_normal import torch_special
+from bmrs_kernels.truncated_normal.regimes import TAIL_START, WIDE_SIGMA
 from bmrs_kernels.uniform import torch_philox
 
 # Elements a tile: on a CPU several tiles of memory stay in the last cache, elsewhere launches are few.
 TILE, LARGE_TILE = 1 << 17, 1 << 24
 NUM_BUFFERS = 6
-
-# Where float32 is enough: z has a relative error of 3e-7 and is multiplied by σ; its fit ends at TAIL_START.
-MAX_SIGMA = 4.0
-MAX_OUTSIDE = TAIL_START
 
 ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_}  # in place
 
@@ -43,27 +40,26 @@ class Single(NamedTuple):
     mass: Tensor  # Φ(β) - Φ(α)
     lower_density: Tensor  # φ(α)
     upper_density: Tensor  # φ(β)
-    lower_offset: Tensor  # σ α = lower - μ
-    upper_offset: Tensor  # σ β = upper - μ
+    from_lower: Tensor  # μ - lower
+    from_upper: Tensor  # μ - upper
     log_sigma_in_range: Tensor
 
 
-class Noise:
+class TorchNoise:
     """The noise of one call: constants computed once, log θ evaluated tile by tile."""
 
-    def __init__(
-        self, mu: Tensor, log_sigma: Tensor, x: Tensor, dim: int, lower: float, upper: float
-    ) -> None:
-        self.dim, self.lower, self.upper = dim, lower, upper
-        self.mu, self.log_sigma = along(mu, x, dim), along(log_sigma, x, dim)
+    def __init__(self, call: NoiseCall) -> None:
+        x, self.dim, self.lower, self.upper = call.x, call.dim, call.lower, call.upper
+        self.mu, self.log_sigma = along(call.mu, x, call.dim), along(call.log_sigma, x, call.dim)
+        self.factor = None if call.mask is None else along(call.mask, x, call.dim)
         self.exact = x.dtype == torch.float64
         wide_mu, wide_log_sigma = self.mu.double(), self.log_sigma.double()
-        sigma = torch_quadrature.sigma_from_log(wide_log_sigma)
+        sigma = torch_special.sigma_from_log(wide_log_sigma)
         # Both ends together: half the operations, and small layers are bound by their number.
-        offsets = torch.stack([lower - wide_mu, upper - wide_mu])
-        standardised = offsets / sigma
+        from_ends = torch.stack([wide_mu - self.lower, wide_mu - self.upper])
+        standardised = from_ends / -sigma
         alpha, beta = standardised
-        below, above = torch_quadrature.normal_cdf(torch.stack([alpha, -beta]))
+        below, above = torch_special.normal_cdf(torch.stack([alpha, -beta]))
         self.single = Single(
             *torch.stack(
                 [
@@ -72,13 +68,13 @@ class Noise:
                     below,
                     above,
                     1.0 - below - above,  # enough where the mode is inside or not far outside
-                    *torch_quadrature.normal_density(standardised),
-                    *offsets,
-                    torch_quadrature.log_sigma_in_range(wide_log_sigma),
+                    *torch_special.normal_density(standardised),
+                    *from_ends,
+                    torch_special.log_sigma_in_range(wide_log_sigma),
                 ]
             ).float()
         )
-        hard = (sigma > MAX_SIGMA) | (torch.maximum(alpha, -beta) > MAX_OUTSIDE)
+        hard = (sigma > WIDE_SIGMA) | (torch.maximum(alpha, -beta) > TAIL_START)
         self.hard = hard.view(-1).nonzero().squeeze(1)
 
     def log(self, uniform: Tensor, buffers: Sequence[Tensor], *, with_gradients: bool) -> LogNoise:
@@ -112,7 +108,7 @@ class Noise:
         torch.addcmul(q.below, q.mass, uniform, out=below)
         torch.addcmul(q.above, q.mass, complement, out=above)
         first, second, third = scratch
-        z, inverse_density = torch_quadrature.normal_quantile(
+        z, inverse_density = torch_special.normal_quantile(
             below, above, (first, second, third), with_density=with_gradients
         )
         x = torch.addcmul(q.mu, q.sigma, z, out=above).clamp_(self.lower, self.upper)
@@ -121,8 +117,8 @@ class Noise:
         near_lower = complement.mul_(inverse_density).mul_(q.lower_density)
         near_upper = inverse_density.mul_(uniform).mul_(q.upper_density)
         grad_log_sigma = z.mul_(q.sigma)
-        grad_log_sigma.addcmul_(q.lower_offset, near_lower, value=-1.0)
-        grad_log_sigma.addcmul_(q.upper_offset, near_upper, value=-1.0)
+        grad_log_sigma.addcmul_(q.from_lower, near_lower)
+        grad_log_sigma.addcmul_(q.from_upper, near_upper)
         grad_mu = near_lower.neg_().sub_(near_upper).add_(1.0)
         return LogNoise(x, grad_mu, grad_log_sigma.mul_(q.log_sigma_in_range))
 
@@ -146,78 +142,37 @@ def rows_per_tile(x: Tensor, dim: int) -> int:
     return max(1, tile * x.shape[0] // max(1, x.numel())) if dim else max(1, x.shape[0])
 
 
-def draw_shape(x: Tensor, dim: int, granularity: str) -> tuple[int, ...]:
-    """Return the shape of the uniforms, which broadcasts with x; ``dim`` is non-negative."""
-    if granularity == "element":
-        return tuple(x.shape)
-    kept = {dim} if granularity == "batch" else {0, dim}
-    return tuple(size if axis in kept else 1 for axis, size in enumerate(x.shape))
-
-
 def along(per_structure: Tensor, x: Tensor, dim: int) -> Tensor:
     """View a vector along one axis of x."""
     return per_structure.view([x.shape[dim] if axis == dim else 1 for axis in range(x.dim())])
 
 
-def multiply_noise(
-    x: Tensor,
-    mu: Tensor,
-    log_sigma: Tensor,
-    mask: Tensor | None,
-    seed: Tensor,
-    dim: int,
-    granularity: str,
-    activation: str | None,
-    lower: float,
-    upper: float,
-    *,
-    kept: dict[str, Any] | None = None,
-) -> Tensor:
-    """Return activation(x) · θ · mask for θ at a seed's uniforms; nothing is kept for backward."""
-    uniform = _uniforms(seed, x, dim, granularity)
-    return multiply_noise_at(x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+def prepare(call: NoiseCall) -> TorchNoise:
+    """Return the constants of the structures."""
+    return TorchNoise(call)
+
+
+def multiply_noise(call: NoiseCall, noise: TorchNoise) -> Tensor:
+    """Return activation(x) · θ · mask for θ at a seed's uniforms."""
+    return multiply_noise_at(call, noise, _uniforms(call))
 
 
 def multiply_noise_backward(
-    grad: Tensor,
-    x: Tensor,
-    mu: Tensor,
-    log_sigma: Tensor,
-    mask: Tensor | None,
-    seed: Tensor,
-    dim: int,
-    granularity: str,
-    activation: str | None,
-    lower: float,
-    upper: float,
-    *,
-    kept: dict[str, Any] | None = None,
+    call: NoiseCall, noise: TorchNoise, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise`` in x, μ and log σ."""
-    uniform = _uniforms(seed, x, dim, granularity)
-    return multiply_noise_at_backward(grad, x, mu, log_sigma, mask, uniform, dim, activation, lower, upper)
+    return multiply_noise_at_backward(call, noise, grad, _uniforms(call))
 
 
-def _uniforms(seed: Tensor, x: Tensor, dim: int, granularity: str) -> Tensor:
-    shape = draw_shape(x, dim, granularity)
-    return torch_philox.uniform_stream(seed, math.prod(shape)).reshape(shape)
+def _uniforms(call: NoiseCall) -> Tensor:
+    shape = call.draw_shape
+    return torch_philox.uniform_stream(call.seed, math.prod(shape)).reshape(shape)
 
 
-def multiply_noise_at(
-    x: Tensor,
-    mu: Tensor,
-    log_sigma: Tensor,
-    mask: Tensor | None,
-    uniform: Tensor,
-    dim: int,
-    activation: str | None,
-    lower: float,
-    upper: float,
-) -> Tensor:
+def multiply_noise_at(call: NoiseCall, noise: TorchNoise, uniform: Tensor) -> Tensor:
     """Return activation(x) · θ · mask for θ at uniforms whose shape broadcasts with x."""
-    noise = Noise(mu, log_sigma, x, dim, lower, upper)
-    factor = None if mask is None else along(mask, x, dim)
-    rows = rows_per_tile(x, dim)
+    x = call.x
+    rows = rows_per_tile(x, call.dim)
     wide_dtype = torch.float64 if noise.exact else torch.float32
     noise_buffers = Buffers(uniform.shape, rows, NUM_BUFFERS, torch.float32, x.device)
     wide_buffer = Buffers(x.shape, rows, 1, wide_dtype, x.device)
@@ -229,36 +184,28 @@ def multiply_noise_at(
         if theta is None or uniform_tile is not uniform:
             buffers = noise_buffers.for_rows(uniform_tile.shape[0])
             theta = noise.log(uniform_tile, buffers, with_gradients=False).value.exp_()
-            theta = theta if factor is None else theta.mul_(factor)
+            theta = theta if noise.factor is None else theta.mul_(noise.factor)
         (wide,) = wide_buffer.for_rows(x_tile.shape[0])
         wide.copy_(x_tile)
-        if activation is not None:
-            ACTIVATIONS[activation](wide)
+        if call.activation is not None:
+            ACTIVATIONS[call.activation](wide)
         out_tile.copy_(wide.mul_(theta))
     return out
 
 
 def multiply_noise_at_backward(
-    grad: Tensor,
-    x: Tensor,
-    mu: Tensor,
-    log_sigma: Tensor,
-    mask: Tensor | None,
-    uniform: Tensor,
-    dim: int,
-    activation: str | None,
-    lower: float,
-    upper: float,
+    call: NoiseCall, noise: TorchNoise, grad: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise_at`` in x, μ and log σ; tiles are added up in order, in float64."""
-    noise = Noise(mu, log_sigma, x, dim, lower, upper)
-    factor = None if mask is None else along(mask, x, dim)
+    x, dim, activation = call.x, call.dim, call.activation
     rows = rows_per_tile(x, dim)
     wide_dtype = torch.float64 if noise.exact else torch.float32
     noise_buffers = Buffers(uniform.shape, rows, NUM_BUFFERS + 1, torch.float32, x.device)
     wide_buffers = Buffers(x.shape, rows, 3, wide_dtype, x.device)
     grad_x = torch.empty_like(x)
-    grad_mu, grad_log_sigma = (torch.zeros(mu.shape, dtype=torch.float64, device=mu.device) for _ in range(2))
+    grad_mu, grad_log_sigma = (
+        torch.zeros(call.mu.shape, dtype=torch.float64, device=call.mu.device) for _ in range(2)
+    )
     # What the uniforms share is summed before the noise is multiplied on.
     repeated = [axis for axis in range(1, x.dim()) if uniform.shape[axis] != x.shape[axis]]
     others = [axis for axis in range(x.dim()) if axis != dim]
@@ -268,7 +215,7 @@ def multiply_noise_at_backward(
         *buffers, theta_buffer = noise_buffers.for_rows(uniform_tile.shape[0])
         log_theta = noise.log(uniform_tile, buffers, with_gradients=True)
         theta = log_theta.value.exp() if noise.exact else torch.exp(log_theta.value, out=theta_buffer)
-        theta = theta if factor is None else theta.mul_(factor)
+        theta = theta if noise.factor is None else theta.mul_(noise.factor)
 
         wide_grad, wide_x, weight = wide_buffers.for_rows(x_tile.shape[0])
         wide_grad.copy_(grad_tile)
@@ -290,7 +237,7 @@ def multiply_noise_at_backward(
         for total, part in ((grad_mu, log_theta.grad_mu), (grad_log_sigma, log_theta.grad_log_sigma)):
             product = weight * part if part.shape != weight.shape else part.mul_(weight)
             total += (product.sum(others) if others else product).view(-1)
-    return grad_x, grad_mu.to(mu.dtype), grad_log_sigma.to(log_sigma.dtype)
+    return grad_x, grad_mu.to(call.mu.dtype), grad_log_sigma.to(call.mu.dtype)
 
 
 def _uniform_tiles(uniform: Tensor, x: Tensor, rows: int) -> Sequence[Tensor]:

@@ -7,6 +7,8 @@ a structure's are read from one address; with one for each, addresses would take
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -27,7 +29,43 @@ TAIL_START_SQUARED = tl.constexpr(polynomials.TAIL_START**2)
 TAIL_QUANTILE = tl.constexpr(polynomials.TAIL_QUANTILE)
 TAIL_HAZARD = tl.constexpr(polynomials.TAIL_HAZARD)
 
-NUM_POSTERIOR, NUM_TAIL = tl.constexpr(10), tl.constexpr(22)
+
+class Posterior(NamedTuple):
+    """Constants of structures in every regime, in the order in which the table holds them."""
+
+    mu: Any
+    sigma: Any
+    alpha: Any  # (lower - μ)/σ
+    beta: Any  # (upper - μ)/σ
+    below: Any  # Φ(α)
+    above: Any  # 1 - Φ(β)
+    mass: Any  # Φ(β) - Φ(α)
+    lower_density: Any  # φ(α)
+    upper_density: Any  # φ(β)
+    log_sigma_in_range: Any  # 1, or 0 where log σ is clamped
+
+
+class Inside(NamedTuple):
+    """Constants of structures whose mode is inside the interval or not far outside; probabilities are doubled."""
+
+    mu: Any
+    sigma: Any
+    below: Any  # 2 Φ(α)
+    above: Any  # 2 (1 - Φ(β))
+    mass: Any  # 2 (Φ(β) - Φ(α))
+    lower_density: Any  # φ(α)
+    upper_density: Any  # φ(β)
+    from_lower: Any  # μ - lower
+    from_upper: Any  # μ - upper
+
+
+# Constants of the tail regime by number: they are read one by one, since all of them would fill the registers.
+DISTANCE, EPSILON, FAR_SURVIVAL, HAZARD_GAIN = (tl.constexpr(number) for number in range(4))
+FIRST_OF_QUANTILE, FIRST_OF_HAZARD = tl.constexpr(4), tl.constexpr(12)
+QUANTILE_TERMS, HAZARD_TERMS = tl.constexpr(8), tl.constexpr(10)
+
+NUM_POSTERIOR = tl.constexpr(len(Posterior._fields))
+NUM_TAIL = tl.constexpr(FIRST_OF_HAZARD.value + HAZARD_TERMS.value)
 TABLE_BLOCK = tl.constexpr(64)
 FLOAT64_PART = tl.constexpr((NUM_POSTERIOR.value + NUM_TAIL.value) * TABLE_BLOCK.value)
 BLOCK_STRIDE = tl.constexpr(FLOAT64_PART.value * 3 // 2)  # in float64 numbers
@@ -35,11 +73,11 @@ BLOCK_STRIDE = tl.constexpr(FLOAT64_PART.value * 3 // 2)  # in float64 numbers
 
 @triton.jit
 def posterior_constants(mu, log_sigma, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """Return the float64 constants (μ, σ, α, β, Φ(α), 1-Φ(β), Φ(β)-Φ(α), φ(α), φ(β), is log σ in range)."""
+    """Return the float64 constants of structures."""
     mu, log_sigma = mu.to(tl.float64), log_sigma.to(tl.float64)
     sigma = sigma_from_log(log_sigma)
     alpha, beta = -(mu - LOWER) / sigma, -(mu - UPPER) / sigma
-    return (
+    return Posterior(
         mu,
         sigma,
         alpha,
@@ -55,36 +93,35 @@ def posterior_constants(mu, log_sigma, LOWER: tl.constexpr, UPPER: tl.constexpr)
 
 @triton.jit
 def inside_constants(posterior, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """Return (μ, σ, 2Φ(α), 2(1-Φ(β)), 2(Φ(β)-Φ(α)), μ-a, μ-b, φ(α), φ(β)) in float32."""
-    mu, sigma, _, _, below, above, mass, lower_density, upper_density, _ = posterior
-    return (
-        mu.to(tl.float32),
-        sigma.to(tl.float32),
-        (2.0 * below).to(tl.float32),
-        (2.0 * above).to(tl.float32),
-        (2.0 * mass).to(tl.float32),
-        (mu - LOWER).to(tl.float32),
-        (mu - UPPER).to(tl.float32),
-        lower_density.to(tl.float32),
-        upper_density.to(tl.float32),
+    """Return the float32 constants of the inside regime."""
+    return Inside(
+        posterior.mu.to(tl.float32),
+        posterior.sigma.to(tl.float32),
+        (2.0 * posterior.below).to(tl.float32),
+        (2.0 * posterior.above).to(tl.float32),
+        (2.0 * posterior.mass).to(tl.float32),
+        posterior.lower_density.to(tl.float32),
+        posterior.upper_density.to(tl.float32),
+        (posterior.mu - LOWER).to(tl.float32),
+        (posterior.mu - UPPER).to(tl.float32),
     )
 
 
 @triton.jit
-def tail_constants(sigma, alpha, beta):
+def tail_constants(posterior):
     """Return the constants of the tail regime in float64; meaningful where the mode is TAIL_START σ outside.
 
     Distance D from μ to the nearest end; ε = σ²/D²; far survival R = S(far end)/S(near end); h(far)/h(near) - 1 for the
     hazard h; the coefficients in ascending order of ``TAIL_QUANTILE`` at ε, and of ``TAIL_HAZARD``.
     """
-    near = maximum(maximum(alpha, -beta), TAIL_START)
-    width = beta - alpha
+    near = maximum(maximum(posterior.alpha, -posterior.beta), TAIL_START)
+    width = posterior.beta - posterior.alpha
     epsilon = 1.0 / (near * near)
     near_mills, far_mills = mills_ratio(near), mills_ratio(near + width)
     far_survival = tl.exp(-width * (near + 0.5 * width)) * (far_mills / near_mills)
     variable = epsilon * TAIL_START_SQUARED
     return (
-        near * sigma,
+        near * posterior.sigma,
         epsilon,
         far_survival,
         near_mills / far_mills - 1.0,
@@ -146,7 +183,7 @@ def store_constants(table_ptr, structure, posterior, tail):
 @triton.jit
 def load_posterior(column_ptr):
     """Read what ``posterior_constants`` returned from a column of the table."""
-    return (
+    return Posterior(
         tl.load(column_ptr),
         tl.load(column_ptr + TABLE_BLOCK),
         tl.load(column_ptr + 2 * TABLE_BLOCK),

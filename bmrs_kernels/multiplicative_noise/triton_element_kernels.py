@@ -38,9 +38,9 @@ from bmrs_kernels.multiplicative_noise.triton_tiles import (
     rows_of_block,
     rows_tile,
     widened,
-    words_of_counters,
 )
-from bmrs_kernels.truncated_normal.triton_special import store, uniform_from_word
+from bmrs_kernels.truncated_normal.triton_special import store
+from bmrs_kernels.uniform.triton_philox import uniform_from_word, words_of_counters
 
 
 @triton.jit
@@ -59,8 +59,7 @@ def constants_kernel(
     mu = tl.load(mu_ptr + structure, mask=valid, other=0.0)
     log_sigma = tl.load(log_sigma_ptr + structure, mask=valid, other=0.0)
     posterior = posterior_constants(mu, log_sigma, LOWER, UPPER)
-    _, sigma, alpha, beta, _, _, _, _, _, _ = posterior
-    store_constants(table_ptr, structure, posterior, tail_constants(sigma, alpha, beta))
+    store_constants(table_ptr, structure, posterior, tail_constants(posterior))
 
 
 @triton.jit
@@ -187,7 +186,7 @@ def multiply_rows_backward_kernel(
             sum_mu += weight * grad_mu
             sum_log_sigma += weight * grad_log_sigma
     partial = (tl.program_id(1) * num_inner_blocks + inner_block) * num_structures + structure
-    in_range = widened(posterior[9], EXACT)
+    in_range = widened(posterior.log_sigma_in_range, EXACT)
     store(partial_mu_ptr + partial, tl.sum(sum_mu), True)
     store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma) * in_range, True)
 
@@ -338,7 +337,7 @@ def multiply_columns_backward_kernel(
             sum_mu += weight * grad_mu
             sum_log_sigma += weight * grad_log_sigma
     partial = tl.program_id(1) * num_structures + column
-    in_range = widened(posterior[9], EXACT)
+    in_range = widened(posterior.log_sigma_in_range, EXACT)
     valid = column < num_structures
     store(partial_mu_ptr + partial, tl.sum(sum_mu, 0), valid)
     store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma * in_range, 0), valid)
@@ -410,15 +409,5 @@ def sample_kernel(
     theta = tl.exp(log_theta)
     store(theta_ptr + element, theta, valid)
     if WITH_GRADIENTS:
-        _, _, _, _, _, _, _, _, _, in_range = posterior
         store(grad_mu_ptr + element, theta * grad_mu, valid)
-        store(grad_log_sigma_ptr + element, theta * grad_log_sigma * in_range, valid)
-
-
-@triton.jit
-def uniform_kernel(out_ptr, seed_ptr, num_elements, BLOCK: tl.constexpr):
-    """Write a seed's uniforms; a program owns BLOCK counters."""
-    counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    y = uniform_from_word(words_of_counters(counter[None, :], tl.load(seed_ptr), True))
-    element = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
-    tl.store(out_ptr + element[None, :], y, mask=(element < num_elements)[None, :])
+        store(grad_log_sigma_ptr + element, theta * grad_log_sigma * posterior.log_sigma_in_range, valid)

@@ -1,8 +1,8 @@
 """log θ and its derivatives inside kernels, from uniforms and a structure's constants.
 
 Three regimes, told apart by structure. *Inside*: the mode is inside the interval or less than TAIL_START σ outside;
-float32. *Wide*: the same with σ above WIDE, which would magnify the last digit of a probability; the products with σ
-are float64. *Tail*: the mode is further outside; log θ is found from the end nearest to the mode, in float32.
+float32. *Wide*: the same with σ above WIDE_SIGMA, which would magnify the last digit of a probability; the products
+with σ are float64. *Tail*: the mode is further outside; log θ is found from the end nearest to the mode, in float32.
 float64 activations take ``exact_log_noise``, which refines either to full precision.
 
 A program that owns one structure branches; one with a tile of structures computes the inside regime and replaces the
@@ -14,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bmrs_kernels import constants
 from bmrs_kernels.multiplicative_noise.triton_constants import (
+    DISTANCE,
+    EPSILON,
+    FAR_SURVIVAL,
+    FIRST_OF_HAZARD,
+    FIRST_OF_QUANTILE,
+    HAZARD_GAIN,
+    HAZARD_TERMS,
+    QUANTILE_TERMS,
     TAIL_START,
     inside_constants,
     load_posterior,
@@ -22,7 +31,7 @@ from bmrs_kernels.multiplicative_noise.triton_constants import (
     tail_constant,
     tail_constants,
 )
-from bmrs_kernels.truncated_normal import polynomials
+from bmrs_kernels.truncated_normal import polynomials, regimes
 from bmrs_kernels.truncated_normal.triton_special import (
     HALF_LOG_2PI,
     QUANTILE_CENTRE,
@@ -38,9 +47,8 @@ from bmrs_kernels.truncated_normal.triton_special import (
     quantile_variable,
 )
 
-WIDE = tl.constexpr(4.0)
-
-LN2 = tl.constexpr(0.6931471805599453)
+WIDE_SIGMA = tl.constexpr(regimes.WIDE_SIGMA)
+LN2 = tl.constexpr(constants.LN2)
 # From a starting value good to 1e-7, or to 1e-1 beyond the range of the fits; each step triples the digits.
 HALLEY_STEPS = tl.constexpr(3)
 # The exact path's start is clamped to where the fits hold.
@@ -55,25 +63,24 @@ SMALLEST_PRODUCT = tl.constexpr(1e-30)
 
 
 @triton.jit
-def inside_log_noise(y, constants, LOWER: tl.constexpr, UPPER: tl.constexpr, WITH_GRADIENTS: tl.constexpr):
+def inside_log_noise(y, inside, LOWER: tl.constexpr, UPPER: tl.constexpr, WITH_GRADIENTS: tl.constexpr):
     """Return x = log θ, dx/dμ and dx/dlog σ at float32 uniforms where the mode is inside or not far outside.
 
     z = Φ⁻¹(Φ(α) + y Z) from both tail probabilities, which are carried doubled. Without gradients the last two are x.
     """
-    mu, sigma, below, above, mass, above_lower, above_upper, lower_density, upper_density = constants
     complement = 1.0 - y
-    below += mass * y
-    above += mass * complement
+    below = inside.below + inside.mass * y
+    above = inside.above + inside.mass * complement
     product = below * above + SMALLEST_PRODUCT
     variable = quantile_variable(product)
     z = (below - above) * quantile_ratio(variable)
-    offset = sigma * z
-    x = minimum(maximum(mu + offset, LOWER), UPPER)
+    offset = inside.sigma * z
+    x = minimum(maximum(inside.mu + offset, LOWER), UPPER)
     if WITH_GRADIENTS:
         inverse_density = inverse_density_ratio(variable) / product
-        near_lower = complement * inverse_density * lower_density
-        near_upper = y * inverse_density * upper_density
-        grad_log_sigma = offset + above_lower * near_lower + above_upper * near_upper
+        near_lower = complement * inverse_density * inside.lower_density
+        near_upper = y * inverse_density * inside.upper_density
+        grad_log_sigma = offset + inside.from_lower * near_lower + inside.from_upper * near_upper
         return x, 1.0 - near_lower - near_upper, grad_log_sigma
     return x, x, x
 
@@ -81,20 +88,20 @@ def inside_log_noise(y, constants, LOWER: tl.constexpr, UPPER: tl.constexpr, WIT
 @triton.jit
 def wide_log_noise(y, posterior, LOWER: tl.constexpr, UPPER: tl.constexpr, WITH_GRADIENTS: tl.constexpr):
     """Return what ``inside_log_noise`` does where σ is large: the difference of the tails is taken in float64."""
-    mu, sigma, _, _, below, above, mass, lower_density, upper_density, _ = posterior
     y = y.to(tl.float64)
-    p, q = below + mass * y, above + mass * (1.0 - y)
+    p, q = posterior.below + posterior.mass * y, posterior.above + posterior.mass * (1.0 - y)
     product = 4.0 * p * q + SMALLEST_PRODUCT
     level = -log2(product.to(tl.float32)).to(tl.float64)
     variable = float64_sqrt(level + QUANTILE_SHIFT) - QUANTILE_CENTRE
-    offset = sigma * (2.0 * (p - q)) * quantile_ratio(variable)
-    x = (mu + offset).to(tl.float32)
+    offset = posterior.sigma * (2.0 * (p - q)) * quantile_ratio(variable)
+    x = (posterior.mu + offset).to(tl.float32)
     x = minimum(maximum(x, LOWER), UPPER)
     if WITH_GRADIENTS:
         inverse_density = inverse_density_ratio(variable) * float64_reciprocal(product)
-        near_lower = (1.0 - y) * inverse_density * lower_density
-        near_upper = y * inverse_density * upper_density
-        grad_log_sigma = offset + (mu - LOWER) * near_lower + (mu - UPPER) * near_upper
+        near_lower = (1.0 - y) * inverse_density * posterior.lower_density
+        near_upper = y * inverse_density * posterior.upper_density
+        from_lower, from_upper = posterior.mu - LOWER, posterior.mu - UPPER
+        grad_log_sigma = offset + from_lower * near_lower + from_upper * near_upper
         return x, (1.0 - near_lower - near_upper).to(tl.float32), grad_log_sigma.to(tl.float32)
     return x, x, x
 
@@ -117,32 +124,36 @@ def tail_log_noise(
     float32.
     """
     real: tl.constexpr = tl.float64 if IN_FLOAT64 else tl.float32
-    distance = tail_constant(tail, 0, IN_TABLE).to(real)
-    epsilon = tail_constant(tail, 1, IN_TABLE)
-    far_survival = tail_constant(tail, 2, IN_TABLE).to(real)
+    distance = tail_constant(tail, DISTANCE, IN_TABLE).to(real)
+    epsilon = tail_constant(tail, EPSILON, IN_TABLE)
+    far_survival = tail_constant(tail, FAR_SURVIVAL, IN_TABLE).to(real)
     y = y.to(real)
     y, complement = tl.where(reflected, 1.0 - y, y), tl.where(reflected, y, 1.0 - y)
     survival = complement + y * far_survival
     # 1 + 2 ε l for l = -log m
     square = 1.0 - (2.0 * epsilon * LN2).to(real) * log2(survival.to(tl.float32)).to(real)
     u = (float64_sqrt(square) if IN_FLOAT64 else tl.sqrt(square)) - 1.0
-    value = tail_constant(tail, 11, IN_TABLE).to(real)
-    for power in tl.static_range(7):
-        value = value * u + tail_constant(tail, 10 - power, IN_TABLE).to(real)
+    value = tail_constant(tail, FIRST_OF_QUANTILE + QUANTILE_TERMS - 1, IN_TABLE).to(real)
+    for lower_term in tl.static_range(2, QUANTILE_TERMS + 1):
+        value = value * u + tail_constant(tail, FIRST_OF_QUANTILE + QUANTILE_TERMS - lower_term, IN_TABLE).to(
+            real
+        )
     step = distance * (value * u)
     x = tl.where(reflected, -step + UPPER, step + LOWER).to(tl.float32)
     x = minimum(maximum(x, LOWER), UPPER)
     if WITH_GRADIENTS:
-        value = tail_constant(tail, 21, IN_TABLE).to(real)
-        for power in tl.static_range(9):
-            value = value * u + tail_constant(tail, 20 - power, IN_TABLE).to(real)
+        value = tail_constant(tail, FIRST_OF_HAZARD + HAZARD_TERMS - 1, IN_TABLE).to(real)
+        for lower_term in tl.static_range(2, HAZARD_TERMS + 1):
+            value = value * u + tail_constant(tail, FIRST_OF_HAZARD + HAZARD_TERMS - lower_term, IN_TABLE).to(
+                real
+            )
         one_less_ratio = value * u  # 1 - h(near end)/h(quantile)
         if IN_FLOAT64:
             far_share = y * far_survival * float64_reciprocal(survival)
         else:
             far_share = y * far_survival / survival
         share = (1.0 - one_less_ratio) * far_share
-        gain = share * tail_constant(tail, 3, IN_TABLE).to(real)
+        gain = share * tail_constant(tail, HAZARD_GAIN, IN_TABLE).to(real)
         grad_mu = one_less_ratio - gain
         grad_log_sigma = distance * grad_mu + step - (share + gain) * (UPPER - LOWER)
         grad_log_sigma = tl.where(reflected, -grad_log_sigma, grad_log_sigma)
@@ -157,10 +168,10 @@ def exact_log_noise(y, posterior, LOWER: tl.constexpr, UPPER: tl.constexpr, WITH
     Halley steps on the logarithm of the smaller tail probability, or, where the mode is far outside, of the survival
     relative to the end nearest to the mode.
     """
-    mu, sigma, alpha, beta, below, above, mass, _, _, _ = posterior
+    mu, sigma, alpha, beta = posterior.mu, posterior.sigma, posterior.alpha, posterior.beta
     y = y.to(tl.float64)
     complement = 1.0 - y
-    p, q = below + mass * y, above + mass * complement
+    p, q = posterior.below + posterior.mass * y, posterior.above + posterior.mass * complement
     probability = tl.minimum(p, q) + TINY
     t = _quantile_start(p, q)
     for _ in tl.static_range(HALLEY_STEPS):
@@ -254,13 +265,13 @@ def structure_log_noise(
     if EXACT:
         x, grad_mu, grad_log_sigma = exact_log_noise(y, posterior, LOWER, UPPER, WITH_GRADIENTS)
     else:
-        _, sigma, alpha, beta, _, _, _, _, _, _ = posterior
+        sigma, alpha, beta = posterior.sigma, posterior.alpha, posterior.beta
         exact_ptr, narrow_ptr = (
             table_column(table_ptr, structure, True),
             table_column(table_ptr, structure, False),
         )
         if tl.maximum(alpha, -beta) >= TAIL_START:
-            if sigma > WIDE:
+            if sigma > WIDE_SIGMA:
                 x, grad_mu, grad_log_sigma = wide_tail_log_noise(
                     y, beta < 0, exact_ptr, LOWER, UPPER, True, WITH_GRADIENTS
                 )
@@ -268,20 +279,19 @@ def structure_log_noise(
                 x, grad_mu, grad_log_sigma = tail_log_noise(
                     y, beta < 0, narrow_ptr, LOWER, UPPER, True, False, WITH_GRADIENTS
                 )
-        elif sigma > WIDE:
+        elif sigma > WIDE_SIGMA:
             exact = load_posterior(exact_ptr)
             x, grad_mu, grad_log_sigma = wide_log_noise(y, exact, LOWER, UPPER, WITH_GRADIENTS)
         else:
-            constants = inside_constants(posterior, LOWER, UPPER)
-            x, grad_mu, grad_log_sigma = inside_log_noise(y, constants, LOWER, UPPER, WITH_GRADIENTS)
+            inside = inside_constants(posterior, LOWER, UPPER)
+            x, grad_mu, grad_log_sigma = inside_log_noise(y, inside, LOWER, UPPER, WITH_GRADIENTS)
     return x, grad_mu, grad_log_sigma
 
 
 @triton.jit
 def tile_regimes(posterior):
     """Return whether structures of a tile are wide, in the tail, or both."""
-    _, sigma, alpha, beta, _, _, _, _, _, _ = posterior
-    wide, in_tail = sigma > WIDE, tl.maximum(alpha, -beta) >= TAIL_START
+    wide, in_tail = posterior.sigma > WIDE_SIGMA, tl.maximum(posterior.alpha, -posterior.beta) >= TAIL_START
     return _any(wide & ~in_tail), _any(in_tail & ~wide), _any(in_tail & wide)
 
 
@@ -310,11 +320,11 @@ def tile_log_noise(
     if EXACT:
         x, grad_mu, grad_log_sigma = exact_log_noise(y, posterior, LOWER, UPPER, WITH_GRADIENTS)
     else:
-        _, sigma, alpha, beta, _, _, _, _, _, _ = posterior
+        sigma, alpha, beta = posterior.sigma, posterior.alpha, posterior.beta
         any_wide, any_tail, any_wide_tail = regimes
-        constants = inside_constants(posterior, LOWER, UPPER)
-        x, grad_mu, grad_log_sigma = inside_log_noise(y, constants, LOWER, UPPER, WITH_GRADIENTS)
-        wide, in_tail = sigma > WIDE, tl.maximum(alpha, -beta) >= TAIL_START
+        inside = inside_constants(posterior, LOWER, UPPER)
+        x, grad_mu, grad_log_sigma = inside_log_noise(y, inside, LOWER, UPPER, WITH_GRADIENTS)
+        wide, in_tail = sigma > WIDE_SIGMA, tl.maximum(alpha, -beta) >= TAIL_START
         in_table: tl.constexpr = table_ptr is not None
         if any_wide:
             if in_table:
@@ -329,7 +339,7 @@ def tile_log_noise(
             if in_table:
                 tail = table_column(table_ptr, structure, False)
             else:
-                tail = tail_constants(sigma, alpha, beta)
+                tail = tail_constants(posterior)
             tail_x, tail_grad_mu, tail_grad_log_sigma = tail_log_noise(
                 y, beta < 0, tail, LOWER, UPPER, in_table, False, WITH_GRADIENTS
             )
@@ -340,7 +350,7 @@ def tile_log_noise(
             if in_table:
                 wide_tail = table_column(table_ptr, structure, True)
             else:
-                wide_tail = tail_constants(sigma, alpha, beta)
+                wide_tail = tail_constants(posterior)
             tail_x, tail_grad_mu, tail_grad_log_sigma = wide_tail_log_noise(
                 y, beta < 0, wide_tail, LOWER, UPPER, in_table, WITH_GRADIENTS
             )

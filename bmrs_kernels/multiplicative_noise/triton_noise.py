@@ -19,7 +19,9 @@ from bmrs_kernels.dispatch.triton_launch import (
     rows_config,
 )
 from bmrs_kernels.multiplicative_noise import triton_element_kernels, triton_shared_kernels
+from bmrs_kernels.multiplicative_noise.call import NoiseCall
 from bmrs_kernels.multiplicative_noise.triton_constants import BLOCK_STRIDE, TABLE_BLOCK
+from bmrs_kernels.options import Activation
 
 # Beyond this many elements indices need 64 bits; below, with room for the lanes of a last block.
 NARROW_INDEX_LIMIT = 2**31 - 2**16
@@ -67,11 +69,16 @@ class Layout(NamedTuple):
         return "structures" if self.num_structures % 4 == 0 else "scattered"
 
 
+def dense_layout(shape: Sequence[int], dim: int) -> Layout:
+    """Return how a contiguous tensor lies in memory; ``dim`` is non-negative."""
+    num_rows, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+    return Layout(num_rows, shape[dim], inner, channels_last=False, spatial=1)
+
+
 def layout_of(x: Tensor, dim: int) -> Layout | None:
     """Return how x lies in memory, or None if the kernels cannot read it as it lies; ``dim`` is non-negative."""
     if x.is_contiguous():
-        num_rows, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
-        return Layout(num_rows, x.shape[dim], inner, channels_last=False, spatial=1)
+        return dense_layout(x.shape, dim)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if dim == 1 and channels_last is not None and x.is_contiguous(memory_format=channels_last):
         spatial = math.prod(x.shape[2:])
@@ -86,172 +93,150 @@ def with_strides_of(value: Tensor, pattern: Tensor) -> Tensor:
     return torch.empty_like(pattern, dtype=value.dtype).copy_(value)
 
 
-class Noise(NamedTuple):
-    """A call's arguments for the kernels."""
+class TritonNoise(NamedTuple):
+    """What kernels take of a call besides the activation."""
 
+    layout: Layout
+    copied: bool  # whether x has to be made contiguous first
+    groups: int | None  # draws of a structure that several elements share; None if each element has its own
     mu: Tensor
     log_sigma: Tensor
+    table: Tensor | None  # of the structures' constants, where kernels read them
     mask: Tensor | None
     seed: Tensor
-    options: dict[str, Any]  # constexpr arguments that every kernel with noise takes
+    activation: Activation | None
+    interval: dict[str, Any]  # constexpr arguments that every kernel with noise takes
+
+    @property
+    def posterior(self) -> tuple[Tensor | None, ...]:
+        """What a kernel with noise at every element takes of the noise, in order."""
+        parameters = (self.mu, self.log_sigma) if self.layout.in_columns else ()
+        return *parameters, self.table, self.mask, self.seed
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Constexpr arguments that every kernel takes which reads x."""
+        wide_index, exact = self.layout.wide_index, self.interval["EXACT"]
+        return {"ACTIVATION": self.activation, "WIDE_INDEX": wide_index, "EXACT": exact}
 
 
-def multiply_noise(
-    x: Tensor,
-    mu: Tensor,
-    log_sigma: Tensor,
-    mask: Tensor | None,
-    seed: Tensor,
-    dim: int,
-    granularity: str,
-    activation: str | None,
-    lower: float,
-    upper: float,
-    *,
-    kept: dict[str, Any] | None = None,
-) -> Tensor:
-    """Return activation(x) · θ · mask in x's memory layout; what backward needs again is put into ``kept``."""
+def prepare(call: NoiseCall) -> TritonNoise:
+    """Return how x lies in memory, and the constants of the structures where kernels read them from a table."""
+    x, mu, log_sigma = call.x, call.mu.contiguous(), call.log_sigma.contiguous()
+    layout = layout_of(x, call.dim)
+    copied = layout is None
+    if layout is None:
+        layout = dense_layout(x.shape, call.dim)
+    groups = num_groups(x, call.dim, call.granularity)
+    # Such programs compute the constants that they need.
+    few = layout.in_columns and layout.num_rows * layout.num_structures <= LARGEST_WITHOUT_TABLE
+    needs_table = x.numel() > 0 and groups is None and not few
+    return TritonNoise(
+        layout,
+        copied,
+        groups,
+        mu,
+        log_sigma,
+        constants(mu, log_sigma, call.lower, call.upper) if needs_table else None,
+        None if call.mask is None else call.mask.contiguous(),
+        call.seed,
+        call.activation,
+        {"LOWER": call.lower, "UPPER": call.upper, "EXACT": x.dtype == torch.float64},
+    )
+
+
+def multiply_noise(call: NoiseCall, noise: TritonNoise) -> Tensor:
+    """Return activation(x) · θ · mask in x's memory layout."""
+    x = call.x.contiguous() if noise.copied else call.x
     out = torch.empty_like(x)
-    layout = layout_of(x, dim)
-    if layout is None or x.stride() != out.stride():
-        dense = x.contiguous()
-        return out.copy_(
-            multiply_noise(
-                dense, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper, kept=kept
-            )
-        )
-    if x.numel() == 0:
-        return out
-    noise = _noise(x, mu, log_sigma, mask, seed, lower, upper)
-    groups = num_groups(x, layout, dim, granularity)
-    options = {"ACTIVATION": activation, "WIDE_INDEX": layout.wide_index, "EXACT": noise.options["EXACT"]}
-    if groups is not None:
-        theta, _, _ = _draw(x, noise, groups, layout.num_structures, with_gradients=False)
-        if layout.in_columns:
-            grid, arguments, tile = _shared_columns(layout, groups)
-            launch(
-                triton_shared_kernels.scale_columns_forward_kernel,
-                grid,
-                x,
-                out,
-                theta,
-                *arguments,
-                **options,
-                **tile,
-            )
+    if x.numel() > 0:
+        if noise.groups is None:
+            _multiply(x, out, noise)
         else:
-            grid, arguments, tile = _shared_rows(layout, groups)
-            launch(
-                triton_shared_kernels.scale_rows_forward_kernel,
-                grid,
-                x,
-                out,
-                theta,
-                *arguments,
-                **options,
-                **tile,
-            )
-    elif layout.in_columns:
-        grid, arguments, tile = _columns(x, layout, backward=False)
-        options |= noise.options | tile
-        posterior = _posterior(noise, layout, kept)
-        launch(
-            triton_element_kernels.multiply_columns_forward_kernel,
-            grid,
-            x,
-            out,
-            *posterior,
-            *arguments,
-            **options,
-        )
+            _multiply_shared(x, out, noise, noise.groups)
+    return torch.empty_like(call.x).copy_(out) if noise.copied else out
+
+
+def _multiply(x: Tensor, out: Tensor, noise: TritonNoise) -> None:
+    """Write activation(x) · θ · mask with a draw at every element."""
+    if noise.layout.in_columns:
+        kernel: Any = triton_element_kernels.multiply_columns_forward_kernel
+        start = _columns(x, noise.layout, backward=False)
     else:
-        grid, arguments, tile = _rows(x, layout, backward=False)
-        options |= noise.options | tile
-        posterior = _posterior(noise, layout, kept)
-        launch(
-            triton_element_kernels.multiply_rows_forward_kernel,
-            grid,
-            x,
-            out,
-            *posterior,
-            *arguments,
-            **options,
-        )
-    return out
+        kernel = triton_element_kernels.multiply_rows_forward_kernel
+        start = _rows(x, noise.layout, backward=False)
+    options = noise.options | noise.interval | start.tile
+    launch(kernel, start.grid, x, out, *noise.posterior, *start.sizes, **options)
+
+
+def _multiply_shared(x: Tensor, out: Tensor, noise: TritonNoise, groups: int) -> None:
+    """Write activation(x) · θ · mask with draws that elements share."""
+    theta = _draw(x, noise, groups, with_gradients=False)[0]
+    if noise.layout.in_columns:
+        kernel: Any = triton_shared_kernels.scale_columns_forward_kernel
+        start = _shared_columns(noise.layout, groups)
+    else:
+        kernel = triton_shared_kernels.scale_rows_forward_kernel
+        start = _shared_rows(noise.layout, groups)
+    launch(kernel, start.grid, x, out, theta, *start.sizes, **noise.options, **start.tile)
 
 
 def multiply_noise_backward(
-    grad: Tensor,
-    x: Tensor,
-    mu: Tensor,
-    log_sigma: Tensor,
-    mask: Tensor | None,
-    seed: Tensor,
-    dim: int,
-    granularity: str,
-    activation: str | None,
-    lower: float,
-    upper: float,
-    *,
-    kept: dict[str, Any] | None = None,
+    call: NoiseCall, noise: TritonNoise, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``multiply_noise`` in x, μ and log σ; bitwise the same on every run."""
+    x = call.x.contiguous() if noise.copied else call.x
     grad_x = torch.empty_like(x)
-    layout = layout_of(x, dim)
-    if layout is None or x.stride() != grad_x.stride():
-        dense, *gradients = multiply_noise_backward(
-            grad,
-            x.contiguous(),
-            mu,
-            log_sigma,
-            mask,
-            seed,
-            dim,
-            granularity,
-            activation,
-            lower,
-            upper,
-            kept=kept,
-        )
-        return grad_x.copy_(dense), gradients[0], gradients[1]
     if x.numel() == 0:
-        return grad_x, torch.zeros_like(mu), torch.zeros_like(log_sigma)
-    grad = with_strides_of(grad, x)
-    noise = _noise(x, mu, log_sigma, mask, seed, lower, upper)
-    groups = num_groups(x, layout, dim, granularity)
-    options = {"ACTIVATION": activation, "WIDE_INDEX": layout.wide_index, "EXACT": noise.options["EXACT"]}
-    if groups is not None:
-        theta, *weights = _draw(x, noise, groups, layout.num_structures, with_gradients=True)
-        if layout.in_columns:
-            grid, arguments, tile = _shared_columns(layout, groups)
-            partial = theta.new_empty(grid[0], layout.num_structures)
-            kernel = triton_shared_kernels.scale_columns_backward_kernel
-        else:
-            grid, arguments, tile = _shared_rows(layout, groups)
-            inner_blocks = math.ceil(layout.inner / tile["BLOCK_INNER"])
-            partial = theta.new_empty(layout.num_rows * inner_blocks, layout.num_structures)
-            kernel = triton_shared_kernels.scale_rows_backward_kernel
-        launch(kernel, grid, grad, x, grad_x, partial, theta, *arguments, **options, **tile)
-        return grad_x, *_sum(partial, partial, mu, log_sigma, weights)
-    if layout.in_columns:
-        grid, arguments, tile = _columns(x, layout, backward=True)
-        num_partials = grid[1]
-        kernel = triton_element_kernels.multiply_columns_backward_kernel
+        gradients = torch.zeros_like(call.mu), torch.zeros_like(call.log_sigma)
+    elif noise.groups is None:
+        gradients = _gradients(with_strides_of(grad, x), x, grad_x, noise)
     else:
-        grid, arguments, tile = _rows(x, layout, backward=True)
-        num_partials = grid[0] // layout.num_structures * grid[1]
+        gradients = _shared_gradients(with_strides_of(grad, x), x, grad_x, noise, noise.groups)
+    return torch.empty_like(call.x).copy_(grad_x) if noise.copied else grad_x, *gradients
+
+
+def _gradients(grad: Tensor, x: Tensor, grad_x: Tensor, noise: TritonNoise) -> tuple[Tensor, Tensor]:
+    """Write the gradient in x and return those in μ and log σ, with a draw at every element."""
+    layout = noise.layout
+    if layout.in_columns:
+        kernel: Any = triton_element_kernels.multiply_columns_backward_kernel
+        start = _columns(x, layout, backward=True)
+        num_partials = start.grid[1]
+    else:
         kernel = triton_element_kernels.multiply_rows_backward_kernel
-    options |= noise.options | tile
+        start = _rows(x, layout, backward=True)
+        num_partials = start.grid[0] // layout.num_structures * start.grid[1]
     # One program's sums are the gradients themselves.
-    dtype = mu.dtype if num_partials == 1 else torch.float64 if options["EXACT"] else torch.float32
+    arithmetic = torch.float64 if noise.interval["EXACT"] else torch.float32
+    dtype = noise.mu.dtype if num_partials == 1 else arithmetic
     partials = [
-        torch.empty(num_partials, layout.num_structures, dtype=dtype, device=mu.device) for _ in range(2)
+        torch.empty(num_partials, layout.num_structures, dtype=dtype, device=x.device) for _ in range(2)
     ]
-    posterior = _posterior(noise, layout, kept)
-    launch(kernel, grid, grad, x, grad_x, *partials, *posterior, *arguments, **options)
+    options = noise.options | noise.interval | start.tile
+    launch(kernel, start.grid, grad, x, grad_x, *partials, *noise.posterior, *start.sizes, **options)
     if num_partials == 1:
-        return grad_x, partials[0].view(-1), partials[1].view(-1)
-    return grad_x, *_sum(partials[0], partials[1], mu, log_sigma)
+        return partials[0].view(-1), partials[1].view(-1)
+    return _sum(partials[0], partials[1], noise.mu, noise.log_sigma)
+
+
+def _shared_gradients(
+    grad: Tensor, x: Tensor, grad_x: Tensor, noise: TritonNoise, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient in x and return those in μ and log σ, with draws that elements share."""
+    layout = noise.layout
+    theta, *weights = _draw(x, noise, groups, with_gradients=True)
+    if layout.in_columns:
+        kernel: Any = triton_shared_kernels.scale_columns_backward_kernel
+        start = _shared_columns(layout, groups)
+        num_partials = start.grid[0]
+    else:
+        kernel = triton_shared_kernels.scale_rows_backward_kernel
+        start = _shared_rows(layout, groups)
+        num_partials = layout.num_rows * math.ceil(layout.inner / start.tile["BLOCK_INNER"])
+    partial = theta.new_empty(num_partials, layout.num_structures)
+    launch(kernel, start.grid, grad, x, grad_x, partial, theta, *start.sizes, **noise.options, **start.tile)
+    return _sum(partial, partial, noise.mu, noise.log_sigma, weights)
 
 
 def sample_noise(
@@ -278,49 +263,12 @@ def sample_noise(
     return outputs[0], outputs[1], outputs[2]
 
 
-def philox_uniform(seed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a seed's uniforms; ``seed`` is an int64 scalar tensor."""
-    out = torch.empty(tuple(shape), dtype=torch.float32, device=seed.device)
-    counters = triton.cdiv(out.numel(), 4)
-    grid = (triton.cdiv(counters, ELEMENTS_PER_SAMPLE_PROGRAM),)
-    launch(
-        triton_element_kernels.uniform_kernel, grid, out, seed, out.numel(), BLOCK=ELEMENTS_PER_SAMPLE_PROGRAM
-    )
-    return out
-
-
-def num_groups(x: Tensor, layout: Layout, dim: int, granularity: str) -> int | None:
+def num_groups(x: Tensor, dim: int, granularity: str) -> int | None:
     """Return how many draws a structure takes that several elements share; None if each element has its own."""
     if granularity == "batch":
         return 1
     draws_are_elements = dim == 1 and x.dim() == 2
     return x.shape[0] if granularity == "sample" and not draws_are_elements else None
-
-
-def _noise(
-    x: Tensor,
-    mu: Tensor,
-    log_sigma: Tensor,
-    mask: Tensor | None,
-    seed: Tensor,
-    lower: float,
-    upper: float,
-) -> Noise:
-    mask = None if mask is None else mask.contiguous()
-    options = {"LOWER": lower, "UPPER": upper, "EXACT": x.dtype == torch.float64}
-    return Noise(mu.contiguous(), log_sigma.contiguous(), mask, seed, options)
-
-
-def _posterior(noise: Noise, layout: Layout, kept: dict[str, Any] | None) -> tuple[Tensor | None, ...]:
-    """Return what kernels take of the noise, in order; the structures' constants are kept for backward."""
-    if layout.in_columns and layout.num_rows * layout.num_structures <= LARGEST_WITHOUT_TABLE:
-        return noise.mu, noise.log_sigma, None, noise.mask, noise.seed
-    kept = {} if kept is None else kept
-    if "constants" not in kept:
-        interval = noise.options["LOWER"], noise.options["UPPER"]
-        kept["constants"] = constants(noise.mu, noise.log_sigma, *interval)
-    parameters = (noise.mu, noise.log_sigma) if layout.in_columns else ()
-    return *parameters, kept["constants"], noise.mask, noise.seed
 
 
 def constants(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tensor:
@@ -343,11 +291,12 @@ def constants(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tens
 
 
 def _draw(
-    x: Tensor, noise: Noise, groups: int, num_structures: int, *, with_gradients: bool
+    x: Tensor, noise: TritonNoise, groups: int, *, with_gradients: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the tables θ · mask and, if asked for, its products with the derivatives of log θ."""
+    num_structures = noise.layout.num_structures
     shape = (3 if with_gradients else 1, groups, num_structures)
-    dtype = torch.float64 if noise.options["EXACT"] else torch.float32
+    dtype = torch.float64 if noise.interval["EXACT"] else torch.float32
     theta, *weights = torch.empty(shape, dtype=dtype, device=x.device).unbind()
     weight_mu, weight_log_sigma = weights or (None, None)
     tile = min(MEDIUM_TILE, _noise_tile(theta, backward=with_gradients))
@@ -369,12 +318,17 @@ def _draw(
         BLOCK_ROWS=config.block_rows,
         BLOCK_STRUCTURES=config.block_columns,
         WITH_GRADIENTS=with_gradients,
-        **noise.options,
+        **noise.interval,
     )
     return theta, weight_mu, weight_log_sigma
 
 
-Start = tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]  # grid, arguments that are sizes, tile
+class Start(NamedTuple):
+    """How a kernel is started."""
+
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]  # its arguments that are sizes, in order
+    tile: dict[str, Any]  # its constexpr arguments that are about a program's tile
 
 
 def _rows(x: Tensor, layout: Layout, *, backward: bool) -> Start:
@@ -387,7 +341,7 @@ def _rows(x: Tensor, layout: Layout, *, backward: bool) -> Start:
     inner_units = layout.inner // layout.alignment
     sizes = (layout.num_rows, layout.num_structures, inner_units, inner_blocks, config.num_steps)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_columns}
-    return grid, sizes, {"ALIGNMENT": layout.alignment, **blocks}
+    return Start(grid, sizes, {"ALIGNMENT": layout.alignment, **blocks})
 
 
 def _columns(x: Tensor, layout: Layout, *, backward: bool) -> Start:
@@ -400,7 +354,7 @@ def _columns(x: Tensor, layout: Layout, *, backward: bool) -> Start:
     )
     sizes = (layout.num_rows, layout.num_structures, layout.spatial, config.num_steps)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_columns}
-    return grid, sizes, {"LANES": layout.lanes, "CHANNELS_LAST": layout.channels_last, **blocks}
+    return Start(grid, sizes, {"LANES": layout.lanes, "CHANNELS_LAST": layout.channels_last, **blocks})
 
 
 def _noise_tile(x: Tensor, *, backward: bool) -> int:
@@ -417,7 +371,7 @@ def _shared_rows(layout: Layout, groups: int) -> Start:
     inner_units = layout.inner // layout.alignment
     sizes = (num_rows, layout.num_structures, layout.num_rows // groups, inner_units)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_columns}
-    return grid, sizes, {"ALIGNMENT": layout.alignment, **blocks}
+    return Start(grid, sizes, {"ALIGNMENT": layout.alignment, **blocks})
 
 
 def _shared_columns(layout: Layout, groups: int) -> Start:
@@ -426,7 +380,7 @@ def _shared_columns(layout: Layout, groups: int) -> Start:
     row_blocks = groups * triton.cdiv(rows_per_group, config.block_rows)
     grid = (row_blocks, config.column_programs(layout.num_structures))
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_columns}
-    return grid, (rows_per_group, layout.num_structures), blocks
+    return Start(grid, (rows_per_group, layout.num_structures), blocks)
 
 
 def _sum(

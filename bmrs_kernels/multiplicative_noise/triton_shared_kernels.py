@@ -22,7 +22,7 @@ from bmrs_kernels.multiplicative_noise.triton_tiles import (
     rows_of_block,
     widened,
 )
-from bmrs_kernels.truncated_normal.triton_special import uniform_from_word
+from bmrs_kernels.uniform.triton_philox import uniform_from_word
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def draw_kernel(
     theta = exponential(log_theta, EXACT) * factor
     tl.store(theta_ptr + offsets, theta, mask=valid)
     if WITH_GRADIENTS:
-        in_range = widened(posterior[9], EXACT)
+        in_range = widened(posterior.log_sigma_in_range, EXACT)
         tl.store(weight_mu_ptr + offsets, theta * grad_mu, mask=valid)
         tl.store(weight_log_sigma_ptr + offsets, theta * grad_log_sigma * in_range, mask=valid)
 

@@ -10,27 +10,10 @@ from bmrs_kernels.multiplicative_noise.triton_constants import (
     posterior_constants,
     table_column,
 )
-from bmrs_kernels.truncated_normal.triton_special import philox_4x32, tanh
+from bmrs_kernels.truncated_normal.triton_special import tanh
+from bmrs_kernels.uniform.triton_philox import halves, philox_4x32, word_at, words_of_counters
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def interleave(first, second, third, fourth):
-    """Return the four values of each entry of a tile one after the other along the last axis."""
-    pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return tl.reshape(pairs, [first.shape[0], 4 * first.shape[1]])
-
-
-@triton.jit
-def halves(index, WIDE_INDEX: tl.constexpr):
-    """Return the low and the high 32 bits of a non-negative index."""
-    low = index.to(tl.uint32)
-    if WIDE_INDEX:
-        high = (index >> 32).to(tl.uint32)
-    else:
-        high = tl.zeros_like(low)
-    return low, high
 
 
 @triton.jit
@@ -42,23 +25,6 @@ def held_like(word, x):
     """
     bits = x.to(tl.uint64 if x.dtype == tl.float64 else tl.uint32, bitcast=True).to(tl.uint32)
     return word | ((bits & 1) >> 1)
-
-
-@triton.jit
-def words_of_counters(counter, seed, WIDE_INDEX: tl.constexpr):
-    """Return the words of neighbouring counters, four each, one after the other along the last axis."""
-    low, high = halves(counter, WIDE_INDEX)
-    first, second, third, fourth = philox_4x32(low, high, seed)
-    return interleave(first, second, third, fourth)
-
-
-@triton.jit
-def word_at(index, seed, WIDE_INDEX: tl.constexpr):
-    """Return the noise's words of any numbers, each with a counter of its own: four times the arithmetic."""
-    low, high = halves(index >> 2, WIDE_INDEX)
-    first, second, third, fourth = philox_4x32(low, high, seed)
-    lane = index & 3
-    return tl.where(lane < 2, tl.where(lane == 0, first, second), tl.where(lane == 2, third, fourth))
 
 
 @triton.jit

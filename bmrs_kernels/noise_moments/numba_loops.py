@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from bmrs_kernels.noise_moments.reference import NARROW
+from bmrs_kernels.dispatch.numba_compile import compiled, loop
 from bmrs_kernels.truncated_normal.numba_quadrature import (
     compute_structures,
     exponential_tilt,
@@ -20,7 +20,8 @@ from bmrs_kernels.truncated_normal.numba_quadrature import (
     window_covariance,
     window_mean,
 )
-from bmrs_kernels.truncated_normal.numba_special import compiled, log_sigma_in_range, loop, sigma_from_log
+from bmrs_kernels.truncated_normal.numba_special import log_sigma_in_range, sigma_from_log
+from bmrs_kernels.truncated_normal.regimes import NARROW_SPREAD
 from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable
 
 
@@ -70,7 +71,7 @@ def noise_snr_loop(mu, log_sigma, value, grad_mu, grad_log_sigma, options, with_
         posterior = gaussian_on(lower, upper, mu[i], sigma)
         spread = min(sigma / max(gaussian_outside(posterior), 1.0), posterior.width)
         quadrature = window(posterior, memory)
-        if spread < NARROW:
+        if spread < NARROW_SPREAD:
             value[i] = narrow_snr(posterior, quadrature)
         else:
             value[i] = wide_snr(posterior, quadrature, tilted_memory)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bmrs_kernels.dispatch.backend import Backend, resolve_backend
+from bmrs_kernels.constants import LOWER, UPPER
+from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.dispatch.registration import structure_op
 from bmrs_kernels.dispatch.validation import check_interval, check_parameters
 from bmrs_kernels.noise_moments import reference
+from bmrs_kernels.options import Backend
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -27,13 +28,9 @@ def _implementation(backend: str) -> ModuleType:
     return reference
 
 
-def _compute_mean(
-    mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).noise_mean(mu, log_sigma, lower, upper, **options)
-
-
-_noise_mean = structure_op("noise_mean", _compute_mean, options="float lower, float upper, str backend")
+_noise_mean = structure_op(
+    "noise_mean", lambda backend: _implementation(backend).noise_mean, options="float lower, float upper"
+)
 
 
 @torch.library.custom_op("bmrs_kernels::noise_snr", mutates_args=())
@@ -47,7 +44,7 @@ def _(mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str) -
 
 
 def noise_mean(
-    mu: Tensor, log_sigma: Tensor, *, lower: float = -20.0, upper: float = 0.0, backend: Backend = "auto"
+    mu: Tensor, log_sigma: Tensor, *, lower: float = LOWER, upper: float = UPPER, backend: Backend = "auto"
 ) -> Tensor:
     """Return E[θ], the factor by which a structure is multiplied in evaluation.
 
@@ -73,7 +70,7 @@ def noise_mean(
 
 
 def noise_snr(
-    mu: Tensor, log_sigma: Tensor, *, lower: float = -20.0, upper: float = 0.0, backend: Backend = "auto"
+    mu: Tensor, log_sigma: Tensor, *, lower: float = LOWER, upper: float = UPPER, backend: Backend = "auto"
 ) -> Tensor:
     """Return the signal-to-noise ratio E[θ]/sd(θ); not differentiable.
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal import torch_quadrature, torch_special
+from bmrs_kernels.truncated_normal.regimes import NARROW_SPREAD
 from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable, Gaussian
-
-# Below this standard deviation of log θ the variance is integrated directly: what θ² adds beyond the window's end
-# still counts for less than 1e-14. Above, E[θ²]/E[θ]² - 1 is large enough to be a difference.
-NARROW = 0.125
 
 
 def noise_mean(
@@ -19,7 +16,7 @@ def noise_mean(
     """Return E[θ] and its gradients in μ and log σ."""
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        sigma = torch_special.sigma_from_log(log_sigma)
         posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
         tilted, anchor = torch_quadrature.exponential_tilt(posterior, 1.0)
         expectation = torch_quadrature.log_mass_ratio(
@@ -32,7 +29,7 @@ def noise_mean(
         expectation = torch_quadrature.with_precise_grad_mu(
             expectation, posterior, quadrature, sigma.unsqueeze(-1) * quadrature.distance
         )
-        in_range = torch_quadrature.log_sigma_in_range(log_sigma)
+        in_range = torch_special.log_sigma_in_range(log_sigma)
         return Differentiable(
             value, value * expectation.grad_mu, value * expectation.grad_log_sigma * in_range
         )
@@ -44,10 +41,10 @@ def noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tens
     """Return E[θ]/sd(θ)."""
 
     def compute(mu: Tensor, log_sigma: Tensor) -> Differentiable:
-        sigma = torch_quadrature.sigma_from_log(log_sigma)
+        sigma = torch_special.sigma_from_log(log_sigma)
         posterior = torch_quadrature.gaussian_on(lower, upper, mu, sigma)
         spread = torch.minimum(sigma / posterior.outside.clamp(min=1.0), posterior.width)
-        snr = torch.where(spread < NARROW, _narrow_snr(posterior), _wide_snr(posterior))
+        snr = torch.where(spread < NARROW_SPREAD, _narrow_snr(posterior), _wide_snr(posterior))
         return torch_quadrature.without_gradients(snr)
 
     return torch_quadrature.tile_structures(compute, mu, log_sigma).value.reshape(mu.shape)

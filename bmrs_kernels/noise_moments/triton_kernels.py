@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels.noise_moments import reference
+from bmrs_kernels.truncated_normal import regimes
 from bmrs_kernels.truncated_normal.torch_quadrature import Differentiable
 from bmrs_kernels.truncated_normal.triton_quadrature import (
     empty_results,
@@ -34,7 +34,7 @@ from bmrs_kernels.truncated_normal.triton_special import (
     store,
 )
 
-NARROW = tl.constexpr(reference.NARROW)
+NARROW_SPREAD = tl.constexpr(regimes.NARROW_SPREAD)
 
 
 def noise_mean(
@@ -139,7 +139,7 @@ def compute_noise_snr(mu, log_sigma, rule, LOWER: tl.constexpr, UPPER: tl.conste
     """Return E[θ]/sd(θ)."""
     posterior = gaussian_on(LOWER, UPPER, mu, sigma_from_log(log_sigma))
     spread = minimum(posterior.scale / maximum(gaussian_outside(posterior), 1.0), posterior.width)
-    return tl.where(spread < NARROW, narrow_snr(posterior, rule), wide_snr(posterior, rule))
+    return tl.where(spread < NARROW_SPREAD, narrow_snr(posterior, rule), wide_snr(posterior, rule))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from scipy.special import erfcx, ndtri_exp
 
 from bmrs_kernels.truncated_normal import polynomials
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 ITERATIONS = 400
 
 
@@ -60,7 +60,8 @@ def quantile_values(level: Array) -> tuple[Array, Array]:
 def level_fit(basis: Array, values: Array, weight: Array) -> tuple[Array, float]:
     """Return the coefficients of the smallest weighted largest error that was met, and that error."""
     emphasis = np.ones(len(values))
-    best, smallest = np.zeros(basis.shape[1]), np.inf
+    best: Array = np.zeros(basis.shape[1])
+    smallest = np.inf
     for _ in range(ITERATIONS):
         scale = np.sqrt(emphasis) * weight
         coefficients = np.linalg.lstsq(basis * scale[:, None], values * scale, rcond=1e-14)[0]

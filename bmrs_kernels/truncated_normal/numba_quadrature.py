@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bmrs_kernels.dispatch.numba_compile import REGROUPING, compiled
+from bmrs_kernels.dispatch.numba_memory import use_widest_vectors
 from bmrs_kernels.dispatch.numba_threads import in_threads
-from bmrs_kernels.truncated_normal import torch_quadrature
-from bmrs_kernels.truncated_normal.numba_special import REGROUPING, compiled, exp_float64, use_widest_vectors
+from bmrs_kernels.truncated_normal import regimes, torch_quadrature
+from bmrs_kernels.truncated_normal.numba_special import exp_float64
 from bmrs_kernels.truncated_normal.torch_quadrature import BoundaryTerms, Differentiable, Gaussian, Window
 
-WINDOW_EXPONENT = torch_quadrature.WINDOW_EXPONENT
-NEARLY_CONSTANT = torch_quadrature.NEARLY_CONSTANT
+WINDOW_EXPONENT = regimes.WINDOW_EXPONENT
+NEARLY_CONSTANT = regimes.NEARLY_CONSTANT
 # Both sides of the anchor: negative nodes to the left, positive ones to the right.
 _nodes, _weights = torch_quadrature.gauss_legendre()
 SIGNED_NODES, NODE_WEIGHTS = np.concatenate([-_nodes, _nodes]), np.concatenate([_weights, _weights])

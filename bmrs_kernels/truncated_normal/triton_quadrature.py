@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bmrs_kernels.dispatch.triton_launch import launch
-from bmrs_kernels.truncated_normal import torch_quadrature
+from bmrs_kernels.truncated_normal import regimes, torch_quadrature
 from bmrs_kernels.truncated_normal.torch_quadrature import BoundaryTerms, Differentiable, Gaussian, Window
 from bmrs_kernels.truncated_normal.triton_special import maximum, minimum, store
 
@@ -26,10 +26,10 @@ from bmrs_kernels.truncated_normal.triton_special import maximum, minimum, store
 # structures take all the registers that a thread can have.
 STRUCTURES_PER_PROGRAM = 4
 
-WINDOW_EXPONENT = tl.constexpr(torch_quadrature.WINDOW_EXPONENT)
-NODES_PER_SIDE = tl.constexpr(torch_quadrature.NODES_PER_SIDE)
+WINDOW_EXPONENT = tl.constexpr(regimes.WINDOW_EXPONENT)
+NODES_PER_SIDE = tl.constexpr(regimes.NODES_PER_SIDE)
 UNIT_NODES, UNIT_WEIGHTS = (tl.constexpr(tuple(part.tolist())) for part in torch_quadrature.gauss_legendre())
-NEARLY_CONSTANT = tl.constexpr(torch_quadrature.NEARLY_CONSTANT)
+NEARLY_CONSTANT = tl.constexpr(regimes.NEARLY_CONSTANT)
 # Below this magnitude exp(x) - 1 has lost more than a bit, and 14 terms of the series leave less than 5e-17.
 EXPM1_SERIES_LIMIT = tl.constexpr(0.5)
 EXPM1_SERIES_TERMS = tl.constexpr(14)

@@ -10,25 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bmrs_kernels.truncated_normal import polynomials, torch_quadrature
-from bmrs_kernels.uniform import torch_philox
+from bmrs_kernels import constants
+from bmrs_kernels.truncated_normal import polynomials
 
-ROUNDS = tl.constexpr(torch_philox.ROUNDS)
-MULTIPLIER_0, MULTIPLIER_1 = (
-    tl.constexpr(torch_philox.MULTIPLIERS[0]),
-    tl.constexpr(torch_philox.MULTIPLIERS[1]),
-)
-INCREMENT_0, INCREMENT_1 = (
-    tl.constexpr(torch_philox.KEY_INCREMENTS[0]),
-    tl.constexpr(torch_philox.KEY_INCREMENTS[1]),
-)
-UNUSED_BITS = tl.constexpr(32 - torch_philox.UNIFORM_BITS)
-ONE_BITS = tl.constexpr(0x3F800000)
-ONE_LESS_HALF_STEP = tl.constexpr(1.0 - 2.0 ** -(torch_philox.UNIFORM_BITS + 1))
-
-LOG_SIGMA_MIN = tl.constexpr(torch_quadrature.LOG_SIGMA_MIN)
-LOG_SIGMA_MAX = tl.constexpr(torch_quadrature.LOG_SIGMA_MAX)
-HALF_LOG_2PI = tl.constexpr(torch_quadrature.HALF_LOG_2PI)
+LOG_SIGMA_MIN = tl.constexpr(constants.LOG_SIGMA_MIN)
+LOG_SIGMA_MAX = tl.constexpr(constants.LOG_SIGMA_MAX)
+HALF_LOG_2PI = tl.constexpr(constants.HALF_LOG_2PI)
 
 LOG2 = tl.constexpr(polynomials.LOG2)
 QUANTILE = tl.constexpr(polynomials.QUANTILE)
@@ -65,32 +52,6 @@ def polynomial_of_row(x, table: tl.constexpr, row: tl.constexpr):
     for power in tl.static_range(2, length(table[row])):
         value = value * x + table[row][power]
     return value
-
-
-@triton.jit
-def philox_4x32(counter_low, counter_high, seed):
-    """Return the four uint32 words of Philox4x32-10 for 64-bit counters in two halves; ``seed`` is int64."""
-    key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1 = counter_low.to(tl.uint32), counter_high.to(tl.uint32)
-    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
-    for _ in tl.static_range(ROUNDS):
-        # One widening multiplication gives both halves of the product.
-        product_0 = c0.to(tl.uint64) * MULTIPLIER_0
-        product_1 = c2.to(tl.uint64) * MULTIPLIER_1
-        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
-        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
-        c1, c3 = product_1.to(tl.uint32), product_0.to(tl.uint32)
-        key_0 += INCREMENT_0
-        key_1 += INCREMENT_1
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def uniform_from_word(word):
-    """Return (⌊word / 2⁹⌋ + ½) 2⁻²³ in float32, exactly, for a uint32 word."""
-    # The bits become the fraction of a number in [1, 2).
-    above_one = ((word >> UNUSED_BITS) | ONE_BITS).to(tl.float32, bitcast=True)
-    return above_one - ONE_LESS_HALF_STEP
 
 
 @triton.jit

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import numba
-import numpy as np
 import pytest
 import torch
 from numerics import TOLERANCES
 
 from bmrs_kernels import multiply_noise, sample_noise
-from bmrs_kernels.multiplicative_noise import numba_loops, numba_noise
-from bmrs_kernels.truncated_normal import numba_special
-from bmrs_kernels.uniform import torch_philox
+from bmrs_kernels.multiplicative_noise import reference, torch_noise
+from bmrs_kernels.uniform import numba_philox, torch_philox
 
 SEED = 77
 # (shape, axis of the structures), one for each way through the numba_loops.
@@ -95,7 +92,7 @@ def test_the_number_of_threads_changes_no_bit(case, granularity, monkeypatch):
 def test_uniforms_are_those_of_the_torch_path(seed):
     seed = torch.tensor(seed)
     for count in (0, 1, 5, 1023, 1024, 1025, 70_001):
-        assert torch.equal(numba_noise.uniform_stream(seed, count), torch_philox.uniform_stream(seed, count))
+        assert torch.equal(numba_philox.uniform_stream(seed, count), torch_philox.uniform_stream(seed, count))
 
 
 @pytest.mark.parametrize("shape", [(40, 4), (3, 4, 20)])
@@ -225,61 +222,100 @@ def test_gradients_lie_in_memory_as_their_activation_does():
         assert grad_x.stride() == x.stride()
 
 
-class TestMath:
-    """Functions of compiled loops against float64."""
+@pytest.fixture
+def no_torch_path(monkeypatch):
+    """The torch path must not serve a call that names numba."""
 
-    @staticmethod
-    def applied(function, x):
-        @numba.njit
-        def run(x):
-            out = np.empty_like(x)
-            for i in range(x.size):
-                out[i] = function(x[i])
-            return out
+    def called(*arguments, **options):
+        raise AssertionError("the torch path ran")
 
-        return run(x)
+    for name in ("prepare", "multiply_noise", "multiply_noise_backward", "sample_noise"):
+        monkeypatch.setattr(torch_noise, name, called)
+    monkeypatch.setattr(reference, "log_noise", called)
 
-    @pytest.mark.parametrize(
-        ("function", "exact", "low", "high", "relative", "absolute"),
-        [
-            (numba_special.log2, np.log2, 1e-30, 1.0, 1.2e-7, 1.2e-7),
-            (numba_special.exp, np.exp, -87.0, 88.0, 1.2e-7, 0.0),
-            (numba_special.tanh, np.tanh, -12.0, 12.0, 4e-7, 0.0),
-        ],
+
+@pytest.mark.usefixtures("no_torch_path")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_names_numba_runs_numba(dtype):
+    x = torch.randn(4, 3, 5).to(dtype).requires_grad_()
+    mu, log_sigma = posterior(3)
+    for granularity in ("element", "sample", "batch"):
+        found = results(x, mu, log_sigma, torch.ones_like(x), granularity=granularity, backend="numba")
+        assert all(part.isfinite().all() for part in found)
+    theta = sample_noise(mu, log_sigma, torch.rand(4, 3), backend="numba")
+    torch.autograd.grad(theta.sum(), (mu, log_sigma))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+@pytest.mark.parametrize("granularity", ["element", "sample", "batch"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_float64_agrees_with_the_torch_path_to_its_last_digits(case, granularity, activation):
+    shape, dim = SHAPES[case]
+    if granularity == "sample" and dim == 0:
+        pytest.skip("axis 0 counts the examples")
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    mu, log_sigma = posterior(shape[dim])
+    mask = (torch.arange(shape[dim]) % 5 != 3).double()
+    options = {"dim": dim, "granularity": granularity, "activation": activation, "mask": mask}
+    leaves = [part.detach().double().requires_grad_() for part in (x, mu, log_sigma)]
+    actual, expected = (
+        results(*leaves, upstream, backend=backend, **options) for backend in ("numba", "torch")
     )
-    def test_float32(self, function, exact, low, high, relative, absolute):
-        x = np.linspace(low, high, 100_001).astype(np.float32)
-        wanted = exact(x.astype(np.float64))
-        error = np.abs(self.applied(function, x) - wanted)
-        assert (error <= relative * np.abs(wanted) + absolute).all()
-
-    def test_exp_of_any_float32(self):
-        x = np.array([-np.inf, -200.0, -103.0, -95.0, -87.5, 0.0, 88.5, 89.5, 1e30, np.inf], np.float32)
-        with np.errstate(over="ignore"):
-            wanted = np.exp(x)
-        np.testing.assert_allclose(self.applied(numba_special.wide_exp, x), wanted, rtol=1.2e-7, atol=1.5e-45)
-
-    def test_exp_in_float64(self):
-        x = np.linspace(-699.0, 0.0, 100_001)
-        np.testing.assert_allclose(self.applied(numba_special.exp_float64, x), np.exp(x), rtol=5e-16, atol=0)
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
-class TestCache:
-    """Compiled loops on disk."""
+SAMPLED = {
+    "uniforms behind the structures": ((3, 1), (3, 2000)),
+    "structures last": ((7,), (5, 4, 7)),
+    "structures in the middle": ((7, 1), (5, 7, 4)),
+    "a structure for each uniform": ((4, 5), (4, 5)),
+    "one uniform for all structures": ((4, 5), ()),
+    "one structure": ((), (2, 3)),
+    "structures along two axes": ((2, 1, 3), (4, 2, 5, 3)),
+    "none": ((3, 1), (3, 0)),
+}
 
-    def test_a_change_of_any_source_is_noticed(self, monkeypatch):
-        cache = numba_loops.sum_loop._cache
-        signature = numba_loops.sum_loop.signatures[0] if numba_loops.sum_loop.signatures else ()
-        generator = numba.core.registry.cpu_target.target_context.codegen()
-        before = cache._index_key(signature, generator)
-        assert cache._index_key(signature, generator) == before
-        monkeypatch.setattr(numba_special, "_fingerprint", lambda: "other sources")
-        assert cache._index_key(signature, generator) != before
 
-    def test_without_a_folder_loops_are_compiled_all_the_same(self, monkeypatch):
-        def no_folder(function):
-            raise RuntimeError("cannot cache function: no locator available")
+@pytest.mark.parametrize("case", SAMPLED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_samples_agree_with_the_torch_path(case, dtype):
+    shape, drawn = SAMPLED[case]
+    generator = torch.Generator().manual_seed(1)
+    count = torch.Size(shape).numel()
+    mu, log_sigma = (part.detach().view(shape).to(dtype).requires_grad_() for part in posterior(count))
+    uniform = torch.rand(drawn, generator=generator, dtype=torch.float64)
+    found = []
+    for backend in ("numba", "torch"):
+        theta = sample_noise(mu, log_sigma, uniform, backend=backend)
+        assert theta.is_contiguous()
+        upstream = torch.ones_like(theta)
+        found.append((theta.detach(), *torch.autograd.grad(theta, (mu, log_sigma), upstream)))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=max(1e-11, 2 * torch.finfo(dtype).eps), atol=1e-11)
 
-        monkeypatch.setattr(numba_special, "_Cache", no_folder)
-        doubled = numba_special.loop(lambda x: x + x)
-        assert doubled(21) == 42
+
+def test_samples_at_the_ends_of_the_uniforms_are_those_of_the_interval():
+    mu, log_sigma = (part.detach()[:, None] for part in posterior(len(MU)))
+    theta = sample_noise(mu, log_sigma, torch.tensor([0.0, 1.0]), backend="numba")
+    expected = torch.tensor([-20.0, 0.0]).exp().expand(len(MU), 2)
+    torch.testing.assert_close(theta, expected, rtol=2e-7, atol=0)
+
+
+def test_uniforms_far_below_those_that_are_drawn():
+    """Where the fits of the quantile end, and more steps are taken."""
+    mu, log_sigma = torch.tensor([-10.0]).double(), torch.tensor([-0.5]).double()
+    uniform = torch.tensor([1e-300, 1e-100, 1e-30, 1e-12, 0.3, 1 - 1e-15]).double()
+    options = {"lower": -200.0, "upper": 100.0}
+    got, wanted = (
+        sample_noise(mu, log_sigma, uniform, backend=backend, **options) for backend in ("numba", "torch")
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+
+
+def test_structures_whose_parameters_are_nan_give_nan_samples():
+    mu = torch.tensor([[-1.0], [torch.nan]])
+    theta = sample_noise(mu, torch.zeros(2, 1), torch.rand(2, 30), backend="numba")
+    assert theta[0].isfinite().all()
+    assert theta[1].isnan().all()

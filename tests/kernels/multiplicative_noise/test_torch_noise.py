@@ -7,7 +7,7 @@ import torch
 from numerics import assert_within
 
 from benchmarks.accuracy import oracle
-from bmrs_kernels.truncated_normal.torch_quadrature import normal_quantile
+from bmrs_kernels.truncated_normal.torch_special import normal_quantile
 
 
 def test_normal_quantile_over_its_whole_range():

@@ -14,6 +14,7 @@ from scipy import stats
 from bmrs_kernels import multiply_noise, philox_uniform, sample_noise
 from bmrs_kernels.dispatch import backend, triton_launch
 from bmrs_kernels.multiplicative_noise import reference
+from bmrs_kernels.multiplicative_noise.call import NoiseCall
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -260,9 +261,10 @@ def test_more_draws_than_a_grids_second_axis_is_long(monkeypatch):
     )
     examples = 64 * triton_launch.LONGEST_SECOND_AXIS
     x = torch.empty((examples, 1, 1), device="meta").expand(examples, 64, 2)
-    assert triton_noise.num_groups(x, triton_noise.Layout(examples, 64, 2, False, 1), 1, "sample") == examples
-    noise = triton_noise.Noise(*torch.empty(2, 64), None, torch.tensor(0), {"EXACT": False})
-    triton_noise._draw(x, noise, examples, 64, with_gradients=False)
+    call = NoiseCall(x, *torch.empty(2, 64), None, torch.tensor(0), 1, "sample", None, -20.0, 0.0)
+    noise = triton_noise.prepare(call)
+    assert noise.groups == examples
+    triton_noise._draw(x, noise, examples, with_gradients=False)
     assert started[0][1] <= triton_launch.LONGEST_SECOND_AXIS
 
 
@@ -360,7 +362,7 @@ def test_sample_noise_broadcasts_and_takes_any_uniform():
 @pytest.mark.parametrize("count", [1, 3, 4, 1021, 3000])
 def test_uniforms_are_the_published_ones(count):
     for seed in (0, -7, 2**62 + 11):
-        ours = triton_noise.philox_uniform(torch.tensor(seed, device=DEVICE), (count,))
+        ours = philox_uniform(seed, (count,), device=DEVICE, backend="triton")
         assert torch.equal(ours.cpu(), philox_uniform(seed, (count,), device="cpu"))
 
 

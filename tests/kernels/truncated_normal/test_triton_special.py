@@ -11,8 +11,7 @@ from kernel_device import DEVICE, RUNS_KERNELS
 from numerics import assert_within
 
 from benchmarks.accuracy import oracle
-from bmrs_kernels.truncated_normal import polynomials, torch_quadrature
-from bmrs_kernels.uniform import torch_philox
+from bmrs_kernels.truncated_normal import polynomials, torch_special
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -91,7 +90,7 @@ def test_quantile_polynomials(name):
     function = getattr(triton_special, name)
     assert_within(on_device(function, variable), expected, points, 3e-8, scale=0)
     assert_within(on_device(function, variable.float()), expected, points, 4e-7, scale=0)
-    twin = getattr(torch_quadrature, name)(variable.float())
+    twin = getattr(torch_special, name)(variable.float())
     torch.testing.assert_close(on_device(function, variable.float()), twin, rtol=4e-7, atol=0)
 
 
@@ -100,7 +99,7 @@ def test_quantile_variable():
     actual = on_device(triton_special.quantile_variable, product)
     exact = (4 - product.double().log2()).sqrt() - 3.5
     torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6e-7)
-    torch.testing.assert_close(actual, torch_quadrature.quantile_variable(product), rtol=0, atol=9e-7)
+    torch.testing.assert_close(actual, torch_special.quantile_variable(product), rtol=0, atol=9e-7)
 
 
 def test_mills_ratio():
@@ -113,7 +112,7 @@ def test_mills_ratio():
         return oracle.survival(t) / oracle.density(t)
 
     assert_exact(actual, exact, t, 1e-15)
-    torch.testing.assert_close(actual, torch_quadrature.mills_ratio(t), rtol=3e-15, atol=0)
+    torch.testing.assert_close(actual, torch_special.mills_ratio(t), rtol=3e-15, atol=0)
 
 
 def test_normal_cdf_and_density():
@@ -122,7 +121,7 @@ def test_normal_cdf_and_density():
     # exp(-z²/2) carries half a unit of its argument into the value.
     assert_exact(cdf, mp.ncdf, z, 2e-13)
     assert_exact(on_device(triton_special.normal_density, z), oracle.density, z, 2e-13)
-    torch.testing.assert_close(cdf, torch_quadrature.normal_cdf(z), rtol=4e-13, atol=0)
+    torch.testing.assert_close(cdf, torch_special.normal_cdf(z), rtol=4e-13, atol=0)
 
 
 @triton.jit
@@ -149,54 +148,4 @@ def test_normal_mass():
     with mp.workdps(60):
         expected = [oracle.mass(mp.mpf(a), mp.mpf(b)) for a, b in ends]
     assert_within(out.cpu(), expected, ends, 2e-13, scale=0)
-    torch.testing.assert_close(out, torch_quadrature.normal_mass(alpha, beta), rtol=4e-13, atol=0)
-
-
-@triton.jit
-def philox_kernel(low_ptr, high_ptr, seed_ptr, out_ptr, uniform_ptr, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK)
-    words = triton_special.philox_4x32(tl.load(low_ptr + index), tl.load(high_ptr + index), tl.load(seed_ptr))
-    for lane in tl.static_range(4):
-        tl.store(out_ptr + lane * BLOCK + index, words[lane].to(tl.int64))
-        tl.store(uniform_ptr + lane * BLOCK + index, triton_special.uniform_from_word(words[lane]))
-
-
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x243F6A8885A308D3])
-def test_philox_equals_its_twin_bit_for_bit(seed):
-    low = torch.tensor([0, 1, 2**31, 2**32 - 1, 12345, 7, 8, 9])
-    high = torch.tensor([0, 0, 0, 2**32 - 1, 1, 2**31, 3, 4])
-    seed = torch.tensor(seed)
-    zero = torch.zeros_like(low)
-    expected = torch.stack(
-        torch_philox.philox_4x32(
-            (low.clone(), high.clone(), zero, zero.clone()), torch_philox.round_keys(seed)
-        )
-    )
-    actual = torch.empty(4, 8, dtype=torch.int64, device=DEVICE)
-    uniform = torch.empty(4, 8, device=DEVICE)
-    philox_kernel[(1,)](low.to(DEVICE), high.to(DEVICE), seed.to(DEVICE), actual, uniform, BLOCK=8)
-    assert torch.equal(actual.cpu(), expected)
-    exact = ((expected >> 9).double() + 0.5) * 2.0**-23
-    assert torch.equal(uniform.cpu().double(), exact)
-
-
-def test_ends_of_the_uniforms():
-    words = torch.tensor([0, 2**9 - 1, 2**9, 2**31, 2**32 - 1])
-
-    assert torch.equal(
-        on_words(words), torch.tensor([2.0**-24, 2.0**-24, 3 * 2.0**-24, 0.5 + 2.0**-24, 1 - 2.0**-24])
-    )
-
-
-@triton.jit
-def word_kernel(word_ptr, out_ptr, num_words, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK)
-    valid = index < num_words
-    word = tl.load(word_ptr + index, mask=valid, other=0).to(tl.uint32)
-    tl.store(out_ptr + index, triton_special.uniform_from_word(word), mask=valid)
-
-
-def on_words(words):
-    out = torch.full(words.shape, math.nan, device=DEVICE)
-    word_kernel[(1,)](words.to(DEVICE), out, words.numel(), BLOCK=8)
-    return out.cpu()
+    torch.testing.assert_close(out, torch_special.normal_mass(alpha, beta), rtol=4e-13, atol=0)

@@ -8,12 +8,12 @@ import torch
 from scipy import stats
 
 from bmrs_kernels import philox_uniform
+from bmrs_kernels.dispatch.validation import seed_tensor
 from bmrs_kernels.uniform.torch_philox import (
     COUNTERS_PER_TILE,
     LANES,
     philox_4x32,
     round_keys,
-    seed_tensor,
     uniform_stream,
 )
 
