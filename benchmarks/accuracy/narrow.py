@@ -66,9 +66,9 @@ def measure_narrow(setting: Setting) -> list[NarrowErrors]:
 
 def _bound(dtype: torch.dtype, unit: str) -> float:
     if unit == OF_MAGNITUDES:
-        return BOUNDS["gradient of log θ"].float32
+        return BOUNDS["gradient of log drawn θ"].float32
     # A unit in the last place is at least half of the dtype's precision of the value.
-    return ROUNDING[dtype] + BOUNDS["factor"].float32 / (0.5 * torch.finfo(dtype).eps)
+    return ROUNDING[dtype] + BOUNDS["drawn factor"].float32 / (0.5 * torch.finfo(dtype).eps)
 
 
 def _errors(setting: Setting, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[tuple[str, str, float]]:

@@ -191,7 +191,7 @@ QUANTITIES = (
     Quantity(
         "multiply_noise",
         WITH_GRADIENTS,
-        ("factor", "gradient of log θ"),
+        ("drawn factor", "gradient of log drawn θ"),
         inside_multiply_noise,
         log_differentiated(plain.sample_noise),
         _sample_reference,

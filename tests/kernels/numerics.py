@@ -34,6 +34,8 @@ _NAMES = {
     "kl_gradient": "gradient of KL",
     "relative": "factor",
     "log_theta_gradient": "gradient of log θ",
+    "drawn": "drawn factor",
+    "drawn_gradient": "gradient of log drawn θ",
 }
 TOLERANCES = {
     dtype: {name: BOUNDS[bound].of(dtype) for name, bound in _NAMES.items()}

@@ -262,7 +262,7 @@ def test_multiply_noise_draws_theta_at_its_uniforms(dtype, points, seed):
     low, high = interval_of_theta(dtype)
     for row, expected_row, y in zip(theta, expected, uniform.tolist(), strict=True):
         where = [(*point, at) for point, at in zip(points, y, strict=True)]
-        assert_close(row, expected_row, BOUNDS["factor"].of(dtype), where, floor=0.0)
+        assert_close(row, expected_row, BOUNDS["drawn factor"].of(dtype), where, floor=0.0)
         assert_everywhere((row >= low) & (row <= high), row, where)
 
 
