@@ -110,7 +110,7 @@ def structure_op(
     operator.register_autograd(backward, setup_context=setup_context)
 
     class Direct(torch.autograd.Function):
-        """The same without the dispatcher."""
+        """The operation as a plain autograd function, without the dispatcher's overhead."""
 
         @staticmethod
         def forward(ctx: Any, mu: Tensor, log_sigma: Tensor, *arguments: Any) -> Tensor:
@@ -123,7 +123,8 @@ def structure_op(
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             mu, log_sigma, grad_mu, grad_log_sigma = ctx.saved_tensors
             nothing = [None] * len(ctx.arguments)
-            # A second derivative may follow, which only the operators forbid.
+            # With create_graph=True the result may be differentiated again: the operators raise there, where plain
+            # products would leave terms out.
             if torch.is_grad_enabled():
                 _, *gradients = operator(mu, log_sigma, *ctx.arguments, True)
                 return *multiply_derivatives(grad, *gradients), *nothing

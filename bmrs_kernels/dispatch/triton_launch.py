@@ -14,7 +14,7 @@ NUM_WARPS = 4
 LIGHT_TILE, MEDIUM_TILE, HEAVY_TILE = 1024, 512, 256
 # Accesses are 16 bytes wide where rows allow it; four numbers share a counter of the noise.
 WIDEST_BLOCK, NARROWEST_BLOCK = 1024, 16
-# A block of a row with more idle lanes than the best by this factor is not taken for its length.
+# Of the blocks that a row can be cut into, the longest is taken that has at most this factor more lanes than the fewest.
 WORTHWHILE_SAVING = 1.02
 STRUCTURES_PER_TILE = 64
 # What a program sets up should serve several tiles, as long as the programs still fill a GPU.
@@ -24,7 +24,7 @@ MOST_STEPS = 8
 LONGEST_SECOND_AXIS = 65535
 
 
-class Config(NamedTuple):
+class TileConfig(NamedTuple):
     """A program's tile [rows, columns], and how many such tiles it owns below each other."""
 
     block_rows: int
@@ -45,7 +45,7 @@ def power_of_two_at_least(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def rows_config(num_rows: int, inner: int, *, tile: int, parallel: int = 1) -> Config:
+def rows_config(num_rows: int, inner: int, *, tile: int, parallel: int = 1) -> TileConfig:
     """Return the tiles for rows of ``inner`` neighbouring elements: few idle lanes first, then long accesses.
 
     Args:
@@ -63,14 +63,14 @@ def rows_config(num_rows: int, inner: int, *, tile: int, parallel: int = 1) -> C
     fewest = min(lanes.values())
     block_inner = max(block for block in blocks if lanes[block] <= WORTHWHILE_SAVING * fewest)
     block_rows = min(power_of_two_at_least(num_rows), tile // block_inner)
-    return Config(
+    return TileConfig(
         block_rows,
         block_inner,
         _num_steps(num_rows, block_rows, parallel * lanes[block_inner] // block_inner),
     )
 
 
-def columns_config(num_rows: int, num_structures: int, *, tile: int, row_stride: int = 1) -> Config:
+def columns_config(num_rows: int, num_structures: int, *, tile: int, row_stride: int = 1) -> TileConfig:
     """Return the tiles for structures that are neighbours in memory.
 
     Args:
@@ -83,7 +83,7 @@ def columns_config(num_rows: int, num_structures: int, *, tile: int, row_stride:
     rows = math.ceil(num_rows / row_stride)
     block_rows = min(power_of_two_at_least(rows), tile // block_structures)
     beside = math.ceil(num_structures / block_structures)
-    return Config(block_rows, block_structures, _num_steps(rows, block_rows, beside))
+    return TileConfig(block_rows, block_structures, _num_steps(rows, block_rows, beside))
 
 
 def _num_steps(num_rows: int, block_rows: int, beside: int) -> int:

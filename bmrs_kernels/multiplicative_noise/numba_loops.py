@@ -124,8 +124,8 @@ def forward_loop(one, x, out, table, seed, sizes, tile_sizes, activation, first,
         sizes: (outer, structures, inner).
         tile_sizes: the same of a tile.
         activation: its number.
-        first: see above.
-        last: see above.
+        first: number of the first tile.
+        last: number after that of the last tile.
         lower: lower end of log θ.
         upper: upper end of log θ.
     """
@@ -244,13 +244,13 @@ def shared_forward_loop(one, x, out, theta, rows, length, rows_of_draw, structur
         x: address of the activation [rows, length], contiguous, structures varying fastest along the rows.
         out: address of the result, to be written.
         theta: address of θ · mask [draws of a structure, structures].
-        rows: see above.
-        length: see above.
+        rows: their number.
+        length: elements of a row.
         rows_of_draw: how many of a structure's rows in succession share a draw.
         structures: their number.
         activation: its number.
-        first: see above.
-        last: see above.
+        first: number of the first row to compute.
+        last: number after that of the last one.
     """
     x, out = vector_like(x, rows * length, one), vector_like(out, rows * length, one)
     theta = vector_like(theta, rows // rows_of_draw, one)
@@ -272,8 +272,8 @@ def shared_backward_loop(
         grad_x: address of its gradient, to be written.
         sums: address of float64 [rows], to be written.
         theta: address of θ · mask [draws of a structure, structures].
-        rows: see above.
-        length: see above.
+        rows: their number.
+        length: elements of a row.
         rows_of_draw: how many of a structure's rows in succession share a draw.
         structures: their number.
         activation: its number.

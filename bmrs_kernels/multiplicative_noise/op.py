@@ -144,7 +144,7 @@ _multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs
 
 
 class _MultiplyNoise(torch.autograd.Function):
-    """``_multiply_noise`` without the dispatcher."""
+    """``_multiply_noise`` as a plain autograd function, without the dispatcher's overhead."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -156,7 +156,8 @@ class _MultiplyNoise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # A second derivative may follow, which only the operator forbids, or the gradient may be no plain tensor.
+        # With create_graph=True the result may be differentiated again: the operator raises there, where this function
+        # would leave terms out. It also knows gradients that are no plain tensors.
         if torch.is_grad_enabled() or dispatcher_is_needed(grad):
             return _multiply_backward(ctx, grad)
         *options, backend = ctx.options
