@@ -14,7 +14,7 @@ NUM_WARPS = 4
 LIGHT_TILE, MEDIUM_TILE, HEAVY_TILE = 1024, 512, 256
 # Accesses are 16 bytes wide where rows allow it; four numbers share a counter of the noise.
 WIDEST_BLOCK, NARROWEST_BLOCK = 1024, 16
-# Of the blocks that a row can be cut into, the longest is taken that has at most this factor more lanes than the fewest.
+# Of the blocks that a row can be cut into, the longest is taken that has at most this factor more lanes than needed.
 WORTHWHILE_SAVING = 1.02
 STRUCTURES_PER_TILE = 64
 # What a program sets up should serve several tiles, as long as the programs still fill a GPU.
