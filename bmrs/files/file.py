@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from bmrs.compaction.description import UnsupportedError, describe
 from bmrs.compaction.record import record_of
+from bmrs.files.atomic import write_atomically
 from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
 from bmrs.files.installation import describe_changes, install
 from bmrs.files.layer_network import build_network, read_chain
@@ -69,7 +70,7 @@ def save(
     description["channels_last"] = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
     # Cloned, as safetensors refuses tensors that share memory.
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _write(Path(path), serialize(stored, metadata={_METADATA_KEY: json.dumps(description)}))
+    write_atomically(Path(path), serialize(stored, metadata={_METADATA_KEY: json.dumps(description)}))
 
 
 def load(
@@ -175,15 +176,6 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
     for placeholder, tensor in captured.tensors.items():
         tensors.setdefault(captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
     return description, tensors
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from bmrs.training.run_folder import RunError, write_atomically
+from bmrs.files.atomic import write_atomically
+from bmrs.training.run_folder import RunError
 
 _METADATA_KEY = "bmrs_training"
 

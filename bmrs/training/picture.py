@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bmrs.criteria import BMRSNormal, BMRSOdds, BMRSUniform, Mean
+from bmrs.files.atomic import write_atomically
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
@@ -51,7 +53,9 @@ def draw(path: Path, states: Mapping[Network, TrainingState], config: TrainConfi
     axes[0, 1].set_xlabel("epoch" if config.recipe == "paper" else "epoch of learning the noise")
     _draw_expected_noise(axes[1, 0], noisy)
     _draw_scores(axes[1, 1], noisy, config)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomically(path, picture.getvalue())
 
 
 def _draw_accuracy(axis: Axes, states: Mapping[Network, TrainingState], config: TrainConfig) -> None:

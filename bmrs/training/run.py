@@ -14,6 +14,7 @@ from torch import nn
 
 import bmrs
 from bmrs.data import Dataset, Split, load_dataset, preprocess
+from bmrs.files.atomic import write_atomically
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from bmrs.training.config import TrainConfig
@@ -25,7 +26,6 @@ from bmrs.training.run_folder import (
     Network,
     RunError,
     RunFolder,
-    write_atomically,
     write_json,
     write_json_lines,
 )

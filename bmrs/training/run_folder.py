@@ -1,14 +1,14 @@
-"""The files of a training run: their names, and writing them so that no half-written file is ever seen."""
+"""The files of a training run: their names, and what is written as JSON."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from bmrs.files.atomic import write_atomically
 from bmrs.training.config import TrainConfig
 
 Network: TypeAlias = Literal["trained", "noisy", "fine-tuned", "dense", "random", "scratch"]
@@ -108,19 +108,6 @@ class RunFolder:
             return folder, TrainConfig(**{"recipe": "paper", **options})
         except (ValueError, TypeError) as error:
             raise RunError(f"{folder.config} is broken: {error}") from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is at every moment either the old or the new one as a whole."""
-    temporary = path.with_name(f"{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 import bmrs
 from bmrs.training import ConfigError, RunError, TrainConfig
-from bmrs.training.run_folder import RunFolder, write_atomically, write_json_lines
+from bmrs.training.run_folder import RunFolder, write_json_lines
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,6 @@ def test_a_broken_config_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(RunError, match=r"config.json is broken: ."):
         RunFolder.open(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_lines_are_one_object_a_line(tmp_path):
