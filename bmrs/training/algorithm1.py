@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import bmrs
 from bmrs.data import Dataset
+from bmrs.models import MLP, LeNet5
 from bmrs.noise.lookup import noise_layers
+from bmrs.pruning.posteriors import unsettled
+from bmrs.pruning.prune import prune
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, batches_of, train_epoch
@@ -85,9 +87,9 @@ def train(
             row |= train_epoch(steps[noise], batches, epoch, watch, progress)
         if layers:
             if _prunes_after(epoch, config):
-                row["pruning"] = bmrs.prune(state.model, criterion).to_dict()
+                row["pruning"] = prune(state.model, criterion).to_dict()
             row["kept"] = {name: int(layer.mask.sum()) for name, layer in layers.items()}
-            row["unsettled"] = bmrs.unsettled(state.model)
+            row["unsettled"] = unsettled(state.model)
             before: dict[str, Any] = state.history[-1] if state.history else {}
             row["compression_percent"] = (
                 before["compression_percent"]
@@ -106,13 +108,13 @@ def build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module
     channels, height, width = data.train.images.shape[1:]
     granularity = config.settings.granularity
     if config.model == "lenet5":
-        return bmrs.models.LeNet5(
+        return LeNet5(
             in_channels=channels, num_classes=data.num_classes, noise=noise, granularity=granularity
         )
     num_blocks, hidden = config.settings.num_blocks, config.settings.hidden
     assert num_blocks is not None, "settings have it for every MLP"
     assert hidden is not None, "settings have it for every MLP"
-    return bmrs.models.MLP(
+    return MLP(
         in_features=channels * height * width,
         num_blocks=num_blocks,
         hidden=hidden,

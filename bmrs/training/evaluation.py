@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-import bmrs
+from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import num_parameters
 from bmrs.data import Split
 from bmrs.noise.lookup import noise_layers
@@ -40,7 +40,7 @@ def compression(model: nn.Module, example: Tensor) -> float:
         example: One input, of shape (1, ...).
     """
     kept = sum(int(layer.mask.sum()) for layer in noise_layers(model).values())
-    remaining = num_parameters(bmrs.compact(model, example)) + 2 * kept
+    remaining = num_parameters(compact(model, example)) + 2 * kept
     return 100 * (1 - remaining / num_parameters(model))
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import bmrs
+from bmrs.compaction.compact import compact
+from bmrs.compaction.costs import structure_prices
 from bmrs.criteria import PosteriorCriterion
 from bmrs.data import Dataset
 from bmrs.noise.lookup import noise_layers
@@ -151,7 +152,7 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
         temperature=temperature,
         dataset_size=len(data.train),
         learning_rate=config.settings.noise_lr,
-        prices=bmrs.structure_prices(model, data.train.images[:1], exponent=config.price_exponent),
+        prices=structure_prices(model, data.train.images[:1], exponent=config.price_exponent),
         weight_lr=config.weight_lr or None,
         criterion=criterion if isinstance(criterion, PosteriorCriterion) else None,
     )
@@ -182,7 +183,7 @@ def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig,
         chosen = torch.randperm(layer.num_structures, generator=generator)[:kept]
         layer.mask.zero_()
         layer.mask[chosen.to(device)] = True
-    return bmrs.compact(model, data.train.images[:1], expected_noise=False)
+    return compact(model, data.train.images[:1], expected_noise=False)
 
 
 def untrained_copy(network: nn.Module, config: TrainConfig) -> nn.Module:

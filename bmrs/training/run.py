@@ -12,9 +12,11 @@ from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import nn
 
-import bmrs
+from bmrs.compaction.compact import compact
 from bmrs.data import Dataset, Split, load_dataset, preprocess
+from bmrs.files import save as save_model
 from bmrs.files.atomic import write_atomically
+from bmrs.pruning.prune import prune
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from bmrs.training.config import TrainConfig
@@ -217,8 +219,8 @@ def _run_paper(
         "noisy": network("noisy", "with noise"),
         "dense": network("dense", "dense"),
     }
-    compacted = bmrs.compact(states["noisy"].model, data.validation.images[:8])
-    bmrs.save(trainer.folder.network("compacted"), compacted)
+    compacted = compact(states["noisy"].model, data.validation.images[:8])
+    save_model(trainer.folder.network("compacted"), compacted)
     return states
 
 
@@ -241,21 +243,21 @@ def _run_recipe(
         lambda save, progress: recipe.learn_noise(noisy, data, config, save=save, progress=progress),
     )
     if "pruning" not in noisy.history[-1]:  # not yet, in a run that was interrupted
-        report = bmrs.prune(noisy.model, config.build_criterion())
+        report = prune(noisy.model, config.build_criterion())
         noisy.history[-1]["pruning"] = report.to_dict()
         noisy.history[-1]["kept"] = {layer.name: layer.after for layer in report.layers}
         save_checkpoint(folder.checkpoint("noisy"), noisy)
         write_json_lines(folder.metrics("noisy"), noisy.history)
 
     examples = data.train.images[: recipe.EXAMPLES]
-    pruned = bmrs.compact(noisy.model, examples)
+    pruned = compact(noisy.model, examples)
     # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
     frozen = not config.weight_lr
-    refitted = bmrs.compact(noisy.model, examples, refit_to=trained.model) if frozen else pruned
+    refitted = compact(noisy.model, examples, refit_to=trained.model) if frozen else pruned
     tuning_epochs = recipe.fine_tuning_epochs(config, noisy)
     start: nn.Module = refitted
     if tuning_epochs:
-        start = bmrs.compact(noisy.model, examples, expected_noise=not frozen)
+        start = compact(noisy.model, examples, expected_noise=not frozen)
     fine_tuned = trainer.fit(
         "fine-tuned",
         "fine-tuning",
@@ -276,7 +278,7 @@ def _run_recipe(
         ("random", random.model),
         ("scratch", scratch.model),
     ):
-        bmrs.save(folder.network(name), model)
+        save_model(folder.network(name), model)
     return {
         "trained": trained,
         "noisy": noisy,

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-import bmrs
 from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import Dataset, Split
+from bmrs.files import load as load_model
 from bmrs.noise.lookup import noise_layers
+from bmrs.pruning.posteriors import unsettled
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.config import TrainConfig
@@ -194,7 +195,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     networks: dict[str, nn.Module] = {"dense": dense}
     for name in names:
         path = folder.network(name)
-        networks[name] = _load(path.name, lambda path=path: bmrs.load(path, device=device))  # type: ignore[misc]
+        networks[name] = _load(path.name, lambda path=path: load_model(path, device=device))  # type: ignore[misc]
 
     compaction = "compacted" if config.recipe == "paper" else "pruned"
     error = _difference(noisy.model, networks[compaction], data.test.images, folder.network(compaction).name)
@@ -221,7 +222,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         },
         compression_percent=compression(noisy.model, data.test.images[:1]),
         reload_error=error,
-        unsettled=last.get("unsettled", bmrs.unsettled(noisy.model)),
+        unsettled=last.get("unsettled", unsettled(noisy.model)),
         settled=last.get("settled"),
         temperature=last.get("temperature"),
         device=str(device),
@@ -241,9 +242,9 @@ def _load_state(
     return state
 
 
-def _load(name: str, load: Callable[[], Any]) -> Any:
+def _load(name: str, read: Callable[[], Any]) -> Any:
     try:
-        return load()
+        return read()
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise RunError(f"{name} is broken: {error}") from error
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import bmrs
 from bmrs.data import Split
+from bmrs.noise.divergence import kl_divergence
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.cuda_graph import GraphedStep
@@ -70,7 +70,7 @@ def update_of(state: TrainingState, config: TrainConfig, dataset_size: int, *, n
         kl = torch.zeros_like(loss)
         if noise:
             assert config.kl_weight is not None, "filled in for the recipe that has it"
-            kl = bmrs.kl_divergence(state.model, weight=config.kl_weight, dataset_size=dataset_size)
+            kl = kl_divergence(state.model, weight=config.kl_weight, dataset_size=dataset_size)
         state.optimizer.zero_grad()
         (loss + kl).backward()
         state.optimizer.step()
