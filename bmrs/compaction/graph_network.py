@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from bmrs.compaction.describing import describe
 from bmrs.compaction.description import (
     SCALAR_FUNCTIONS,
     Description,
     Operation,
     Reference,
     check_operator,
-    describe,
 )
 from bmrs.compaction.surgery import Cut
 from bmrs.graph.analysis import Analysis

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.description import UnsupportedError, describe
+from bmrs.compaction.describing import describe
+from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.record import record_of
 from bmrs.files.atomic import write_atomically
 from bmrs.files.graphs import GRAPH_VERSION, describe_graph, read_graph
