@@ -1,8 +1,16 @@
 """Threshold-free Bayesian structured pruning (BMRS) for PyTorch."""
 
 from bmrs import models
-from bmrs.compaction import CompactReport, compact, compact_optimizer, compact_report, fold
-from bmrs.compaction.costs import StructureCost, structure_costs, structure_prices
+from bmrs.compaction import (
+    CompactReport,
+    StructureCost,
+    compact,
+    compact_optimizer,
+    compact_report,
+    fold,
+    structure_costs,
+    structure_prices,
+)
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
 from bmrs.files import load, save
 from bmrs.graph.suggestions import Suggestions, suggest

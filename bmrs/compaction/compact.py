@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.comparison import Comparison, cut_examples, flops, without_fast_path
+from bmrs.compaction.comparison import Comparison, cut_examples, forward_flops, without_fast_path
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
@@ -227,8 +227,8 @@ def _compacted(
         bytes_before=_number_of_bytes(masked),
         bytes_after=_number_of_bytes(result),
         unused=_unused(analysis),
-        flops_before=flops(masked, inputs),
-        flops_after=flops(result, inputs),
+        flops_before=forward_flops(masked, inputs),
+        flops_after=forward_flops(result, inputs),
         error=error,
         compared_in=comparison.dtype,
     )
@@ -356,6 +356,3 @@ def _origins(analysis: Analysis, result: nn.Module) -> dict[str, Origin]:
         rows = analysis.kept(weight, 0)
         origins[path] = Origin(path, torch.arange(weight.shape[0]) if rows is None else rows)
     return origins
-
-
-__all__ = ["compact", "compact_report", "fold"]

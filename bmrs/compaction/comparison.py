@@ -99,7 +99,7 @@ def outputs(model: nn.Module, inputs: Inputs, *, double: bool) -> list[Tensor]:
         return _tensors(network(*args, **kwargs))
 
 
-def flops(model: nn.Module, inputs: Inputs) -> int:
+def forward_flops(model: nn.Module, inputs: Inputs) -> int:
     """Floating-point operations of a forward pass, two for each multiply-add."""
     args, kwargs = map_tensors(torch.clone, inputs)
     with FlopCounterMode(display=False) as counter, without_fast_path():

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
 
-from bmrs.compaction import compact, compact_report
+from bmrs.compaction.compact import compact, compact_report
+from bmrs.compaction.comparison import forward_flops
 from bmrs.graph.capture import as_inputs, map_tensors
 from bmrs.graph.ties import tied_noise_layers
 from bmrs.noise.lookup import noise_layers, required_noise_layers
@@ -44,9 +44,8 @@ def num_parameters(model: nn.Module) -> int:
 
 def flops(model: nn.Module, example: Tensor) -> int:
     """Return the floating-point operations of a forward pass, two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(example)
-    return counter.get_total_flops()
+    with torch.no_grad():
+        return forward_flops(model.eval(), ((example,), {}))
 
 
 def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, StructureCost]:
