@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bmrs.compaction.comparison import Comparison, cut_examples, forward_flops, without_fast_path
+from bmrs.compaction.comparison import OutputComparison, cut_examples, forward_flops, without_fast_path
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
@@ -189,7 +189,7 @@ def _compacted(
     names = new_biases(analysis, found)
     folding = fold_noise(analysis, names)
     the_cut = cut(analysis, folding, found, names)
-    comparison = Comparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
+    comparison = OutputComparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
     result, form = narrowed(analysis, the_cut, folding.remaining), "module"
     error, because = comparison.try_(result)
     sizes: dict[str, dict[str, int]] = {}

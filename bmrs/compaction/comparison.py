@@ -18,7 +18,7 @@ from bmrs.graph.copies import copied
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
 
 
-class Comparison:
+class OutputComparison:
     """Outputs of a masked network on examples, and the comparison of others with them.
 
     They are computed in float64, as TF32 and the like would make products of other shapes differ too much; in the

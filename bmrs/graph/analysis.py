@@ -22,7 +22,7 @@ from bmrs.graph.channels import (
     without_repetition,
 )
 from bmrs.graph.rules import RULES, Call, unknown
-from bmrs.graph.values import Network, Value
+from bmrs.graph.values import Findings, Value
 
 _LARGEST_CONSTANT = 10_000_000
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
@@ -35,7 +35,7 @@ class Analysis:
 
     Attributes:
         captured: the model.
-        network: channels and constraints.
+        findings: channels and constraints.
         values: of each node of the graph; a list for one with several results.
         calls: of each node that calls an operator.
         parameters: values of parameters and buffers by qualified name, once each.
@@ -43,7 +43,7 @@ class Analysis:
     """
 
     captured: Captured
-    network: Network
+    findings: Findings
     values: dict[fx.Node, Any]
     calls: dict[fx.Node, Call]
     parameters: dict[str, Value]
@@ -76,7 +76,7 @@ class Analysis:
         cause = int(self.staying.cause_of(torch.tensor([channel])))
         if cause < 0:
             return ""
-        note, place = self.network.notes[cause]
+        note, place = self.findings.notes[cause]
         return f"{note} at {place}" if place else note
 
 
@@ -91,27 +91,27 @@ def analyse(captured: Captured) -> Analysis:
         reader.run(captured.graph)
     except UnknownSizeError:
         raise ValueError(
-            f"the sizes at {reader.network.place} depend on values of the input{reader.line}, and channels cannot be "
+            f"the sizes at {reader.findings.place} depend on values of the input{reader.line}, and channels cannot be "
             "followed through it. Without removing anything, bmrs.fold(model) makes a network without noise layers"
         ) from None
     for node in captured.graph.output_node().all_input_nodes:
         for value in _as_list(reader.values.get(node)):
-            reader.network.place = "the model's output"
-            reader.network.stay_all(value, "it is an output of the model")
-    network = reader.network
-    unread = _unread(network)
+            reader.findings.place = "the model's output"
+            reader.findings.stay_all(value, "it is an output of the model")
+    findings = reader.findings
+    unread = _unread(findings)
     if unread.numel():
-        network.place = ""
-        network.stay(unread, "nothing reads it in any case")
-    staying = smallest_staying(network.ties, network.constraints)
-    return Analysis(captured, network, reader.values, reader.calls, reader.parameters, staying)
+        findings.place = ""
+        findings.stay(unread, "nothing reads it in any case")
+    staying = smallest_staying(findings.ties, findings.constraints)
+    return Analysis(captured, findings, reader.values, reader.calls, reader.parameters, staying)
 
 
-def _unread(network: Network) -> Tensor:
+def _unread(findings: Findings) -> Tensor:
     """Channels that nothing reads even if nothing is pruned, such as rows that a slice leaves out."""
-    needs = [constraint for constraint in network.constraints if not isinstance(constraint, AtLeastOne)]
-    staying = smallest_staying(network.ties, needs, nothing_is_quiet=True)
-    channels = torch.arange(len(network.ties))
+    needs = [constraint for constraint in findings.constraints if not isinstance(constraint, AtLeastOne)]
+    staying = smallest_staying(findings.ties, needs, nothing_is_quiet=True)
+    channels = torch.arange(len(findings.ties))
     return channels[~staying.of(channels)]
 
 
@@ -120,7 +120,7 @@ class _Reader:
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
-        self.network = Network()
+        self.findings = Findings()
         self.line = ""
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
@@ -137,7 +137,7 @@ class _Reader:
         """Read a graph. Of one that is called by another the inputs are given, and the results are returned."""
         given = iter(inputs)
         for node in graph.nodes:
-            self.network.place, self.line = place_of(node), _line_of(node)
+            self.findings.place, self.line = place_of(node), _line_of(node)
             if node.op == "placeholder":
                 self.values[node] = next(given) if inputs else self._placeholder(node)
             elif node.op == "call_function":
@@ -174,16 +174,16 @@ class _Reader:
         names = {_operator_name(user) for user in users}
         if names & {*_CONVOLUTIONS, *_TRANSPOSED} and tensor.dim() > 2:
             groups = _groups_of(next(u for u in users if _operator_name(u) in (*_CONVOLUTIONS, *_TRANSPOSED)))
-            rows = self.network.new_layer(tensor.shape, 0)
+            rows = self.findings.new_layer(tensor.shape, 0)
             if groups == 1:
-                return [rows, self.network.new_layer(tensor.shape, 1)]
+                return [rows, self.findings.new_layer(tensor.shape, 1)]
             if tensor.shape[1] == 1:
                 return [rows]
-            per_group = self.network.ties.new(groups, 1, tensor.shape[1])
+            per_group = self.findings.ties.new(groups, 1, tensor.shape[1])
             columns = per_group.expand(groups, len(tensor) // groups, -1).reshape(tensor.shape[:2])
             return [rows, columns.view(*tensor.shape[:2], *[1] * (tensor.dim() - 2)).expand(tensor.shape)]
         axes = [1] if "embedding" in names else range(tensor.dim())
-        return [self.network.new_layer(tensor.shape, axis) for axis in axes if tensor.shape[axis] > 1]
+        return [self.findings.new_layer(tensor.shape, axis) for axis in axes if tensor.shape[axis] > 1]
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
@@ -202,7 +202,7 @@ class _Reader:
         constant = self._evaluated(call)
         if constant is not None and not any(value.layers for value in call.values()):
             return constant
-        result: Any = RULES.get(call.operator, unknown)(self.network, call)
+        result: Any = RULES.get(call.operator, unknown)(self.findings, call)
         if isinstance(result, list) and not isinstance(example, list | tuple):
             (result,) = result
         if isinstance(constant, Value) and isinstance(result, Value):
@@ -275,7 +275,7 @@ class _Reader:
     def _stop(self, node: fx.Node) -> Any:
         for source in node.all_input_nodes:
             for value in _as_list(self.values.get(source)):
-                self.network.stay_all(value, f"there is no rule for {node.target}")
+                self.findings.stay_all(value, f"there is no rule for {node.target}")
         example = node.meta.get("val")
         values = [Value(_sizes(t.shape)) for t in _tensors_in(example)]
         return values if isinstance(example, list | tuple) else values[0] if values else None

@@ -133,7 +133,7 @@ def _sufficient(
 
 def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
     """Parameters and FLOPs of the last structure of a noise layer."""
-    roots = analysis.network.ties.roots()
+    roots = analysis.findings.ties.roots()
     call = next(c for c in analysis.calls.values() if c.operator == "mark_noise" and c["name"] == name)
     root = roots[call["x"].channels_along(call["dim"])[-1]]
 

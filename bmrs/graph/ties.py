@@ -66,7 +66,7 @@ def tied_noise_layers(
 
 def same_channels(analysis: Analysis) -> list[list[str]]:
     """Noise layers in groups that scale the same channels, in the order of their use."""
-    roots = analysis.network.ties.roots()
+    roots = analysis.findings.ties.roots()
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for call in analysis.calls.values():
         channels = call["x"].channels_along(call["dim"]) if call.operator == "mark_noise" else None

@@ -69,7 +69,7 @@ class Value:
 
 
 @dataclass
-class Network:
+class Findings:
     """What the rules find out about a whole network.
 
     Attributes:
@@ -150,7 +150,7 @@ class Network:
 
 
 def combine(
-    network: Network, shape: Sequence[int], operands: Sequence[tuple[Sequence[int], Sequence[Tensor]]]
+    findings: Findings, shape: Sequence[int], operands: Sequence[tuple[Sequence[int], Sequence[Tensor]]]
 ) -> tuple[Tensor, ...]:
     """Layers of a value of which each element is made from the elements of others at the same place.
 
@@ -159,7 +159,7 @@ def combine(
     part of it; all of it stays then.
 
     Args:
-        network: where ties and constraints go.
+        findings: where ties and constraints go.
         shape: shape of the result.
         operands: shape and layers of each; they broadcast.
     """
@@ -175,7 +175,7 @@ def combine(
         axes = set(varying_axes(representative))
         if any(not axes.issuperset(varying_axes(layer)) for layer in group):
             for layer in group:
-                network.stay(layer, "channels along different dimensions meet")
+                findings.stay(layer, "channels along different dimensions meet")
             continue
         for full, layers in expanded:
             covered: set[int] = set()
@@ -187,17 +187,17 @@ def combine(
                 if layer is representative:
                     continue
                 if its_axes == axes:
-                    network.tie(layer, representative)
+                    findings.tie(layer, representative)
                 else:
-                    network.same_entries(representative, layer, tuple(its_axes))
+                    findings.same_entries(representative, layer, tuple(its_axes))
             missing = (axes - covered) & full
             if missing == axes:
-                network.stay(representative, "it meets a tensor that cannot be cut")
+                findings.stay(representative, "it meets a tensor that cannot be cut")
             elif missing:
-                network.whole(representative, tuple(missing), "it meets a tensor that cannot be cut")
+                findings.whole(representative, tuple(missing), "it meets a tensor that cannot be cut")
         results.append(representative)
     for layer in results:
-        network.product(layer)
+        findings.product(layer)
     return tuple(results)
 
 

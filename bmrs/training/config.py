@@ -23,7 +23,7 @@ class ConfigError(ValueError):
     """An option has a bad value or does not go with another; the message names it."""
 
 
-class Settings(NamedTuple):
+class RecipeSettings(NamedTuple):
     """Defaults that depend on recipe, model and data.
 
     `num_blocks` and `hidden` are the MLP's alone, `noise_epochs` and `temperature` those of the recipe bmrs.
@@ -41,18 +41,18 @@ class Settings(NamedTuple):
     temperature: float | None = None
 
 
-PAPER_SETTINGS: dict[tuple[ModelName, DataName], Settings] = {
+PAPER_SETTINGS: dict[tuple[ModelName, DataName], RecipeSettings] = {
     # The paper's (arXiv 2406.01345, Appendix C).
-    ("lenet5", "mnist"): Settings(50, 10, 128, 1.4e-3, 1.4e-3, "element"),
-    ("lenet5", "fashion-mnist"): Settings(50, 10, 32, 1.4e-3, 1.4e-3, "element"),
-    ("lenet5", "cifar10"): Settings(50, 10, 64, 1e-3, 1e-3, "element"),
-    ("mlp", "mnist"): Settings(50, 10, 128, 8.5e-4, 8.5e-4, "element", 7, 100),
-    ("mlp", "fashion-mnist"): Settings(50, 10, 128, 1.5e-3, 1.5e-3, "element", 1, 150),
-    ("mlp", "cifar10"): Settings(50, 10, 32, 6.8e-4, 6.8e-4, "element", 5, 150),
+    ("lenet5", "mnist"): RecipeSettings(50, 10, 128, 1.4e-3, 1.4e-3, "element"),
+    ("lenet5", "fashion-mnist"): RecipeSettings(50, 10, 32, 1.4e-3, 1.4e-3, "element"),
+    ("lenet5", "cifar10"): RecipeSettings(50, 10, 64, 1e-3, 1e-3, "element"),
+    ("mlp", "mnist"): RecipeSettings(50, 10, 128, 8.5e-4, 8.5e-4, "element", 7, 100),
+    ("mlp", "fashion-mnist"): RecipeSettings(50, 10, 128, 1.5e-3, 1.5e-3, "element", 1, 150),
+    ("mlp", "cifar10"): RecipeSettings(50, 10, 32, 6.8e-4, 6.8e-4, "element", 5, 150),
     # Ours: with a tenth of the images and fewer epochs, the noise has to move faster than the weights. Noise that is
     # drawn at every pixel averages out over a feature map, so that little would tell useful filters from others.
-    ("lenet5", "fashion-mnist-subset"): Settings(11, 12, 32, 1.4e-3, 6e-3, "sample"),
-    ("mlp", "fashion-mnist-subset"): Settings(11, 12, 32, 1.5e-3, 6e-3, "sample", 1, 150),
+    ("lenet5", "fashion-mnist-subset"): RecipeSettings(11, 12, 32, 1.4e-3, 6e-3, "sample"),
+    ("mlp", "fashion-mnist-subset"): RecipeSettings(11, 12, 32, 1.5e-3, 6e-3, "sample", 1, 150),
 }
 
 
@@ -65,7 +65,7 @@ _TEMPERATURES: dict[tuple[ModelName, bool], float] = {
 }
 
 
-def _ours(model: ModelName, data: DataName) -> Settings:
+def _ours(model: ModelName, data: DataName) -> RecipeSettings:
     """The recipe's own settings: the paper's network, and a schedule that was chosen on validation images."""
     paper = PAPER_SETTINGS[model, data]
     epochs, noise_epochs, fine_tune_epochs = (8, 4, 12) if data == EMBEDDED else (8, 2, 10)
@@ -81,7 +81,7 @@ def _ours(model: ModelName, data: DataName) -> Settings:
     )
 
 
-SETTINGS: dict[RecipeName, dict[tuple[ModelName, DataName], Settings]] = {
+SETTINGS: dict[RecipeName, dict[tuple[ModelName, DataName], RecipeSettings]] = {
     "paper": PAPER_SETTINGS,
     "bmrs": {key: _ours(*key) for key in PAPER_SETTINGS},
 }
@@ -313,10 +313,10 @@ class TrainConfig:
         self.build_criterion()
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> RecipeSettings:
         """The options that depend on model and data: as given, or else their defaults."""
         defaults = SETTINGS[self.recipe][self.model, self.data]
-        given = {name: getattr(self, name) for name in Settings._fields}
+        given = {name: getattr(self, name) for name in RecipeSettings._fields}
         return defaults._replace(**{name: value for name, value in given.items() if value is not None})
 
     def resolved(self) -> TrainConfig:

@@ -15,7 +15,7 @@ from bmrs.files.atomic import write_atomically
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
-from bmrs.training.run_folder import Network
+from bmrs.training.run_folder import NetworkName
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _KEPT, _PRUNED, _DENSE = "#0072B2", "#D55E00", "#666666"
 
 
-def draw(path: Path, states: Mapping[Network, TrainingState], config: TrainConfig) -> None:
+def draw(path: Path, states: Mapping[NetworkName, TrainingState], config: TrainConfig) -> None:
     """Draw a finished run into a PNG file.
 
     Args:
@@ -58,7 +58,7 @@ def draw(path: Path, states: Mapping[Network, TrainingState], config: TrainConfi
     write_atomically(path, picture.getvalue())
 
 
-def _draw_accuracy(axis: Axes, states: Mapping[Network, TrainingState], config: TrainConfig) -> None:
+def _draw_accuracy(axis: Axes, states: Mapping[NetworkName, TrainingState], config: TrainConfig) -> None:
     if config.recipe == "paper":
         curves = {"dense, without noise": states["dense"].history, "masked": states["noisy"].history}
         phases = {"fine-tuning": config.settings.epochs}

@@ -25,13 +25,13 @@ from bmrs.training.fit import fit, fitting_state
 from bmrs.training.picture import draw
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import (
-    Network,
+    NetworkName,
     RunError,
     RunFolder,
     write_json,
     write_json_lines,
 )
-from bmrs.training.summary import Summary, show_seeds, summarise
+from bmrs.training.summary import RunSummary, show_seeds, summarise
 
 
 class InterruptedRunError(Exception):
@@ -44,7 +44,7 @@ class InterruptedRunError(Exception):
 
 def train(
     config: TrainConfig, *, output: Path | None = None, console: Console | None = None
-) -> list[Summary]:
+) -> list[RunSummary]:
     """Start a run and bring it to its end.
 
     Args:
@@ -68,7 +68,7 @@ def train(
     return _finish(RunFolder.create(config, output), config, device, console or Console())
 
 
-def resume(path: Path, *, console: Console | None = None) -> list[Summary]:
+def resume(path: Path, *, console: Console | None = None) -> list[RunSummary]:
     """Bring an interrupted run to its end; on the CPU with bitwise the result that it would have had."""
     folder, config = RunFolder.open(path)
     return _finish(folder, config, device_of(config), console or Console())
@@ -76,7 +76,7 @@ def resume(path: Path, *, console: Console | None = None) -> list[Summary]:
 
 def evaluate(
     path: Path, *, data_dir: str | None = None, device: str | None = None, console: Console | None = None
-) -> list[Summary]:
+) -> list[RunSummary]:
     """Measure a finished run's networks again.
 
     Args:
@@ -104,7 +104,9 @@ def evaluate(
     return summaries
 
 
-def _finish(folder: RunFolder, config: TrainConfig, device: torch.device, console: Console) -> list[Summary]:
+def _finish(
+    folder: RunFolder, config: TrainConfig, device: torch.device, console: Console
+) -> list[RunSummary]:
     console.print(f"run folder: {folder.path}", soft_wrap=True)
     summaries = []
     try:
@@ -125,7 +127,7 @@ def _finish(folder: RunFolder, config: TrainConfig, device: torch.device, consol
 
 def _finish_seed(
     folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device, console: Console
-) -> Summary:
+) -> RunSummary:
     trainer = _Trainer(folder, config, console)
     run = _run_paper if config.recipe == "paper" else _run_recipe
     states = run(trainer, config, data, device)
@@ -152,7 +154,7 @@ class _Trainer:
 
     def __call__(
         self,
-        network: Network,
+        network: NetworkName,
         title: str,
         state: TrainingState,
         epochs: int,
@@ -173,7 +175,7 @@ class _Trainer:
 
     def fit(
         self,
-        network: Network,
+        network: NetworkName,
         title: str,
         model: nn.Module,
         data: Dataset,
@@ -202,10 +204,10 @@ class _Trainer:
 
 def _run_paper(
     trainer: _Trainer, config: TrainConfig, data: Dataset, device: torch.device
-) -> dict[Network, TrainingState]:
+) -> dict[NetworkName, TrainingState]:
     epochs = config.settings.epochs + config.settings.fine_tune_epochs
 
-    def network(name: Network, title: str) -> TrainingState:
+    def network(name: NetworkName, title: str) -> TrainingState:
         state = algorithm1.new_state(config, data, noise=name == "noisy", device=device)
         return trainer(
             name,
@@ -215,7 +217,7 @@ def _run_paper(
             lambda save, progress: algorithm1.train(state, data, config, save=save, progress=progress),
         )
 
-    states: dict[Network, TrainingState] = {
+    states: dict[NetworkName, TrainingState] = {
         "noisy": network("noisy", "with noise"),
         "dense": network("dense", "dense"),
     }
@@ -226,7 +228,7 @@ def _run_paper(
 
 def _run_recipe(
     trainer: _Trainer, config: TrainConfig, data: Dataset, device: torch.device
-) -> dict[Network, TrainingState]:
+) -> dict[NetworkName, TrainingState]:
     folder, settings = trainer.folder, config.settings
     assert settings.noise_epochs is not None, "settings have it for this recipe"
     epochs = recipe.total_epochs(config)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from bmrs.files.atomic import write_atomically
 from bmrs.training.config import TrainConfig
 
-Network: TypeAlias = Literal["trained", "noisy", "fine-tuned", "dense", "random", "scratch"]
+NetworkName: TypeAlias = Literal["trained", "noisy", "fine-tuned", "dense", "random", "scratch"]
 """What a checkpoint is of; a run of the recipe paper has "noisy" and "dense" alone."""
 
 
@@ -36,11 +36,11 @@ class RunFolder:
         """The run's options, as JSON; `bmrs train --config` reads it."""
         return self.path / "config.json"
 
-    def checkpoint(self, network: Network) -> Path:
+    def checkpoint(self, network: NetworkName) -> Path:
         """State of training of one network after its last finished epoch."""
         return self.path / f"{_prefix(network)}checkpoint.safetensors"
 
-    def metrics(self, network: Network) -> Path:
+    def metrics(self, network: NetworkName) -> Path:
         """Metrics of one network, one JSON object a line and epoch."""
         return self.path / f"{_prefix(network)}metrics.jsonl"
 
@@ -120,7 +120,7 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def _prefix(network: Network) -> str:
+def _prefix(network: NetworkName) -> str:
     return "" if network == "noisy" else f"{network}."
 
 

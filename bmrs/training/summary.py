@@ -26,7 +26,7 @@ from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.config import TrainConfig
 from bmrs.training.evaluation import accuracy, compression, in_batches, latency
 from bmrs.training.fit import fitting_state
-from bmrs.training.run_folder import Network, RunError, RunFolder
+from bmrs.training.run_folder import NetworkName, RunError, RunFolder
 
 LATENCY_BATCHES = (1, 64)
 """Numbers of images that latency is measured with."""
@@ -42,7 +42,7 @@ _ON_THE_WAY = {"trained": "trained", "pruned": "pruned", "refitted": "refitted"}
 
 
 @dataclass(frozen=True)
-class Measurement:
+class NetworkMeasurement:
     """One network.
 
     Attributes:
@@ -61,7 +61,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """What a run gained.
 
     Attributes:
@@ -83,7 +83,7 @@ class Summary:
     """
 
     recipe: str
-    networks: dict[str, Measurement]
+    networks: dict[str, NetworkMeasurement]
     on_the_way: dict[str, float]
     kept: dict[str, tuple[int, int]]
     compression_percent: float
@@ -122,23 +122,23 @@ class Summary:
         ]
 
 
-def show_seeds(summaries: Sequence[Summary], console: Console, title: str) -> None:
+def show_seeds(summaries: Sequence[RunSummary], console: Console, title: str) -> None:
     """Print means and standard deviations of several seeds' results; nothing for one."""
     if len(summaries) > 1:
         _show(summaries, console, title)
         console.print(f"Means ± standard deviations of {len(summaries)} seeds.", soft_wrap=True)
 
 
-def _show(summaries: Sequence[Summary], console: Console, title: str) -> None:
+def _show(summaries: Sequence[RunSummary], console: Console, title: str) -> None:
     names = _COLUMNS[summaries[0].recipe]
     table = Table(title=title, title_justify="left")
     for column in ("", *(_HEADINGS.get(name, name) for name in names), "dense /\ncompacted"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
 
-    def values(name: str, value: Callable[[Measurement], float]) -> list[float]:
+    def values(name: str, value: Callable[[NetworkMeasurement], float]) -> list[float]:
         return [value(summary.networks[name]) for summary in summaries]
 
-    def add(row: str, value: Callable[[Measurement], float], form: Callable[[float], str]) -> None:
+    def add(row: str, value: Callable[[NetworkMeasurement], float], form: Callable[[float], str]) -> None:
         ratio = statistics.mean(values("dense", value)) / statistics.mean(values("compacted", value))
         table.add_row(row, *(_spread(values(name, value), form) for name in names), f"{ratio:.2f}×")
 
@@ -169,7 +169,7 @@ def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
     return mean if len(set(values)) == 1 else f"{mean} ± {form(statistics.stdev(values))}"
 
 
-def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device) -> Summary:
+def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device) -> RunSummary:
     """Load a finished run's networks from their files, compare and measure them.
 
     Raises:
@@ -212,7 +212,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
             name: accuracy(trained.model if name == "trained" else networks[name], data.test)
             for name in _ON_THE_WAY
         }
-    return Summary(
+    return RunSummary(
         recipe=config.recipe,
         networks=_measure(compared, sizes, data.test),
         on_the_way=on_the_way,
@@ -230,7 +230,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
 
 
 def _load_state(
-    folder: RunFolder, network: Network, config: TrainConfig, data: Dataset, device: torch.device
+    folder: RunFolder, network: NetworkName, config: TrainConfig, data: Dataset, device: torch.device
 ) -> TrainingState:
     if config.recipe == "paper":
         state = algorithm1.new_state(config, data, noise=True, device=device)
@@ -266,11 +266,11 @@ def _difference(masked: nn.Module, compacted: nn.Module, images: Tensor, name: s
 
 def _measure(
     models: Mapping[str, nn.Module], file_sizes: Mapping[str, int], test: Split
-) -> dict[str, Measurement]:
+) -> dict[str, NetworkMeasurement]:
     # Each batch size gives one time for each model; the table wants it the other way round.
     turns = [latency(list(models.values()), test.images[:size]) for size in LATENCY_BATCHES]
     return {
-        name: Measurement(
+        name: NetworkMeasurement(
             accuracy(model, test),
             num_parameters(model),
             flops(model, test.images[:1]),

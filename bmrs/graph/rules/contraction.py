@@ -19,11 +19,11 @@ from bmrs.graph.channels import (
     without_repetition,
 )
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Network, Value, combine
+from bmrs.graph.values import Findings, Value, combine
 
 
 def contract(
-    network: Network,
+    findings: Findings,
     a: Value,
     a_axes: str,
     b: Value,
@@ -35,7 +35,7 @@ def contract(
     """Layers of a sum of products, with a letter for each dimension, as in Einstein's notation.
 
     Args:
-        network: where ties and constraints go.
+        findings: where ties and constraints go.
         a: the first factor.
         a_axes: letters of its dimensions.
         b: the second factor.
@@ -67,7 +67,7 @@ def contract(
     for value, axes in ((a, a_axes), (b, b_axes)):
         shape = list(placed(torch.empty(1).expand(value.shape), axes).shape)
         operands.append((shape, [placed(layer, axes) for layer in value.layers]))
-    layers = combine(network, space, operands)
+    layers = combine(findings, space, operands)
     # Of size 1 along the dimensions that it does not vary along: the whole space can be huge.
     silent = torch.zeros([1] * len(space), dtype=torch.bool)
     for value, axes in ((a, a_axes), (b, b_axes)):
@@ -75,16 +75,16 @@ def contract(
             silent = silent | (without_repetition(placed(value.constant, axes))[0] == 0)
     if ignored is not None:
         silent = silent | without_repetition(placed(ignored, a_axes))[0]
-    return tuple(sum_layers(network, layers, tuple(summed), silent))
+    return tuple(sum_layers(findings, layers, tuple(summed), silent))
 
 
 def sum_layers(
-    network: Network, layers: Sequence[Tensor], summed: Sequence[int], silent: Tensor | None
+    findings: Findings, layers: Sequence[Tensor], summed: Sequence[int], silent: Tensor | None
 ) -> list[Tensor]:
     """Layers of a sum over dimensions, which vanish.
 
     Args:
-        network: where constraints go.
+        findings: where constraints go.
         layers: those of what is summed.
         summed: the dimensions.
         silent: bool, broadcasting with the layers: elements that can leave the sum without changing it; None if there
@@ -99,12 +99,12 @@ def sum_layers(
         elif axes <= set(summed):
             read.append((layer, None))
         else:
-            entries = network.entries(layer, [d for d in axes if d not in summed])
+            entries = findings.entries(layer, [d for d in axes if d not in summed])
             read.append((layer, entries))
             shape = list(layer.shape)
             rest.append(_without_axes(entries.expand(shape), summed))
     for read_layer, entries_of_it in read:
-        _read(network, read_layer, entries_of_it, rest, silent)
+        _read(findings, read_layer, entries_of_it, rest, silent)
     return rest
 
 
@@ -115,7 +115,11 @@ def _without_axes(layer: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def _read(
-    network: Network, layer: Tensor, entries: Tensor | None, results: Sequence[Tensor], silent: Tensor | None
+    findings: Findings,
+    layer: Tensor,
+    entries: Tensor | None,
+    results: Sequence[Tensor],
+    silent: Tensor | None,
 ) -> None:
     """Note that a sum reads channels, where what it results in stays."""
     if silent is None:
@@ -127,36 +131,36 @@ def _read(
     (channels,) = without_repetition(layer)
     quiet = quiet.expand(channels.shape)
     if entries is not None:
-        network.add(Read(channels, by=entries.expand(channels.shape), quiet=quiet), "it is read")
+        findings.add(Read(channels, by=entries.expand(channels.shape), quiet=quiet), "it is read")
         return
     by_any = tuple(without_repetition(r)[0].flatten() for r in results if varying_axes(r))
-    network.add(Read(channels.flatten(), by_any=by_any, quiet=quiet.flatten()), "it is read")
+    findings.add(Read(channels.flatten(), by_any=by_any, quiet=quiet.flatten()), "it is read")
 
 
 @rule("linear")
-def linear(network: Network, call: Call) -> Value:
+def linear(findings: Findings, call: Call) -> Value:
     """Y = x·Wᵀ + b; a channel that is constant at all places is made up for in the bias."""
-    return _affine(network, call, call["input"], call["weight"], "oi", call["bias"])
+    return _affine(findings, call, call["input"], call["weight"], "oi", call["bias"])
 
 
 @rule("addmm")
-def addmm(network: Network, call: Call) -> Value:
+def addmm(findings: Findings, call: Call) -> Value:
     """B + x·W."""
     plain = call["beta"] == 1 and call["alpha"] == 1
     if not plain:
-        network.stay_all(call["mat1"], "a factor of addmm is not 1")
-    return _affine(network, call, call["mat1"], call["mat2"], "io", call["self"])
+        findings.stay_all(call["mat1"], "a factor of addmm is not 1")
+    return _affine(findings, call, call["mat1"], call["mat2"], "io", call["self"])
 
 
 def _affine(
-    network: Network, call: Call, x: Value, weight: Value, weight_axes: str, bias: Value | None
+    findings: Findings, call: Call, x: Value, weight: Value, weight_axes: str, bias: Value | None
 ) -> Value:
     around = "abcdefgh"[: len(x.shape) - 1]
     ignored = _movable_constants(call, x, len(x.shape) - 1)
-    layers = contract(network, x, around + "i", weight, weight_axes, around + "o", ignored=ignored)
+    layers = contract(findings, x, around + "i", weight, weight_axes, around + "o", ignored=ignored)
     layers = tuple(layer.expand(call.shape) for layer in layers)
     if bias is not None:
-        layers = combine(network, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
+        layers = combine(findings, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
     return Value(call.shape, layers)
 
 
@@ -182,25 +186,25 @@ def uniform(constant: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 @rule("matmul", "bmm", "mm", "dot", "mv", "baddbmm")
-def matmul(network: Network, call: Call) -> Value:
+def matmul(findings: Findings, call: Call) -> Value:
     """Products of matrices, in batches that broadcast."""
     a, b = (call["self"], call["other"] or call["mat2"] or call["vec"] or call["tensor"])
     if call.operator == "baddbmm":
         a, b = call["batch1"], call["batch2"]
     if len(a.shape) < 2 or len(b.shape) < 2:
         for value in (a, b):
-            network.stay_all(value, "it is a vector in a product")
+            findings.stay_all(value, "it is a vector in a product")
         return Value(call.shape)
     rank = len(call.shape)
     a, b = (with_rank(value, rank) for value in (a, b))
     batch = "abcdefgh"[: rank - 2]
     layers = tuple(
         layer.expand(call.shape)
-        for layer in contract(network, a, batch + "mk", b, batch + "kn", batch + "mn")
+        for layer in contract(findings, a, batch + "mk", b, batch + "kn", batch + "mn")
     )
     if call.operator == "baddbmm":
         bias = call["self"]
-        layers = combine(network, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
+        layers = combine(findings, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
         return Value(call.shape, layers)
     return Value(call.shape, layers, _zero_products(a, b, call.shape))
 
@@ -233,7 +237,7 @@ def _zero_products(a: Value, b: Value, shape: torch.Size) -> Tensor | None:
 
 
 @rule("einsum")
-def einsum(network: Network, call: Call) -> Value:
+def einsum(findings: Findings, call: Call) -> Value:
     """Sums of products of two tensors with a letter for each dimension."""
     values: list[Value] = list(call["tensors"])
     equation = call["equation"].replace(" ", "")
@@ -242,9 +246,9 @@ def einsum(network: Network, call: Call) -> Value:
     plain = len(values) == 2 and out and "." not in equation and all(len(set(n)) == len(n) for n in names)
     if not plain:
         for value in values:
-            network.stay_all(value, f"einsum {equation} is not followed")
+            findings.stay_all(value, f"einsum {equation} is not followed")
         return Value(call.shape)
-    layers = contract(network, values[0], names[0], values[1], names[1], out)
+    layers = contract(findings, values[0], names[0], values[1], names[1], out)
     constant = None
     if set(out) == set("".join(names)):
         # Nothing is summed: zeros stay zeros.
@@ -260,21 +264,21 @@ def einsum(network: Network, call: Call) -> Value:
 
 
 @rule("embedding")
-def embedding(network: Network, call: Call) -> Value:
+def embedding(findings: Findings, call: Call) -> Value:
     """Rows of a table: its columns are channels of the result."""
     weight = call["weight"]
     along = weight.channels_along(1)
     rows = weight.layer_along(0)
     if rows is not None:
-        network.stay(rows, "rows of a table are picked by the input")
+        findings.stay(rows, "rows of a table are picked by the input")
     if along is None:
-        network.stay_all(weight, "a table is picked from by the input")
+        findings.stay_all(weight, "a table is picked from by the input")
         return Value(call.shape)
     return Value(call.shape, (along.expand(call.shape),))
 
 
 @rule("scaled_dot_product_attention")
-def attention(network: Network, call: Call) -> Value:
+def attention(findings: Findings, call: Call) -> Value:
     """softmax(q·kᵀ·scale + mask)·v; the scale is kept as it is when the width of heads changes."""
     q, k, v, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     rank = len(call.shape)
@@ -283,12 +287,12 @@ def attention(network: Network, call: Call) -> Value:
         repeats = q.shape[-3] // k.shape[-3]
         k, v = (_repeated(value, repeats, rank - 3) for value in (k, v))
     scores_shape = torch.Size([*call.shape[:-1], k.shape[-2]])
-    layers = contract(network, q, batch + "tw", k, batch + "sw", batch + "ts")
+    layers = contract(findings, q, batch + "tw", k, batch + "sw", batch + "ts")
     layers = tuple(layer.expand(scores_shape) for layer in layers)
     if mask is not None:
-        layers = combine(network, scores_shape, [(scores_shape, layers), (mask.shape, mask.layers)])
+        layers = combine(findings, scores_shape, [(scores_shape, layers), (mask.shape, mask.layers)])
     scores = Value(scores_shape, layers)
-    layers = contract(network, scores, batch + "ts", v, batch + "sw", batch + "tw")
+    layers = contract(findings, scores, batch + "ts", v, batch + "sw", batch + "tw")
     zeros = _zero_products(Value(scores_shape), v, call.shape)
     return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), zeros)
 
@@ -303,35 +307,35 @@ def _repeated(value: Value, repeats: int, axis: int) -> Value:
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(network: Network, call: Call) -> list[Value]:
+def recurrent(findings: Findings, call: Call) -> list[Value]:
     """Recurrent layers: their input can lose channels; their hidden units feed themselves and stay."""
     x, parameters = call["input"] or call["data"], list(call["params"])
     axis = len(x.shape) - 1
     into = x.channels_along(axis)
     for layer in x.layers:
         if varying_axes(layer) != (axis,):
-            network.stay(layer, "a recurrent layer runs over its dimension")
+            findings.stay(layer, "a recurrent layer runs over its dimension")
     per_direction = 4 if call["has_biases"] else 2
     directions = 2 if call["bidirectional"] else 1
     first = [parameters[i * per_direction] for i in range(directions)]
     for parameter in parameters:
         if any(parameter is weight for weight in first):
-            network.stay(parameter.channels_along(0), "hidden units of a recurrent layer feed themselves")
+            findings.stay(parameter.channels_along(0), "hidden units of a recurrent layer feed themselves")
             columns = parameter.channels_along(1)
             if columns is None:
                 continue
             if into is None:
-                network.stay(columns, "it meets a tensor that cannot be cut")
+                findings.stay(columns, "it meets a tensor that cannot be cut")
             else:
-                network.tie(columns, into)
+                findings.tie(columns, into)
         else:
-            network.stay_all(parameter, "hidden units of a recurrent layer feed themselves")
+            findings.stay_all(parameter, "hidden units of a recurrent layer feed themselves")
     if into is not None:
         zero = torch.zeros_like(into, dtype=torch.bool)
         if x.constant is not None:
             zero = (uniform(x.constant, range(axis)).flatten().expand(into.shape) == 0) | zero
-        network.add(Read(into, quiet=zero), "a recurrent layer reads it")
+        findings.add(Read(into, quiet=zero), "a recurrent layer reads it")
     for value in call.values():
         if value is not x and all(value is not p for p in parameters):
-            network.stay_all(value, "it is the state of a recurrent layer")
+            findings.stay_all(value, "it is the state of a recurrent layer")
     return [Value(shape) for shape in call.shapes]

@@ -11,11 +11,11 @@ from torch import Tensor
 from bmrs.graph.channels import STAYS, EqualNumbers, Read, compressed, varying_axes
 from bmrs.graph.rules.contraction import contract, uniform, with_rank
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Network, Value, combine
+from bmrs.graph.values import Findings, Value, combine
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def convolution(network: Network, call: Call) -> Value:
+def convolution(findings: Findings, call: Call) -> Value:
     """Convolutions, transposed and grouped ones too."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     spatial = len(weight.shape) - 2
@@ -25,7 +25,7 @@ def convolution(network: Network, call: Call) -> Value:
             arguments={**call.arguments, "input": with_rank(x, spatial + 2)},
             shapes=(torch.Size([1, *call.shape]),),
         )
-        value = convolution(network, batched)
+        value = convolution(findings, batched)
         assert isinstance(value, Value)
         constant = None if value.constant is None else value.constant[0]
         return Value(call.shape, tuple(layer[0] for layer in value.layers), constant)
@@ -36,16 +36,16 @@ def convolution(network: Network, call: Call) -> Value:
             layers_of_x.append(layer)
         elif 1 in along and 0 not in along:
             # As behind a pixel shuffle: a channel leaves where all its positions do.
-            network.whole(layer, along[1:], "a convolution runs over its dimension")
-            layers_of_x.append(network.entries(layer, [1]).expand(layer.shape))
+            findings.whole(layer, along[1:], "a convolution runs over its dimension")
+            layers_of_x.append(findings.entries(layer, [1]).expand(layer.shape))
         else:
-            network.stay(layer, "a convolution runs over its dimension")
+            findings.stay(layer, "a convolution runs over its dimension")
     x = Value(x.shape, tuple(layers_of_x), x.constant, x.tensor)
     transposed = "transpose" in call.operator or bool(call["transposed"])
     groups = call["groups"]
     readable = _constants_through(call, x, transposed)
     if groups > 1:
-        layers, constant = _grouped(network, call, x, weight, readable, transposed)
+        layers, constant = _grouped(findings, call, x, weight, readable, transposed)
     else:
         ignored = None
         if readable is not None:
@@ -66,14 +66,14 @@ def convolution(network: Network, call: Call) -> Value:
         axes = "io" if transposed else "oi"
         layers = tuple(
             layer.view(1, -1, *[1] * spatial).expand(call.shape)
-            for layer in contract(network, reduced, "ni", kernel, axes, "no", ignored=ignored)
+            for layer in contract(findings, reduced, "ni", kernel, axes, "no", ignored=ignored)
         )
         constant = None
     if bias is not None:
         view = (1, -1, *[1] * spatial)
         bias_layers = [y.view(view) for y in bias.layers]
         shape = [1, bias.shape[0], *[1] * spatial]
-        layers = combine(network, call.shape, [(call.shape, layers), (shape, bias_layers)])
+        layers = combine(findings, call.shape, [(call.shape, layers), (shape, bias_layers)])
     return Value(call.shape, layers, constant)
 
 
@@ -97,7 +97,7 @@ def pads(padding: object, kernel_size: Sequence[int]) -> bool:
 
 
 def _grouped(
-    network: Network, call: Call, x: Value, weight: Value, readable: Tensor | None, transposed: bool
+    findings: Findings, call: Call, x: Value, weight: Value, readable: Tensor | None, transposed: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Layers and constants of a grouped convolution. Groups leave whole, or equally many channels in each.
 
@@ -112,28 +112,28 @@ def _grouped(
     if before is None:
         before = torch.full((inputs,), STAYS)
     if rows is None or (columns is not None and weight.shape[1] > 1 and not _is_joint(columns)):
-        network.stay(before, "the weight of a grouped convolution is computed")
-        network.stay_all(weight, "the weight of a grouped convolution is computed")
+        findings.stay(before, "the weight of a grouped convolution is computed")
+        findings.stay_all(weight, "the weight of a grouped convolution is computed")
         return (), None
     after = torch.full((outputs,), STAYS)
-    other = network.ties.new(outputs) if transposed else before
+    other = findings.ties.new(outputs) if transposed else before
     if transposed:
-        network.tie(rows, before)
+        findings.tie(rows, before)
         after, other = other, other
     else:
         after = rows
     if columns is not None:
         its_columns = columns.flatten(2)[..., 0] if columns.dim() > 2 else columns
         per_row = other.view(groups, -1).repeat_interleave(len(rows) // groups, dim=0)
-        network.tie(its_columns.contiguous(), per_row)
+        findings.tie(its_columns.contiguous(), per_row)
     read_by, into = before.view(groups, -1), after.view(groups, -1)
     if inputs == outputs == groups:
-        network.tie(before, after)
+        findings.tie(before, after)
     else:
-        network.same_entries(read_by, into, (0,))
+        findings.same_entries(read_by, into, (0,))
     for channels in (read_by, into):
         if channels.shape[1] > 1:
-            network.add(EqualNumbers(channels), "groups stay of equal size")
+            findings.add(EqualNumbers(channels), "groups stay of equal size")
     silent = torch.zeros(groups, inputs // groups, dtype=torch.bool)
     constant = None
     if readable is not None:
@@ -143,7 +143,7 @@ def _grouped(
             constant = _grouped_constants(call, per_group, weight.tensor)
     if inputs > groups:
         for group_in, group_out, quiet in zip(read_by, into, silent, strict=True):
-            network.add(Read(group_in, by_any=(group_out,), quiet=quiet), "it is read")
+            findings.add(Read(group_in, by_any=(group_out,), quiet=quiet), "it is read")
     layer = after.view(1, -1, *[1] * spatial).expand(call.shape)
     return (layer,), constant
 

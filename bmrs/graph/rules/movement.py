@@ -10,14 +10,14 @@ from torch import Tensor
 
 from bmrs.graph.channels import STAYS, compressed, varying_axes
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Network, Value, combine
+from bmrs.graph.values import Findings, Value, combine
 
 
 @rule(
     *("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh"),
     *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "positive"),
 )
-def same(network: Network, call: Call) -> Value:
+def same(findings: Findings, call: Call) -> Value:
     """The tensor itself; dropout does nothing in evaluation mode."""
     value = call["self"] if isinstance(call["self"], Value) else call["input"]
     assert isinstance(value, Value)
@@ -48,13 +48,13 @@ def same(network: Network, call: Call) -> Value:
         "native_channel_shuffle",
     ),
 )
-def moved(network: Network, call: Call) -> Value | list[Value]:
+def moved(findings: Findings, call: Call) -> Value | list[Value]:
     """Elements of one tensor in another order, some of them several times or not at all."""
     name = "self" if "self" in call.arguments else "input"
     value = call[name]
     others = [v for v in call.values() if v is not value]
     if any(other.tensor is None for other in others) and call.operator in ("repeat_interleave", "roll"):
-        network.stay_all(value, f"{call.operator} depends on the input")
+        findings.stay_all(value, f"{call.operator} depends on the input")
         return [Value(shape) for shape in call.shapes]
 
     renumbering = {
@@ -67,9 +67,9 @@ def moved(network: Network, call: Call) -> Value | list[Value]:
         layer = value.layer_along(axis)
         if layer is not None:
             # Which entries it picks depends on their numbers.
-            network.stay(layer, f"{call.operator} counts it")
+            findings.stay(layer, f"{call.operator} counts it")
 
-    _keep_shuffles_whole(network, call, value)
+    _keep_shuffles_whole(findings, call, value)
 
     def move(x: Tensor) -> Any:
         if call.operator in ("view", "_unsafe_view", "view_as"):
@@ -77,10 +77,10 @@ def moved(network: Network, call: Call) -> Value | list[Value]:
             return x.reshape(call.shape)
         return call.target(**{**_plain(call), name: x})
 
-    return _moved(network, call, value, move)
+    return _moved(findings, call, value, move)
 
 
-def _keep_shuffles_whole(network: Network, call: Call, value: Value) -> None:
+def _keep_shuffles_whole(findings: Findings, call: Call, value: Value) -> None:
     """A pixel shuffle takes channels in blocks, a channel shuffle the same ones of every group."""
     if call.operator == "pixel_shuffle":
         axis, block, along = len(value.shape) - 3, call["upscale_factor"] ** 2, 1
@@ -90,7 +90,7 @@ def _keep_shuffles_whole(network: Network, call: Call, value: Value) -> None:
         return
     for layer in value.layers:
         grouped = compressed(layer.unflatten(axis, (-1, block)))
-        network.whole(grouped, [axis + along], f"{call.operator} takes blocks of channels")
+        findings.whole(grouped, [axis + along], f"{call.operator} takes blocks of channels")
 
 
 def _plain(call: Call) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _plain(call: Call) -> dict[str, Any]:
 
 
 def _moved(
-    network: Network,
+    findings: Findings,
     call: Call,
     value: Value,
     move_channels: Callable[[Tensor], Any],
@@ -121,11 +121,11 @@ def _moved(
         its_layers = tuple(compressed(moved[i]) for moved in layers)
         for layer in its_layers:
             if varying_axes(layer):
-                network.product(layer)
+                findings.product(layer)
                 if shape.numel() < value.shape.numel():
-                    network.at_least_one(layer)
+                    findings.at_least_one(layer)
             else:
-                network.stay(layer, "it is picked by its number")
+                findings.stay(layer, "it is picked by its number")
         its_layers = tuple(layer for layer in its_layers if varying_axes(layer))
         results.append(Value(shape, its_layers, None if constants is None else compressed(constants[i])))
     return results
@@ -136,7 +136,7 @@ def _as_list(result: Any) -> list[Tensor]:
 
 
 @rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
-def padded(network: Network, call: Call) -> Value:
+def padded(findings: Findings, call: Call) -> Value:
     """Padding: what is put around stays; reflections and copies are moved elements."""
     value = call["self"]
     pad, mode = list(call["pad"] or call["padding"]), call["mode"] or "constant"
@@ -152,8 +152,8 @@ def padded(network: Network, call: Call) -> Value:
     fill = call["value"] or 0.0
     if mode == "constant" and not any(axis in varying_axes(layer) for layer in value.layers for axis in axes):
         # Around all channels alike: the padding belongs to the channel that it pads.
-        return _moved(network, call, value, lambda x: _grown(x, call.shape), pad_with(fill))[0]
-    return _moved(network, call, value, pad_with(STAYS), pad_with(fill))[0]
+        return _moved(findings, call, value, lambda x: _grown(x, call.shape), pad_with(fill))[0]
+    return _moved(findings, call, value, pad_with(STAYS), pad_with(fill))[0]
 
 
 def _grown(layer: Tensor, shape: torch.Size) -> Tensor:
@@ -165,7 +165,7 @@ def _grown(layer: Tensor, shape: torch.Size) -> Tensor:
 
 
 @rule("cat", "concat", "concatenate")
-def concatenated(network: Network, call: Call) -> Value:
+def concatenated(findings: Findings, call: Call) -> Value:
     """Tensors behind each other: so are their channels along that dimension, and others are tied."""
     values: list[Value] = [v for v in call["tensors"] if v.shape != torch.Size([0])]
     axis = call["dim"] % len(call.shape)
@@ -177,7 +177,7 @@ def concatenated(network: Network, call: Call) -> Value:
             for value, layer in zip(values, along, strict=True)
         ]
         layer = _cat(parts, axis, call.shape)
-        network.product(layer)
+        findings.product(layer)
         layers.append(layer)
     # The other dimensions, looked at where the concatenated one has a single entry.
     operands = []
@@ -186,10 +186,10 @@ def concatenated(network: Network, call: Call) -> Value:
             continue
         shape = [1 if d == axis else size for d, size in enumerate(value.shape)]
         operands.append((shape, [x.narrow(axis, 0, 1) for x in value.layers if x is not own]))
-    common = combine(network, operands[0][0], operands)
+    common = combine(findings, operands[0][0], operands)
     for layer in common:
         if layers and set(varying_axes(layer)) & set(varying_axes(layers[0])):
-            network.stay(layer, "channels along different dimensions meet")
+            findings.stay(layer, "channels along different dimensions meet")
         else:
             layers.append(layer.expand(call.shape))
     return Value(call.shape, tuple(layers), _known_cat(values, axis, call.shape))
@@ -213,14 +213,14 @@ def _known_cat(values: list[Value], axis: int, shape: torch.Size) -> Tensor | No
 
 
 @rule("stack")
-def stacked(network: Network, call: Call) -> Value:
+def stacked(findings: Findings, call: Call) -> Value:
     """Tensors along a new dimension, which has no channels; what lies at the same place is tied."""
     values: list[Value] = list(call["tensors"])
     axis = call["dim"] % len(call.shape)
     operands = [
         ([*v.shape[:axis], 1, *v.shape[axis:]], [layer.unsqueeze(axis) for layer in v.layers]) for v in values
     ]
-    layers = combine(network, operands[0][0], operands)
+    layers = combine(findings, operands[0][0], operands)
     raised = [
         Value(torch.Size(shape), (), None if (known := value.known()) is None else known.unsqueeze(axis))
         for (shape, _), value in zip(operands, values, strict=True)
@@ -231,7 +231,7 @@ def stacked(network: Network, call: Call) -> Value:
 
 
 @rule("index", "index_select", "gather", "take_along_dim", "masked_select")
-def indexed(network: Network, call: Call) -> Value:
+def indexed(findings: Findings, call: Call) -> Value:
     """Elements picked by indices: channels move with them if the indices are known, or if no channels lie that way."""
     value, plain = call["self"], _plain(call)
     indices = [v for v in call.values() if v is not value]
@@ -241,12 +241,12 @@ def indexed(network: Network, call: Call) -> Value:
         axes = _indexed_axes(call) if call.operator == "index" else range(len(value.shape))
         for layer in value.layers:
             if set(axes) & set(varying_axes(layer)):
-                network.stay(layer, f"{call.operator} picks from it")
+                findings.stay(layer, f"{call.operator} picks from it")
     if any(index.tensor is None for index in indices):
         if call.operator != "index" or any(
             set(_indexed_axes(call)) & set(varying_axes(layer)) for layer in value.layers
         ):
-            network.stay_all(value, f"{call.operator} picks by the input")
+            findings.stay_all(value, f"{call.operator} picks by the input")
             return Value(call.shape)
         # Any entry will do, as all carry the same channels.
         plain["indices"] = [
@@ -260,7 +260,7 @@ def indexed(network: Network, call: Call) -> Value:
         return result
 
     known = value if all(index.tensor is not None for index in indices) else Value(value.shape, value.layers)
-    return _moved(network, call, known, move)[0]
+    return _moved(findings, call, known, move)[0]
 
 
 def _indexed_axes(call: Call) -> list[int]:
@@ -268,7 +268,7 @@ def _indexed_axes(call: Call) -> list[int]:
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-def like(network: Network, call: Call) -> Value:
+def like(findings: Findings, call: Call) -> Value:
     """A tensor of the same sizes, which lose what those of the other lose."""
     fills = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": call["fill_value"]}
     fill = fills.get(call.operator)
@@ -277,7 +277,7 @@ def like(network: Network, call: Call) -> Value:
 
 
 @rule("meshgrid", "broadcast_tensors")
-def broadcast(network: Network, call: Call) -> list[Value]:
+def broadcast(findings: Findings, call: Call) -> list[Value]:
     """Tensors brought to one shape."""
     return [
         Value(shape, tuple(layer.expand(shape) for layer in value.layers), None)

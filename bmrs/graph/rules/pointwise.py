@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bmrs.graph.channels import AtLeastOne, compressed, without_repetition
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Network, Value, combine
+from bmrs.graph.values import Findings, Value, combine
 
 _ACTIVATIONS = (
     *(
@@ -94,12 +94,12 @@ _LOGIC = (
 
 
 @rule(*_ACTIVATIONS, *_ARITHMETIC, *_LOGIC)
-def pointwise(network: Network, call: Call) -> Value:
+def pointwise(findings: Findings, call: Call) -> Value:
     """Any of them: channels that meet are tied."""
     values = call.values()
     if call.operator in ("prelu", "_prelu_kernel"):
         values = [call["self"], _along_channels(call["weight"], call.shape)]
-    layers = combine(network, call.shape, [(value.shape, value.layers) for value in values])
+    layers = combine(findings, call.shape, [(value.shape, value.layers) for value in values])
     return Value(call.shape, layers, _constant(call, values))
 
 
@@ -163,19 +163,19 @@ def _functional(call: Call) -> Any:
 
 
 @rule("mark_noise")
-def noise(network: Network, call: Call) -> Value:
+def noise(findings: Findings, call: Call) -> Value:
     """A noise layer in evaluation mode: a factor for each structure, and constant zeros where it is pruned."""
     x, factors = call["x"], call["factors"].tensor
     assert factors is not None
     axis, shape = call["dim"] % len(call.shape), [1] * len(call.shape)
     shape[axis] = len(factors)
     layers = combine(
-        network, call.shape, [(x.shape, x.layers), (shape, [y.view(shape) for y in call["factors"].layers])]
+        findings, call.shape, [(x.shape, x.layers), (shape, [y.view(shape) for y in call["factors"].layers])]
     )
     along = Value(call.shape, layers).channels_along(axis)
     if call["structure_size"] > 1 and along is not None:
         # Of heads, a whole one.
-        network.add(AtLeastOne(along, call["structure_size"]), "no layer is left empty")
+        findings.add(AtLeastOne(along, call["structure_size"]), "no layer is left empty")
     factors = factors.detach().cpu().double()
     pruned = (factors == 0).view(shape)
     known = x.known()

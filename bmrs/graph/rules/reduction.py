@@ -10,7 +10,7 @@ from torch import Tensor
 from bmrs.graph.channels import compressed, varying_axes, without_repetition
 from bmrs.graph.rules.contraction import sum_layers, uniform
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Network, Value, combine
+from bmrs.graph.values import Findings, Value, combine
 
 
 def _dimensions(call: Call, rank: int) -> list[int]:
@@ -38,7 +38,7 @@ def _dimensions(call: Call, rank: int) -> list[int]:
     "linalg_vector_norm",
     "var_mean",
 )
-def reduced(network: Network, call: Call) -> list[Value]:
+def reduced(findings: Findings, call: Call) -> list[Value]:
     """Channels along other dimensions stay apart; those that are summed over are read, and zeros are not."""
     x: Value = call["self"]
     rank = len(x.shape)
@@ -48,7 +48,7 @@ def reduced(network: Network, call: Call) -> list[Value]:
     if call.operator == "sum" and x.constant is not None:
         silent = without_repetition(x.constant)[0] == 0
     layers = []
-    for layer in sum_layers(network, x.layers, dims, silent):
+    for layer in sum_layers(findings, x.layers, dims, silent):
         for d in dims if call["keepdim"] else ():
             layer = layer.unsqueeze(d)
         layers.append(layer)
@@ -79,14 +79,14 @@ _REDUCTIONS |= dict.fromkeys(("amax", "max"), torch.amax) | dict.fromkeys(("amin
     "argsort",
     "logcumsumexp",
 )
-def mixed(network: Network, call: Call) -> list[Value]:
+def mixed(findings: Findings, call: Call) -> list[Value]:
     """Every entry along a dimension depends on all others, so that none of them leaves."""
     x: Value = call["self"]
     dims = _dimensions(call, len(x.shape))
     kept = []
     for layer in x.layers:
         if set(varying_axes(layer)) & set(dims):
-            network.stay(layer, f"{call.operator} runs over all channels")
+            findings.stay(layer, f"{call.operator} runs over all channels")
         else:
             kept.append(layer)
     results = []
@@ -95,7 +95,7 @@ def mixed(network: Network, call: Call) -> list[Value]:
         layers = tuple(_resized(layer, shape) for layer in kept) if same_rank else ()
         if not same_rank:
             for layer in kept:
-                network.stay(layer, f"{call.operator} is not followed")
+                findings.stay(layer, f"{call.operator} is not followed")
         results.append(Value(shape, layers))
     return results
 
@@ -131,7 +131,7 @@ def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact3d", "upsample_nearest2d_vec"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "lp_pool2d", "grid_sampler"),
 )
-def pooled(network: Network, call: Call) -> list[Value]:
+def pooled(findings: Findings, call: Call) -> list[Value]:
     """Channels along the first dimensions stay apart; the last ones are resampled."""
     x: Value = call["self"] if isinstance(call["self"], Value) else call["input"]
     spatial = _spatial_dimensions(call, x)
@@ -140,7 +140,7 @@ def pooled(network: Network, call: Call) -> list[Value]:
     kept = []
     for layer in x.layers:
         if any(d >= first for d in varying_axes(layer)):
-            network.stay(layer, f"{call.operator} runs over its dimension")
+            findings.stay(layer, f"{call.operator} runs over its dimension")
         else:
             kept.append(layer)
     constant = None
@@ -176,7 +176,7 @@ def _averages_padding(call: Call) -> bool:
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "cudnn_batch_norm")
-def batch_norm(network: Network, call: Call) -> list[Value]:
+def batch_norm(findings: Findings, call: Call) -> list[Value]:
     """Every channel by itself: a factor and a shift of its own."""
     x: Value = call["input"]
     parameters = [call[name] for name in ("weight", "bias", "running_mean", "running_var")]
@@ -188,8 +188,8 @@ def batch_norm(network: Network, call: Call) -> list[Value]:
             operands.append((shape, [y.view(view) for y in parameter.layers]))
     own = call["training"] or call["use_input_stats"]
     for layer in x.layers if own else ():
-        network.whole(layer, [0, *range(2, len(x.shape))], "the statistics of a normalisation count it")
-    layers = combine(network, x.shape, operands)
+        findings.whole(layer, [0, *range(2, len(x.shape))], "the statistics of a normalisation count it")
+    layers = combine(findings, x.shape, operands)
     value = Value(x.shape, layers, _normalised_constant(call, x, parameters, view, own_statistics=bool(own)))
     return [value, *(Value(shape) for shape in call.shapes[1:])]
 
@@ -217,25 +217,25 @@ def _normalised_constant(
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
-def layer_norm(network: Network, call: Call) -> list[Value]:
+def layer_norm(findings: Findings, call: Call) -> list[Value]:
     """Statistics over the last dimensions count zeros too, so that no channel along these leaves."""
     x: Value = call["input"]
     rank = len(call["normalized_shape"])
     dims = range(len(x.shape) - rank, len(x.shape))
     for layer in x.layers:
-        network.whole(layer, dims, "the statistics of a normalisation count it")
+        findings.whole(layer, dims, "the statistics of a normalisation count it")
         if x.constant is not None and set(varying_axes(layer)) & set(dims):
             # Constant before, and no longer behind.
             channels, constant = without_repetition(layer, x.constant)
-            network.stay(channels[~constant.isnan()], "the statistics of a normalisation count it")
+            findings.stay(channels[~constant.isnan()], "the statistics of a normalisation count it")
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     operands += [(p.shape, p.layers) for p in (call["weight"], call["bias"]) if p is not None]
-    value = Value(x.shape, combine(network, x.shape, operands))
+    value = Value(x.shape, combine(findings, x.shape, operands))
     return [value, *(Value(shape) for shape in call.shapes[1:])]
 
 
 @rule("group_norm", "native_group_norm")
-def group_norm(network: Network, call: Call) -> list[Value]:
+def group_norm(findings: Findings, call: Call) -> list[Value]:
     """Statistics over groups of channels: groups leave whole."""
     x: Value = call["input"]
     groups = call["num_groups"] or call["group"]
@@ -243,7 +243,7 @@ def group_norm(network: Network, call: Call) -> list[Value]:
     shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
     for layer in x.layers:
         grouped = compressed(layer.reshape(shape))
-        network.whole(grouped, range(2, len(shape)), "the statistics of a normalisation count it")
+        findings.whole(grouped, range(2, len(shape)), "the statistics of a normalisation count it")
     view = [1, -1, *[1] * (len(x.shape) - 2)]
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     for parameter in (weight, bias):
@@ -251,7 +251,7 @@ def group_norm(network: Network, call: Call) -> list[Value]:
             operands.append(
                 ([parameter.shape[0] if d < 0 else d for d in view], [y.view(view) for y in parameter.layers])
             )
-    layers = combine(network, x.shape, operands)
+    layers = combine(findings, x.shape, operands)
     constant = None
     if x.constant is not None and (bias is None or bias.tensor is not None):
         # A group that is the same everywhere has no variance: only the bias remains.
@@ -264,7 +264,7 @@ def group_norm(network: Network, call: Call) -> list[Value]:
 
 
 @rule("glu")
-def gated(network: Network, call: Call) -> Value:
+def gated(findings: Findings, call: Call) -> Value:
     """The first half times the sigmoid of the second: both halves keep the same channels."""
     x: Value = call["self"]
     axis = call["dim"] % len(x.shape)
@@ -273,7 +273,7 @@ def gated(network: Network, call: Call) -> Value:
         (call.shape, [compressed(layer.narrow(axis, start, half)) for layer in x.layers])
         for start in (0, half)
     ]
-    layers = combine(network, call.shape, operands)
+    layers = combine(findings, call.shape, operands)
     constant = None
     if x.constant is not None:
         first, gate = x.constant.narrow(axis, 0, half), x.constant.narrow(axis, half, half)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bmrs.graph.values import Network, Value
+from bmrs.graph.values import Findings, Value
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Call:
         return found
 
 
-Rule: TypeAlias = Callable[[Network, Call], "Value | list[Value]"]
+Rule: TypeAlias = Callable[[Findings, Call], "Value | list[Value]"]
 
 RULES: dict[str, Rule] = {}
 """The rule for each operator, by name."""
@@ -64,8 +64,8 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def unknown(network: Network, call: Call) -> list[Value]:
+def unknown(findings: Findings, call: Call) -> list[Value]:
     """The rule for what has none: channels that reach it stay."""
     for value in call.values():
-        network.stay_all(value, f"there is no rule for the operator {call.operator}")
+        findings.stay_all(value, f"there is no rule for the operator {call.operator}")
     return [Value(shape) for shape in call.shapes]
