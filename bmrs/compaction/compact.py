@@ -277,9 +277,7 @@ def _unused(analysis: Analysis) -> tuple[str, ...]:
 def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
     """Why each entry along a noise layer's dimension stays, empty where it leaves; no entries if it is never called."""
     reasons: list[str] = []
-    for call in analysis.calls.values():
-        if call.operator != "mark_noise" or call["name"] != name:
-            continue
+    for call in analysis.noise_calls(name):
         axis, value = call["dim"] % len(call.shape), call["x"]
         reasons = reasons or [""] * call.shape[axis]
         layer = value.layer_along(axis)

@@ -25,12 +25,12 @@ from bmrs.compaction.description import (
 )
 from bmrs.compaction.surgery import groups_left
 from bmrs.graph.analysis import Analysis, layer_of
+from bmrs.graph.operators import DROPOUTS
 from bmrs.graph.rules import Call
 from bmrs.graph.stock_layers import BATCH_NORMS, constructor_arguments
 from bmrs.graph.values import Value
 
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
-_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 
 
 def describe(analysis: Analysis, remaining: Mapping[str, str]) -> Description:
@@ -191,7 +191,7 @@ class _Describer:
             self.references[node] = x
 
     def _is_layer(self, node: fx.Node, call: Call) -> bool:
-        if call.operator in _DROPOUTS:
+        if call.operator in DROPOUTS:
             return True
         return (
             call.operator == "batch_norm" and layer_of(node) != "" and type(self._module(node)) in BATCH_NORMS
@@ -207,7 +207,7 @@ class _Describer:
     def _layer(self, node: fx.Node, call: Call) -> None:
         module = self._module(node)
         x = self._argument(node.args[0])
-        if call.operator in _DROPOUTS:
+        if call.operator in DROPOUTS:
             kinds = {"dropout": "Dropout", "feature_dropout": "Dropout2d", "alpha_dropout": "AlphaDropout"}
             kind = kinds.get(call.operator, "Dropout")
             arguments: dict[str, Any] = {"p": call["p"]}

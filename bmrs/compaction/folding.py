@@ -26,6 +26,7 @@ from torch import Tensor, fx
 
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import compressed, varying_axes
+from bmrs.graph.operators import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules import Call
 from bmrs.graph.values import Value
 
@@ -40,8 +41,7 @@ _POOLS = (
 )
 _RESHAPINGS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 _PERMUTATIONS = ("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_MATRIX_PRODUCTS = (*LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 _AFFINE_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1}
 
 # They may return what they take, as dropout does in evaluation mode.
@@ -213,10 +213,7 @@ class _Folder:
         if others:
             raise _BarredError(f"backward it would act on {others[0].name} too")
         call = self.calls[node]
-        if (
-            call.operator in ("linear", "addmm", *_CONVOLUTIONS, *_TRANSPOSED)
-            or call.operator in _AFFINE_NORMS
-        ):
+        if call.operator in _MATRIX_PRODUCTS or call.operator in _AFFINE_NORMS:
             return [self._rows(node, call, factors)]
         if call.operator in (*_HOMOGENEOUS, *_POOLS):
             return self._backward(node.args[0], node, _resized(factors, self._shape(node.args[0])))
@@ -251,7 +248,7 @@ class _Folder:
             call = self.calls.get(reader)
             if call is None:
                 raise _BarredError("forward it meets the model's output")
-            if call.operator in ("linear", "addmm", *_CONVOLUTIONS, *_TRANSPOSED):
+            if call.operator in _MATRIX_PRODUCTS:
                 edits.append(self._columns(reader, call, node, factors))
             elif call.operator == "batch_norm" and not call["training"]:
                 edits.append(self._statistics(reader, call, factors))
@@ -283,9 +280,9 @@ class _Folder:
             names.append(self.new_biases[node])
         elif call.operator in _AFFINE_NORMS:
             raise _BarredError(f"{node.name} has no bias")
-        if call.operator in _TRANSPOSED and call["groups"] > 1:
+        if call.operator in TRANSPOSED_CONVOLUTIONS and call["groups"] > 1:
             raise _BarredError(f"{node.name} is grouped and transposed")
-        rows = 1 if call.operator == "addmm" or call.operator in _TRANSPOSED else 0
+        rows = 1 if call.operator == "addmm" or call.operator in TRANSPOSED_CONVOLUTIONS else 0
         expected = call["mat2"] if call.operator == "addmm" else call["weight"]
         if expected.shape[rows] != len(vector):
             raise _BarredError(f"{node.name} has a weight of another shape")
@@ -306,7 +303,7 @@ class _Folder:
         vector = _vector(factors, _channel_axis(call))
         value = call["mat2"] if call.operator == "addmm" else call["weight"]
         name, shape = self._own(value), value.shape
-        if call.operator in ("addmm", *_TRANSPOSED):
+        if call.operator in ("addmm", *TRANSPOSED_CONVOLUTIONS):
             per_weight = vector.view(-1, *[1] * (len(shape) - 1))
         else:
             groups = call["groups"] or 1
@@ -351,9 +348,7 @@ class _Folder:
 
 def _channel_axis(call: Call) -> int:
     """Where the channels of a linear or convolution layer lie, from the end, as the batch may be missing."""
-    return (
-        -1 if call.operator in ("linear", "addmm") else 1 - len(call["weight"].shape) if call["weight"] else 1
-    )
+    return -1 if call.operator in LINEAR else 1 - len(call["weight"].shape) if call["weight"] else 1
 
 
 def _writes(node: fx.Node) -> bool:

@@ -49,7 +49,7 @@ def structures_to_give_back(
 
 def _leaving(analysis: Analysis, name: str, size: int) -> Tensor:
     """Which structures of a noise layer leave, bool."""
-    call = next(c for c in analysis.calls.values() if c.operator == "mark_noise" and c["name"] == name)
+    call = next(analysis.noise_calls(name))
     channels = call["x"].channels_along(call["dim"])
     return ~analysis.stays(channels).view(-1, size).any(dim=1)
 

@@ -16,6 +16,7 @@ from bmrs.graph.analysis import Analysis, layer_of
 from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.copies import copied
+from bmrs.graph.operators import LINEAR
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
@@ -64,7 +65,7 @@ def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
     """What constant channels that leave contribute to the operations that read them, for each output; float64."""
     found = {}
     for node, call in analysis.calls.items():
-        if call.operator in ("linear", "addmm") or call.operator.startswith("conv"):
+        if call.operator in LINEAR or call.operator.startswith("conv"):
             shift = _shift(analysis, call)
             if shift is not None and bool(shift.any()):
                 found[node] = shift
@@ -72,7 +73,7 @@ def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
 
 
 def _shift(analysis: Analysis, call: Call) -> Tensor | None:
-    affine = call.operator in ("linear", "addmm")
+    affine = call.operator in LINEAR
     x: Value = call["mat1"] if call.operator == "addmm" else call["input"]
     weight = call["mat2"] if call.operator == "addmm" else call["weight"]
     if x.constant is None or not call.can_shift or weight.tensor is None:

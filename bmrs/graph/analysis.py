@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +21,12 @@ from bmrs.graph.channels import (
     smallest_staying,
     without_repetition,
 )
+from bmrs.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.values import Findings, Value
 
 _LARGEST_CONSTANT = 10_000_000
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_CONVOLUTIONS = {*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "convolution"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Analysis:
     calls: dict[fx.Node, Call]
     parameters: dict[str, Value]
     staying: Staying
+
+    def noise_calls(self, name: str | None = None) -> Iterator[Call]:
+        """Iterate over the calls of noise layers, or of the one of a name, in an order of computation."""
+        for call in self.calls.values():
+            if call.operator == "mark_noise" and name in (None, call["name"]):
+                yield call
 
     def stays(self, channels: Tensor) -> Tensor:
         """Which channels are kept, bool of their shape."""
@@ -172,8 +178,8 @@ class _Reader:
         if not users:
             return []
         names = {_operator_name(user) for user in users}
-        if names & {*_CONVOLUTIONS, *_TRANSPOSED} and tensor.dim() > 2:
-            groups = _groups_of(next(u for u in users if _operator_name(u) in (*_CONVOLUTIONS, *_TRANSPOSED)))
+        if names & _CONVOLUTIONS and tensor.dim() > 2:
+            groups = _groups_of(next(u for u in users if _operator_name(u) in _CONVOLUTIONS))
             rows = self.findings.new_layer(tensor.shape, 0)
             if groups == 1:
                 return [rows, self.findings.new_layer(tensor.shape, 1)]

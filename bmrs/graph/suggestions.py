@@ -13,6 +13,7 @@ from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.operators import LINEAR
 from bmrs.graph.ties import last_channel_leaves, needed_layers, same_channels
 from bmrs.noise.lookup import noise_layers
 from bmrs.noise.placement import add_noise, can_get_noise
@@ -134,7 +135,7 @@ def _sufficient(
 def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
     """Parameters and FLOPs of the last structure of a noise layer."""
     roots = analysis.findings.ties.roots()
-    call = next(c for c in analysis.calls.values() if c.operator == "mark_noise" and c["name"] == name)
+    call = next(analysis.noise_calls(name))
     root = roots[call["x"].channels_along(call["dim"])[-1]]
 
     def share(layer: Tensor) -> float:
@@ -151,11 +152,9 @@ def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
     flops = 0.0
     for call in analysis.calls.values():
         weight = call["mat2"] if call.operator == "addmm" else call["weight"]
-        if call.operator not in ("linear", "addmm") and not call.operator.startswith("conv"):
+        if call.operator not in LINEAR and not call.operator.startswith("conv"):
             continue
-        outputs = call.shape.numel() // (
-            call.shape[-1] if call.operator in ("linear", "addmm") else call.shape[1]
-        )
+        outputs = call.shape.numel() // (call.shape[-1] if call.operator in LINEAR else call.shape[1])
         flops += (
             2
             * outputs

@@ -12,23 +12,15 @@ from torch import Tensor, fx, nn
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.copies import evaluation_copy, unwrapped
+from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
 from bmrs.noise.hooks import added_noise
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
-WeightLayer: TypeAlias = (
-    nn.Linear
-    | nn.Conv1d
-    | nn.Conv2d
-    | nn.Conv3d
-    | nn.ConvTranspose1d
-    | nn.ConvTranspose2d
-    | nn.ConvTranspose3d
-)
-WEIGHT_LAYERS = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+Producer: TypeAlias = WeightLayer | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+"""A layer whose output channels are the structures of a noise layer."""
+
+_PRODUCERS = (*WEIGHT_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def tied_noise_layers(
@@ -68,8 +60,8 @@ def same_channels(analysis: Analysis) -> list[list[str]]:
     """Noise layers in groups that scale the same channels, in the order of their use."""
     roots = analysis.findings.ties.roots()
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for call in analysis.calls.values():
-        channels = call["x"].channels_along(call["dim"]) if call.operator == "mark_noise" else None
+    for call in analysis.noise_calls():
+        channels = call["x"].channels_along(call["dim"])
         if channels is not None and not (channels < 0).any():
             names = groups[tuple(roots[channels].tolist())]
             if call["name"] not in names:
@@ -145,21 +137,19 @@ def _prune_last(factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]) 
 
 
 def _leaving_channels(analysis: Analysis, name: str) -> list[bool]:
-    for call in analysis.calls.values():
-        if call.operator == "mark_noise" and call["name"] == name:
-            channels = call["x"].channels_along(call["dim"])
-            if channels is not None:
-                leaves: list[bool] = (~analysis.stays(channels)).tolist()
-                return leaves
+    for call in analysis.noise_calls(name):
+        channels = call["x"].channels_along(call["dim"])
+        if channels is not None:
+            leaves: list[bool] = (~analysis.stays(channels)).tolist()
+            return leaves
     return []
 
 
 def last_channel_leaves(analysis: Analysis, name: str) -> bool:
     """Whether the last channel that a noise layer scales leaves."""
-    for call in analysis.calls.values():
-        if call.operator == "mark_noise" and call["name"] == name:
-            channels = call["x"].channels_along(call["dim"])
-            return channels is not None and not bool(analysis.stays(channels[-1:]).any())
+    for call in analysis.noise_calls(name):
+        channels = call["x"].channels_along(call["dim"])
+        return channels is not None and not bool(analysis.stays(channels[-1:]).any())
     return False
 
 
@@ -167,7 +157,7 @@ def producers(
     model: nn.Module,
     purpose: str,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
-) -> dict[NoiseLayer, WeightLayer]:
+) -> dict[NoiseLayer, Producer]:
     """The linear or convolution layer whose output each noise layer scales, through other operations or not.
 
     Args:
@@ -183,10 +173,10 @@ def producers(
         ValueError: the model cannot be followed.
     """
     model = unwrapped(model)
-    found: dict[NoiseLayer, WeightLayer] = {}
+    found: dict[NoiseLayer, Producer] = {}
     for module in model.modules():
         noise = added_noise(module)
-        if noise is not None and isinstance(module, WEIGHT_LAYERS):
+        if noise is not None and isinstance(module, _PRODUCERS):
             found[noise] = module
     layers = noise_layers(model)
     if len(found) == len(layers):
@@ -199,7 +189,7 @@ def producers(
 
 def _captured_producers(
     model: nn.Module, purpose: str, example_inputs: Any, layers: Mapping[str, NoiseLayer]
-) -> dict[NoiseLayer, WeightLayer]:
+) -> dict[NoiseLayer, Producer]:
     masked = evaluation_copy(model)
     mark(masked, {name: layer.spread(layer.mu.detach()) for name, layer in noise_layers(masked).items()})
     captured = capture(masked, as_inputs(example_inputs), purpose)
@@ -212,7 +202,7 @@ def _captured_producers(
             weights = [captured.names.get(n.name, "") for n in source.all_input_nodes]
             path = next((n.rpartition(".")[0] for n in weights if n.rpartition(".")[2] == "weight"), None)
             module = None if path is None else model.get_submodule(path)
-            if isinstance(module, WEIGHT_LAYERS):
+            if isinstance(module, _PRODUCERS):
                 found[layer] = module
                 break
             inputs = [n for n in source.all_input_nodes if n.name not in captured.tensors]
@@ -235,7 +225,7 @@ class _Tracer(fx.Tracer):
         return output
 
 
-def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, WeightLayer]:
+def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, Producer]:
     # Inside a container, so that the model is itself called as a module, hooks included.
     root = nn.Sequential(model)
     try:
@@ -246,7 +236,7 @@ def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, Weight
             "Give example_inputs, so that torch.export can be used"
         ) from error
     modules = dict(root.named_modules())
-    found: dict[NoiseLayer, WeightLayer] = {}
+    found: dict[NoiseLayer, Producer] = {}
     for node in graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         while isinstance(layer, NoiseLayer):
@@ -255,10 +245,7 @@ def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, Weight
                 break
             (node,) = sources
             module = modules.get(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, WEIGHT_LAYERS):
+            if isinstance(module, _PRODUCERS):
                 found[layer] = module
                 break
     return found
-
-
-__all__ = ["WEIGHT_LAYERS", "WeightLayer", "producers", "tied_noise_layers"]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bmrs.graph.channels import STAYS, EqualNumbers, Read, compressed, varying_axes
+from bmrs.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules.contraction import contract, uniform, with_rank
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule(*CONVOLUTIONS, "convolution", *TRANSPOSED_CONVOLUTIONS)
 def convolution(findings: Findings, call: Call) -> Value:
     """Convolutions, transposed and grouped ones too."""
     x, weight, bias = call["input"], call["weight"], call["bias"]

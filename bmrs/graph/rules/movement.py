@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from bmrs.graph.channels import STAYS, compressed, varying_axes
+from bmrs.graph.operators import DROPOUTS
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
 
 @rule(
     *("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh"),
-    *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "positive"),
+    *(*DROPOUTS, "positive"),
 )
 def same(findings: Findings, call: Call) -> Value:
     """The tensor itself; dropout does nothing in evaluation mode."""

@@ -1,0 +1,8 @@
+"""Families of operators that more than one file looks for, by their names in `bmrs.graph.rules.registry.Call`."""
+
+from __future__ import annotations
+
+LINEAR = ("linear", "addmm")
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED_CONVOLUTIONS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
