@@ -96,7 +96,7 @@ class _Parser(ArgumentParser):
         bad_value = re.search(r'Parser key "(\w+)": .*(?:Given|Got) value: (.*)$', line)
         if bad_value:
             name, value = bad_value.groups()
-            line = f"{flag(name)} is {value!r}, expected {expected_value(name)}"
+            line = f"{flag(name)} must be {expected_value(name)}, got {value!r}"
         self.exit(2, f"bmrs: error: {line}\n")
         raise AssertionError("exit does not return")
 

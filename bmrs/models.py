@@ -6,10 +6,10 @@ from collections import OrderedDict
 
 from torch import nn
 
+from bmrs.checks import check_integer
+from bmrs.noise.activations import ACTIVATION_LAYERS
 from bmrs.noise.layer import NoiseLayer
 from bmrs_kernels.options import Activation, Backend, Granularity
-
-_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class MLP(nn.Sequential):
@@ -40,8 +40,7 @@ class MLP(nn.Sequential):
         granularity: Granularity = "element",
         backend: Backend = "auto",
     ) -> None:
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks must not be negative, was {num_blocks}")
+        check_integer("num_blocks", num_blocks, minimum=0)
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         width = in_features
         for i in range(num_blocks + 1):
@@ -103,5 +102,5 @@ def _activation(
 ) -> nn.Module:
     """An activation with noise fused behind it, or the bare activation: one module either way."""
     if not noise:
-        return _ACTIVATIONS[activation]()
+        return ACTIVATION_LAYERS[activation]()
     return NoiseLayer(num_structures, granularity=granularity, activation=activation, backend=backend)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bmrs.checks import check_integer
 from bmrs.compaction.comparison import OutputComparison, cut_examples, forward_flops, without_fast_path
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
@@ -97,10 +98,7 @@ def compact(
             device, is sharded, or ``refit_to`` is another network; the place is named.
         RuntimeError: the outputs differ on the example.
     """
-    if not isinstance(round_to, int) or isinstance(round_to, bool):
-        raise TypeError(f"round_to must be an int, was {round_to!r}")
-    if round_to < 1:
-        raise ValueError(f"round_to must be at least 1, was {round_to}")
+    check_integer("round_to", round_to, minimum=1)
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
         masked = _inside_a_module(evaluation_copy(model))
@@ -335,7 +333,7 @@ def _single(inputs: Inputs) -> Tensor:
     args, kwargs = inputs
     values = [*args, *kwargs.values()]
     if len(values) != 1 or not isinstance(values[0], Tensor):
-        raise TypeError(f"refit_to needs a model of one input, example_inputs were {len(values)}")
+        raise TypeError(f"refit_to needs a model of one input, got {len(values)} in example_inputs")
     return values[0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from bmrs.checks import check_number
 from bmrs.compaction.compact import compact, compact_report
 from bmrs.compaction.comparison import forward_flops
 from bmrs.graph.capture import as_inputs, map_tensors
@@ -105,8 +105,7 @@ def structure_prices(
     Raises:
         TypeError, ValueError, RuntimeError: as `bmrs.compact`, or ``exponent`` is not a finite number at least 0.
     """
-    if not 0 <= exponent < math.inf:
-        raise ValueError(f"exponent must be finite and at least 0, was {exponent}")
+    check_number("exponent", exponent, minimum=0.0)
     layers = required_noise_layers(model)
     if exponent == 0:
         return dict.fromkeys(layers, 1.0)

@@ -133,12 +133,12 @@ def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]
     for value, name, (kind, wanted) in zip(values, names, expected, strict=True):
         if kind == "constant":
             if value != wanted:
-                raise ValueError(f"{name} must be {wanted!r}, as when the network was saved, was {value!r}")
+                raise ValueError(f"{name} must be {wanted!r}, as when the network was saved, got {value!r}")
             continue
         shape = getattr(value, "shape", None)
         if shape is None or len(shape) != len(wanted):
             raise ValueError(
-                f"{name} must be a tensor of {len(wanted)} dimensions, was {shape or type(value).__name__}"
+                f"{name} must be a tensor of {len(wanted)} dimensions, got {shape or type(value).__name__}"
             )
         for d, (size, allowed) in enumerate(zip(shape, wanted, strict=True)):
             if isinstance(allowed, int):
@@ -151,7 +151,7 @@ def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]
                 words += "" if size == known[letter] else f" and {known[letter]} as before"
             if not fits:
                 raise ValueError(
-                    f"size {d} of {name} must be {words}, as when the network was saved, was {int(size)}"
+                    f"size {d} of {name} must be {words}, as when the network was saved, got {int(size)}"
                 )
     return values
 

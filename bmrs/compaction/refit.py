@@ -69,7 +69,7 @@ def refit(compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Mod
         ):
             raise ValueError(
                 f"refit_to must be {inputs.dtype} on {inputs.device} as example_inputs are, "
-                f"was {parameter.dtype} on {parameter.device}"
+                f"got {parameter.dtype} on {parameter.device}"
             )
     layers = {name: compacted.get_submodule(name) for name in origins}
     chosen = {name: layer for name, layer in layers.items() if _mixes(layer)}
@@ -227,14 +227,14 @@ def _check_reference(layer: WeightLayer, origin: Origin, reference: nn.Module) -
         found = reference.get_submodule(origin.name)
     except AttributeError:
         raise ValueError(
-            f"refit_to has no layer {origin.name!r}: give the full network that was pruned, "
-            f"was {type(reference).__name__}"
+            f"refit_to must be the full network that was pruned, with a layer {origin.name!r}, "
+            f"got {type(reference).__name__}"
         ) from None
     outputs = len(getattr(found, "weight", ()))
     if not isinstance(found, type(layer)) or outputs <= int(origin.rows.max()):
         raise ValueError(
             f"layer {origin.name!r} of refit_to must be a {type(layer).__name__} with more than "
-            f"{int(origin.rows.max())} outputs, was {type(found).__name__} with {outputs}"
+            f"{int(origin.rows.max())} outputs, got {type(found).__name__} with {outputs}"
         )
 
 

@@ -1,12 +1,13 @@
 """Pruning criteria; `base` says what one is."""
 
 from bmrs.criteria.base import Criterion, Decision, PosteriorCriterion
-from bmrs.criteria.evidence import BMRSNormal, BMRSOdds, BMRSUniform
+from bmrs.criteria.evidence import PAPER_TOLERANCE, BMRSNormal, BMRSOdds, BMRSUniform
 from bmrs.criteria.moments import SNR, Mean
 from bmrs.criteria.norms import L2, GradientNorm
 
 __all__ = [
     "L2",
+    "PAPER_TOLERANCE",
     "SNR",
     "BMRSNormal",
     "BMRSOdds",

@@ -90,12 +90,3 @@ class PosteriorCriterion(Criterion):
             layer.mu, layer.log_sigma, lower=layer.lower, upper=layer.upper, backend=layer.backend
         )
         return Decision(scores, self.decide(scores))
-
-
-def check_number(name: str, value: float, minimum: float = -math.inf) -> None:
-    """Raise a TypeError or ValueError, naming the option, unless it is a finite number of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, was {value!r}")
-    if not math.isfinite(value) or value < minimum:
-        bound = "" if minimum == -math.inf else f" and at least {minimum:g}"
-        raise ValueError(f"{name} must be finite{bound}, was {value}")

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 import bmrs_kernels
-from bmrs.criteria.base import Decision, PosteriorCriterion, check_number
+from bmrs.checks import check_number
+from bmrs.criteria.base import Decision, PosteriorCriterion
+from bmrs_kernels.constants import HALF_LOG_2PI, LN2
 from bmrs_kernels.options import Backend
 
-LN2 = math.log(2.0)
+PAPER_TOLERANCE = HALF_LOG_2PI
+"""The tolerance with which `BMRSNormal` decides as the authors' code does, which leaves the 2π out of Eq. 8."""
 
 
 class _EvidenceCriterion(PosteriorCriterion):
@@ -48,7 +51,7 @@ class BMRSNormal(_EvidenceCriterion):
     Scores are ΔF in nats. A structure that the data say nothing about has its posterior near the prior, and its ΔF
     near 0: from below while ``mu`` lies in the upper half of [lower, upper], where training starts. A tolerance
     prunes such structures too. The authors' code, which leaves out the 2π of Eq. 8, acts as BMRS_N with
-    tolerance ½ log 2π ≈ 0.919.
+    the tolerance ½ log 2π ≈ 0.919 (`bmrs.criteria.PAPER_TOLERANCE`).
 
     Args:
         prior_mean: location of the reduced prior on log θ; None for the layer's lower bound.
@@ -64,9 +67,7 @@ class BMRSNormal(_EvidenceCriterion):
         check_number("tolerance", self.tolerance, minimum=0.0)
         if self.prior_mean is not None:
             check_number("prior_mean", self.prior_mean)
-        check_number("prior_std", self.prior_std)
-        if self.prior_std <= 0:
-            raise ValueError(f"prior_std must be greater than 0, was {self.prior_std}")
+        check_number("prior_std", self.prior_std, above=0.0)
 
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
@@ -78,7 +79,7 @@ class BMRSNormal(_EvidenceCriterion):
         """
         if self.prior_mean is not None and not lower <= self.prior_mean <= upper:
             raise ValueError(
-                f"prior_mean must lie in the noise layer's interval [{lower}, {upper}], was {self.prior_mean}"
+                f"prior_mean must lie in the noise layer's interval [{lower}, {upper}], got {self.prior_mean}"
             )
         return bmrs_kernels.delta_f_lognormal(
             mu,
@@ -117,7 +118,7 @@ class BMRSUniform(_EvidenceCriterion):
             if self.reduced_lower >= -self.p1 * LN2:
                 raise ValueError(
                     "reduced_lower must be less than -p1·ln 2, "
-                    f"were {self.reduced_lower:.4g} and {-self.p1 * LN2:.4g}"
+                    f"got {self.reduced_lower:.4g} and {-self.p1 * LN2:.4g}"
                 )
 
     def scores(
@@ -167,9 +168,7 @@ class BMRSOdds(PosteriorCriterion):
     score_name: ClassVar[str] = "log odds"
 
     def __post_init__(self) -> None:
-        check_number("p1", self.p1)
-        if self.p1 <= 0:
-            raise ValueError(f"p1 must be greater than 0, was {self.p1}")
+        check_number("p1", self.p1, above=0.0)
 
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 import bmrs_kernels
-from bmrs.criteria.base import PosteriorCriterion, check_number
+from bmrs.checks import check_number
+from bmrs.criteria.base import PosteriorCriterion
 from bmrs_kernels.options import Backend
 
 

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bmrs.criteria.base import Criterion, Decision, check_number
+from bmrs.checks import check_number
+from bmrs.criteria.base import Criterion, Decision
 from bmrs.noise.layer import NoiseLayer
 
 
@@ -25,7 +26,7 @@ class _LowestNorm(Criterion):
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, minimum=0.0)
         if self.ratio >= 1:
-            raise ValueError(f"ratio must be less than 1, was {self.ratio}")
+            raise ValueError(f"ratio must be less than 1, got {self.ratio}")
 
     @abstractmethod
     def values(self, weight: nn.Parameter) -> Tensor:

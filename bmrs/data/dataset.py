@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from bmrs.data.idx import read_idx_images
 EMBEDDED: Final = "fashion-mnist-subset"
 """The name of the data that come with the package."""
 
-DATASETS = (EMBEDDED, "mnist", "fashion-mnist", "cifar10")
+DataName: TypeAlias = Literal["fashion-mnist-subset", "mnist", "fashion-mnist", "cifar10"]
+
+DATASETS: tuple[DataName, ...] = get_args(DataName)
 """The names that `load_dataset` knows."""
 
 IMAGE_SIZE = 32
@@ -78,9 +80,9 @@ def load_dataset(
         DataError: If a file is not what its format says.
     """
     if name not in DATASETS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(DATASETS)}")
+        raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}, expected a number between 0 and 1")
+        raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     if (folder is None) != (name == EMBEDDED):
         raise ValueError(
             f"folder is {str(folder)!r}, but {name} comes with the package"
@@ -111,7 +113,7 @@ def preprocess(images: Tensor, *, name: str) -> Tensor:
         float32 of shape (N, C, 32, 32), on the device of `images`.
     """
     if name not in DATASETS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(DATASETS)}")
+        raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
     pixels = images.float()
     if tuple(pixels.shape[-2:]) != (IMAGE_SIZE, IMAGE_SIZE):
         pixels = F.interpolate(pixels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)

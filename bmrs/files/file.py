@@ -99,7 +99,7 @@ def load(
             was made from; what is wrong is said.
     """
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, was {model!r}")
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")

@@ -98,14 +98,14 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
     else:
         raise TypeError(
             "example_inputs must be a tensor, a sequence of positional arguments or a mapping of keyword arguments, "
-            f"was {type(example_inputs).__name__}"
+            f"got {type(example_inputs).__name__}"
         )
     tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
     if not tensors:
-        raise TypeError(f"example_inputs must hold a tensor, was {example_inputs!r}")
+        raise TypeError(f"example_inputs must hold a tensor, got {example_inputs!r}")
     for tensor in tensors:
         if tensor.numel() == 0:
-            raise ValueError(f"example_inputs must hold an example, was of shape {tuple(tensor.shape)}")
+            raise ValueError(f"example_inputs must hold an example, got shape {tuple(tensor.shape)}")
     return inputs
 
 

@@ -22,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         ValueError: its parameters are sharded, so that it has to be gathered first.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, was {model!r}")
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     while True:
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             model = model._orig_mod

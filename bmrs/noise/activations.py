@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
+from bmrs_kernels.options import Activation
 
-ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
+
+ACTIVATION_LAYERS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 """The layers that do what a noise layer's ``activation`` does."""
 
 
-def activated(x: Tensor, activation: str | None) -> Tensor:
+def activated(x: Tensor, activation: Activation | None) -> Tensor:
     """Return activation(x)."""
     return x if activation is None else ACTIVATIONS[activation](x)

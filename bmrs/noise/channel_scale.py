@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bmrs.noise.activations import activated
 from bmrs.noise.nested import for_each_example
+from bmrs_kernels.options import Activation
 
 
 class ChannelScale(nn.Module):
@@ -19,7 +20,7 @@ class ChannelScale(nn.Module):
 
     factors: Tensor
 
-    def __init__(self, factors: Tensor, *, dim: int, activation: str | None = None) -> None:
+    def __init__(self, factors: Tensor, *, dim: int, activation: Activation | None = None) -> None:
         super().__init__()
         self.dim, self.activation = dim, activation
         self.register_buffer("factors", factors)

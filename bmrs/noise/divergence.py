@@ -69,12 +69,10 @@ def _group_divergence(group: list[NoiseLayer], shares: dict[NoiseLayer, float] |
 
 def _shares(weights: Mapping[str, float], layers: dict[str, NoiseLayer]) -> dict[NoiseLayer, float]:
     if weights.keys() != layers.keys():
-        raise ValueError(
-            f"weight must name the model's noise layers {sorted(layers)}, named {sorted(weights)}"
-        )
+        raise ValueError(f"weight must name the model's noise layers {sorted(layers)}, got {sorted(weights)}")
     words = [name for name, weight in weights.items() if isinstance(weight, str)]
     if words:
-        raise ValueError(f"weight must map {words[0]!r} to a number, was {weights[words[0]]!r}")
+        raise ValueError(f"weight must map {words[0]!r} to a number, got {weights[words[0]]!r}")
     return {layer: _scale(weights[name], None, 1) for name, layer in layers.items()}
 
 
@@ -83,11 +81,11 @@ def _scale(weight: Literal["elbo", "mean"] | float, dataset_size: int | None, nu
         if dataset_size is None or dataset_size < 1:
             raise ValueError(
                 "weight='elbo' divides by the number of training examples: "
-                f"dataset_size must be a positive int, was {dataset_size}"
+                f"dataset_size must be a positive int, got {dataset_size}"
             )
         return 1.0 / dataset_size
     if weight == "mean":
         return 1.0 / num_layers
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0.0 <= weight < math.inf:
-        raise ValueError(f"weight must be 'elbo', 'mean' or a finite number >= 0, was {weight!r}")
+        raise ValueError(f"weight must be 'elbo', 'mean' or a finite number >= 0, got {weight!r}")
     return float(weight)

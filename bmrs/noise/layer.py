@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import get_args
 
@@ -10,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import bmrs_kernels
+from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.noise.activations import activated
-from bmrs.noise.checks import check_choice, check_integer
 from bmrs.noise.nested import for_each_example
+from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
+
+INITIAL_MU, INITIAL_LOG_SIGMA = 0.0, -5.0
+"""Where posteriors start: θ near 1, with a standard deviation below 1 %."""
 
 
 class NoiseLayer(nn.Module):
@@ -58,22 +61,18 @@ class NoiseLayer(nn.Module):
         structure_size: int = 1,
         granularity: Granularity = "element",
         activation: Activation | None = None,
-        lower: float = -20.0,
-        upper: float = 0.0,
-        initial_mu: float = 0.0,
-        initial_log_sigma: float = -5.0,
+        lower: float = LOWER,
+        upper: float = UPPER,
+        initial_mu: float = INITIAL_MU,
+        initial_log_sigma: float = INITIAL_LOG_SIGMA,
         backend: Backend = "auto",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_integer("num_structures", num_structures)
-        if num_structures < 1:
-            raise ValueError(f"num_structures must be at least 1, was {num_structures}")
+        check_integer("num_structures", num_structures, minimum=1)
         check_integer("dim", dim)
-        check_integer("structure_size", structure_size)
-        if structure_size < 1:
-            raise ValueError(f"structure_size must be at least 1, was {structure_size}")
+        check_integer("structure_size", structure_size, minimum=1)
         check_choice("granularity", granularity, get_args(Granularity))
         check_choice("activation", activation, (None, *get_args(Activation)))
         check_choice("backend", backend, get_args(Backend))
@@ -84,13 +83,12 @@ class NoiseLayer(nn.Module):
             "initial_log_sigma": initial_log_sigma,
         }
         for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, was {value}")
+            check_number(name, value)
         if lower >= upper:
-            raise ValueError(f"lower must be less than upper, were {lower} and {upper}")
+            raise ValueError(f"lower must be less than upper, got {lower} and {upper}")
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating dtype, was {dtype}")
+            raise TypeError(f"dtype must be a floating dtype, got {dtype}")
 
         self.num_structures = num_structures
         self.dim = dim
@@ -178,19 +176,19 @@ class NoiseLayer(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, was {type(x).__name__}")
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
-            raise TypeError(f"x must have a floating dtype, was {x.dtype}")
+            raise TypeError(f"x must have a floating dtype, got {x.dtype}")
         if not -x.dim() <= self.dim < x.dim():
-            raise ValueError(f"x has no dimension {self.dim}: its shape is {tuple(x.shape)}")
+            raise ValueError(f"x must have a dimension {self.dim}, got shape {tuple(x.shape)}")
         if x.shape[self.dim] != self.num_structures * self.structure_size:
             size = "" if self.structure_size == 1 else f" · structure_size={self.structure_size}"
             raise ValueError(
                 f"x must have num_structures={self.num_structures}{size} entries along dim={self.dim}, "
-                f"was of shape {tuple(x.shape)}"
+                f"got shape {tuple(x.shape)}"
             )
         if x.device != self.mu.device:
-            raise ValueError(f"x must be on the noise layer's device {self.mu.device}, was on {x.device}")
+            raise ValueError(f"x must be on the noise layer's device {self.mu.device}, got {x.device}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseLayer:
         """Follow conversions, but keep the mask bool and the parameters at 32 bits or more."""

@@ -15,9 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from bmrs.noise.checks import check_integer
+from bmrs.checks import check_choice, check_integer
 from bmrs.noise.hooks import add_noise_hook, added_noise
-from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer
+from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
 
 Structures: TypeAlias = Literal["features", "heads"]
@@ -35,10 +36,10 @@ def add_noise(
     dim: int | None = None,
     granularity: Granularity = "element",
     activation: Activation | None = None,
-    lower: float = -20.0,
-    upper: float = 0.0,
-    initial_mu: float = 0.0,
-    initial_log_sigma: float = -5.0,
+    lower: float = LOWER,
+    upper: float = UPPER,
+    initial_mu: float = INITIAL_MU,
+    initial_log_sigma: float = INITIAL_LOG_SIGMA,
     backend: Backend = "auto",
 ) -> ModelT:
     """Put a noise layer behind chosen layers of a model, in place.
@@ -75,12 +76,9 @@ def add_noise(
             cannot be inferred; ``num_heads`` is missing or does not divide a layer's input; or the model is wrapped
             for distributed training, where new parameters would not be synchronised. The model is then unchanged.
     """
-    if structures not in get_args(Structures):
-        raise ValueError(
-            f"structures must be one of {', '.join(map(repr, get_args(Structures)))}, was {structures!r}"
-        )
+    check_choice("structures", structures, get_args(Structures))
     if (structures == "heads") != (num_heads is not None):
-        raise ValueError(f'num_heads must be given with structures="heads" and only then, was {num_heads}')
+        raise ValueError(f'num_heads must be given with structures="heads" and only then, got {num_heads}')
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "add_noise needs the model before DistributedDataParallel wraps it, so that the new parameters are "
@@ -88,7 +86,7 @@ def add_noise(
         )
     if (num_structures is None) != (dim is None):
         raise ValueError(
-            f"num_structures and dim must be given together, were {num_structures} and {dim}; "
+            f"num_structures and dim must be given together, got {num_structures} and {dim}; "
             "leave both out to infer them"
         )
     chosen = _chosen_layers(model, where)
@@ -147,7 +145,7 @@ def _chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
         chosen = where
     else:
         raise TypeError(
-            f"where must be a module type, a tuple of them, a name pattern or a function, was {where!r}"
+            f"where must be a module type, a tuple of them, a name pattern or a function, got {where!r}"
         )
     layers: dict[nn.Module, str] = {}
     # With duplicates, so that a pattern can name a shared layer by any of its names.
@@ -222,5 +220,5 @@ def _head_size(name: str, layer: nn.Module, num_heads: int) -> int:
             f'structures="heads" needs the linear layers that read the heads, and {name!r} is a {type(layer).__name__}'
         )
     if num_heads < 1 or features % num_heads:
-        raise ValueError(f"num_heads must divide the {features} inputs of layer {name!r}, was {num_heads}")
+        raise ValueError(f"num_heads must divide the {features} inputs of layer {name!r}, got {num_heads}")
     return features // num_heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,11 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from bmrs.checks import check_number
 from bmrs.criteria import SNR, BMRSNormal, BMRSOdds, PosteriorCriterion
-from bmrs.criteria.evidence import LN2
+from bmrs.criteria.evidence import PAPER_TOLERANCE
 from bmrs.noise.divergence import kl_divergence
-from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.layer import INITIAL_LOG_SIGMA, NoiseLayer
 from bmrs.noise.lookup import noise_layers, required_noise_layers
+from bmrs_kernels.constants import LN2
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
@@ -30,7 +31,7 @@ SETTLED = 0.02
 """Share of the structures that may still be undecided when the posteriors count as settled."""
 
 # Of the structures that the KL term drives to the prior, the lax rule prunes early on the way and the strict one late.
-_LAX, _STRICT = SNR(threshold=1.0), BMRSNormal(tolerance=0.5 * math.log(2 * math.pi))
+_LAX, _STRICT = SNR(threshold=1.0), BMRSNormal(tolerance=PAPER_TOLERANCE)
 _CHECK_EVERY = 2.5  # in learning rate times steps
 
 
@@ -121,11 +122,11 @@ class PosteriorLearner:
         weight_lr: float | None = None,
         criterion: PosteriorCriterion | None = None,
     ) -> None:
-        _check_positive("temperature", temperature)
-        _check_positive("dataset_size", dataset_size)
-        _check_positive("learning_rate", learning_rate)
+        check_number("temperature", temperature, above=0.0)
+        check_number("dataset_size", dataset_size, above=0.0)
+        check_number("learning_rate", learning_rate, above=0.0)
         if weight_lr is not None:
-            _check_positive("weight_lr", weight_lr)
+            check_number("weight_lr", weight_lr, above=0.0)
         self.model = model
         self.temperature = float(temperature)
         self.learning_rate = float(learning_rate)
@@ -147,7 +148,7 @@ class PosteriorLearner:
         self._criterion = criterion
         # Sharper posteriors than those that `NoiseLayer` starts from have farther to go.
         start = min(float(layer.log_sigma.detach().min()) for layer in self._layers.values())
-        self._least_distance = LEAST_DISTANCE + max(0.0, -5.0 - start)
+        self._least_distance = LEAST_DISTANCE + max(0.0, INITIAL_LOG_SIGMA - start)
         self._decided = self._decisions()
 
     def __enter__(self) -> PosteriorLearner:
@@ -261,7 +262,7 @@ def learn_posteriors(
         weight_lr=weight_lr,
         criterion=criterion,
     )
-    _check_positive("max_distance", max_distance)
+    check_number("max_distance", max_distance, above=0.0)
     every = max(1, round(_CHECK_EVERY / learning_rate))
     with learner:
         while True:
@@ -313,10 +314,3 @@ def _check_finite(model: nn.Module, loss: Tensor, steps: int) -> None:
             raise FloatingPointError(
                 f"mu or log_sigma of noise layer {name!r} is not finite at step {steps} of learning posteriors"
             )
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, was {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and greater than 0, was {value}")

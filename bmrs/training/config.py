@@ -6,12 +6,21 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
 
-from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, Criterion, GradientNorm, Mean
-from bmrs.data import EMBEDDED
+from bmrs.criteria import (
+    L2,
+    PAPER_TOLERANCE,
+    SNR,
+    BMRSNormal,
+    BMRSOdds,
+    BMRSUniform,
+    Criterion,
+    GradientNorm,
+    Mean,
+)
+from bmrs.data import EMBEDDED, DataName
 from bmrs.noise.layer import NoiseLayer
 from bmrs_kernels.options import Granularity
 
-DataName: TypeAlias = Literal["fashion-mnist-subset", "mnist", "fashion-mnist", "cifar10"]
 ModelName: TypeAlias = Literal["lenet5", "mlp"]
 RecipeName: TypeAlias = Literal["bmrs", "paper"]
 CriterionName: TypeAlias = Literal[
@@ -91,7 +100,7 @@ SETTINGS: dict[RecipeName, dict[tuple[ModelName, DataName], RecipeSettings]] = {
 # amounts to, which leaves the 2π out of Eq. 8: the exact ΔF of a structure without evidence comes to 0 from below.
 _CRITERIA: dict[CriterionName, tuple[type[Criterion], dict[str, float | None]]] = {
     "bmrs-odds": (BMRSOdds, {"p1": 8}),
-    "bmrs-normal": (BMRSNormal, {"prior_mean": None, "tolerance": 0.5 * math.log(2 * math.pi)}),
+    "bmrs-normal": (BMRSNormal, {"prior_mean": None, "tolerance": PAPER_TOLERANCE}),
     "bmrs-uniform": (BMRSUniform, {"p1": 8, "tolerance": 0.0}),
     "snr": (SNR, {"threshold": 1.0}),
     "mean": (Mean, {"threshold": 0.1}),
@@ -273,7 +282,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             if not _fits(getattr(self, name), kind):
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)!r}, expected {expected_value(name)}")
+                raise ConfigError(f"{flag(name)} must be {expected_value(name)}, got {getattr(self, name)!r}")
         for name in ("epochs", "noise_epochs", "prune_every", "batch_size", "hidden", "seeds"):
             self._check_number(name, minimum=1)
         for name in (
@@ -289,7 +298,7 @@ class TrainConfig:
         for name in ("lr", "noise_lr", "temperature"):
             self._check_number(name, minimum=0, or_equal=False)
         if self.distillation is not None and self.distillation > 1:
-            raise ConfigError(f"--distillation is {self.distillation}, expected a number from 0 to 1")
+            raise ConfigError(f"--distillation must be a number from 0 to 1, got {self.distillation}")
         for recipe, options in _OWN_OPTIONS.items():
             for name, default in options.items():
                 if recipe != self.recipe:
@@ -354,8 +363,8 @@ class TrainConfig:
         if value is None or isinstance(value, str):
             return
         if not math.isfinite(value) or value < minimum or (value == minimum and not or_equal):
-            expected = f"at least {minimum}" if or_equal else f"greater than {minimum}"
-            raise ConfigError(f"{flag(name)} is {value}, expected a number {expected}")
+            expected = f"of at least {minimum}" if or_equal else f"greater than {minimum}"
+            raise ConfigError(f"{flag(name)} must be a number {expected}, got {value}")
 
     def _check_unused(self, name: str, owner: str) -> None:
         value = getattr(self, name)
@@ -370,12 +379,13 @@ def flag(name: str) -> str:
 
 def expected_value(name: str) -> str:
     """Return in words what kind of value an option of `TrainConfig` takes."""
-    return " or ".join(_describe(get_type_hints(TrainConfig)[name]))
+    *others, last = _describe(get_type_hints(TrainConfig)[name])
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _describe(kind: Any) -> list[str]:
     if get_origin(kind) is Literal:
-        return [", ".join(get_args(kind))]
+        return list(get_args(kind))
     if get_args(kind):
         return [text for each in get_args(kind) for text in _describe(each)]
     return {int: ["a whole number"], float: ["a number"], str: ["a text"], bool: ["true or false"]}.get(

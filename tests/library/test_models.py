@@ -56,7 +56,7 @@ def test_mlp_follows_the_paper():
 def test_mlp_without_blocks_has_one_hidden_layer():
     model = MLP(in_features=4, num_blocks=0, hidden=3)
     assert len(noise_layers(model)) == 1
-    with pytest.raises(ValueError, match="num_blocks must not be negative, was -1"):
+    with pytest.raises(ValueError, match="num_blocks must be at least 0, got -1"):
         MLP(in_features=4, num_blocks=-1, hidden=3)
 
 

@@ -255,11 +255,11 @@ def test_options_come_from_a_file_and_flags_win(options, images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --lr x", "--lr is 'x', expected a number"),
-        ("train --lr -1", "--lr is -1.0, expected a number greater than 0"),
-        ("train --seed 1.5", "--seed is '1.5', expected a whole number"),
-        ("train --model vgg", "--model is 'vgg', expected lenet5, mlp"),
-        ("train --kl-weight max", "--kl-weight is 'max', expected elbo, mean or a number"),
+        ("train --lr x", "--lr must be a number, got 'x'"),
+        ("train --lr -1", "--lr must be a number greater than 0, got -1.0"),
+        ("train --seed 1.5", "--seed must be a whole number, got '1.5'"),
+        ("train --model vgg", "--model must be lenet5 or mlp, got 'vgg'"),
+        ("train --kl-weight max", "--kl-weight must be elbo, mean or a number, got 'max'"),
         ("train --data mnist", "--data mnist needs --data-dir, the folder with its official files"),
         (
             "train --data mnist --data-dir nowhere",

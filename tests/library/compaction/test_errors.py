@@ -79,15 +79,15 @@ class TestExampleInputs:
     @pytest.mark.parametrize(
         ("example", "error", "message"),
         [
-            (3.0, TypeError, r"a tensor, a sequence of positional arguments or a mapping .* was float"),
-            ("input", TypeError, "was str"),
-            (None, TypeError, "was NoneType"),
-            (iter([torch.ones(1, 4)]), TypeError, "was list_iterator"),
-            ([3.0], TypeError, r"example_inputs must hold a tensor, was \[3\.0\]"),
-            ((), TypeError, r"must hold a tensor, was \(\)"),
-            ({"input": 3}, TypeError, r"must hold a tensor, was \{'input': 3\}"),
-            (torch.ones(0, 4), ValueError, r"must hold an example, was of shape \(0, 4\)"),
-            ({"input": torch.ones(0, 4)}, ValueError, r"must hold an example, was of shape \(0, 4\)"),
+            (3.0, TypeError, r"a tensor, a sequence of positional arguments or a mapping .* got float"),
+            ("input", TypeError, "got str"),
+            (None, TypeError, "got NoneType"),
+            (iter([torch.ones(1, 4)]), TypeError, "got list_iterator"),
+            ([3.0], TypeError, r"example_inputs must hold a tensor, got \[3\.0\]"),
+            ((), TypeError, r"must hold a tensor, got \(\)"),
+            ({"input": 3}, TypeError, r"must hold a tensor, got \{'input': 3\}"),
+            (torch.ones(0, 4), ValueError, r"must hold an example, got shape \(0, 4\)"),
+            ({"input": torch.ones(0, 4)}, ValueError, r"must hold an example, got shape \(0, 4\)"),
             (
                 torch.ones(2, 5),
                 ValueError,
@@ -126,7 +126,7 @@ class TestExampleInputs:
 class TestModels:
     @pytest.mark.parametrize("function", [bmrs.fold, lambda model: bmrs.compact(model, torch.ones(1, 4))])
     def test_what_is_no_module(self, function):
-        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, was 3"):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got 3"):
             function(3)
 
     @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_another_dtype_is_refused(mlp):
     model = masked_copy(mlp, 0.5, where="0")
     inputs = torch.randn(50, 6, generator=generator(), dtype=torch.float64)
     with pytest.raises(
-        ValueError, match=r"refit_to must be torch.float64 on cpu .* was torch.float32 on cpu"
+        ValueError, match=r"refit_to must be torch.float64 on cpu .* got torch.float32 on cpu"
     ):
         bmrs.compact(model, inputs, refit_to=copy.deepcopy(mlp).float())
 
@@ -249,7 +249,7 @@ def test_another_dtype_is_refused(mlp):
 def test_another_network_is_refused_by_name(mlp):
     model = masked_copy(mlp, 0.5, where="0")
     inputs = torch.randn(50, 6, generator=generator(), dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"refit_to has no layer '0'.* was Linear"):
+    with pytest.raises(ValueError, match=r"refit_to must be .* with a layer '0'.* got Linear"):
         bmrs.compact(model, inputs, refit_to=nn.Linear(6, 3).double())
     other = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 3)).double()
     with pytest.raises(
@@ -279,7 +279,7 @@ def test_several_inputs_are_refused(mlp):
 
     model = masked_copy(Added(), 0.5, where="layers.0")
     inputs = torch.randn(2, 50, 6, generator=generator(), dtype=torch.float64)
-    with pytest.raises(TypeError, match="refit_to needs a model of one input, example_inputs were 2"):
+    with pytest.raises(TypeError, match="refit_to needs a model of one input, got 2 in example_inputs"):
         bmrs.compact(model, tuple(inputs), refit_to=mlp)
 
 

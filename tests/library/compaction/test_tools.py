@@ -229,9 +229,9 @@ class TestGraphs:
         loaded = bmrs.load(tmp_path / "m")
         x = torch.randn(7, 6)
         torch.testing.assert_close(loaded(x, True), model(x, True))
-        with pytest.raises(ValueError, match="twice must be True, as when the network was saved, was False"):
+        with pytest.raises(ValueError, match="twice must be True, as when the network was saved, got False"):
             loaded(x, False)
-        with pytest.raises(ValueError, match="size 1 of x must be 6, as when the network was saved, was 5"):
+        with pytest.raises(ValueError, match="size 1 of x must be 6, as when the network was saved, got 5"):
             loaded(torch.randn(7, 5), True)
 
 

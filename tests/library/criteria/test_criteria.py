@@ -115,7 +115,7 @@ class TestPosteriorCriteria:
     def test_a_border_outside_the_interval_is_named(self, layer):
         with pytest.raises(ValueError, match=r"p1=30 of BMRSOdds .* inside .*\(-20.0, 0.0\)"):
             bmrs.BMRSOdds(p1=30)(layer)
-        with pytest.raises(ValueError, match="p1 must be greater than 0, was 0"):
+        with pytest.raises(ValueError, match="p1 must be finite and greater than 0, got 0"):
             bmrs.BMRSOdds(p1=0)
         with pytest.raises(TypeError, match="p1 must be a number"):
             bmrs.BMRSOdds(p1="8")
@@ -222,29 +222,33 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("build", "error", "message"),
         [
-            (lambda: bmrs.BMRSNormal(prior_std=0.0), ValueError, "prior_std must be greater than 0, was 0.0"),
-            (lambda: bmrs.BMRSNormal(prior_mean=math.nan), ValueError, "prior_mean must be finite, was nan"),
+            (
+                lambda: bmrs.BMRSNormal(prior_std=0.0),
+                ValueError,
+                "prior_std must be finite and greater than 0, got 0.0",
+            ),
+            (lambda: bmrs.BMRSNormal(prior_mean=math.nan), ValueError, "prior_mean must be finite, got nan"),
             (lambda: bmrs.BMRSNormal(tolerance=-0.5), ValueError, "tolerance must be finite and at least 0"),
             (
                 lambda: bmrs.BMRSUniform(tolerance=math.nan),
                 ValueError,
                 "tolerance must be finite and at least 0",
             ),
-            (lambda: bmrs.BMRSUniform(p1="8"), TypeError, "p1 must be a number, was '8'"),
+            (lambda: bmrs.BMRSUniform(p1="8"), TypeError, "p1 must be a number, got '8'"),
             (lambda: bmrs.BMRSUniform(p1=23), ValueError, "reduced_lower must be less than -p1·ln 2"),
             (
                 lambda: bmrs.SNR(threshold=-1.0),
                 ValueError,
-                "threshold must be finite and at least 0, was -1.0",
+                "threshold must be finite and at least 0, got -1.0",
             ),
             (lambda: bmrs.Mean(threshold=math.inf), ValueError, "threshold must be finite and at least 0"),
-            (lambda: bmrs.L2(ratio=1.0), ValueError, "ratio must be less than 1, was 1.0"),
+            (lambda: bmrs.L2(ratio=1.0), ValueError, "ratio must be less than 1, got 1.0"),
             (
                 lambda: bmrs.GradientNorm(ratio=-0.1),
                 ValueError,
-                "ratio must be finite and at least 0, was -0.1",
+                "ratio must be finite and at least 0, got -0.1",
             ),
-            (lambda: bmrs.L2(ratio=True), TypeError, "ratio must be a number, was True"),
+            (lambda: bmrs.L2(ratio=True), TypeError, "ratio must be a number, got True"),
         ],
     )
     def test_constructor_errors(self, build, error, message):
@@ -259,7 +263,7 @@ class TestArguments:
                 r"the reduced interval \[-15.94, -5.545\] of BMRSUniform must .* \[-10.0, 0.0\]",
             ),
             (bmrs.BMRSUniform(p1=20, reduced_lower=None), r"the reduced interval \[-10, -13.86\]"),
-            (bmrs.BMRSNormal(prior_mean=-11.0), r"interval \[-10.0, 0.0\], was -11.0"),
+            (bmrs.BMRSNormal(prior_mean=-11.0), r"interval \[-10.0, 0.0\], got -11.0"),
         ],
     )
     def test_interval_outside_the_layers(self, criterion, message):

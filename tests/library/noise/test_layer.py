@@ -195,24 +195,24 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"num_structures": 0}, ValueError, "num_structures must be at least 1, was 0"),
-            ({"num_structures": 2.0}, TypeError, "num_structures must be an int, was 2.0"),
-            ({"dim": True}, TypeError, "dim must be an int, was True"),
+            ({"num_structures": 0}, ValueError, "num_structures must be at least 1, got 0"),
+            ({"num_structures": 2.0}, TypeError, "num_structures must be an int, got 2.0"),
+            ({"dim": True}, TypeError, "dim must be an int, got True"),
             ({"granularity": "pixel"}, ValueError, "granularity must be one of 'element', 'sample', 'batch'"),
             (
                 {"activation": "gelu"},
                 ValueError,
-                "activation must be one of None, 'relu', 'tanh', was 'gelu'",
+                "activation must be one of None, 'relu', 'tanh', got 'gelu'",
             ),
             (
                 {"backend": "cuda"},
                 ValueError,
-                "backend must be one of 'auto', 'torch', 'triton', 'numba', was 'cuda'",
+                "backend must be one of 'auto', 'torch', 'triton', 'numba', got 'cuda'",
             ),
-            ({"lower": 0.0}, ValueError, "lower must be less than upper, were 0.0 and 0.0"),
-            ({"lower": -float("inf")}, ValueError, "lower must be finite, was -inf"),
-            ({"initial_mu": float("nan")}, ValueError, "initial_mu must be finite, was nan"),
-            ({"dtype": torch.int32}, TypeError, "dtype must be a floating dtype, was torch.int32"),
+            ({"lower": 0.0}, ValueError, "lower must be less than upper, got 0.0 and 0.0"),
+            ({"lower": -float("inf")}, ValueError, "lower must be finite, got -inf"),
+            ({"initial_mu": float("nan")}, ValueError, "initial_mu must be finite, got nan"),
+            ({"dtype": torch.int32}, TypeError, "dtype must be a floating dtype, got torch.int32"),
         ],
     )
     def test_constructor(self, options, error, message):
@@ -223,10 +223,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("x", "error", "message"),
         [
-            (torch.ones(2, 4), ValueError, r"num_structures=3 entries along dim=1, was of shape \(2, 4\)"),
-            (torch.ones(3), ValueError, r"x has no dimension 1: its shape is \(3,\)"),
-            (torch.ones(2, 3, dtype=torch.int64), TypeError, "x must have a floating dtype, was torch.int64"),
-            (torch.ones(2, 3, device="meta"), ValueError, "noise layer's device cpu, was on meta"),
+            (torch.ones(2, 4), ValueError, r"num_structures=3 entries along dim=1, got shape \(2, 4\)"),
+            (torch.ones(3), ValueError, r"x must have a dimension 1, got shape \(3,\)"),
+            (torch.ones(2, 3, dtype=torch.int64), TypeError, "x must have a floating dtype, got torch.int64"),
+            (torch.ones(2, 3, device="meta"), ValueError, "noise layer's device cpu, got meta"),
         ],
     )
     def test_input(self, training, x, error, message):

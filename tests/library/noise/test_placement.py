@@ -322,30 +322,30 @@ class TestHeads:
                 ValueError,
                 r'num_heads must be given with structures="heads"',
             ),
-            (nn.Linear(6, 4), {"num_heads": 2}, ValueError, "and only then, was 2"),
+            (nn.Linear(6, 4), {"num_heads": 2}, ValueError, "and only then, got 2"),
             (
                 nn.Linear(6, 4),
                 {"structures": "filters"},
                 ValueError,
-                "one of 'features', 'heads', was 'filters'",
+                "one of 'features', 'heads', got 'filters'",
             ),
             (
                 nn.Linear(6, 4),
                 {"structures": "heads", "num_heads": 4},
                 ValueError,
-                "must divide the 6 inputs of layer '', was 4",
+                "must divide the 6 inputs of layer '', got 4",
             ),
             (
                 nn.Linear(6, 4),
                 {"structures": "heads", "num_heads": 0},
                 ValueError,
-                "must divide the 6 inputs of layer '', was 0",
+                "must divide the 6 inputs of layer '', got 0",
             ),
             (
                 nn.Linear(6, 4),
                 {"structures": "heads", "num_heads": 2.0},
                 TypeError,
-                r"num_heads must be an int, was 2\.0",
+                r"num_heads must be an int, got 2\.0",
             ),
             (
                 nn.Conv2d(6, 4, 1),
@@ -383,9 +383,7 @@ class TestErrors:
             bmrs.add_noise(model, where=where)
 
     def test_number_without_dimension_is_an_error(self):
-        with pytest.raises(
-            ValueError, match="num_structures and dim must be given together, were 3 and None"
-        ):
+        with pytest.raises(ValueError, match="num_structures and dim must be given together, got 3 and None"):
             bmrs.add_noise(nn.Linear(2, 3), where=nn.Linear, num_structures=3)
 
     def test_an_error_leaves_the_model_unchanged(self):

@@ -224,8 +224,8 @@ def test_a_learner_steps_as_the_function_does(trained, data):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": 0.0}, ValueError, "temperature must be finite and greater than 0, was 0.0"),
-        ({"temperature": "high"}, TypeError, "temperature must be a number, was 'high'"),
+        ({"temperature": 0.0}, ValueError, "temperature must be finite and greater than 0, got 0.0"),
+        ({"temperature": "high"}, TypeError, "temperature must be a number, got 'high'"),
         ({"learning_rate": math.inf}, ValueError, "learning_rate must be finite"),
         ({"weight_lr": -1.0}, ValueError, "weight_lr must be finite and greater than 0"),
         ({"max_distance": math.nan}, ValueError, "max_distance must be finite"),
