@@ -140,20 +140,30 @@ class NoiseLayer(nn.Module):
         """
         if isinstance(x, Tensor) and x.is_nested:
             return for_each_example(self, x)
-        self._check_input(x)
         if not self.training:
+            self._check_input(x)
             shape = [1] * x.dim()
             shape[self.dim] = -1
             factors = self.spread(self.expected_noise()).to(x.dtype).view(shape)
             return activated(x, self.activation) * factors
-        if self.structure_size == 1:
-            return self._noisy(x, self.dim)
-        dim = self.dim % x.dim()
-        return self._noisy(x.unflatten(dim, (self.num_structures, self.structure_size)), dim).flatten(
-            dim, dim + 1
-        )
+        try:
+            return self._noisy(x)
+        except Exception as error:
+            failure = error
+        # The kernels have checked x; only what they refuse is looked at once more, to say it in the layer's words.
+        self._check_input(x)
+        raise failure
 
-    def _noisy(self, x: Tensor, dim: int) -> Tensor:
+    def _noisy(self, x: Tensor) -> Tensor:
+        if self.structure_size == 1:
+            return self._multiply(x, self.dim)
+        if x.shape[self.dim] != self.num_structures * self.structure_size:
+            raise ValueError("x cannot be divided into structures")  # `forward` says more
+        dim = self.dim % x.dim()
+        x = x.unflatten(dim, (self.num_structures, self.structure_size))
+        return self._multiply(x, dim).flatten(dim, dim + 1)
+
+    def _multiply(self, x: Tensor, dim: int) -> Tensor:
         return bmrs_kernels.multiply_noise(
             x,
             self.mu,
@@ -175,6 +185,7 @@ class NoiseLayer(nn.Module):
         return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
 
     def _check_input(self, x: Tensor) -> None:
+        """Raise TypeError or ValueError unless the layer can take x."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():

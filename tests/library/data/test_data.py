@@ -298,7 +298,7 @@ def test_too_few_images_to_split_are_refused(tmp_path):
 
 def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(
-        ValueError, match="name must be one of fashion-mnist-subset, mnist, .* got 'imagenet'"
+        ValueError, match=r"name must be one of fashion-mnist-subset, mnist, .* got 'imagenet'"
     ):
         load_dataset("imagenet")
     with pytest.raises(ValueError, match="folder is missing: mnist is read from the folder"):

@@ -227,11 +227,44 @@ class TestErrors:
             (torch.ones(3), ValueError, r"x must have a dimension 1, got shape \(3,\)"),
             (torch.ones(2, 3, dtype=torch.int64), TypeError, "x must have a floating dtype, got torch.int64"),
             (torch.ones(2, 3, device="meta"), ValueError, "noise layer's device cpu, got meta"),
+            ([[1.0, 1.0, 1.0]], TypeError, "x must be a tensor, got list"),
         ],
     )
     def test_input(self, training, x, error, message):
         with pytest.raises(error, match=message):
             NoiseLayer(3).train(training)(x)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(
+        ("x", "error", "message"),
+        [
+            (
+                torch.ones(2, 4),
+                ValueError,
+                r"num_structures=3 · structure_size=2 entries along dim=1, got shape \(2, 4\)",
+            ),
+            (torch.tensor(1.0), ValueError, r"x must have a dimension 1, got shape \(\)"),
+            (torch.ones(2, 6, dtype=torch.int64), TypeError, "x must have a floating dtype, got torch.int64"),
+            (3.0, TypeError, "x must be a tensor, got float"),
+        ],
+    )
+    def test_input_of_larger_structures(self, training, x, error, message):
+        with pytest.raises(error, match=message):
+            NoiseLayer(3, structure_size=2).train(training)(x)
+
+    def test_training_looks_at_x_once(self, monkeypatch):
+        def looked(x):
+            raise AssertionError("x was looked at twice")
+
+        layer = NoiseLayer(3)
+        monkeypatch.setattr(layer, "_check_input", looked)
+        assert layer(torch.ones(2, 3)).shape == (2, 3)
+
+    def test_an_error_that_is_not_of_x_is_the_kernels_own(self):
+        layer = NoiseLayer(3, dim=0, granularity="sample")
+        with pytest.raises(ValueError, match="dim must not be 0 with granularity") as caught:
+            layer(torch.ones(3, 2))
+        assert caught.value.__context__ is None
 
 
 class TestNoiseLayers:
