@@ -1,5 +1,6 @@
 """Threshold-free Bayesian structured pruning (BMRS) for PyTorch."""
 
+import bmrs_kernels
 from bmrs import models
 from bmrs.compaction import (
     CompactReport,
@@ -50,3 +51,10 @@ __all__ = [
     "suggest",
     "unsettled",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """Return ``__version__``, which is not read before it is asked for."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return bmrs_kernels.__version__

@@ -1,16 +1,20 @@
-"""The `bmrs` command: `bmrs train` and `bmrs evaluate RUN`."""
+"""The `bmrs` command: `bmrs train`, `bmrs evaluate RUN` and `bmrs --version`."""
 
 from __future__ import annotations
 
+import argparse
+import platform
 import re
 import sys
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
-from typing import NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+import bmrs_kernels
 from bmrs.data import DataError
 from bmrs.training import (
     CollapseError,
@@ -101,8 +105,34 @@ class _Parser(ArgumentParser):
         raise AssertionError("exit does not return")
 
 
+class _ShowVersions(argparse.Action):
+    """The option that prints versions and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(_versions())
+        parser.exit()
+
+
+def _versions() -> str:
+    """Return the versions of bmrs and of what its results depend on, read from what is installed."""
+    lines = [f"bmrs {bmrs_kernels.__version__}", f"Python {platform.python_version()}"]
+    for name in ("torch", "numba", "triton"):
+        try:
+            lines.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name} is not installed")
+    return "\n".join(lines)
+
+
 def _parser() -> ArgumentParser:
     parser = _Parser(prog="bmrs", description="Threshold-free Bayesian structured pruning.")
+    parser.add_argument(
+        "--version",
+        action=_ShowVersions,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="print the versions of bmrs, Python and the libraries",
+    )
     commands = parser.add_subcommands(metavar="{train,evaluate}")
 
     training = _Parser(description=_TRAIN_HELP)

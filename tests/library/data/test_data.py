@@ -305,7 +305,7 @@ def test_wrong_arguments_are_named(tmp_path):
         load_dataset("mnist")
     with pytest.raises(ValueError, match="but fashion-mnist-subset comes with the package"):
         load_dataset("fashion-mnist-subset", tmp_path)
-    with pytest.raises(ValueError, match="must be between 0 and 1, got 1.0"):
+    with pytest.raises(ValueError, match=r"must be between 0 and 1, got 1.0"):
         load_dataset("fashion-mnist-subset", validation_fraction=1.0)
     with pytest.raises(
         FileNotFoundError, match="nowhere: no such folder; expected the official files of mnist"
