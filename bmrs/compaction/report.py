@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bmrs.text_table import table_lines
+
 
 @dataclass(frozen=True)
 class LayerCompaction:
@@ -100,9 +102,7 @@ class CompactReport:
             )
             for layer in self.layers
         ]
-        table = [header, *rows]
-        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+        lines = table_lines([header, *rows], left=0)
         for what, before, after in (
             ("parameters", self.parameters_before, self.parameters_after),
             ("bytes", self.bytes_before, self.bytes_after),

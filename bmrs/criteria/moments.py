@@ -14,7 +14,17 @@ from bmrs_kernels.options import Backend
 
 
 @dataclass(frozen=True)
-class SNR(PosteriorCriterion):
+class _ThresholdCriterion(PosteriorCriterion):
+    """Prune where a moment is on the wrong side of a threshold."""
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, minimum=0.0)
+
+
+@dataclass(frozen=True)
+class SNR(_ThresholdCriterion):
     """Prune where the signal-to-noise ratio E[θ]/sd(θ) is at most a threshold (arXiv 1705.07283).
 
     Args:
@@ -24,9 +34,6 @@ class SNR(PosteriorCriterion):
     threshold: float = 1.0
 
     score_name: ClassVar[str] = "SNR"
-
-    def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, minimum=0.0)
 
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
@@ -40,7 +47,7 @@ class SNR(PosteriorCriterion):
 
 
 @dataclass(frozen=True)
-class Mean(PosteriorCriterion):
+class Mean(_ThresholdCriterion):
     """Prune where E[θ] is less than a threshold.
 
     Args:
@@ -50,9 +57,6 @@ class Mean(PosteriorCriterion):
     threshold: float = 0.1
 
     score_name: ClassVar[str] = "E[θ]"
-
-    def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, minimum=0.0)
 
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend

@@ -17,6 +17,7 @@ from bmrs.graph.operators import LINEAR
 from bmrs.graph.ties import last_channel_leaves, needed_layers, same_channels
 from bmrs.noise.lookup import noise_layers
 from bmrs.noise.placement import add_noise, can_get_noise
+from bmrs.text_table import table_lines
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,7 @@ class Suggestions:
             )
             for place in self.places
         ]
-        table = [header, *rows]
-        widths = [max(len(row[column]) for row in table) for column in range(3)]
-        return "\n".join("  ".join([*map(str.rjust, row[:3], widths), row[3]]) for row in table)
+        return "\n".join(table_lines([header, *rows], left=len(header) - 1))
 
 
 def suggest(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Suggestions:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bmrs_kernels
 from bmrs.noise.layer import NoiseLayer
-from bmrs.noise.lookup import layers_of_one_kind, required_noise_layers
+from bmrs.noise.lookup import LayerGroup, layers_of_one_kind, required_noise_layers
 
 KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 
@@ -52,18 +52,12 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
     return scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
 
 
-def _group_divergence(group: list[NoiseLayer], shares: dict[NoiseLayer, float] | None) -> Tensor:
-    """The sum over the structures of layers of one kind, each times its layer's share if there are any."""
-    divergence = bmrs_kernels.kl_divergence(
-        torch.cat([layer.mu for layer in group]),
-        torch.cat([layer.log_sigma for layer in group]),
-        lower=group[0].lower,
-        upper=group[0].upper,
-        backend=group[0].backend,
-    )
-    divergence = divergence.where(torch.cat([layer.mask for layer in group]), 0.0)
+def _group_divergence(group: LayerGroup, shares: dict[NoiseLayer, float] | None) -> Tensor:
+    """Return the sum over the structures of layers of one kind, each times its layer's share if there are any."""
+    divergence = group.computed(bmrs_kernels.kl_divergence).where(group.joined("mask"), 0.0)
     if shares is not None:
-        divergence = divergence * torch.cat([torch.full_like(layer.mu, shares[layer]) for layer in group])
+        its_shares = [torch.full_like(layer.mu, shares[layer]) for layer in group.layers]
+        divergence = divergence * torch.cat(its_shares)
     return divergence.sum()
 
 

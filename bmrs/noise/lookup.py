@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bmrs.noise.layer import NoiseLayer
 
@@ -26,10 +28,37 @@ def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     return layers
 
 
-def layers_of_one_kind(layers: Iterable[NoiseLayer]) -> list[list[NoiseLayer]]:
-    """Group layers whose posteriors can be concatenated: equal bounds, dtype, device and backend."""
+@dataclass(frozen=True)
+class LayerGroup:
+    """Noise layers with equal bounds, dtype, device and backend, whose structures can be handled in one call."""
+
+    layers: tuple[NoiseLayer, ...]
+
+    def joined(self, name: str) -> Tensor:
+        """Return the tensors of a name of all layers, behind each other."""
+        return torch.cat([getattr(layer, name) for layer in self.layers])
+
+    def split(self, values: Tensor) -> Iterator[tuple[NoiseLayer, Tensor]]:
+        """Return each layer with its part of what was computed from joined tensors."""
+        sizes = [layer.num_structures for layer in self.layers]
+        return zip(self.layers, values.split(sizes), strict=True)
+
+    def computed(self, function: Callable[..., Tensor]) -> Tensor:
+        """Return ``function(mu, log_sigma, lower=, upper=, backend=)`` of all structures."""
+        first = self.layers[0]
+        return function(
+            self.joined("mu"),
+            self.joined("log_sigma"),
+            lower=first.lower,
+            upper=first.upper,
+            backend=first.backend,
+        )
+
+
+def layers_of_one_kind(layers: Iterable[NoiseLayer]) -> list[LayerGroup]:
+    """Return layers in as few groups as can be."""
     groups: dict[tuple[Any, ...], list[NoiseLayer]] = {}
     for layer in layers:
         key = (layer.lower, layer.upper, layer.mu.dtype, layer.mu.device, layer.backend)
         groups.setdefault(key, []).append(layer)
-    return list(groups.values())
+    return [LayerGroup(tuple(group)) for group in groups.values()]

@@ -15,6 +15,7 @@ from bmrs.criteria import Criterion, Decision, PosteriorCriterion
 from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import layers_of_one_kind, required_noise_layers
+from bmrs.text_table import table_lines
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,7 @@ class PruneReport:
         ]
         structures = sum(layer.structures for layer in self.layers)
         total = ("total", str(structures), str(self.before), str(self.after), "", "")
-        table = [header, *rows, total]
-        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in table
-        ]
+        lines = table_lines([header, *rows, total], left=0)
         notes = [
             f"{layer.name or '(model)'}: the criterion asked for every structure; the best one was kept"
             for layer in self.layers
@@ -148,19 +144,19 @@ def prune(
     decisions = _decide(model, layers, criterion)
     kept = _on_cpu(layers, "mask")
     for names in tied:
-        group = [layers[name] for name in names]
+        together = [layers[name] for name in names]
         joint = criterion.decide_tied(
-            [decisions[layer] for layer in group], torch.stack([kept[layer] for layer in group])
+            [decisions[layer] for layer in together], torch.stack([kept[layer] for layer in together])
         )
-        decisions |= dict.fromkeys(group, joint)
+        decisions |= dict.fromkeys(together, joint)
     # All masks are computed before any is written, so that an error leaves the model as it was.
     results = [
         _judge(name, layer, kept[layer], decisions[layer], criterion) for name, layer in layers.items()
     ]
     masks = {layer: mask for layer, (mask, _) in zip(layers.values(), results, strict=True)}
     for group in layers_of_one_kind(layers.values()):
-        together = torch.cat([masks[layer] for layer in group]).to(group[0].mask.device)
-        for layer, mask in zip(group, together.split([layer.num_structures for layer in group]), strict=True):
+        new_masks = torch.cat([masks[layer] for layer in group.layers]).to(group.layers[0].mask.device)
+        for layer, mask in group.split(new_masks):
             layer.mask.copy_(mask)
     return PruneReport(
         repr(criterion), criterion.score_name, tuple(report for _, report in results), tuple(map(tuple, tied))
@@ -171,8 +167,7 @@ def _on_cpu(layers: dict[str, NoiseLayer], name: str) -> dict[NoiseLayer, Tensor
     """The tensor of a name of each layer, on the CPU: one transfer for many, since each waits for the device."""
     found: dict[NoiseLayer, Tensor] = {}
     for group in layers_of_one_kind(layers.values()):
-        together = torch.cat([getattr(layer, name) for layer in group]).cpu()
-        found |= zip(group, together.split([layer.num_structures for layer in group]), strict=True)
+        found |= group.split(group.joined(name).cpu())
     return found
 
 
@@ -210,16 +205,9 @@ def _decide_together(
     names = {layer: name for name, layer in layers.items()}
     decisions = {}
     for group in layers_of_one_kind(layers.values()):
-        with _naming([names[layer] for layer in group]):
-            scores = criterion.scores(
-                torch.cat([layer.mu for layer in group]),
-                torch.cat([layer.log_sigma for layer in group]),
-                lower=group[0].lower,
-                upper=group[0].upper,
-                backend=group[0].backend,
-            ).cpu()
-        sizes = [layer.num_structures for layer in group]
-        for layer, layer_scores in zip(group, scores.split(sizes), strict=True):
+        with _naming([names[layer] for layer in group.layers]):
+            scores = group.computed(criterion.scores).cpu()
+        for layer, layer_scores in group.split(scores):
             decisions[layer] = Decision(layer_scores, criterion.decide(layer_scores))
     return decisions
 
