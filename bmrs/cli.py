@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: The arguments; None for those of the process.
+        argv: the arguments; None for those of the process.
 
     Returns:
         The exit code. 0: done. 1: training met a NaN, an infinity or a collapse. 2: an option, the data or the run

@@ -100,7 +100,7 @@ class LeNet5(nn.Sequential):
 def _activation(
     activation: Activation, num_structures: int, noise: bool, granularity: Granularity, backend: Backend
 ) -> nn.Module:
-    """An activation with noise fused behind it, or the bare activation: one module either way."""
+    """Return an activation with noise fused behind it, or the bare activation: one module either way."""
     if not noise:
         return ACTIVATION_LAYERS[activation]()
     return NoiseLayer(num_structures, granularity=granularity, activation=activation, backend=backend)

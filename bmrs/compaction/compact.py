@@ -128,7 +128,7 @@ def compact(
 
 
 def compact_report(compacted: nn.Module) -> CompactReport:
-    """What `compact` did to make a network.
+    """Return what `compact` did to make a network.
 
     Raises:
         TypeError: the network is not one that `compact` returned, or a copy of one.
@@ -166,7 +166,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _inside_a_module(model: nn.Module) -> nn.Module:
-    """A noise layer that is itself the model, in a container in which it can be replaced."""
+    """Return a model in a container where it can be replaced, if it is itself a noise layer."""
     return nn.Sequential(model).eval() if isinstance(model, NoiseLayer) else model
 
 
@@ -189,10 +189,10 @@ def _compacted(
     the_cut = cut(analysis, folding, found, names)
     comparison = OutputComparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
     result, form = narrowed(analysis, the_cut, folding.remaining), "module"
-    error, because = comparison.try_(result)
+    error, because = comparison.attempt(result)
     sizes: dict[str, dict[str, int]] = {}
     if because and (sizes := set_sizes_in_code(analysis, result)):
-        error, _ = comparison.try_(result)
+        error, _ = comparison.attempt(result)
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
         # With sizes of sequences as symbols, so that the graph takes other ones.
@@ -203,7 +203,7 @@ def _compacted(
         the_cut = cut(analysis, folding, found, names)
         try:
             result, form = build_graph_network(analysis, the_cut, folding.remaining), "graph"
-            error, failure = comparison.try_(result)
+            error, failure = comparison.attempt(result)
         except UnsupportedError as unsupported:
             failure = str(unsupported)
         if failure:
@@ -262,7 +262,7 @@ def _layer_report(
 
 
 def _unused(analysis: Analysis) -> tuple[str, ...]:
-    """Parameters that evaluation on the example does not use, such as those of heads that only training has."""
+    """Return names of parameters that evaluation does not use, such as those of heads that only training has."""
     used = {
         id(value.tensor)
         for call in analysis.calls.values()
@@ -273,7 +273,7 @@ def _unused(analysis: Analysis) -> tuple[str, ...]:
 
 
 def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
-    """Why each entry along a noise layer's dimension stays, empty where it leaves; no entries if it is never called."""
+    """Return why each entry along a noise layer's dimension stays, "" where it leaves; [] if it is never called."""
     reasons: list[str] = []
     for call in analysis.noise_calls(name):
         axis, value = call["dim"] % len(call.shape), call["x"]
@@ -319,7 +319,7 @@ def _number_of_values(model: nn.Module) -> int:
 
 
 def _number_of_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, without those of noise."""
+    """Return the bytes of parameters and buffers, without those of noise."""
     tensors = {
         id(tensor): tensor
         for module in model.modules()
@@ -338,7 +338,7 @@ def _single(inputs: Inputs) -> Tensor:
 
 
 def _origins(analysis: Analysis, result: nn.Module) -> dict[str, Origin]:
-    """Where linear and convolution layers come from, by name, in the order of their use."""
+    """Return where linear and convolution layers come from, by name, in the order of their use."""
     origins: dict[str, Origin] = {}
     if isinstance(result, fx.GraphModule):
         raise ValueError("refit_to needs a network of the model's own classes, and this one became a graph")

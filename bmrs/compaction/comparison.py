@@ -59,7 +59,7 @@ class OutputComparison:
         self.dtype = "float64" if self._double else "its own dtype"
 
     def error(self, network: nn.Module) -> float:
-        """Largest difference of a network's outputs, relative to the largest magnitude; infinite if shapes differ."""
+        """Return the largest difference of the outputs, relative to the largest magnitude; inf if shapes differ."""
         return _difference(self._expected, outputs(network, self._inputs, double=self._double))
 
     def check_that_it_repeats(self, masked: nn.Module) -> None:
@@ -76,8 +76,8 @@ class OutputComparison:
                 "noise layers"
             )
 
-    def try_(self, network: nn.Module) -> tuple[float, str]:
-        """The error, and why the network cannot be used; empty if it can."""
+    def attempt(self, network: nn.Module) -> tuple[float, str]:
+        """Return the error, and why the network cannot be used; "" if it can."""
         try:
             error = self.error(network)
         except Exception as failure:
@@ -90,7 +90,7 @@ class OutputComparison:
 
 
 def outputs(model: nn.Module, inputs: Inputs, *, double: bool) -> list[Tensor]:
-    """The tensors that a model returns, computed in float64 or as it is."""
+    """Return the tensors that a model returns, computed in float64 or as it is."""
     network = copied(model, share=False).eval()
     if double:
         network, inputs = network.double(), map_tensors(_double, inputs)
@@ -100,7 +100,7 @@ def outputs(model: nn.Module, inputs: Inputs, *, double: bool) -> list[Tensor]:
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> int:
-    """Floating-point operations of a forward pass, two for each multiply-add."""
+    """Return the floating-point operations of a forward pass, two for each multiply-add."""
     args, kwargs = map_tensors(torch.clone, inputs)
     with FlopCounterMode(display=False) as counter, without_fast_path():
         model(*args, **kwargs)
@@ -108,7 +108,7 @@ def forward_flops(model: nn.Module, inputs: Inputs) -> int:
 
 
 def cut_examples(model: nn.Module, inputs: Inputs) -> Inputs:
-    """The first two examples, if the model makes of them what it makes of them among more; otherwise all."""
+    """Return the first two examples, if the model's outputs for them do not depend on the others; otherwise all."""
     tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
     sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or max(sizes) <= 2:
@@ -147,7 +147,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Largest difference of two lists of outputs, relative to the largest magnitude in each."""
+    """Return the largest difference of two lists of outputs, relative to the largest magnitude in each."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return torch.inf
     largest = 0.0

@@ -87,7 +87,7 @@ def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str
 def structure_prices(
     model: nn.Module, example_inputs: ExampleInputs, *, exponent: float = 0.5
 ) -> dict[str, float]:
-    """Prices that make pruning save what a network takes, for `bmrs.learn_posteriors`.
+    """Return prices that make pruning save parameters and operations, for `bmrs.learn_posteriors`.
 
     ΔF and odds know no cost: they empty cheap linear layers and leave expensive filters alone. A price is a declared
     factor on the temperature of a layer's structures. Here it is a power of the mean of the two shares, of the
@@ -124,7 +124,7 @@ def structure_prices(
 
 
 def _first_example(example_inputs: ExampleInputs) -> ExampleInputs:
-    """The first example alone, where all tensors have one dimension of examples in front."""
+    """Return the first example alone, if all tensors have equally many along their first dimension; otherwise all."""
     args, kwargs = as_inputs(example_inputs)
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     if len({tensor.shape[:1] for tensor in tensors}) == 1:

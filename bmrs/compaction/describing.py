@@ -34,7 +34,7 @@ _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_c
 
 
 def describe(analysis: Analysis, remaining: Mapping[str, str]) -> Description:
-    """The operations of a captured model, narrower where channels leave.
+    """Return the operations of a captured model, narrower where channels leave.
 
     Raises:
         UnsupportedError: an operation cannot be described; it is named.
@@ -88,7 +88,7 @@ class _Describer:
             self._add(Operation(node.name, "input", "", self._expected(node)), node)
 
     def _expected(self, node: fx.Node) -> tuple[Any, ...]:
-        """What an input has to be: a list of sizes, or a constant."""
+        """Return what an input has to be: a list of sizes, or a constant."""
         example = node.meta.get("val")
         if not isinstance(example, Tensor):
             return ("constant", example)
@@ -221,7 +221,7 @@ class _Describer:
         self._add(Operation(node.name, "layer", kind, (x, path), arguments), node)
 
     def _narrower(self, node: fx.Node, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of an operator for smaller tensors."""
+        """Return the arguments of an operator for smaller tensors."""
         changes = self._changes(node, call)
         assert isinstance(node.target, torch._ops.OpOverload)
         names = [argument.name for argument in node.target._schema.arguments]
@@ -279,7 +279,7 @@ class _Describer:
         return {}
 
     def _parts(self, node: fx.Node, call: Call) -> tuple[list[int], int] | None:
-        """Sizes and dimension of the parts that a tensor is split into, where they are not those that were."""
+        """Return sizes and dimension of the parts that a tensor is split into, None if they are what they were."""
         results = self.analysis.values.get(node)
         if call.operator not in ("split", "chunk", "split_with_sizes", "tensor_split") or not isinstance(
             results, list
@@ -298,7 +298,7 @@ class _Describer:
         return list(given)  # type: ignore[arg-type]
 
     def _renumbered(self, node: fx.Node, call: Call, source: Value, result: Value) -> dict[str, Any]:
-        """Known indices along channels, as numbers of those that are left."""
+        """Return known indices along channels, renumbered for the channels that are left."""
         key = "index" if call.operator == "index_select" else "indices"
         indices = [call["index"]] if key == "index" else list(call["indices"])
         picks = [d for d, index in enumerate(indices) if index is not None]
@@ -342,7 +342,7 @@ class _Describer:
 
 
 def _plain_tree(tree: Any) -> Any:
-    """A tree with dicts, lists and tuples only, such as of outputs of transformers' classes."""
+    """Return a tree with dicts, lists and tuples alone, as of the outputs of transformers' classes."""
     if isinstance(tree, Mapping):
         return {str(key): _plain_tree(value) for key, value in tree.items()}
     if isinstance(tree, tuple):

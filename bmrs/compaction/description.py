@@ -117,7 +117,7 @@ def references(tree: Any) -> list[Reference]:
 
 
 def check_operator(name: str, place: str) -> torch._ops.OpOverload:
-    """The operator of a name, of those that a description may hold.
+    """Return the operator of a name, if a description may hold it.
 
     Raises:
         UnsupportedError: it may not.

@@ -140,7 +140,7 @@ class _Folder:
         self.tensors = {name: value.tensor for name, value in analysis.parameters.items()}
 
     def fold(self, noise: fx.Node, factors: Tensor) -> list[Edit]:
-        """The edits that make up for the absence of a noise layer's multiplication."""
+        """Return the edits that stand in for a noise layer's multiplication."""
         try:
             return self._backward(noise.args[0], noise, factors)
         except _BarredError as error:
@@ -151,7 +151,7 @@ class _Folder:
             raise _BarredError(f"{obstacle}, and {error}") from None
 
     def would_overwrite(self, noise: fx.Node) -> bool:
-        """Whether an operation in place behind a noise layer would act on a tensor that others read without it."""
+        """Return whether an operation in place would, without the noise layer, overwrite a tensor that others read."""
         behind = [noise]
         for node in behind:
             behind += [user for user in node.users if self._shares_memory(user) and user not in behind]
@@ -175,7 +175,7 @@ class _Folder:
         return (self._shares_memory(node) or _writes(node)) and self._is_read_by_others(node.args[0], node)
 
     def contradiction(self, edits: list[Edit]) -> str:
-        """Why edits cannot be made: another use of a parameter meets other factors. Empty if they can."""
+        """Return why edits cannot be made, as another use of a parameter meets other factors; "" if they can."""
         by_parameter: dict[str, list[Edit]] = defaultdict(list)
         for edit in edits:
             for name in edit.parameters:
@@ -191,7 +191,7 @@ class _Folder:
         return ""
 
     def once_each(self, edits: list[Edit]) -> list[Edit]:
-        """One edit for every parameter, of those that several uses of it ask for alike."""
+        """Return one edit for every parameter, where several uses of it ask for the same one."""
         seen: set[tuple[str, ...]] = set()
         result = []
         for edit in edits:
@@ -269,7 +269,7 @@ class _Folder:
         return value.shape
 
     def _rows(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
-        """f·(W·x + b)."""
+        """Return the edit of W and b that makes the operation f·(W·x + b)."""
         vector = _vector(factors, _AFFINE_NORMS.get(call.operator, _channel_axis(call)))
         weight = self._own(call["mat2"] if call.operator == "addmm" else call["weight"])
         bias_value = call["self"] if call.operator == "addmm" else call["bias"]
@@ -296,7 +296,7 @@ class _Folder:
         return Edit(node, tuple(names), vector, apply)
 
     def _columns(self, node: fx.Node, call: Call, source: fx.Node, factors: Tensor) -> Edit:
-        """W·(f·x)."""
+        """Return the edit of W that makes the operation W·(f·x)."""
         x = "mat1" if call.operator == "addmm" else "input"
         if call[x] is not self.values[source]:
             raise _BarredError(f"{node.name} takes it as a weight")
@@ -316,7 +316,7 @@ class _Folder:
         return Edit(node, (name,), vector, apply)
 
     def _statistics(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
-        """A batch norm of f·x, as one of x.
+        """Return the edit that makes a batch norm of x what it was of f·x.
 
         The statistics become those of x, so that the layer can be trained further, and the weight makes up for eps. A
         channel with factor 0 has a constant output.
@@ -347,7 +347,7 @@ class _Folder:
 
 
 def _channel_axis(call: Call) -> int:
-    """Where the channels of a linear or convolution layer lie, from the end, as the batch may be missing."""
+    """Return the dimension of a linear or convolution layer's channels, from the end, as the batch may be missing."""
     return -1 if call.operator in LINEAR else 1 - len(call["weight"].shape) if call["weight"] else 1
 
 
@@ -356,7 +356,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _vector(factors: Tensor, axis: int) -> Tensor:
-    """Factors that vary along one dimension alone, of shape (its size,)."""
+    """Return factors that vary along one dimension alone as a vector."""
     axis %= factors.dim()
     if set(varying_axes(factors)) - {axis}:
         raise _BarredError("it scales parts of one channel differently")
@@ -367,7 +367,7 @@ def _vector(factors: Tensor, axis: int) -> Tensor:
 
 
 def _resized(factors: Tensor, shape: torch.Size) -> Tensor:
-    """Factors for a tensor of other sizes along dimensions that they do not vary along."""
+    """Return factors for a tensor of other sizes along dimensions that they do not vary along."""
     for d in range(factors.dim()):
         if factors.shape[d] != shape[d]:
             if factors.stride(d) != 0 and factors.shape[d] > 1:

@@ -29,7 +29,7 @@ from bmrs.graph.analysis import Analysis
 
 
 def build_graph_network(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> fx.GraphModule:
-    """The network of what is left of a captured model.
+    """Return the network of what is left of a captured model.
 
     Args:
         analysis: the model.
@@ -169,7 +169,7 @@ def _checked(
 
 
 def _take_arguments(graph: fx.Graph, description: Description) -> None:
-    """Let the network be called with the arguments of the model that it was made from."""
+    """Make the network take the arguments of the model that it was made from."""
     args, kwargs = description.in_tree
     if not kwargs and all(value is None for value in args):
         return
@@ -179,7 +179,7 @@ def _take_arguments(graph: fx.Graph, description: Description) -> None:
 
 
 def _without_keywords(path: str) -> str:
-    """A path of which the code that torch.fx generates can name every part."""
+    """Return a path of which the code that torch.fx generates can name every part."""
     return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in path.split("."))
 
 

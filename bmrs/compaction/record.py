@@ -39,7 +39,7 @@ def remember(network: nn.Module, record: Record) -> None:
 
 
 def record_of(network: nn.Module) -> Record | None:
-    """The record of a network, None if `bmrs.compact` did not make it."""
+    """Return the record of a network, None if `bmrs.compact` did not make it."""
     holder = getattr(network, "meta", {}) if isinstance(network, fx.GraphModule) else vars(network)
     found = holder.get(_ATTRIBUTE)
     return found if isinstance(found, Record) else None

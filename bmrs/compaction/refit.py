@@ -150,7 +150,7 @@ class _NormalEquations:
         self._cross += x.T @ y
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """W and b, which is 0 where there is none."""
+        """Return W and b, which is 0 if the layer has none."""
         count = self._gram[-1, -1]
         # Columns of zeros are of pruned structures that stay: they go on being ignored.
         read = self._weight.any(dim=0)
@@ -170,7 +170,7 @@ class _NormalEquations:
 
 
 def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """What each output position of a convolution reads, of shape (N, *positions, channels · kernel size)."""
+    """Return what each output position of a convolution reads, of shape (N, *positions, channels · kernel size)."""
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
@@ -192,7 +192,7 @@ def _reads_the_same(
 
 
 def _inputs_of(model: nn.Module, layer: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """The tensors that a layer of a model gets, one for each of its calls."""
+    """Return the tensors that a layer of a model gets, one for each of its calls."""
     found: list[Tensor] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -203,7 +203,7 @@ def _inputs_of(model: nn.Module, layer: nn.Module, inputs: Tensor) -> list[Tenso
 
 
 def _outputs_of(model: nn.Module, origin: Origin, inputs: Tensor) -> list[Tensor]:
-    """What a layer of a model returns, before any other hook sees it, one tensor for each of its calls."""
+    """Return what a layer of a model returns before any other hook sees it, one tensor for each of its calls."""
     found: list[Tensor] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:

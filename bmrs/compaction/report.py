@@ -84,7 +84,7 @@ class CompactReport:
         return 100.0 * self.pruned / structures if structures else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        """Return plain numbers, strings, lists and dicts, ready for JSON."""
         return {
             **asdict(self),
             "layers": [asdict(layer) for layer in self.layers],

@@ -16,7 +16,7 @@ from bmrs.noise.layer import NoiseLayer
 def structures_to_give_back(
     analysis: Analysis, layers: Mapping[str, NoiseLayer], multiple: int
 ) -> dict[str, Tensor]:
-    """The pruned structures with the most evidence for them, so many that the numbers that stay are multiples.
+    """Choose the pruned structures with the most evidence for them, so that multiples of a number stay.
 
     Args:
         analysis: of the model with its masks as they are.
@@ -48,7 +48,7 @@ def structures_to_give_back(
 
 
 def _leaving(analysis: Analysis, name: str, size: int) -> Tensor:
-    """Which structures of a noise layer leave, bool."""
+    """Return which structures of a noise layer leave, bool."""
     call = next(analysis.noise_calls(name))
     channels = call["x"].channels_along(call["dim"])
     return ~analysis.stays(channels).view(-1, size).any(dim=1)

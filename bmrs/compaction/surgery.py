@@ -38,7 +38,7 @@ class Selection:
     columns: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What stays of a tensor of the full shape."""
+        """Return what stays of a tensor of the full shape."""
         for axis, entries in self.axes.items():
             tensor = tensor.index_select(axis, entries.to(tensor.device))
         if self.columns is not None:
@@ -62,7 +62,7 @@ class Cut:
 
 
 def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
-    """What constant channels that leave contribute to the operations that read them, for each output; float64."""
+    """Return what leaving constant channels add to each output of the operations that read them; float64."""
     found = {}
     for node, call in analysis.calls.items():
         if call.operator in LINEAR or call.operator.startswith("conv"):
@@ -105,7 +105,7 @@ def _shift(analysis: Analysis, call: Call) -> Tensor | None:
 
 
 def new_biases(analysis: Analysis, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, str]:
-    """Names for the biases of operations that need one and have none."""
+    """Return names for the biases of operations that need one and have none."""
     names = {}
     for node in found:
         call = analysis.calls[node]
@@ -162,7 +162,7 @@ def cut(
 
 
 def _selection(analysis: Analysis, value: Value) -> Selection:
-    """What stays of a parameter."""
+    """Return what stays of a parameter."""
     joint = next((layer for layer in value.layers if len(varying_axes(layer)) > 1), None)
     axes = {}
     for axis in range(len(value.shape)):
@@ -179,7 +179,7 @@ def _selection(analysis: Analysis, value: Value) -> Selection:
 
 
 def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> nn.Module:
-    """A copy of the captured model with the smaller tensors.
+    """Return a copy of the captured model with the smaller tensors.
 
     Args:
         analysis: the network.
@@ -214,7 +214,7 @@ def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> 
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
-    """A tensor of its own with the flags and the memory format of another."""
+    """Return a copy of a tensor with the flags and the memory format of another."""
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     if old.dim() in (4, 5) and not old.is_contiguous():
         channels_last = torch.channels_last if old.dim() == 4 else torch.channels_last_3d
@@ -270,7 +270,7 @@ def _set_groups(analysis: Analysis, model: nn.Module) -> None:
 
 
 def groups_left(analysis: Analysis, call: Call) -> int:
-    """Groups of a convolution of which something stays."""
+    """Return the number of groups of a convolution of which something stays."""
     rows = call["weight"].channels_along(0)
     if rows is None:
         return int(call["groups"])
@@ -315,7 +315,7 @@ def set_attributes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> 
 
 
 def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[int, int]]:
-    """Sizes that an operation is given as numbers, and what they have to be in the smaller network."""
+    """Return the sizes that an operation is given as numbers, each with what it has to be in the smaller network."""
     names = _TAKE_SIZES.get(call.operator, ())
     given = next((call[name] for name in names if call[name] is not None), None)
     results = analysis.values.get(node)

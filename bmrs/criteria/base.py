@@ -48,7 +48,7 @@ class Criterion(ABC):
         """Judge every structure of a layer; structures pruned before are scored, but never counted."""
 
     def decide_tied(self, decisions: Sequence[Decision], kept: Tensor) -> Decision:
-        """The one decision on structures of several layers that are parts of one channel.
+        """Return the one decision on structures of several layers that are parts of one channel.
 
         The channel goes if each of them should; its score is that of the one most worth keeping.
 
@@ -64,7 +64,7 @@ class Criterion(ABC):
         return Decision(joint, (asked | ~kept).all(dim=0))
 
     def best_first(self, scores: Tensor) -> Tensor:
-        """Indices of the scores, most worth keeping first; a NaN score counts as the best."""
+        """Return the indices of the scores, most worth keeping first; a NaN score counts as the best."""
         best = -math.inf if self.prunes_high_scores else math.inf
         scores = scores.masked_fill(scores.isnan(), best)
         return scores.argsort(descending=not self.prunes_high_scores, stable=True)
@@ -77,11 +77,11 @@ class PosteriorCriterion(Criterion):
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
     ) -> Tensor:
-        """Scores of posteriors of any number of layers with equal bounds, of the shape of ``mu``."""
+        """Return scores of the posteriors of any number of layers with equal bounds, of the shape of ``mu``."""
 
     @abstractmethod
     def decide(self, scores: Tensor) -> Tensor:
-        """True where a score asks for removal; False for NaN."""
+        """Return True where a score asks for removal; False for NaN."""
 
     @torch.no_grad()
     def __call__(self, layer: NoiseLayer, producer: nn.Module | None = None) -> Decision:

@@ -29,11 +29,11 @@ class _EvidenceCriterion(PosteriorCriterion):
     tolerance: float
 
     def decide(self, scores: Tensor) -> Tensor:
-        """True where ΔF ≥ -tolerance."""
+        """Return True where ΔF ≥ -tolerance."""
         return scores >= -self.tolerance
 
     def decide_tied(self, decisions: Sequence[Decision], kept: Tensor) -> Decision:
-        """The channel goes if the sum of ΔF + tolerance over its structures is ≥ 0; its score is the sum of ΔF.
+        """Prune a channel if the sum of ΔF + tolerance over its structures is ≥ 0; its score is the sum of ΔF.
 
         Prior and posterior are products over structures. With all of a channel's θ shrunk to 0 at once, the model
         evidence is then multiplied by the product of the single ratios, and ΔF is their sum. The sum is ≥ 0 wherever
@@ -72,7 +72,7 @@ class BMRSNormal(_EvidenceCriterion):
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
     ) -> Tensor:
-        """ΔF in nats.
+        """Return ΔF in nats.
 
         Raises:
             ValueError: ``prior_mean`` lies outside [lower, upper].
@@ -124,7 +124,7 @@ class BMRSUniform(_EvidenceCriterion):
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
     ) -> Tensor:
-        """ΔF in nats.
+        """Return ΔF in nats.
 
         Raises:
             ValueError: the reduced interval is empty or not within [lower, upper].
@@ -173,7 +173,7 @@ class BMRSOdds(PosteriorCriterion):
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
     ) -> Tensor:
-        """Log posterior odds of on against off, in nats.
+        """Return the log posterior odds of on against off, in nats.
 
         Raises:
             ValueError: 2^-p1 is not inside (e^lower, e^upper).
@@ -191,11 +191,11 @@ class BMRSOdds(PosteriorCriterion):
         return (log_mass(start=border, end=upper) - log_mass(start=lower, end=border)).to(mu.dtype)
 
     def decide(self, scores: Tensor) -> Tensor:
-        """True where the log odds are at most 0."""
+        """Return True where the log odds are at most 0."""
         return scores <= 0
 
     def decide_tied(self, decisions: Sequence[Decision], kept: Tensor) -> Decision:
-        """The channel goes if all of its structures together are more likely off than on.
+        """Prune a channel if all of its structures together are more likely off than on.
 
         The posterior is a product over structures, so that the odds of all on against all off, the two states that
         a channel can be in, are the product of the single odds: the log odds add.
@@ -215,7 +215,7 @@ def _log_mass(
     upper: float,
     backend: Backend,
 ) -> Tensor:
-    """Log of the posterior mass of log θ between two points: ΔF without the gain in prior density."""
+    """Return the log of the posterior mass of log θ between two points: ΔF without the gain in prior density."""
     delta_f = bmrs_kernels.delta_f_loguniform(
         mu,
         log_sigma,

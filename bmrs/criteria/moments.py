@@ -38,11 +38,11 @@ class SNR(_ThresholdCriterion):
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
     ) -> Tensor:
-        """E[θ]/sd(θ), without unit."""
+        """Return E[θ]/sd(θ), without unit."""
         return bmrs_kernels.noise_snr(mu, log_sigma, lower=lower, upper=upper, backend=backend)
 
     def decide(self, scores: Tensor) -> Tensor:
-        """True where the ratio is at most the threshold."""
+        """Return True where the ratio is at most the threshold."""
         return scores <= self.threshold
 
 
@@ -61,9 +61,9 @@ class Mean(_ThresholdCriterion):
     def scores(
         self, mu: Tensor, log_sigma: Tensor, *, lower: float, upper: float, backend: Backend
     ) -> Tensor:
-        """E[θ], in [e^lower, e^upper]."""
+        """Return E[θ], in [e^lower, e^upper]."""
         return bmrs_kernels.noise_mean(mu, log_sigma, lower=lower, upper=upper, backend=backend)
 
     def decide(self, scores: Tensor) -> Tensor:
-        """True where E[θ] is less than the threshold."""
+        """Return True where E[θ] is less than the threshold."""
         return scores < self.threshold

@@ -30,7 +30,7 @@ class _LowestNorm(Criterion):
 
     @abstractmethod
     def values(self, weight: nn.Parameter) -> Tensor:
-        """The tensor of the weight's shape whose norm per structure is the score."""
+        """Return the tensor of the weight's shape whose norm per structure is the score."""
 
     @torch.no_grad()
     def __call__(self, layer: NoiseLayer, producer: nn.Module | None = None) -> Decision:
@@ -71,7 +71,7 @@ class L2(_LowestNorm):
     score_name: ClassVar[str] = "L2 norm"
 
     def values(self, weight: nn.Parameter) -> Tensor:
-        """The weight itself."""
+        """Return the weight itself."""
         return weight
 
 
@@ -88,7 +88,7 @@ class GradientNorm(_LowestNorm):
     score_name: ClassVar[str] = "gradient norm"
 
     def values(self, weight: nn.Parameter) -> Tensor:
-        """The weight's gradient.
+        """Return the weight's gradient.
 
         Raises:
             ValueError: there is none.

@@ -18,12 +18,12 @@ def check_images_and_labels(images: Tensor, labels: Tensor, path: Path) -> None:
     """Check that there is one label in range for each image, and an image at all.
 
     Args:
-        images: Images, the first dimension counts them.
-        labels: Labels, integers.
-        path: The labels' file, named in the error.
+        images: images, the first dimension counts them.
+        labels: labels, integers.
+        path: the labels' file, named in the error.
 
     Raises:
-        DataError: If a check fails.
+        DataError: a check fails.
     """
     if not len(images):
         raise DataError(f"{path}: no images")

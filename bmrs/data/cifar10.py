@@ -33,8 +33,8 @@ def read_cifar10(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Ten
         labels int64 of shape (N,).
 
     Raises:
-        FileNotFoundError: If the folder or one of the six batches is missing.
-        DataError: If a batch is truncated, not of its version, of another length than the first, or has a
+        FileNotFoundError: the folder or one of the six batches is missing.
+        DataError: a batch is truncated, not of its version, of another length than the first, or has a
             label out of range.
     """
     place, suffix, read = _find_version(folder)

@@ -32,7 +32,7 @@ class Split:
     """Images and their labels.
 
     Attributes:
-        images: Shape (N, C, H, W); uint8 as read, float32 once preprocessed.
+        images: shape (N, C, H, W); uint8 as read, float32 once preprocessed.
         labels: int64 of shape (N,), each in [0, number of classes).
     """
 
@@ -65,19 +65,19 @@ def load_dataset(
     """Read a data set in its official file format and split off validation images.
 
     Args:
-        name: One of `DATASETS`. `"fashion-mnist-subset"` comes with the package: 6,000 training and 2,000
+        name: one of `DATASETS`. `"fashion-mnist-subset"` comes with the package: 6,000 training and 2,000
             test images of Fashion-MNIST.
-        folder: Where the official files lie; none for the embedded data.
-        validation_fraction: Share of the training images, in (0, 1), that goes to validation.
-        seed: Seed of the random choice of validation images.
+        folder: where the official files lie; none for the embedded data.
+        validation_fraction: share of the training images, in (0, 1), that goes to validation.
+        seed: seed of the random choice of validation images.
 
     Returns:
         The splits as uint8 images and int64 labels; see `preprocess` for what a network takes.
 
     Raises:
-        ValueError: If `name` is unknown, `folder` missing or superfluous, or the fraction out of range.
-        FileNotFoundError: If the folder or a file is missing.
-        DataError: If a file is not what its format says.
+        ValueError: `name` is unknown, `folder` missing or superfluous, or the fraction out of range.
+        FileNotFoundError: the folder or a file is missing.
+        DataError: a file is not what its format says.
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
@@ -107,7 +107,7 @@ def preprocess(images: Tensor, *, name: str) -> Tensor:
 
     Args:
         images: uint8 of shape (N, C, H, W).
-        name: The data set's name, one of `DATASETS`.
+        name: the data set's name, one of `DATASETS`.
 
     Returns:
         float32 of shape (N, C, 32, 32), on the device of `images`.

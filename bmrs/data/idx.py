@@ -24,14 +24,14 @@ def read_idx(path: Path, *, dims: int) -> Tensor:
     big-endian 32-bit integers, then the values in row-major order.
 
     Args:
-        path: The file; compression is recognised by content, not by name.
-        dims: Number of dimensions expected: 1 for labels, 3 for images.
+        path: the file; compression is recognised by content, not by name.
+        dims: number of dimensions expected: 1 for labels, 3 for images.
 
     Returns:
         A uint8 tensor of the shape that the file states.
 
     Raises:
-        DataError: If the file is truncated, too long, no IDX file or of other dimensions.
+        DataError: the file is truncated, too long, no IDX file or of other dimensions.
     """
     content = path.read_bytes()
     if content.startswith(_GZIP_MAGIC):
@@ -73,7 +73,7 @@ def read_idx_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Read the images and labels of one split from a folder with the official file names.
 
     Args:
-        folder: Folder with `<split>-images-idx3-ubyte` and `<split>-labels-idx1-ubyte`; `.gz` after the name
+        folder: folder with `<split>-images-idx3-ubyte` and `<split>-labels-idx1-ubyte`; `.gz` after the name
             and a dot before `idx` are accepted.
         split: `"train"` or `"t10k"`.
 
@@ -81,8 +81,8 @@ def read_idx_images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
         Images, uint8 of shape (N, 1, 28, 28), and labels, int64 of shape (N,).
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        DataError: If a file is broken, images have another size, counts differ or a label is out of range.
+        FileNotFoundError: a file is missing.
+        DataError: a file is broken, images have another size, counts differ or a label is out of range.
     """
     images_path = _find(folder, f"{split}-images", "idx3-ubyte")
     labels_path = _find(folder, f"{split}-labels", "idx1-ubyte")

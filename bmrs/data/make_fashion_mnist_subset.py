@@ -26,8 +26,8 @@ def make_subset(source: Path, destination: Path) -> None:
     """Read the official files in `source` and write the subset's four files into `destination`.
 
     Raises:
-        FileNotFoundError: If an official file is missing.
-        DataError: If an official file is broken or has too few images of a class.
+        FileNotFoundError: an official file is missing.
+        DataError: an official file is broken or has too few images of a class.
     """
     destination.mkdir(parents=True, exist_ok=True)
     for split, count in _IMAGES_PER_CLASS.items():

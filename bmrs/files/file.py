@@ -222,7 +222,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def _laid_out(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the memory formats that they had."""
+    """Return the tensors in the memory formats that they had."""
     names = description.get("channels_last", [])
     if not isinstance(names, list):
         raise ValueError("its names of tensors in channels_last format are not a list")

@@ -45,7 +45,7 @@ _SPECIAL: dict[type, str] = {
 
 
 def describe_graph(description: Description) -> dict[str, Any]:
-    """A description as plain values, ready for JSON.
+    """Return a description as plain values, ready for JSON.
 
     Raises:
         UnsupportedError: an argument cannot be written down.
@@ -74,7 +74,7 @@ def read_graph(
     frozen: set[str],
     device: Any,
 ) -> fx.GraphModule:
-    """The network of a description.
+    """Return the network of a description.
 
     Raises:
         ValueError: it is not a description of a network; what is wrong is said.
@@ -156,7 +156,7 @@ def _operation(entry: Any, known: set[str], device: Any) -> Operation:
 
 
 def _check_expected(name: str, args: tuple[Any, ...]) -> None:
-    """What an input has to be, see `bmrs.compaction.graph_network.check_inputs`."""
+    """Raise ValueError unless this is what an input has to be, see `bmrs.compaction.graph_network.check_inputs`."""
     kind, wanted = args if len(args) == 2 else ("", None)
     constant = kind == "constant" and (wanted is None or isinstance(wanted, bool | int | float | str))
     sizes = kind == "sizes" and isinstance(wanted, list) and all(map(_is_size, wanted))

@@ -20,7 +20,7 @@ from bmrs.noise.lookup import noise_layers
 
 
 def describe_changes(model: nn.Module) -> dict[str, Any]:
-    """What a compacted network has that its tensors do not tell, ready for JSON.
+    """Return what a compacted network has that its tensors do not tell, ready for JSON.
 
     Returns:
         Names of parameters that are ``"frozen"``; by qualified name, ``"groups"`` of convolutions, ``"scales"``,

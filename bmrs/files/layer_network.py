@@ -32,7 +32,7 @@ class Node:
 
 
 def is_chain(nodes: Sequence[Node]) -> bool:
-    """True if each node takes the result of the one before it alone."""
+    """Return whether each node takes the result of the one before it alone."""
     return all(node.inputs == (name,) for node, name in zip(nodes, _names_before(nodes), strict=False))
 
 
@@ -67,7 +67,7 @@ def build_network(nodes: Sequence[Node]) -> nn.Sequential | fx.GraphModule:
 
 
 def read_chain(model: nn.Module) -> list[Node] | None:
-    """The nodes of a chain of stock layers, None if a model is anything else.
+    """Return the nodes of a chain of stock layers, None if a model is anything else.
 
     Raises:
         TypeError: a layer's name cannot be described; it is named.
@@ -94,7 +94,7 @@ def read_chain(model: nn.Module) -> list[Node] | None:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """True for a stock layer as such, of which constructor arguments and tensors tell all."""
+    """Return whether this is a stock layer that its constructor arguments and tensors describe in full."""
     hooked = (
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
     )
@@ -129,7 +129,7 @@ def _check_names(nodes: Sequence[Node]) -> None:
 
 
 def _can_be_child(name: str) -> bool:
-    """True for a name that a container can have as an attribute, and has not by itself."""
+    """Return whether a container can have an attribute of this name, and has none by itself."""
     # A result of the name "self" would take the model's place in the generated code.
     return name != "self" and not keyword.iskeyword(name) and name not in _container_attributes()
 

@@ -31,7 +31,7 @@ _KEYS = {
 
 
 def describe_chain(nodes: Sequence[Node]) -> dict[str, Any]:
-    """The description of a chain of layers, ready for JSON."""
+    """Return the description of a chain of layers, ready for JSON."""
     layers = [
         {
             "name": node.name,
@@ -45,7 +45,7 @@ def describe_chain(nodes: Sequence[Node]) -> dict[str, Any]:
 
 
 def read_layers(description: dict[str, Any], tensors: dict[str, Tensor]) -> list[Node]:
-    """The layers of a description, around their tensors.
+    """Return the layers of a description, around their tensors.
 
     Raises:
         ValueError: the description or a tensor is not as it should be; what is wrong is said.
@@ -54,13 +54,13 @@ def read_layers(description: dict[str, Any], tensors: dict[str, Tensor]) -> list
 
 
 def _dtype_name(layer: nn.Module) -> str | None:
-    """The floating dtype of a layer's tensors, None if it has none."""
+    """Return the floating dtype of a layer's tensors, None if it has none."""
     dtypes = {t.dtype for t in layer.state_dict().values() if t.is_floating_point()}
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or None
 
 
 def _parse(description: dict[str, Any]) -> list[dict[str, Any]]:
-    """The description's layers, with types, arguments and inputs checked; a chain's get their inputs."""
+    """Return the description's layers, with types, arguments and inputs checked; a chain's get their inputs."""
     version, layers = description["version"], description.get("layers")
     if not isinstance(layers, list):
         raise ValueError("its layers are not a list")

@@ -56,11 +56,11 @@ class Analysis:
                 yield call
 
     def stays(self, channels: Tensor) -> Tensor:
-        """Which channels are kept, bool of their shape."""
+        """Return which channels are kept, bool of their shape."""
         return self.staying.of(channels)
 
     def kept(self, value: Value, axis: int) -> Tensor | None:
-        """The entries of a value that are kept along a dimension, int64; None for all."""
+        """Return the entries of a value that are kept along a dimension, int64; None for all."""
         layer = value.layer_along(axis)
         if layer is None:
             return None
@@ -70,7 +70,7 @@ class Analysis:
         return None if stays.all() else stays.nonzero().flatten()
 
     def kept_shape(self, value: Value) -> torch.Size:
-        """Shape of what is kept of a value."""
+        """Return the shape of what is kept of a value."""
         sizes = []
         for axis, size in enumerate(value.shape):
             kept = self.kept(value, axis)
@@ -78,7 +78,7 @@ class Analysis:
         return torch.Size(sizes)
 
     def reason(self, channel: int) -> str:
-        """Why a channel stays."""
+        """Return why a channel stays."""
         cause = int(self.staying.cause_of(torch.tensor([channel])))
         if cause < 0:
             return ""
@@ -87,7 +87,7 @@ class Analysis:
 
 
 def analyse(captured: Captured) -> Analysis:
-    """Ask the rules for every operation of a captured model, and find the channels that stay.
+    """Find the channels of a captured model that stay, by asking the rules for every operation.
 
     Raises:
         ValueError: the size of a tensor depends on values of the input; the place is named.
@@ -114,7 +114,7 @@ def analyse(captured: Captured) -> Analysis:
 
 
 def _unread(findings: Findings) -> Tensor:
-    """Channels that nothing reads even if nothing is pruned, such as rows that a slice leaves out."""
+    """Return channels that nothing reads even if nothing is pruned, such as rows that a slice leaves out."""
     needs = [constraint for constraint in findings.constraints if not isinstance(constraint, AtLeastOne)]
     staying = smallest_staying(findings.ties, needs, nothing_is_quiet=True)
     channels = torch.arange(len(findings.ties))
@@ -171,7 +171,7 @@ class _Reader:
         return value
 
     def _layers_of(self, tensor: Tensor, name: str | None) -> list[Tensor]:
-        """Channels of a parameter along every dimension that can be cut."""
+        """Return new channels of a parameter along every dimension that can be cut."""
         if name is None or not tensor.is_floating_point():
             return []
         users = [user for user in self._users[id(tensor)] if user.op == "call_function"]
@@ -249,7 +249,7 @@ class _Reader:
         return False
 
     def _evaluated(self, call: Call) -> Value | list[Value] | None:
-        """The result itself, where it does not depend on the input."""
+        """Return the result itself, if it does not depend on the input."""
         values = call.values()
         if (
             any(value.tensor is None for value in values)
@@ -268,7 +268,7 @@ class _Reader:
         return [Value(result.shape, tensor=result) for result in results]
 
     def _call_graph(self, node: fx.Node) -> Any:
-        """A call of another graph, such as a part without autocast; its values are those of its operations."""
+        """Read a graph that is called by another, such as a part without autocast, and return its results."""
         owner = node.graph.owning_module
         graphs = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
         if len(graphs) != 1 or owner is None:
@@ -287,7 +287,7 @@ class _Reader:
         return values if isinstance(example, list | tuple) else values[0] if values else None
 
     def _overwrite(self, node: fx.Node, result: Any) -> None:
-        """After an operation in place, all who read the same memory later read its result."""
+        """Let all that read the same memory after an operation in place read its result."""
         assert isinstance(node.target, torch._ops.OpOverload)
         if not node.target._schema.is_mutable or not isinstance(result, Value) or not node.args:
             return
@@ -303,28 +303,28 @@ class _Reader:
                 self.values[source] = replace(value, constant=None, tensor=None, parameter=None)
 
     def _resolve(self, argument: Any) -> Any:
-        """An argument with values and numbers in place of nodes."""
+        """Return an argument with values and numbers in place of nodes."""
         if isinstance(argument, list | tuple):
             return [self._resolve(item) for item in argument]
         return map_arg(argument, self.values.get)
 
 
 def place_of(node: fx.Node) -> str:
-    """An operation by its name and the layer that it belongs to, for messages."""
+    """Return an operation's name and the layer that it belongs to, for messages."""
     path = layer_of(node)
     name = _operator_name(node) if node.op == "call_function" else node.name
     return f"{name} in layer {path!r}" if path else str(name)
 
 
 def _line_of(node: fx.Node) -> str:
-    """The user's line that an operation comes from, as a part of a sentence."""
+    """Return the user's line that an operation comes from, as a part of a sentence."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     places = [i for i, line in enumerate(lines) if line.startswith("File ")]
     return f" ({', '.join(lines[places[-1] :][:2])})" if places else ""
 
 
 def layer_of(node: fx.Node) -> str:
-    """Qualified name of the innermost layer that an operation belongs to, empty for the model."""
+    """Return the qualified name of the innermost layer that an operation belongs to, "" for the model."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((str(path) for path, _ in reversed(stack.values())), "")
 
@@ -369,7 +369,7 @@ def _sizes(shape: Sequence[Any]) -> torch.Size:
 
 
 def _concrete(value: Any) -> Any:
-    """A number instead of a symbol, as it is in the example."""
+    """Return the number that a symbol is in the example, and anything else as it is."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value.node.hint
     return value

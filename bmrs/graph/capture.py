@@ -78,7 +78,7 @@ class Captured:
 
 
 def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
-    """Positional and keyword arguments of a forward pass, from what users give.
+    """Return positional and keyword arguments of a forward pass, from what users give.
 
     Args:
         example_inputs: one tensor, a sequence of positional arguments, or a mapping of keyword arguments; or a mapping
@@ -120,7 +120,7 @@ def _mapped_inputs(mapping: dict[str, Any], model: nn.Module | None) -> Inputs:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """Inputs with a function applied to each tensor."""
+    """Return inputs with a function applied to each tensor."""
     mapped: Inputs = tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
     return mapped
 
@@ -189,7 +189,7 @@ def capture(
 
 
 def has_autocast(graph: fx.Graph) -> bool:
-    """True if a part of a graph runs under torch.autocast."""
+    """Return whether a part of a graph runs under torch.autocast."""
     calls = [n for n in graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
     return any("autocast" in node.name and len(node.args) > 2 and node.args[2] is True for node in calls)
 
@@ -227,7 +227,7 @@ def _first_dimensions(leaf: Any) -> Any:
 
 
 def _several_examples(inputs: Inputs) -> Inputs:
-    """A batch of two of a batch of one: torch.export takes a size of 1 for one that never changes."""
+    """Return two examples where there is one: torch.export takes a size of 1 for one that never changes."""
     tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     if any(tensor.shape[0] != 1 for tensor in tensors):
         return inputs
@@ -235,7 +235,7 @@ def _several_examples(inputs: Inputs) -> Inputs:
 
 
 def _shapes_by_name(model: nn.Module, shapes: Any) -> Any:
-    """Dynamic shapes in the form that torch.export takes: positional ones and named ones in one tree."""
+    """Return dynamic shapes as torch.export takes them: positional ones and named ones in one tree."""
     args, kwargs = shapes
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
@@ -269,7 +269,7 @@ def _in_short(error: Exception | None) -> str:
 
 
 def _line_of(error: Exception | None) -> str:
-    """The last line of the user's own code that an error passed, as a part of a sentence."""
+    """Return the last line of the user's own code that an error passed, as a part of a sentence."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     own = [
         f for f in frames if "/torch/" not in f.filename and "bmrs" not in f.filename and f.name == "forward"

@@ -30,7 +30,7 @@ class Ties:
         return len(self._parent)
 
     def new(self, *shape: int) -> Tensor:
-        """New channels, each tied to itself alone."""
+        """Make new channels, each tied to itself alone."""
         start = len(self._parent)
         channels = torch.arange(start, start + torch.Size(shape).numel())
         self._parent.extend(range(start, start + channels.numel()))
@@ -53,7 +53,7 @@ class Ties:
         return staying
 
     def roots(self) -> Tensor:
-        """A representative for every channel, equal for tied ones, int64 of shape (number of channels,)."""
+        """Return a representative for every channel, equal for tied ones, int64 of shape (number of channels,)."""
         parent = torch.tensor(self._parent, dtype=torch.int64)
         while True:
             grandparent = parent[parent]
@@ -70,12 +70,12 @@ class Ties:
 
 
 def varying_axes(x: Tensor) -> tuple[int, ...]:
-    """The dimensions along which a tensor is not the same everywhere; NaN counts as equal to NaN."""
+    """Return the dimensions along which a tensor is not the same everywhere; NaN counts as equal to NaN."""
     return tuple(d for d in range(x.dim()) if x.shape[d] > 1 and x.stride(d) != 0)
 
 
 def compressed(x: Tensor) -> Tensor:
-    """The same tensor with stride 0 along every dimension along which it is the same everywhere."""
+    """Return a tensor with stride 0 along every dimension along which it is the same everywhere."""
     shape = x.shape
     if 0 in shape:
         return x
@@ -96,7 +96,7 @@ def _equal_along(x: Tensor, first: Tensor) -> bool:
 
 
 def without_repetition(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of one shape, reduced to size 1 along the dimensions along which none of them varies."""
+    """Return tensors of one shape, reduced to size 1 along the dimensions along which none of them varies."""
     for d in range(tensors[0].dim()):
         if tensors[0].shape[d] > 1 and all(t.stride(d) == 0 for t in tensors):
             tensors = tuple(t.narrow(d, 0, 1) for t in tensors)
@@ -120,15 +120,15 @@ class Staying:
         self._cause = torch.full((len(roots) + 1,), -1)
 
     def of(self, channels: Tensor) -> Tensor:
-        """Which of some channels stay, bool of their shape."""
+        """Return which of some channels stay, bool of their shape."""
         return self._stays[self._roots[channels + 1]]
 
     def cause_of(self, channels: Tensor) -> Tensor:
-        """The number of the constraint that first asked for each channel, -1 for those that leave."""
+        """Return the number of the constraint that first asked for each channel, -1 for those that leave."""
         return self._cause[self._roots[channels + 1]]
 
     def add(self, channels: Tensor, cause: int) -> bool:
-        """Let channels stay because of a constraint; True if one of them did not before."""
+        """Let channels stay because of a constraint, and return whether one of them did not before."""
         roots = self._roots[channels.flatten() + 1]
         roots = roots[~self._stays[roots]]
         self._stays[roots] = True
@@ -140,7 +140,7 @@ class Constraint(Protocol):
     """Something that has to hold for a smaller network to be whole."""
 
     def required(self, staying: Staying) -> Tensor:
-        """Channels that have to stay because of those that stay so far."""
+        """Return channels that have to stay because of those that stay so far."""
 
 
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -153,7 +153,7 @@ class Stay:
     channels: Tensor
 
     def required(self, staying: Staying) -> Tensor:
-        """See `Constraint`."""
+        """Return channels that have to stay, see `Constraint`."""
         return self.channels
 
 
@@ -164,7 +164,7 @@ class Product:
     channels: Tensor
 
     def required(self, staying: Staying) -> Tensor:
-        """See `Constraint`."""
+        """Return channels that have to stay, see `Constraint`."""
         stays = staying.of(self.channels)
         product = torch.ones_like(stays)
         for d in range(stays.dim()):
@@ -181,7 +181,7 @@ class Whole:
     axes: tuple[int, ...]
 
     def required(self, staying: Staying) -> Tensor:
-        """See `Constraint`."""
+        """Return channels that have to stay, see `Constraint`."""
         stays = staying.of(self.channels)
         return self.channels[stays.any(dim=self.axes, keepdim=True) & ~stays]
 
@@ -200,7 +200,7 @@ class SameEntries:
     axes: tuple[int, ...]
 
     def required(self, staying: Staying) -> Tensor:
-        """See `Constraint`."""
+        """Return channels that have to stay, see `Constraint`."""
         kept = [self._entries(channels, staying) for channels in (self.first, self.second)]
         wanted = kept[0] | kept[1]
         found = []
@@ -239,7 +239,7 @@ class Read:
     quiet: Tensor | None = None
 
     def required(self, staying: Staying) -> Tensor:
-        """See `Constraint`."""
+        """Return channels that have to stay, see `Constraint`."""
         if not all(staying.of(channels).any() for channels in self.by_any):
             return _NONE
         read = torch.ones_like(self.channels, dtype=torch.bool)
@@ -257,7 +257,7 @@ class EqualNumbers:
     channels: Tensor
 
     def required(self, staying: Staying) -> Tensor:
-        """See `Constraint`."""
+        """Return channels that have to stay, see `Constraint`."""
         stays = staying.of(self.channels)
         numbers = stays.sum(dim=1, keepdim=True)
         most = int(numbers.max()) if numbers.numel() else 0
@@ -278,14 +278,14 @@ class AtLeastOne:
     number: int = 1
 
     def required(self, staying: Staying) -> Tensor:
-        """See `Constraint`."""
+        """Return channels that have to stay, see `Constraint`."""
         return _NONE if staying.of(self.channels).any() else self.channels.flatten()[: self.number]
 
 
 def smallest_staying(
     ties: Ties, constraints: Sequence[Constraint], *, nothing_is_quiet: bool = False
 ) -> Staying:
-    """The smallest set of channels that satisfies all constraints.
+    """Return the smallest set of channels that satisfies all constraints.
 
     Args:
         ties: the channels.

@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, DistributedDataParallel and the like.
+    """Return the model inside `torch.compile`, DistributedDataParallel and the like.
 
     Raises:
         TypeError: it is not a module.
@@ -42,7 +42,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def copied(model: nn.Module, *, share: bool) -> nn.Module:
-    """A copy of a model.
+    """Return a copy of a model.
 
     Args:
         model: any module, also one of which a layer holds a computed tensor, which `copy.deepcopy` refuses.
@@ -71,7 +71,7 @@ def copied(model: nn.Module, *, share: bool) -> nn.Module:
 
 
 def _what_cannot_be_copied(model: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """Attributes of modules that a copy has to share, such as locks, open files and tensors of an old computation."""
+    """Return attributes that a copy has to share, such as locks, open files and tensors of an old computation."""
     shared = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -99,7 +99,7 @@ def _check_forwards(model: nn.Module) -> None:
 
 
 def _holds(value: Any, modules: set[int], depth: int) -> bool:
-    """Whether a function refers to one of some modules."""
+    """Return whether a function refers to one of some modules."""
     if depth == 0 or value is None:
         return False
     if id(value) in modules:
@@ -128,7 +128,7 @@ def _remove_wrappers(model: nn.Module) -> None:
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that shares its tensors, with weights as layers use them.
+    """Return a copy in evaluation mode that shares its tensors, with weights as layers use them.
 
     Parametrizations and the older hooks, such as those of weight normalisation, are replaced by the weights that they
     compute.
@@ -170,7 +170,7 @@ def materialise_weights(module: nn.Module) -> None:
 
 
 def _remove_parametrizations(module: nn.Module) -> None:
-    """Like torch's function, which would change the class of the original too, since a copy has the same one."""
+    """Replace parametrizations by values; torch's function would change the class, which the original has too."""
     parametrizations = module.parametrizations
     assert isinstance(parametrizations, nn.ModuleDict)
     values = {name: getattr(module, name).detach().clone() for name in parametrizations}

@@ -73,14 +73,14 @@ _NOT_STORED = ("self", "device", "dtype", "min_value", "max_value")
 
 
 def argument_names(layer_type: type[nn.Module]) -> tuple[str, ...]:
-    """Names of a stock layer's constructor arguments, without device and dtype."""
+    """Return the names of a stock layer's constructor arguments, without device and dtype."""
     parameters = inspect.signature(layer_type.__init__).parameters.values()
     named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     return tuple(name for name in named if name not in _NOT_STORED)
 
 
 def constructor_arguments(layer: nn.Module) -> dict[str, Any]:
-    """The arguments that a stock layer was, or could have been, constructed with."""
+    """Return arguments that a stock layer was, or could have been, constructed with."""
     arguments = {name: getattr(layer, name) for name in argument_names(type(layer))}
     if "bias" in arguments:
         arguments["bias"] = arguments["bias"] is not None
@@ -111,7 +111,7 @@ def build_layer(
 
 
 def copy_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a stock layer alone, without hooks and added children, in another floating dtype."""
+    """Return a copy of a stock layer alone, without hooks and added children, in another floating dtype."""
     arguments = constructor_arguments(layer)
     own = {name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))}
     tensors = {name: tensor.clone() for name, tensor in layer.state_dict().items() if name in own}
@@ -119,10 +119,10 @@ def copy_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """True for a convolution with one filter for each channel, which keeps channels apart."""
+    """Return whether a convolution has one filter for each channel, which keeps channels apart."""
     return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
 
 
 def number_of_spatial_dimensions(layer: nn.Module) -> int:
-    """1, 2 or 3 for a convolution or pooling layer, as in its name."""
+    """Return 1, 2 or 3 for a convolution or pooling layer, as in its name."""
     return int(type(layer).__name__[-2])

@@ -53,7 +53,7 @@ class Suggestions:
         return len(self.places)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, ready for JSON."""
+        """Return plain numbers, strings, lists and dicts, ready for JSON."""
         return {"places": [asdict(place) for place in self.places]}
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ def _places(captured: Captured, factors: dict[str, Tensor]) -> list[Suggestion]:
 def _sufficient(
     captured: Captured, factors: dict[str, Tensor], groups: Sequence[Sequence[str]]
 ) -> list[list[str]]:
-    """Of each group the layers that can let a channel leave alone."""
+    """Return the layers of each group that can let a channel leave alone."""
     found: list[list[str]] = [[] for _ in groups]
     for turn in range(max(map(len, groups), default=0)):
         for group in groups:
@@ -132,7 +132,7 @@ def _sufficient(
 
 
 def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
-    """Parameters and FLOPs of the last structure of a noise layer."""
+    """Return parameters and FLOPs of the last structure of a noise layer."""
     roots = analysis.findings.ties.roots()
     call = next(analysis.noise_calls(name))
     root = roots[call["x"].channels_along(call["dim"])[-1]]

@@ -26,7 +26,7 @@ _PRODUCERS = (*WEIGHT_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTra
 def tied_noise_layers(
     model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]
 ) -> list[list[str]]:
-    """The noise layers that have to prune a channel together if `bmrs.compact` is to remove it.
+    """Find the noise layers that have to prune a channel together if `bmrs.compact` is to remove it.
 
     An addition z = x₁ + x₂ has a constant channel only if x₁ and x₂ have, and all blocks of a stage with identity
     shortcuts add to the same channels; a product is constant where one factor is. Which noise layers are needed is
@@ -57,7 +57,7 @@ def tied_noise_layers(
 
 
 def same_channels(analysis: Analysis) -> list[list[str]]:
-    """Noise layers in groups that scale the same channels, in the order of their use."""
+    """Return the noise layers in groups that scale the same channels, in the order of their use."""
     roots = analysis.findings.ties.roots()
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for call in analysis.noise_calls():
@@ -72,7 +72,7 @@ def same_channels(analysis: Analysis) -> list[list[str]]:
 def needed_layers(
     captured: Captured, factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
 ) -> list[list[str] | None]:
-    """A smallest part of each group that has to prune a channel for it to leave; the last ones of those that would do.
+    """Find as few layers of each group as can let a channel leave together; where several would do, the last.
 
     Args:
         captured: the model.
@@ -106,7 +106,7 @@ def needed_layers(
 def _spare_layers(
     captured: Captured, factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
 ) -> list[list[str]]:
-    """Of each group the layers without which alone a channel leaves too; most often none."""
+    """Return the layers of each group without any one of which a channel leaves too; most often none."""
     found: list[list[str]] = [[] for _ in groups]
     places = [0] * len(groups)
     while any(place < len(group) for place, group in zip(places, groups, strict=True)):
@@ -146,7 +146,7 @@ def _leaving_channels(analysis: Analysis, name: str) -> list[bool]:
 
 
 def last_channel_leaves(analysis: Analysis, name: str) -> bool:
-    """Whether the last channel that a noise layer scales leaves."""
+    """Return whether the last channel that a noise layer scales leaves."""
     for call in analysis.noise_calls(name):
         channels = call["x"].channels_along(call["dim"])
         return channels is not None and not bool(analysis.stays(channels[-1:]).any())
@@ -158,7 +158,7 @@ def producers(
     purpose: str,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> dict[NoiseLayer, Producer]:
-    """The linear or convolution layer whose output each noise layer scales, through other operations or not.
+    """Find the linear or convolution layer whose output each noise layer scales, through other operations or not.
 
     Args:
         model: the model.

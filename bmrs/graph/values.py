@@ -44,7 +44,7 @@ class Value:
     parameter: str | None = None
 
     def known(self) -> Tensor | None:
-        """``constant``, of whatever the value is; None if nothing is known."""
+        """Return ``constant``, also of a value that does not depend on the input; None if nothing is known."""
         if self.tensor is None:
             return self.constant
         if self.tensor.is_complex() or self.tensor.shape != self.shape:
@@ -52,12 +52,12 @@ class Value:
         return compressed(self.tensor.detach().cpu().double())
 
     def layer_along(self, axis: int) -> Tensor | None:
-        """The channels that vary along a dimension, None if none do."""
+        """Return the channels that vary along a dimension, None if none do."""
         axis %= len(self.shape)
         return next((layer for layer in self.layers if axis in varying_axes(layer)), None)
 
     def channels_along(self, axis: int) -> Tensor | None:
-        """Channels of shape (size of the dimension,), None unless they vary along this dimension alone."""
+        """Return channels of shape (size of the dimension,), None unless they vary along this dimension alone."""
         axis %= len(self.shape)
         layer = self.layer_along(axis)
         if layer is None or varying_axes(layer) != (axis,):
@@ -102,7 +102,7 @@ class Findings:
             self.stay(layer, note)
 
     def new_layer(self, shape: Sequence[int], axis: int) -> Tensor:
-        """New channels along a dimension of a value."""
+        """Make new channels along a dimension of a value."""
         size, view = shape[axis], [1] * len(shape)
         view[axis] = size
         channels = self.ties.new(size)
@@ -139,7 +139,7 @@ class Findings:
         self.add(SameEntries(a, b, tuple(axes)), "sizes have to agree")
 
     def entries(self, layer: Tensor, axes: Sequence[int]) -> Tensor:
-        """New channels for the entries of a layer along some of its dimensions, which stay where any of them does."""
+        """Make new channels for a layer's entries along some of its dimensions, which stay where any of them does."""
         for d in range(layer.dim()):
             if d not in axes:
                 layer = layer.narrow(d, 0, 1) if layer.stride(d) == 0 else layer
@@ -152,7 +152,7 @@ class Findings:
 def combine(
     findings: Findings, shape: Sequence[int], operands: Sequence[tuple[Sequence[int], Sequence[Tensor]]]
 ) -> tuple[Tensor, ...]:
-    """Layers of a value of which each element is made from the elements of others at the same place.
+    """Return the layers of a value whose elements are made from those of others at the same place.
 
     Channels that lie along the same dimensions are tied. Where those of one operand lie along some of the dimensions of
     another's, their entries along these leave together. An operand without channels along a dimension cannot lose a
@@ -202,13 +202,13 @@ def combine(
 
 
 def _full_axes(its_shape: Sequence[int], shape: tuple[int, ...]) -> set[int]:
-    """Dimensions of a result along which an operand is not broadcast."""
+    """Return the dimensions of a result along which an operand is not broadcast."""
     offset = len(shape) - len(its_shape)
     return {d + offset for d, size in enumerate(its_shape) if size != 1}
 
 
 def _overlapping(layers: list[Tensor]) -> list[list[Tensor]]:
-    """Layers in groups, so that those of different groups have no dimension in common."""
+    """Return layers in groups, so that those of different groups have no dimension in common."""
     groups: list[tuple[set[int], list[Tensor]]] = []
     for layer in layers:
         axes, members = set(varying_axes(layer)), [layer]

@@ -38,5 +38,5 @@ class ChannelScale(nn.Module):
         return x * self.factors.to(x.dtype).view(shape)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Return what ``print(model)`` shows."""
         return f"{len(self.factors)}, dim={self.dim}, activation={self.activation!r}"

@@ -17,7 +17,7 @@ KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 
 
 def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | None = None) -> Tensor:
-    """Weighted KL(posterior‖prior) over a model's noise layers, to be added to the data loss.
+    """Return the weighted KL(posterior‖prior) of a model's noise layers, to be added to the data loss.
 
     Pruned structures are gone: they add neither KL nor gradient. What each of the others adds does not depend on
     how many are left.

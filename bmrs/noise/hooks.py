@@ -11,7 +11,7 @@ from bmrs.noise.layer import NoiseLayer
 
 
 def added_noise(layer: nn.Module) -> NoiseLayer | None:
-    """The noise layer that `add_noise` put behind a layer, or None."""
+    """Return the noise layer that `add_noise` put behind a layer, or None."""
     return layer.noise if _multiply_output in layer._forward_hooks.values() else None  # type: ignore[return-value]
 
 
@@ -39,7 +39,7 @@ def remove_noise_hook(layer: nn.Module) -> bool:
 
 
 def has_input_noise(layer: nn.Module) -> bool:
-    """True if `add_noise` put noise in front of a layer."""
+    """Return whether `add_noise` put noise in front of a layer."""
     return _multiply_input in layer._forward_pre_hooks.values()
 
 

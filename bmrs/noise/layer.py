@@ -114,14 +114,14 @@ class NoiseLayer(nn.Module):
             self.mask.fill_(True)
 
     def expected_noise(self) -> Tensor:
-        """E[θ] · mask of shape (num_structures,), the factors of evaluation mode."""
+        """Return E[θ] · mask of shape (num_structures,), the factors of evaluation mode."""
         mean = bmrs_kernels.noise_mean(
             self.mu, self.log_sigma, lower=self.lower, upper=self.upper, backend=self.backend
         )
         return mean * self.mask
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values of the structures, of shape (num_structures,), for the entries along ``dim``."""
+        """Return values of the structures, of shape (num_structures,), for the entries along ``dim``."""
         return values if self.structure_size == 1 else values.repeat_interleave(self.structure_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class NoiseLayer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Constructor arguments, as ``print(model)`` shows them."""
+        """Return the constructor arguments, as ``print(model)`` shows them."""
         size = "" if self.structure_size == 1 else f", structure_size={self.structure_size}"
         text = f"{self.num_structures}, dim={self.dim}{size}, granularity={self.granularity!r}"
         text += f", activation={self.activation!r}, lower={self.lower}, upper={self.upper}"

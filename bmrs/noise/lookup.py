@@ -13,12 +13,12 @@ from bmrs.noise.layer import NoiseLayer
 
 
 def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
-    """All noise layers of a model by qualified name, in module order; a shared layer appears once."""
+    """Return all noise layers of a model by qualified name, in module order; a shared layer appears once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NoiseLayer)}
 
 
 def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
-    """Like `noise_layers`, but a model without any is a ValueError."""
+    """Return what `noise_layers` does, but raise ValueError if there is none."""
     layers = noise_layers(model)
     if not layers:
         raise ValueError(

@@ -7,6 +7,6 @@ from torch import Tensor, nn
 
 
 def for_each_example(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer's result for a nested tensor, one example after another: few operators know such tensors."""
+    """Return a layer's result for a nested tensor, one example after another: few operators know such tensors."""
     examples = [layer(example.unsqueeze(0)).squeeze(0) for example in x.unbind()]
     return torch.nested.as_nested_tensor(examples, layout=x.layout)

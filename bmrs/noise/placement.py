@@ -167,7 +167,7 @@ def _check_can_get_noise(name: str, layer: nn.Module) -> None:
 
 
 def can_get_noise(layer: nn.Module) -> bool:
-    """True for a layer that `add_noise` takes without being told its structures."""
+    """Return whether `add_noise` takes a layer without being told its structures."""
     try:
         _check_can_get_noise("", layer)
         return _output_structures("", layer)[0] > 1
@@ -176,7 +176,7 @@ def can_get_noise(layer: nn.Module) -> bool:
 
 
 def _output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
-    """Number of structures in a layer's output and the dimension that they lie along."""
+    """Return the number of structures in a layer's output and the dimension that they lie along."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, -1
     if isinstance(layer, _ConvNd):
@@ -204,7 +204,7 @@ def _output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
 
 
 def _is_transposed_linear(layer: nn.Module) -> bool:
-    """True for the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
+    """Return whether this is the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
     return type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "weight", None), Tensor)
 
 

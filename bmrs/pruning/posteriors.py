@@ -80,7 +80,7 @@ class PosteriorReport:
 
 
 def unsettled(model: nn.Module) -> float:
-    """How far the posteriors are from converged: 0 where the decisions no longer depend on the rule.
+    """Return how far the posteriors are from converged: 0 where the decisions no longer depend on the rule.
 
     A structure that the data say nothing about travels from its start towards the prior, and each rule is a line
     across its way: SNR ≤ 1 is crossed early, ΔF_N ≥ -0.919 late. The share of kept structures between the two lines is
@@ -202,7 +202,7 @@ class PosteriorLearner:
 
 
 def _rule(layer: NoiseLayer) -> PosteriorCriterion:
-    """Odds, or where the interval lies on one side of their border the signal-to-noise ratio."""
+    """Return the odds or, where the interval lies on one side of their border, the signal-to-noise ratio."""
     odds = BMRSOdds()
     return odds if layer.lower < -odds.p1 * LN2 < layer.upper else _LAX
 

@@ -68,7 +68,7 @@ class PruneReport:
         return sum(layer.after for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, ready for JSON; a non-finite score becomes None."""
+        """Return plain numbers, strings, lists and dicts, ready for JSON; a non-finite score becomes None."""
         layers = [asdict(layer) for layer in self.layers]
         for layer in layers:
             for key in ("lowest_score", "highest_score"):
@@ -164,7 +164,7 @@ def prune(
 
 
 def _on_cpu(layers: dict[str, NoiseLayer], name: str) -> dict[NoiseLayer, Tensor]:
-    """The tensor of a name of each layer, on the CPU: one transfer for many, since each waits for the device."""
+    """Return the tensor of a name of each layer, on the CPU: one transfer for many, as each waits for the device."""
     found: dict[NoiseLayer, Tensor] = {}
     for group in layers_of_one_kind(layers.values()):
         found |= group.split(group.joined(name).cpu())
@@ -187,7 +187,7 @@ def _check_finite(layers: dict[str, NoiseLayer]) -> None:
 def _decide(
     model: nn.Module, layers: dict[str, NoiseLayer], criterion: Criterion
 ) -> dict[NoiseLayer, Decision]:
-    """The criterion's decision on every layer, on the CPU."""
+    """Return the criterion's decision on every layer, on the CPU."""
     if isinstance(criterion, PosteriorCriterion):
         return _decide_together(layers, criterion)
     producer_of = producers(model, type(criterion).__name__) if criterion.needs_producer else {}
@@ -225,7 +225,7 @@ def _naming(names: list[str]) -> Iterator[None]:
 def _judge(
     name: str, layer: NoiseLayer, kept: Tensor, decision: Decision, criterion: Criterion
 ) -> tuple[Tensor, LayerReport]:
-    """The layer's new mask, on the CPU like the one before, and its report."""
+    """Return the layer's new mask, on the CPU like the one before, and its report."""
     mask = kept & ~decision.prune
     emptied = bool(kept.any() and not mask.any())
     if emptied:

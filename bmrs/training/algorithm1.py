@@ -56,14 +56,14 @@ def train(
     posteriors frozen. With `config.fine_tune_noise` they go on as before, as the paper does.
 
     Args:
-        state: Where to start from; changed in place.
-        data: Preprocessed images on the model's device.
-        config: The options.
-        save: Called with the state after each epoch.
-        progress: Told about steps and epochs.
+        state: where to start from; changed in place.
+        data: preprocessed images on the model's device.
+        config: the options.
+        save: called with the state after each epoch.
+        progress: told about steps and epochs.
 
     Raises:
-        NonFiniteError: A NaN or an infinity turned up; its epoch is not saved.
+        NonFiniteError: a NaN or an infinity turned up; its epoch is not saved.
     """
     settings = config.settings
     criterion = config.build_criterion()
@@ -132,7 +132,7 @@ def _prunes_after(epoch: int, config: TrainConfig) -> bool:
 
 @contextmanager
 def _without_noise(model: nn.Module) -> Iterator[None]:
-    """Within it, noise layers multiply by E[θ] and do not train."""
+    """Have noise layers multiply by E[θ] and not train."""
     layers = noise_layers(model).values()
     for layer in layers:
         layer.eval().requires_grad_(False)

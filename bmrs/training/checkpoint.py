@@ -28,10 +28,10 @@ class TrainingState:
     """All that the next epoch depends on, beside the global random number generators.
 
     Attributes:
-        model: The network.
-        optimizer: Its optimizer.
-        order: Draws the order of the images.
-        history: One row of metrics for each finished epoch.
+        model: the network.
+        optimizer: its optimizer.
+        order: draws the order of the images.
+        history: one row of metrics for each finished epoch.
     """
 
     model: nn.Module
@@ -65,7 +65,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     """Bring a freshly built state, and the global random number generators, to what was saved.
 
     Raises:
-        RunError: If the file is broken or of another network.
+        RunError: the file is broken or of another network.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -75,7 +75,7 @@ _TEMPERATURES: dict[tuple[ModelName, bool], float] = {
 
 
 def _ours(model: ModelName, data: DataName) -> RecipeSettings:
-    """The recipe's own settings: the paper's network, and a schedule that was chosen on validation images."""
+    """Return the recipe's own settings: the paper's network, and a schedule that was chosen on validation images."""
     paper = PAPER_SETTINGS[model, data]
     epochs, noise_epochs, fine_tune_epochs = (8, 4, 12) if data == EMBEDDED else (8, 2, 10)
     return paper._replace(
@@ -134,7 +134,7 @@ class TrainConfig:
     those that depend on model and data are left to `settings`.
 
     Raises:
-        ConfigError: A value is bad, or options do not go together.
+        ConfigError: a value is bad, or options do not go together.
     """
 
     data: DataName = field(
@@ -333,7 +333,7 @@ class TrainConfig:
         return replace(self, **self.settings._asdict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as JSON values, which `TrainConfig` and `bmrs train --config` take."""
+        """Return the options as JSON values, which `TrainConfig` and `bmrs train --config` take."""
         return asdict(self)
 
     def build_criterion(self) -> Criterion:

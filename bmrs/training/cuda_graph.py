@@ -31,8 +31,8 @@ def capture(call: Callable[[], ResultT], stream: torch.cuda.Stream) -> tuple[Res
     """Capture a warmed-up call, which does not run it.
 
     Args:
-        call: Waits for nothing on the GPU, and reads and writes the same tensors whenever it is called.
-        stream: Another one than the current one; replays are on the current one.
+        call: waits for nothing on the GPU, and reads and writes the same tensors whenever it is called.
+        stream: another one than the current one; replays are on the current one.
 
     Returns:
         The call's result, without values yet, and a function that computes it in place.
@@ -47,8 +47,8 @@ class Replay:
     """Replays a graph, and keeps alive what was captured: a graph knows the addresses of its tensors and nothing else.
 
     Args:
-        graph: What to replay.
-        call: What it was captured from, which holds the tensors that it reads and writes.
+        graph: what to replay.
+        call: what it was captured from, which holds the tensors that it reads and writes.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, call: Callable[[], Any]) -> None:
@@ -67,9 +67,9 @@ class GraphedStep:
     capture: the learning rate, for one, stays.
 
     Args:
-        step: Trains on the images of these indices and returns tensors.
-        batch_size: Number of indices that the graph is for.
-        device: Where the indices are.
+        step: trains on the images of these indices and returns tensors.
+        batch_size: number of indices that the graph is for.
+        device: where the indices are.
     """
 
     def __init__(

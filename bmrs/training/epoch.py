@@ -29,7 +29,7 @@ class Progress(Protocol):
 
 
 def batches_of(state: TrainingState, split: Split, config: TrainConfig) -> Sequence[Tensor]:
-    """The indices of an epoch's batches, in random order; the last one may be smaller."""
+    """Return the indices of an epoch's batches, in random order; the last one may be smaller."""
     order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
     return order.split(config.settings.batch_size)
 
@@ -37,7 +37,7 @@ def batches_of(state: TrainingState, split: Split, config: TrainConfig) -> Seque
 def train_epoch(
     step: Step, batches: Sequence[Tensor], epoch: int, watch: FiniteWatch, progress: Progress
 ) -> dict[str, float]:
-    """One pass over the images; returns means over them. With noise, accuracy is that of the noisy network."""
+    """Train on all images once and return means over them; with noise, accuracy is that of the noisy network."""
     totals = torch.zeros(3, dtype=torch.float64, device=batches[0].device)
     seen = 0
     for number, batch in enumerate(batches, start=1):

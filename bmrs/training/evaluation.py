@@ -36,8 +36,8 @@ def compression(model: nn.Module, example: Tensor) -> float:
     biases that compaction removes, and the μ and log σ of pruned structures.
 
     Args:
-        model: A model with noise layers.
-        example: One input, of shape (1, ...).
+        model: a model with noise layers.
+        example: one input, of shape (1, ...).
     """
     kept = sum(int(layer.mask.sum()) for layer in noise_layers(model).values())
     remaining = num_parameters(compact(model, example)) + 2 * kept
@@ -52,10 +52,10 @@ def latency(
     They run on one CPU thread or on their GPU, and take turns, so that a slow moment of the machine meets them all.
 
     Args:
-        models: Models, timed in evaluation mode.
-        images: One batch of inputs.
-        rounds: How often each model has its turn.
-        min_seconds: Least time of a turn, over as many forward passes as it needs.
+        models: models, timed in evaluation mode.
+        images: one batch of inputs.
+        rounds: how often each model has its turn.
+        min_seconds: least time of a turn, over as many forward passes as it needs.
     """
     timers = [
         Timer(

@@ -21,7 +21,7 @@ class FiniteWatch:
     once.
 
     Args:
-        model: The model under training.
+        model: the model under training.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,7 +70,7 @@ class FiniteWatch:
         """Look at the steps since the last check; synchronises once.
 
         Raises:
-            NonFiniteError: If one of them had a NaN or an infinity.
+            NonFiniteError: one of them had a NaN or an infinity.
         """
         wrong = ~torch.stack(self._rows).isfinite()
         if wrong.any():
@@ -83,7 +83,7 @@ class FiniteWatch:
         """Check the parameters as the last step left them.
 
         Raises:
-            NonFiniteError: If one of them holds a NaN or an infinity.
+            NonFiniteError: one of them holds a NaN or an infinity.
         """
         wrong = ~torch.stack([_probe(parameter) for parameter in self._parameters.values()]).isfinite()
         if wrong.any():
@@ -95,7 +95,7 @@ class FiniteWatch:
 
 
 def _probe(values: Tensor) -> Tensor:
-    """The mean of the least and the largest value: finite exactly where all values are, and cannot overflow."""
+    """Return the mean of the least and the largest value: finite exactly where all values are, without overflow."""
     # One pass; an infinity norm takes ten times as long on a CPU.
     least, largest = values.detach().aminmax()
     return (least / 2).add(largest, alpha=0.5)

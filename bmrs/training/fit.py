@@ -41,7 +41,7 @@ def fitting_state(model: nn.Module, config: TrainConfig, device: torch.device) -
 
 
 def cosine(progress: float) -> float:
-    """The learning rate in units of `--lr`, from 2 to 0 after a warm-up, at a share of the steps in [0, 1)."""
+    """Return the learning rate in units of `--lr`, from 2 to 0 after a warm-up, at a share of the steps in [0, 1)."""
     return (1 + math.cos(math.pi * progress)) * min(1.0, progress / WARM_UP)
 
 
@@ -59,17 +59,17 @@ def fit(
     """Train the weights from the state's epoch to the last one.
 
     Args:
-        state: Where to start from; changed in place.
-        data: Preprocessed images on the model's device.
-        config: The options.
-        epochs: How many there are in all.
-        phase: What the rows of metrics say that this is.
-        save: Called with the state after each epoch.
-        progress: Told about steps and epochs.
-        teacher: A network whose answers on the training images are imitated, with the weight `config.distillation`.
+        state: where to start from; changed in place.
+        data: preprocessed images on the model's device.
+        config: the options.
+        epochs: how many there are in all.
+        phase: what the rows of metrics say that this is.
+        save: called with the state after each epoch.
+        progress: told about steps and epochs.
+        teacher: a network whose answers on the training images are imitated, with the weight `config.distillation`.
 
     Raises:
-        NonFiniteError: A NaN or an infinity turned up; its epoch is not saved.
+        NonFiniteError: a NaN or an infinity turned up; its epoch is not saved.
     """
     watch = FiniteWatch(state.model)
     steps_an_epoch = math.ceil(len(data.train) / config.settings.batch_size)
@@ -106,7 +106,7 @@ def fit(
 
 
 def _distillation(teacher: nn.Module, data: Dataset, config: TrainConfig) -> DataLoss:
-    """The mean of two losses: against the labels, and against the teacher (Hinton et al. 2015, arXiv 1503.02531)."""
+    """Return the mean of the losses against labels and teacher (Hinton et al. 2015, arXiv 1503.02531)."""
     weight = config.distillation
     assert weight is not None, "filled in for the recipe that has it"
     answers = (in_batches(teacher, data.train.images) / SOFTENING).softmax(dim=1).clone()

@@ -27,9 +27,9 @@ def draw(path: Path, states: Mapping[NetworkName, TrainingState], config: TrainC
     """Draw a finished run into a PNG file.
 
     Args:
-        path: The file.
-        states: The run's networks with their histories; "noisy" has the noise layers.
-        config: The run's options.
+        path: the file.
+        states: the run's networks with their histories; "noisy" has the noise layers.
+        config: the run's options.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -13,10 +13,10 @@ class TrainingProgress:
     """Shows one network's training; a context manager.
 
     Args:
-        console: Where to show it.
-        title: What is trained.
-        epochs: Number of epochs.
-        done: Epochs that were finished before.
+        console: where to show it.
+        title: what is trained.
+        epochs: number of epochs.
+        done: epochs that were finished before.
     """
 
     def __init__(self, console: Console, title: str, *, epochs: int, done: int) -> None:

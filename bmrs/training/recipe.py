@@ -66,16 +66,16 @@ def learn_noise(
     at half of it, so that a collapse is never delivered; the epochs that it took count.
 
     Args:
-        state: What `noisy_state` returned, or its state after some epochs. Weights that `config.weight_lr` trains go
+        state: what `noisy_state` returned, or its state after some epochs. Weights that `config.weight_lr` trains go
             on from a collapse as they are.
-        data: Preprocessed images on the model's device.
-        config: The options.
-        save: Called with the state after each epoch.
-        progress: Told about steps and epochs.
+        data: preprocessed images on the model's device.
+        config: the options.
+        save: called with the state after each epoch.
+        progress: told about steps and epochs.
 
     Raises:
-        NonFiniteError: A NaN or an infinity turned up; its epoch is not saved.
-        CollapseError: The last epoch ended in a collapse.
+        NonFiniteError: a NaN or an infinity turned up; its epoch is not saved.
+        CollapseError: the last epoch ended in a collapse.
     """
     learner = None
     epochs = config.settings.noise_epochs
@@ -116,7 +116,7 @@ def learn_noise(
 
 
 def _next_temperature(state: TrainingState, config: TrainConfig) -> tuple[float, bool]:
-    """The temperature of the next epoch, and whether the one before ended in a collapse."""
+    """Return the temperature of the next epoch, and whether the one before ended in a collapse."""
     if not state.history:
         return _first_temperature(config), False
     last = state.history[-1]
@@ -132,7 +132,7 @@ def _first_temperature(config: TrainConfig) -> float:
 def _started(
     state: TrainingState, config: TrainConfig, data: Dataset, temperature: float, *, afresh: bool
 ) -> PosteriorLearner:
-    """A learner of the state's posteriors, which goes on where the last epoch ended, or from the start."""
+    """Return a learner of the state's posteriors, which goes on where the last epoch ended, or from the start."""
     if afresh:
         for layer in noise_layers(state.model).values():
             layer.reset_parameters()
@@ -159,14 +159,14 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
 
 
 def fine_tuning_epochs(config: TrainConfig, noisy: TrainingState) -> int:
-    """Those of the options, and what learning the noise has left of its own."""
+    """Return the epochs of fine-tuning: those of the options, and those that learning the noise left over."""
     assert config.settings.noise_epochs is not None, "settings have it for this recipe"
     left = config.settings.noise_epochs - len(noisy.history)
     return config.settings.fine_tune_epochs + left
 
 
 def total_epochs(config: TrainConfig) -> int:
-    """Epochs of the whole recipe, which all that it is compared with has too."""
+    """Return the epochs of the whole recipe, which all that it is compared with has too."""
     settings = config.settings
     assert settings.noise_epochs is not None, "settings have it for this recipe"
     return settings.epochs + settings.noise_epochs + settings.fine_tune_epochs

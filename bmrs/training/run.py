@@ -48,19 +48,19 @@ def train(
     """Start a run and bring it to its end.
 
     Args:
-        config: The options.
-        output: The run's folder, empty or not there yet; None for a fresh numbered one in `runs`.
-        console: Where progress and result are shown.
+        config: the options.
+        output: the run's folder, empty or not there yet; None for a fresh numbered one in `runs`.
+        console: where progress and result are shown.
 
     Returns:
         The result of each of its seeds.
 
     Raises:
-        RunError: The folder or the device cannot be used.
-        DataError, FileNotFoundError: The data cannot be read.
-        NonFiniteError: A NaN or an infinity turned up.
-        CollapseError: At this temperature nothing would be left.
-        InterruptedRunError: The user pressed Ctrl-C; the run can be resumed.
+        RunError: the folder or the device cannot be used.
+        DataError, FileNotFoundError: the data cannot be read.
+        NonFiniteError: a NaN or an infinity turned up.
+        CollapseError: at this temperature nothing would be left.
+        InterruptedRunError: the user pressed Ctrl-C; the run can be resumed.
     """
     config = config.resolved()
     device = device_of(config)
@@ -80,14 +80,14 @@ def evaluate(
     """Measure a finished run's networks again.
 
     Args:
-        path: The run's folder.
-        data_dir: Where the data lie now, if not where they were.
-        device: Where to measure, if not on the run's device.
-        console: Where the result is shown.
+        path: the run's folder.
+        data_dir: where the data lie now, if not where they were.
+        device: where to measure, if not on the run's device.
+        console: where the result is shown.
 
     Raises:
-        RunError: Files of the run are missing or broken, or the device cannot be used.
-        DataError, FileNotFoundError: The data cannot be read.
+        RunError: files of the run are missing or broken, or the device cannot be used.
+        DataError, FileNotFoundError: the data cannot be read.
     """
     console = console or Console()
     folder, config = RunFolder.open(path)
@@ -160,7 +160,7 @@ class _Trainer:
         epochs: int,
         train: Callable[[Callable[[TrainingState], None], Progress], None],
     ) -> TrainingState:
-        """Train a fresh state by a function that is given how to save and whom to tell."""
+        """Train a fresh state, or go on from its checkpoint, by calling ``train(save, progress)``."""
 
         def save(state: TrainingState) -> None:
             save_checkpoint(self.folder.checkpoint(network), state)
@@ -295,7 +295,7 @@ def load(config: TrainConfig, device: torch.device) -> Dataset:
     """Read the data and preprocess them once, on the device that they are used on.
 
     Raises:
-        DataError, FileNotFoundError: The data cannot be read.
+        DataError, FileNotFoundError: the data cannot be read.
     """
     data = load_dataset(config.data, config.data_dir, seed=config.seed)
 
@@ -309,7 +309,7 @@ def device_of(config: TrainConfig) -> torch.device:
     """Return the device that the options name.
 
     Raises:
-        RunError: It cannot be used, or not with the other options.
+        RunError: it cannot be used, or not with the other options.
     """
     name = config.device
     if name == "auto":

@@ -37,11 +37,11 @@ class RunFolder:
         return self.path / "config.json"
 
     def checkpoint(self, network: NetworkName) -> Path:
-        """State of training of one network after its last finished epoch."""
+        """Return the path of one network's state of training after its last finished epoch."""
         return self.path / f"{_prefix(network)}checkpoint.safetensors"
 
     def metrics(self, network: NetworkName) -> Path:
-        """Metrics of one network, one JSON object a line and epoch."""
+        """Return the path of one network's metrics, one JSON object a line and epoch."""
         return self.path / f"{_prefix(network)}metrics.jsonl"
 
     @property
@@ -50,7 +50,7 @@ class RunFolder:
         return self.path / "dense.safetensors"
 
     def network(self, name: str) -> Path:
-        """A model that `bmrs.load` reads: "compacted", the result, and in the recipe bmrs what it is compared with."""
+        """Return the path of a model that `bmrs.load` reads: "compacted", or what recipe bmrs compares it with."""
         return self.path / f"{name}.safetensors"
 
     @property
@@ -64,7 +64,7 @@ class RunFolder:
         return self.path / "picture.png"
 
     def of_seeds(self, config: TrainConfig) -> Iterator[tuple[int, RunFolder]]:
-        """The seeds of a run and their folders: this one if there is one seed."""
+        """Iterate over the seeds of a run and their folders: this one if there is one seed."""
         for seed in range(config.seed, config.seed + config.seeds):
             yield seed, self if config.seeds == 1 else RunFolder(self.path / f"seed-{seed}", self.path)
 
@@ -73,11 +73,11 @@ class RunFolder:
         """Make the folder of a new run and write its config.
 
         Args:
-            config: The run's options.
-            output: The folder, which must be empty or not exist; None for a fresh numbered one in `runs`.
+            config: the run's options.
+            output: the folder, which must be empty or not exist; None for a fresh numbered one in `runs`.
 
         Raises:
-            RunError: If `output` holds something already.
+            RunError: `output` holds something already.
         """
         if output is None:
             path = _fresh_folder(Path("runs"), f"{config.model}-{config.data}")
@@ -97,7 +97,7 @@ class RunFolder:
         """Return the folder of an existing run and its options.
 
         Raises:
-            RunError: If there is no run, or its config is broken.
+            RunError: there is no run, or its config is broken.
         """
         folder = cls(path)
         if not folder.config.is_file():

@@ -46,11 +46,11 @@ class NetworkMeasurement:
     """One network.
 
     Attributes:
-        accuracy: Share of test images classified rightly.
-        parameters: Trainable values.
-        flops: Floating-point operations for one image.
-        file_size: Bytes as safetensors.
-        latency: Median seconds for each of `LATENCY_BATCHES`.
+        accuracy: share of test images classified rightly.
+        parameters: trainable values.
+        flops: floating-point operations for one image.
+        file_size: bytes as safetensors.
+        latency: median seconds for each of `LATENCY_BATCHES`.
     """
 
     accuracy: float
@@ -66,20 +66,20 @@ class RunSummary:
 
     Attributes:
         recipe: "bmrs" or "paper".
-        networks: By name. "dense": trained as long without noise. "compacted": what `bmrs.load` returns. Of the recipe
+        networks: by name. "dense": trained as long without noise. "compacted": what `bmrs.load` returns. Of the recipe
             paper, "masked": the pruned network before compaction. Of the recipe bmrs, "scratch": the compacted
             network's widths, trained from scratch; "random": as many structures of the trained network, chosen at
             random and fine-tuned; both in as many epochs.
-        on_the_way: Of the recipe bmrs, test accuracies of the network before pruning ("trained"), after pruning and
+        on_the_way: of the recipe bmrs, test accuracies of the network before pruning ("trained"), after pruning and
             folding ("pruned") and after refitting ("refitted"), no weight having been trained after pruning.
-        kept: Structures kept and structures in all, by noise layer.
-        compression_percent: The paper's measure; see `measure.compression`.
-        reload_error: Largest difference between the outputs of the reloaded network that compaction gave and the
+        kept: structures kept and structures in all, by noise layer.
+        compression_percent: the paper's measure; see `bmrs.training.evaluation.compression`.
+        reload_error: largest difference between the outputs of the reloaded network that compaction gave and the
             masked one, relative to the largest output, on the test images.
-        unsettled: Share of the structures on which rules that agree for converged posteriors disagree.
+        unsettled: share of the structures on which rules that agree for converged posteriors disagree.
         settled: False if the noise was cut off before decisions stopped changing; of the recipe bmrs.
-        temperature: That of the posteriors; of the recipe bmrs.
-        device: Where it was measured.
+        temperature: that of the posteriors; of the recipe bmrs.
+        device: where it was measured.
     """
 
     recipe: str
@@ -173,7 +173,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     """Load a finished run's networks from their files, compare and measure them.
 
     Raises:
-        RunError: A file is missing or broken, or the compacted network's outputs are not the masked network's.
+        RunError: a file is missing or broken, or the compacted network's outputs are not the masked network's.
     """
     names = (
         ["compacted"]
@@ -250,7 +250,7 @@ def _load(name: str, read: Callable[[], Any]) -> Any:
 
 
 def _difference(masked: nn.Module, compacted: nn.Module, images: Tensor, name: str) -> float:
-    """The largest difference of the outputs, relative to the largest output."""
+    """Return the largest difference of the outputs, relative to the largest output."""
     # In float64, since TF32 and the like would differ by more than the tolerance.
     expected, found = (
         in_batches(copy.deepcopy(model).double(), images.double()) for model in (masked, compacted)

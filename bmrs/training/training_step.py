@@ -38,12 +38,12 @@ def new_step(
     images that were classified rightly, with noise by the noisy network; and what `watch` is to record.
 
     Args:
-        model: The network.
-        split: Preprocessed images.
-        config: The options; with `cuda_graph` the step is captured and replayed.
-        watch: Is asked for the step's probes.
-        data_loss: What is to become small.
-        update: How.
+        model: the network.
+        split: preprocessed images.
+        config: the options; with `cuda_graph` the step is captured and replayed.
+        watch: is asked for the step's probes.
+        data_loss: what is to become small.
+        update: how.
     """
 
     def step(batch: Tensor) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ def new_step(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:
-    """The data loss of plain training."""
+    """Return the data loss of plain training."""
     return F.cross_entropy(logits, labels)
 
 

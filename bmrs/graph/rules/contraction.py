@@ -32,7 +32,7 @@ def contract(
     *,
     ignored: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Layers of a sum of products, with a letter for each dimension, as in Einstein's notation.
+    """Return the layers of a sum of products, with a letter for each dimension, as in Einstein's notation.
 
     Args:
         findings: where ties and constraints go.
@@ -81,7 +81,7 @@ def contract(
 def sum_layers(
     findings: Findings, layers: Sequence[Tensor], summed: Sequence[int], silent: Tensor | None
 ) -> list[Tensor]:
-    """Layers of a sum over dimensions, which vanish.
+    """Return the layers of a sum over dimensions, which vanish.
 
     Args:
         findings: where constraints go.
@@ -139,13 +139,13 @@ def _read(
 
 @rule("linear")
 def linear(findings: Findings, call: Call) -> Value:
-    """Y = x·Wᵀ + b; a channel that is constant at all places is made up for in the bias."""
+    """Follow x·Wᵀ + b; what a channel adds that is constant at all places, the bias can add in its stead."""
     return _affine(findings, call, call["input"], call["weight"], "oi", call["bias"])
 
 
 @rule("addmm")
 def addmm(findings: Findings, call: Call) -> Value:
-    """B + x·W."""
+    """Follow b + x·W."""
     plain = call["beta"] == 1 and call["alpha"] == 1
     if not plain:
         findings.stay_all(call["mat1"], "a factor of addmm is not 1")
@@ -165,7 +165,7 @@ def _affine(
 
 
 def _movable_constants(call: Call, x: Value, axis: int) -> Tensor | None:
-    """Which elements of x have a constant that a bias can make up for: those of channels that are equal everywhere."""
+    """Return which elements of x are constants that a bias can stand in for: those equal all along their channel."""
     if x.constant is None or not call.can_shift:
         return None
     equal = uniform(x.constant, [d for d in range(len(x.shape)) if d != axis])
@@ -173,7 +173,7 @@ def _movable_constants(call: Call, x: Value, axis: int) -> Tensor | None:
 
 
 def uniform(constant: Tensor, axes: Sequence[int]) -> Tensor:
-    """Constants that are equal along dimensions, NaN where they are not; these dimensions have size 1."""
+    """Return constants that are equal along dimensions, NaN where they are not; these dimensions get size 1."""
     (reduced,) = without_repetition(constant)
     axes = [d for d in axes if reduced.shape[d] > 1]
     if axes:
@@ -187,7 +187,7 @@ def uniform(constant: Tensor, axes: Sequence[int]) -> Tensor:
 
 @rule("matmul", "bmm", "mm", "dot", "mv", "baddbmm")
 def matmul(findings: Findings, call: Call) -> Value:
-    """Products of matrices, in batches that broadcast."""
+    """Follow products of matrices, in batches that broadcast."""
     a, b = (call["self"], call["other"] or call["mat2"] or call["vec"] or call["tensor"])
     if call.operator == "baddbmm":
         a, b = call["batch1"], call["batch2"]
@@ -210,7 +210,7 @@ def matmul(findings: Findings, call: Call) -> Value:
 
 
 def with_rank(value: Value, rank: int) -> Value:
-    """A value with dimensions of size 1 in front."""
+    """Return a value with dimensions of size 1 in front."""
     missing = rank - len(value.shape)
     shape = torch.Size([1] * missing + list(value.shape))
     raise_ = lambda x: x[(None,) * missing] if missing else x  # noqa: E731
@@ -223,7 +223,7 @@ def with_rank(value: Value, rank: int) -> Value:
 
 
 def _zero_products(a: Value, b: Value, shape: torch.Size) -> Tensor | None:
-    """Products are 0 where a whole row of the one or a whole column of the other is."""
+    """Return constants of a product: 0 where a whole row of the one or a whole column of the other is 0."""
     zero = torch.zeros([1] * len(shape), dtype=torch.bool)
     if a.constant is not None:
         zero = zero | (without_repetition(a.constant)[0] == 0).all(dim=-1, keepdim=True)
@@ -238,7 +238,7 @@ def _zero_products(a: Value, b: Value, shape: torch.Size) -> Tensor | None:
 
 @rule("einsum")
 def einsum(findings: Findings, call: Call) -> Value:
-    """Sums of products of two tensors with a letter for each dimension."""
+    """Follow sums of products of two tensors, with a letter for each dimension."""
     values: list[Value] = list(call["tensors"])
     equation = call["equation"].replace(" ", "")
     inputs, _, out = equation.partition("->")
@@ -265,7 +265,7 @@ def einsum(findings: Findings, call: Call) -> Value:
 
 @rule("embedding")
 def embedding(findings: Findings, call: Call) -> Value:
-    """Rows of a table: its columns are channels of the result."""
+    """Follow rows of a table: its columns are channels of the result."""
     weight = call["weight"]
     along = weight.channels_along(1)
     rows = weight.layer_along(0)
@@ -279,7 +279,7 @@ def embedding(findings: Findings, call: Call) -> Value:
 
 @rule("scaled_dot_product_attention")
 def attention(findings: Findings, call: Call) -> Value:
-    """softmax(q·kᵀ·scale + mask)·v; the scale is kept as it is when the width of heads changes."""
+    """Follow softmax(q·kᵀ·scale + mask)·v; the scale is kept as it is when the width of heads changes."""
     q, k, v, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     rank = len(call.shape)
     batch = "abcdefgh"[: rank - 2]
@@ -308,7 +308,7 @@ def _repeated(value: Value, repeats: int, axis: int) -> Value:
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(findings: Findings, call: Call) -> list[Value]:
-    """Recurrent layers: their input can lose channels; their hidden units feed themselves and stay."""
+    """Follow recurrent layers: their input can lose channels; their hidden units feed themselves and stay."""
     x, parameters = call["input"] or call["data"], list(call["params"])
     axis = len(x.shape) - 1
     into = x.channels_along(axis)

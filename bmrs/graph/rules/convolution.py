@@ -17,7 +17,7 @@ from bmrs.graph.values import Findings, Value, combine
 
 @rule(*CONVOLUTIONS, "convolution", *TRANSPOSED_CONVOLUTIONS)
 def convolution(findings: Findings, call: Call) -> Value:
-    """Convolutions, transposed and grouped ones too."""
+    """Follow convolutions, transposed and grouped ones too."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     spatial = len(weight.shape) - 2
     if len(x.shape) == spatial + 1:
@@ -79,7 +79,7 @@ def convolution(findings: Findings, call: Call) -> Value:
 
 
 def _constants_through(call: Call, x: Value, transposed: bool) -> Tensor | None:
-    """The constants of the input's channels that a convolution reads as such, NaN elsewhere; of shape (channels,)."""
+    """Return constants of the input's channels that a convolution reads as such, else NaN; of shape (channels,)."""
     if x.constant is None:
         return None
     constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != 1])
@@ -91,7 +91,7 @@ def _constants_through(call: Call, x: Value, transposed: bool) -> Tensor | None:
 
 
 def pads(padding: object, kernel_size: Sequence[int]) -> bool:
-    """True if a convolution puts zeros around its input."""
+    """Return whether a convolution puts zeros around its input."""
     if isinstance(padding, str):
         return padding == "same" and any(size > 1 for size in kernel_size)
     return any(padding) if isinstance(padding, list | tuple) else bool(padding)
@@ -100,7 +100,7 @@ def pads(padding: object, kernel_size: Sequence[int]) -> bool:
 def _grouped(
     findings: Findings, call: Call, x: Value, weight: Value, readable: Tensor | None, transposed: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Layers and constants of a grouped convolution. Groups leave whole, or equally many channels in each.
+    """Return layers and constants of a grouped convolution: groups leave whole, or as many channels of each.
 
     The rows of the weight are numbered by the result's channels, or by the input's if transposed; the columns are those
     of the other side in each group, and get channels of their own there.
@@ -154,7 +154,7 @@ def _is_joint(columns: Tensor) -> bool:
 
 
 def _grouped_constants(call: Call, per_group: Tensor, weight: Tensor) -> Tensor | None:
-    """Results of groups of which all inputs are constant."""
+    """Return the results of groups of which all inputs are constant."""
     known = ~per_group.isnan().any(dim=1)
     if not known.any():
         return None

@@ -19,7 +19,7 @@ from bmrs.graph.values import Findings, Value, combine
     *(*DROPOUTS, "positive"),
 )
 def same(findings: Findings, call: Call) -> Value:
-    """The tensor itself; dropout does nothing in evaluation mode."""
+    """Follow what returns the tensor itself; dropout does nothing in evaluation mode."""
     value = call["self"] if isinstance(call["self"], Value) else call["input"]
     assert isinstance(value, Value)
     return Value(call.shape, value.layers, value.known())
@@ -50,7 +50,7 @@ def same(findings: Findings, call: Call) -> Value:
     ),
 )
 def moved(findings: Findings, call: Call) -> Value | list[Value]:
-    """Elements of one tensor in another order, some of them several times or not at all."""
+    """Follow elements of one tensor in another order, some of them several times or not at all."""
     name = "self" if "self" in call.arguments else "input"
     value = call[name]
     others = [v for v in call.values() if v is not value]
@@ -82,7 +82,7 @@ def moved(findings: Findings, call: Call) -> Value | list[Value]:
 
 
 def _keep_shuffles_whole(findings: Findings, call: Call, value: Value) -> None:
-    """A pixel shuffle takes channels in blocks, a channel shuffle the same ones of every group."""
+    """Keep what shuffles take together: blocks of channels for pixels, the same channels of every group."""
     if call.operator == "pixel_shuffle":
         axis, block, along = len(value.shape) - 3, call["upscale_factor"] ** 2, 1
     elif call.operator in ("channel_shuffle", "native_channel_shuffle"):
@@ -95,7 +95,7 @@ def _keep_shuffles_whole(findings: Findings, call: Call, value: Value) -> None:
 
 
 def _plain(call: Call) -> dict[str, Any]:
-    """Arguments of an operator with values replaced by tensors: their own, or empty ones of their shape."""
+    """Return arguments with values replaced by tensors: their own, or empty ones of their shape."""
 
     def plain(argument: Any) -> Any:
         if isinstance(argument, Value):
@@ -138,7 +138,7 @@ def _as_list(result: Any) -> list[Tensor]:
 
 @rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
 def padded(findings: Findings, call: Call) -> Value:
-    """Padding: what is put around stays; reflections and copies are moved elements."""
+    """Follow padding: what is put around stays; reflections and copies are moved elements."""
     value = call["self"]
     pad, mode = list(call["pad"] or call["padding"]), call["mode"] or "constant"
     if call.operator.startswith("reflection"):
@@ -158,7 +158,7 @@ def padded(findings: Findings, call: Call) -> Value:
 
 
 def _grown(layer: Tensor, shape: torch.Size) -> Tensor:
-    """Channels that do not vary along the dimensions that grow, for the grown tensor."""
+    """Return channels that do not vary along the dimensions that grow, for the grown tensor."""
     for d in range(layer.dim()):
         if layer.shape[d] != shape[d]:
             layer = layer.narrow(d, 0, 1)
@@ -167,7 +167,7 @@ def _grown(layer: Tensor, shape: torch.Size) -> Tensor:
 
 @rule("cat", "concat", "concatenate")
 def concatenated(findings: Findings, call: Call) -> Value:
-    """Tensors behind each other: so are their channels along that dimension, and others are tied."""
+    """Follow tensors behind each other: so are their channels along that dimension, and others are tied."""
     values: list[Value] = [v for v in call["tensors"] if v.shape != torch.Size([0])]
     axis = call["dim"] % len(call.shape)
     along = [value.layer_along(axis) for value in values]
@@ -215,7 +215,7 @@ def _known_cat(values: list[Value], axis: int, shape: torch.Size) -> Tensor | No
 
 @rule("stack")
 def stacked(findings: Findings, call: Call) -> Value:
-    """Tensors along a new dimension, which has no channels; what lies at the same place is tied."""
+    """Follow tensors along a new dimension, which has no channels; what lies at the same place is tied."""
     values: list[Value] = list(call["tensors"])
     axis = call["dim"] % len(call.shape)
     operands = [
@@ -233,7 +233,7 @@ def stacked(findings: Findings, call: Call) -> Value:
 
 @rule("index", "index_select", "gather", "take_along_dim", "masked_select")
 def indexed(findings: Findings, call: Call) -> Value:
-    """Elements picked by indices: channels move with them if the indices are known, or if no channels lie that way."""
+    """Follow elements picked by indices, which have to be known where they pick along channels."""
     value, plain = call["self"], _plain(call)
     indices = [v for v in call.values() if v is not value]
     simple = call.operator in ("index", "index_select") and len(indices) == 1 and len(indices[0].shape) == 1
@@ -270,7 +270,7 @@ def _indexed_axes(call: Call) -> list[int]:
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def like(findings: Findings, call: Call) -> Value:
-    """A tensor of the same sizes, which lose what those of the other lose."""
+    """Follow a tensor made with another's sizes, which loses what the other loses."""
     fills = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": call["fill_value"]}
     fill = fills.get(call.operator)
     constant = None if fill is None else torch.tensor(float(fill), dtype=torch.float64).expand(call.shape)
@@ -279,7 +279,7 @@ def like(findings: Findings, call: Call) -> Value:
 
 @rule("meshgrid", "broadcast_tensors")
 def broadcast(findings: Findings, call: Call) -> list[Value]:
-    """Tensors brought to one shape."""
+    """Follow tensors brought to one shape."""
     return [
         Value(shape, tuple(layer.expand(shape) for layer in value.layers), None)
         for value, shape in zip(call["tensors"], call.shapes, strict=True)

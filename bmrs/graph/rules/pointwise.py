@@ -95,7 +95,7 @@ _LOGIC = (
 
 @rule(*_ACTIVATIONS, *_ARITHMETIC, *_LOGIC)
 def pointwise(findings: Findings, call: Call) -> Value:
-    """Any of them: channels that meet are tied."""
+    """Tie the channels that meet."""
     values = call.values()
     if call.operator in ("prelu", "_prelu_kernel"):
         values = [call["self"], _along_channels(call["weight"], call.shape)]
@@ -104,7 +104,7 @@ def pointwise(findings: Findings, call: Call) -> Value:
 
 
 def _along_channels(weight: Value, shape: torch.Size) -> Value:
-    """The weight of a PReLU, one for each entry of the second dimension, as it meets its input."""
+    """Return the weight of a PReLU, one for each entry of the second dimension, as it meets its input."""
     if weight.shape.numel() == 1 or len(weight.shape) == len(shape):
         return weight
     view = (1, -1, *[1] * (len(shape) - 2)) if len(shape) > 1 else (-1,)
@@ -114,7 +114,7 @@ def _along_channels(weight: Value, shape: torch.Size) -> Value:
 
 
 def _constant(call: Call, values: list[Value]) -> Tensor | None:
-    """What the operation makes of constants; elements that it makes from anything else are NaN."""
+    """Return what the operation makes of constants; elements that it makes from anything else are NaN."""
     known = [value.known() for value in values]
     if all(constant is None for constant in known):
         return None
@@ -134,7 +134,7 @@ def _constant(call: Call, values: list[Value]) -> Tensor | None:
 
 
 def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> Tensor:
-    """The operation on other tensors in place of its values."""
+    """Return the operation's result on other tensors in place of its values."""
     if call.operator in ("prelu", "_prelu_kernel"):
         x, weight = tensors
         return torch.where(x > 0, x, weight * x)
@@ -155,7 +155,7 @@ _ON_BOOLEANS = ("bitwise", "__and__", "__or__", "logical")
 
 
 def _functional(call: Call) -> Any:
-    """The operator that returns a new tensor, of one that may write into what it takes."""
+    """Return the operator that returns a new tensor, of one that may write into what it takes."""
     name, overload = call.target._schema.name.split("::")[1], call.target._overloadname
     if name.endswith("_") and not name.endswith("__"):
         return getattr(getattr(torch.ops.aten, name[:-1]), overload)
@@ -164,7 +164,7 @@ def _functional(call: Call) -> Any:
 
 @rule("mark_noise")
 def noise(findings: Findings, call: Call) -> Value:
-    """A noise layer in evaluation mode: a factor for each structure, and constant zeros where it is pruned."""
+    """Follow a noise layer in evaluation mode: a factor for each structure, constant zeros where it is pruned."""
     x, factors = call["x"], call["factors"].tensor
     assert factors is not None
     axis, shape = call["dim"] % len(call.shape), [1] * len(call.shape)

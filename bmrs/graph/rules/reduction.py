@@ -14,7 +14,7 @@ from bmrs.graph.values import Findings, Value, combine
 
 
 def _dimensions(call: Call, rank: int) -> list[int]:
-    """The dimensions that an operator reduces, all of them where it names none."""
+    """Return the dimensions that an operator reduces, all of them where it names none."""
     dims = call["dim"]
     if dims is None or dims == []:
         return list(range(rank))
@@ -39,7 +39,7 @@ def _dimensions(call: Call, rank: int) -> list[int]:
     "var_mean",
 )
 def reduced(findings: Findings, call: Call) -> list[Value]:
-    """Channels along other dimensions stay apart; those that are summed over are read, and zeros are not."""
+    """Read channels that are summed over, but for zeros; keep those along other dimensions apart."""
     x: Value = call["self"]
     rank = len(x.shape)
     dims = _dimensions(call, rank)
@@ -80,7 +80,7 @@ _REDUCTIONS |= dict.fromkeys(("amax", "max"), torch.amax) | dict.fromkeys(("amin
     "logcumsumexp",
 )
 def mixed(findings: Findings, call: Call) -> list[Value]:
-    """Every entry along a dimension depends on all others, so that none of them leaves."""
+    """Keep all entries along a dimension, as each depends on all others."""
     x: Value = call["self"]
     dims = _dimensions(call, len(x.shape))
     kept = []
@@ -101,7 +101,7 @@ def mixed(findings: Findings, call: Call) -> list[Value]:
 
 
 def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
-    """A layer for a tensor of other sizes along dimensions that the layer does not vary along."""
+    """Return a layer for a tensor of other sizes along dimensions that the layer does not vary along."""
     for d in range(layer.dim()):
         if layer.shape[d] != shape[d] or layer.stride(d) == 0:
             layer = layer.narrow(d, 0, 1)
@@ -132,7 +132,7 @@ def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "lp_pool2d", "grid_sampler"),
 )
 def pooled(findings: Findings, call: Call) -> list[Value]:
-    """Channels along the first dimensions stay apart; the last ones are resampled."""
+    """Keep channels along the first dimensions apart; the last dimensions are resampled."""
     x: Value = call["self"] if isinstance(call["self"], Value) else call["input"]
     spatial = _spatial_dimensions(call, x)
     first = len(x.shape) - spatial
@@ -167,7 +167,7 @@ def _spatial_dimensions(call: Call, x: Value) -> int:
 
 
 def _averages_padding(call: Call) -> bool:
-    """True if an average pool does not map a constant to itself."""
+    """Return whether an average pool changes a constant."""
     if call["divisor_override"] is not None:
         return True
     padding = call["padding"]
@@ -177,7 +177,7 @@ def _averages_padding(call: Call) -> bool:
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm", "cudnn_batch_norm")
 def batch_norm(findings: Findings, call: Call) -> list[Value]:
-    """Every channel by itself: a factor and a shift of its own."""
+    """Scale and shift every channel by itself."""
     x: Value = call["input"]
     parameters = [call[name] for name in ("weight", "bias", "running_mean", "running_var")]
     view = [1, -1, *[1] * (len(x.shape) - 2)]
@@ -218,7 +218,7 @@ def _normalised_constant(
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(findings: Findings, call: Call) -> list[Value]:
-    """Statistics over the last dimensions count zeros too, so that no channel along these leaves."""
+    """Keep all channels along the last dimensions, since the statistics over them count zeros too."""
     x: Value = call["input"]
     rank = len(call["normalized_shape"])
     dims = range(len(x.shape) - rank, len(x.shape))
@@ -236,7 +236,7 @@ def layer_norm(findings: Findings, call: Call) -> list[Value]:
 
 @rule("group_norm", "native_group_norm")
 def group_norm(findings: Findings, call: Call) -> list[Value]:
-    """Statistics over groups of channels: groups leave whole."""
+    """Keep groups of channels whole, since there are statistics for each."""
     x: Value = call["input"]
     groups = call["num_groups"] or call["group"]
     weight, bias = call["weight"], call["bias"]
@@ -265,7 +265,7 @@ def group_norm(findings: Findings, call: Call) -> list[Value]:
 
 @rule("glu")
 def gated(findings: Findings, call: Call) -> Value:
-    """The first half times the sigmoid of the second: both halves keep the same channels."""
+    """Multiply the first half by the sigmoid of the second: both keep the same channels."""
     x: Value = call["self"]
     axis = call["dim"] % len(x.shape)
     half = x.shape[axis] // 2

@@ -39,7 +39,7 @@ class Call:
         return self.arguments.get(name)
 
     def values(self) -> list[Value]:
-        """The tensors that it takes, lists of tensors included."""
+        """Return the tensors that it takes, lists of tensors included."""
         found: list[Value] = []
         for argument in self.arguments.values():
             items = argument if isinstance(argument, list | tuple) else [argument]
@@ -65,7 +65,7 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 
 
 def unknown(findings: Findings, call: Call) -> list[Value]:
-    """The rule for what has none: channels that reach it stay."""
+    """Keep all channels that reach an operator without a rule."""
     for value in call.values():
         findings.stay_all(value, f"there is no rule for the operator {call.operator}")
     return [Value(shape) for shape in call.shapes]
