@@ -14,7 +14,7 @@ from torch import Tensor
 import bmrs_kernels
 from bmrs.checks import check_number
 from bmrs.criteria.base import Decision, PosteriorCriterion
-from bmrs_kernels.constants import HALF_LOG_2PI, LN2
+from bmrs_kernels.constants import HALF_LOG_2PI, LN2, PRIOR_STD, REDUCED_LOWER
 from bmrs_kernels.options import Backend
 
 PAPER_TOLERANCE = HALF_LOG_2PI
@@ -60,7 +60,7 @@ class BMRSNormal(_EvidenceCriterion):
     """
 
     prior_mean: float | None = None
-    prior_std: float = 1e-6
+    prior_std: float = PRIOR_STD
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class BMRSUniform(_EvidenceCriterion):
     """
 
     p1: float = 8
-    reduced_lower: float | None = -23 * LN2
+    reduced_lower: float | None = REDUCED_LOWER
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:

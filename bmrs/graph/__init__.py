@@ -2,5 +2,6 @@
 
 `copies` makes the copy that is captured, `capture` gets the graph, `channels` and `values` are what is known of it,
 `rules` say what each operator does to channels, `analysis` asks them and finds what can leave, `ties` tells which noise
-layers decide together, `suggestions` where noise would remove something.
+layers decide together, `suggestions` where noise would remove something. `operators` and `stock_layers` name families
+of operators and of torch's layers, for pruning, compaction and files too.
 """
