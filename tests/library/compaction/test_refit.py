@@ -253,7 +253,7 @@ def test_another_network_is_refused_by_name(mlp):
         bmrs.compact(model, inputs, refit_to=nn.Linear(6, 3).double())
     other = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 3)).double()
     with pytest.raises(
-        ValueError, match=r"layer '0' of refit_to must be a Linear with more than \d+ outputs, was"
+        ValueError, match=r"layer '0' of refit_to must be a Linear with more than \d+ outputs, got"
     ):
         bmrs.compact(model, inputs, refit_to=other)
     with pytest.raises(ValueError, match="layer '2' of refit_to must be a Linear"):
