@@ -88,8 +88,6 @@ def posteriors(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Te
 def kernel_tests(limit_s: float) -> dict[str, Any]:
     """Run the kernels' tests with pytest in a process of its own."""
     options = ["-m", "kernels", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    # Reads machine code, for which no GPU is needed but packages that a machine with one may lack.
-    options += ["--ignore", "tests/kernels/test_machine_code.py"]
     # Warnings are errors in the tests, but this one is of the machine and not of its GPU.
     options += ["-W", "ignore:numba is installed but cannot be used:UserWarning"]
     command = [sys.executable, "-m", "pytest", "tests/kernels", *options]

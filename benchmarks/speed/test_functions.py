@@ -12,8 +12,8 @@ import time
 import pytest
 import torch
 
+from benchmarks.conftest import MEASUREMENTS, device_of
 from benchmarks.speed.competitors import Contest, competitors_of
-from benchmarks.speed.conftest import MEASUREMENTS, device_of
 from benchmarks.speed.function_cases import cases
 from benchmarks.speed.function_results import Item
 

@@ -1,4 +1,8 @@
-"""Options of the function benchmarks, and where their results go."""
+"""Options of the function benchmarks, and where their results go.
+
+The file lies here and not beside the benchmarks, in ``speed``, because pytest learns options only from the folder that
+it is given.
+"""
 
 from __future__ import annotations
 
