@@ -14,6 +14,7 @@ from benchmarks.experiments import finite_training
 from benchmarks.experiments.finite_training import Run, Settings, train
 from benchmarks.rivals import plain_layer
 from benchmarks.rivals.plain_layer import PlainNoiseLayer, use_plain_formulas
+from bmrs.noise.lookup import noise_layers
 
 SHAPES = {(64, 5): 1, (3, 5, 4, 6): 1, (3, 4, 6, 5): -1}
 QUICK = ("--steps", "2", "--models", "mlp", "--seeds", "1", "--jobs", "1")
@@ -23,7 +24,7 @@ def small_network() -> nn.Sequential:
     """Return a network for inputs of shape (N, 6) whose posteriors lie where the plain formulas are good."""
     torch.manual_seed(0)
     network = bmrs.models.MLP(in_features=6, num_blocks=1, hidden=5, num_classes=3)
-    for number, layer in enumerate(bmrs.noise.layer.noise_layers(network).values()):
+    for number, layer in enumerate(noise_layers(network).values()):
         nn.init.normal_(layer.mu, -2.0 - number, 0.1)
         nn.init.normal_(layer.log_sigma, -1.0, 0.1)
     return network
@@ -80,9 +81,7 @@ def test_plain_kl_is_weighted_as_the_library_weights_it(weight):
     model.append(bmrs.NoiseLayer(3, initial_mu=-4.0, initial_log_sigma=-0.5))  # layers of different widths
     divergence = bmrs.kl_divergence(model, weight=weight, dataset_size=7)
     divergence.backward()
-    expected = [
-        (layer.mu.grad, layer.log_sigma.grad) for layer in bmrs.noise.layer.noise_layers(model).values()
-    ]
+    expected = [(layer.mu.grad, layer.log_sigma.grad) for layer in noise_layers(model).values()]
     plain_model = use_plain_formulas(model)
     plain_divergence = plain_layer.kl_divergence(plain_model, weight=weight, dataset_size=7)
     plain_divergence.backward()
@@ -101,7 +100,7 @@ def test_plain_network_replaces_every_layer_and_keeps_names_and_values():
     model = small_network()
     before = {name: values.detach().clone() for name, values in model.named_parameters()}
     after = dict(use_plain_formulas(model).named_parameters())
-    assert not bmrs.noise.layer.noise_layers(model)
+    assert not noise_layers(model)
     assert list(after) == list(before)
     assert all(torch.equal(after[name], values) for name, values in before.items())
 

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 import bmrs_kernels
+from benchmarks import conftest
 from benchmarks.rivals import plain
-from benchmarks.speed import competitors, conftest
+from benchmarks.speed import competitors
 from benchmarks.speed.activation_shapes import Activation
 from benchmarks.speed.competitors import Contest, competitors_of, project_backends
 from benchmarks.speed.function_cases import DIRECTIONS, Case, cases
 from benchmarks.speed.function_results import Item, Measurements, results_table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 MAPS = Activation((4, 6, 5, 5))
 TOKENS = Activation((3, 5, 8), dim=2)

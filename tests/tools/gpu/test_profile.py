@@ -15,7 +15,7 @@ from benchmarks import processes
 from benchmarks.__main__ import main
 from benchmarks.gpu import profile as kernel_profile
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # As ncu --csv --page raw prints it: messages, names, units, a line for each launch.
 REPORT = """\
