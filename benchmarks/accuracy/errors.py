@@ -56,7 +56,7 @@ class Worst(NamedTuple):
     input_rounding: float
 
 
-class Summary(NamedTuple):
+class ErrorSummary(NamedTuple):
     """Errors of one output over all points, as fractions of the contract's scale."""
 
     non_finite: int
@@ -80,8 +80,8 @@ class Measured(NamedTuple):
     bound_name: str
     bound: float
     points: int
-    project: Summary
-    plain: Summary
+    project: ErrorSummary
+    plain: ErrorSummary
 
     @property
     def name(self) -> str:
@@ -203,7 +203,7 @@ def _summarise(
     dtype: torch.dtype,
     *,
     describe_inputs: bool,
-) -> Summary:
+) -> ErrorSummary:
     output = quantity.outputs[index]
     contract = BOUNDS[quantity.bound_of(output)]
     true = judged.values[:, index]
@@ -237,7 +237,7 @@ def _summarise(
     # A wrong decision comes before any error.
     rank = -error if wrong is None else np.where(wrong, -np.inf, -error)
     order = [place for place in np.argsort(rank, kind="stable") if kept[place]][:WORST_POINTS]
-    return Summary(
+    return ErrorSummary(
         non_finite=int((~finite).sum()),
         non_finite_share=_share(~finite[spread]),
         wrong_share=None if wrong is None else _share(wrong[spread]),

@@ -217,7 +217,7 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class Bottleneck(nn.Module):
+class GroupedBottleneck(nn.Module):
     """1x1, (grouped) 3x3 and 1x1 convolutions and a shortcut."""
 
     expansion = 4
@@ -274,12 +274,12 @@ def resnet18() -> nn.Module:
 def resnet_bottleneck() -> nn.Module:
     """The layout of torchvision's resnet50, with fewer blocks."""
     stem = [ConvNorm(3, 8, 7, 2), nn.MaxPool2d(3, 2, 1)]
-    return Classifier(nn.Sequential(*stem, residual_stages(Bottleneck, 8, (8, 12, 16), 2, 4)), 64)
+    return Classifier(nn.Sequential(*stem, residual_stages(GroupedBottleneck, 8, (8, 12, 16), 2, 4)), 64)
 
 
 def resnext() -> nn.Module:
     """Bottlenecks with grouped convolutions."""
-    block = functools.partial(Bottleneck, groups=4)
+    block = functools.partial(GroupedBottleneck, groups=4)
     return Classifier(nn.Sequential(ConvNorm(3, 16), residual_stages(block, 16, (16, 24), 2, 4)), 96)
 
 
@@ -1000,7 +1000,7 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class VisionTransformer(nn.Module):
+class TimmVisionTransformer(nn.Module):
     """Patches with a class token, in timm's style."""
 
     def __init__(self, width: int = 32, heads: int = 4, depth: int = 2) -> None:
@@ -1146,7 +1146,7 @@ def _attention_networks() -> Iterable[Entry]:
     ids = token_argument()
     heads = [("blocks.?.attn.proj", 4)]
     return (
-        _entry("vision_transformer", VisionTransformer, IMAGE, "*.fc1", heads=heads),
+        _entry("vision_transformer", TimmVisionTransformer, IMAGE, "*.fc1", heads=heads),
         _entry("language_model", lambda: LanguageModel(Mlp), ids, "*.fc1", heads=heads),
         _entry("glu", lambda: LanguageModel(GluFeedForward), ids, _at("*.glu", 48, -1), heads=heads),
         _entry(

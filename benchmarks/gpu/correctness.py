@@ -21,14 +21,14 @@ from torch import Tensor
 
 import bmrs_kernels
 from benchmarks import processes
-from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOKENS, Activation
+from benchmarks.granularities import GRANULARITIES
+from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOKENS, ActivationShape
 from benchmarks.speed.stopwatch import capture
 from bmrs_kernels.dispatch.backend import INTERPRETING
 from bmrs_kernels.dispatch.validation import seed_tensor
 from bmrs_kernels.uniform import philox, torch_philox
 
 SEEDS = (0, 1, 2**31 - 1, 2**32 + 5, 123_456_789_012_345, 2**63 - 1, 2**64 - 1)
-GRANULARITIES = ("element", "sample", "batch")
 # Relative to each element of the output and of x's gradient, and to the norm of the parameters' gradients.
 TOLERANCES = {
     torch.float32: (1e-5, 1e-5),
@@ -43,15 +43,15 @@ WIDE_WINDOW = 4096
 WIDE_BYTES = 24 << 30
 
 
-FEW = (Activation((4, 64, 56, 56)), Activation((5, 33, 27, 27), channels_last=True))
-LARGE_LINEAR = Activation((1536, 768))
+FEW = (ActivationShape((4, 64, 56, 56)), ActivationShape((5, 33, 27, 27), channels_last=True))
+LARGE_LINEAR = ActivationShape((1536, 768))
 MANY = (
     *FEW,
-    Activation((5, 33, 27, 27)),
+    ActivationShape((5, 33, 27, 27)),
     # Large enough for constants from a table, beside the small ones.
-    Activation((6, 64, 56, 56), channels_last=True),
+    ActivationShape((6, 64, 56, 56), channels_last=True),
     LARGE_LINEAR,
-    Activation((8, 197, 192), dim=2),
+    ActivationShape((8, 197, 192), dim=2),
 )
 # Every dtype is compiled anew, which takes most of the time.
 COMPARED = (
@@ -59,7 +59,7 @@ COMPARED = (
     *((activation, dtype) for activation in FEW for dtype in (torch.bfloat16, torch.float64)),
     (LARGE_LINEAR, torch.bfloat16),
 )
-REPLAYED = Activation((16, 64, 28, 28))
+REPLAYED = ActivationShape((16, 64, 28, 28))
 REPEATED = (LARGE, CHANNELS_LAST, LINEAR, TOKENS)
 # What each tool of compute-sanitizer finds; their time is limited in all, so they run beside each other.
 SANITIZERS = {
@@ -139,7 +139,7 @@ def uniforms(
 
 
 def values(
-    device: torch.device, compared: Sequence[tuple[Activation, torch.dtype]] = COMPARED
+    device: torch.device, compared: Sequence[tuple[ActivationShape, torch.dtype]] = COMPARED
 ) -> dict[str, Any]:
     """Compare output and gradients on the device with the reference in float64 on the CPU at the same seed."""
     failures, worst = [], {}
@@ -160,7 +160,7 @@ def values(
 
 
 def noise_errors(
-    activation: Activation, granularity: str, dtype: torch.dtype, device: torch.device
+    activation: ActivationShape, granularity: str, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
     """Return the relative errors of output, x's gradient and the parameters' gradients."""
     generator = torch.Generator().manual_seed(7)
@@ -248,7 +248,7 @@ def uniforms_at(seed: int, numbers: Tensor) -> Tensor:
 
 def cuda_graph(
     device: torch.device,
-    activation: Activation = REPLAYED,
+    activation: ActivationShape = REPLAYED,
     replays: int = 5,
     granularities: Sequence[str] = GRANULARITIES,
 ) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _step(
 
 def determinism(
     device: torch.device,
-    activations: Sequence[Activation] = REPEATED,
+    activations: Sequence[ActivationShape] = REPEATED,
     runs: int = 100,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> dict[str, Any]:

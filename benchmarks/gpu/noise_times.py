@@ -20,10 +20,11 @@ from torch import Tensor
 
 import bmrs_kernels
 from benchmarks import processes
+from benchmarks.granularities import GRANULARITIES, distinct
 from benchmarks.rivals import plain
-from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOKENS, Activation
+from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOKENS, ActivationShape
 from benchmarks.speed.competitors import Compiler, compiler, copy_of, directions_of
-from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, GRANULARITIES, STRUCTURES, TENSORS_MOVED
+from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, STRUCTURES, TENSORS_MOVED
 from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, ratio, summary
 
 ROUNDS = 3
@@ -33,7 +34,7 @@ RIVALS = ("eager", "compiled")
 class Case(NamedTuple):
     """An activation and how noise is drawn for it."""
 
-    activation: Activation
+    activation: ActivationShape
     granularity: str
     dtype: str
     compiled: bool = False  # whether torch.compile competes: each compilation takes long
@@ -58,16 +59,16 @@ class Case(NamedTuple):
         return {"dim": self.activation.dim, "granularity": self.granularity}
 
 
-SMALL, TINY = Activation((64, 6, 28, 28)), Activation((128, 100))
+SMALL, TINY = ActivationShape((64, 6, 28, 28)), ActivationShape((128, 100))
 ACTIVATIONS = (
     LARGE,
     LINEAR,
     CHANNELS_LAST,
-    Activation((128, 256, 28, 28)),
-    Activation((128, 256, 28, 28), channels_last=True),
-    Activation((256, 64, 56, 56)),
+    ActivationShape((128, 256, 28, 28)),
+    ActivationShape((128, 256, 28, 28), channels_last=True),
+    ActivationShape((256, 64, 56, 56)),
     TOKENS,
-    Activation((32, 2048, 7, 7)),
+    ActivationShape((32, 2048, 7, 7)),
     SMALL,
     TINY,
 )
@@ -85,9 +86,7 @@ def cases() -> list[Case]:
         Case(activation, granularity, dtype, (activation, granularity, dtype) in COMPILED)
         for activation in ACTIVATIONS
         for dtype in DTYPES
-        for granularity in GRANULARITIES
-        # Of a matrix, every element is an example's structure.
-        if granularity != "sample" or len(activation.shape) > 2
+        for granularity in distinct(GRANULARITIES, of_matrices=len(activation.shape) == 2)
     ]
 
 
@@ -198,7 +197,9 @@ def row(
     return found
 
 
-def time_tiny(stopwatch: Stopwatch, activation: Activation = TINY, repeats: int = 200) -> dict[str, float]:
+def time_tiny(
+    stopwatch: Stopwatch, activation: ActivationShape = TINY, repeats: int = 200
+) -> dict[str, float]:
     """Return wall milliseconds per forward and backward of a layer that is bound by its launches."""
     case = Case(activation, "element", "float32")
     inputs, grad = inputs_of(case, stopwatch.device)

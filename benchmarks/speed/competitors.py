@@ -17,7 +17,7 @@ from torch import Tensor
 
 import bmrs_kernels
 from benchmarks.rivals import plain
-from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, Case
+from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, FunctionCase
 from bmrs_kernels.dispatch import backend
 from bmrs_kernels.multiplicative_noise.call import draw_shape
 from bmrs_kernels.multiplicative_noise.torch_noise import along
@@ -39,7 +39,7 @@ def project_backends(device: torch.device) -> tuple[str, ...]:
     return ("numba", "torch") if backend.numba_is_usable() else ("torch",)
 
 
-def competitors_of(case: Case, device: torch.device) -> tuple[str, ...]:
+def competitors_of(case: FunctionCase, device: torch.device) -> tuple[str, ...]:
     """Return the names of a case's competitors."""
     # The generator has one implementation for every device.
     ours = ("auto",) if case.function == "philox_uniform" else project_backends(device)
@@ -86,7 +86,7 @@ class Contest:
         device: where.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: FunctionCase, device: torch.device) -> None:
         self.case, self.device = case, device
         activation = case.activation
         parameters = posteriors(activation.structures, device)

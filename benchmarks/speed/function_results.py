@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.speed.competitors import Contest
-from benchmarks.speed.function_cases import Case
+from benchmarks.speed.function_cases import FunctionCase
 from benchmarks.speed.stopwatch import Round, summary
 from benchmarks.tables.markdown import table
 
@@ -15,7 +15,7 @@ from benchmarks.tables.markdown import table
 class Item(NamedTuple):
     """One competitor's turn."""
 
-    case: Case
+    case: FunctionCase
     direction: str
     turn: int
     competitor: str
@@ -35,8 +35,8 @@ class Measurements:
     """Collects turns."""
 
     def __init__(self) -> None:
-        self._rounds: dict[tuple[Case, str], dict[str, list[Round]]] = {}
-        self._memory: dict[tuple[Case, str, str], dict[str, Any]] = {}
+        self._rounds: dict[tuple[FunctionCase, str], dict[str, list[Round]]] = {}
+        self._memory: dict[tuple[FunctionCase, str, str], dict[str, Any]] = {}
 
     def add(self, item: Item, milliseconds: list[float], contest: Contest) -> None:
         """Add a turn; memory is measured in a competitor's first one."""

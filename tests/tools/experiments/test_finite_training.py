@@ -11,7 +11,7 @@ from torch import nn
 import bmrs
 from benchmarks.__main__ import main
 from benchmarks.experiments import finite_training
-from benchmarks.experiments.finite_training import Run, Settings, train
+from benchmarks.experiments.finite_training import FiniteRun, FiniteSettings, train
 from benchmarks.rivals import plain_layer
 from benchmarks.rivals.plain_layer import PlainNoiseLayer, use_plain_formulas
 from bmrs.noise.lookup import noise_layers
@@ -108,9 +108,9 @@ def test_plain_network_replaces_every_layer_and_keeps_names_and_values():
 @pytest.mark.parametrize("kl_weight", ["elbo", "mean"])
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])
 def test_both_kinds_of_a_run_start_alike(model, kl_weight):
-    settings = Settings(steps=1, dataset_size=4800, granularity="sample")
+    settings = FiniteSettings(steps=1, dataset_size=4800, granularity="sample")
     project, plain = (
-        finite_training.train_run(Run(model, kl_weight, 1e-3, 0, formulas), settings)
+        finite_training.train_run(FiniteRun(model, kl_weight, 1e-3, 0, formulas), settings)
         for formulas in ("project", "plain")
     )
     assert project.finite
@@ -234,8 +234,8 @@ def test_bad_options_are_refused(option, capsys):
 def test_project_stays_finite_where_the_plain_formulas_do_not():
     # Weighted as on all of Fashion-MNIST, which is where the plain formulas fail soonest: on this seed at step 12, so
     # that another processor's rounding has little time to lead elsewhere.
-    runs = [Run("mlp", "elbo", 1e-2, 0, formulas) for formulas in ("project", "plain")]
-    settings = Settings(steps=300, dataset_size=48_000)
+    runs = [FiniteRun("mlp", "elbo", 1e-2, 0, formulas) for formulas in ("project", "plain")]
+    settings = FiniteSettings(steps=300, dataset_size=48_000)
     project, plain = finite_training.train_all(runs, settings, jobs=2)
     assert project.finite
     assert not plain.finite

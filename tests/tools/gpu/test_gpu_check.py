@@ -367,9 +367,9 @@ def test_the_kernels_tests_need_no_package_that_a_gpus_machine_may_lack(monkeypa
 def test_bytes_are_those_that_have_to_move():
     pytest.importorskip("triton")
     from benchmarks.gpu import noise_times
-    from benchmarks.speed.activation_shapes import Activation
+    from benchmarks.speed.activation_shapes import ActivationShape
 
-    case = noise_times.Case(Activation((3, 5, 7)), "element", "bfloat16")
+    case = noise_times.Case(ActivationShape((3, 5, 7)), "element", "bfloat16")
     assert case.x_bytes == 210
     assert [case.bytes_moved(direction) for direction in noise_times.DIRECTIONS] == [420, 630, 1050]
     copies = noise_times.copies(case, torch.device("cpu"))
@@ -424,7 +424,7 @@ def rehearse() -> None:
     from benchmarks.gpu import check as gpu_check
     from benchmarks.gpu import correctness as gpu_correctness
     from benchmarks.gpu import noise_times
-    from benchmarks.speed.activation_shapes import Activation
+    from benchmarks.speed.activation_shapes import ActivationShape
 
     def copying_capture(call):
         """Stand in for a CUDA graph."""
@@ -438,7 +438,7 @@ def rehearse() -> None:
 
     gpu_correctness.capture = copying_capture
     cpu = torch.device("cpu")
-    image = Activation((2, 4, 2, 2))
+    image = ActivationShape((2, 4, 2, 2))
     channels_last = image._replace(channels_last=True)
     with tempfile.TemporaryDirectory() as folder:
         report = gpu_report.Report(Path(folder), {"GPU": "none"})
@@ -449,7 +449,7 @@ def rehearse() -> None:
                 [
                     (image, torch.float32),
                     (channels_last, torch.bfloat16),
-                    (Activation((3, 5)), torch.float64),
+                    (ActivationShape((3, 5)), torch.float64),
                 ],
             ),
             "CUDA graph": lambda: gpu_correctness.cuda_graph(cpu, image, replays=2, granularities=["batch"]),
@@ -460,7 +460,7 @@ def rehearse() -> None:
         }.items():
             report.stage(name, stage)
         stopwatch = measure.Stopwatch(cpu)
-        cases = [noise_times.Case(Activation((2, 4, 4)), "sample", "bfloat16", compiled=True)]
+        cases = [noise_times.Case(ActivationShape((2, 4, 4)), "sample", "bfloat16", compiled=True)]
 
         def identity():
             """Stand in for torch.compile."""
@@ -475,7 +475,7 @@ def rehearse() -> None:
             lambda: gpu_check.time_cases(report, stopwatch, cases, 0.0, identity),
         )
         report.data["structures"] = noise_times.time_structures(stopwatch, count=4, rounds=1, repeats=1)
-        report.data["tiny"] = noise_times.time_tiny(stopwatch, Activation((2, 3)), repeats=1)
+        report.data["tiny"] = noise_times.time_tiny(stopwatch, ActivationShape((2, 3)), repeats=1)
         report.write()
         text = (report.folder / "gpu_check.md").read_text("utf-8")
     print(text)

@@ -138,12 +138,12 @@ def test_every_kernel_is_profiled():
 from benchmarks.gpu import profiled_cases
 from benchmarks.gpu import sanitized_cases
 from benchmarks.gpu import noise_times
-from benchmarks.speed.activation_shapes import Activation
-image = Activation((2, 4, 4, 4))
+from benchmarks.speed.activation_shapes import ActivationShape
+image = ActivationShape((2, 4, 4, 4))
 shapes = {True: image._replace(channels_last=True), False: image}
 profiled_cases.NOISE = tuple(
     case._replace(
-        activation=Activation((6, 4)) if len(case.activation.shape) == 2 else shapes[case.activation.channels_last]
+        activation=ActivationShape((6, 4)) if len(case.activation.shape) == 2 else shapes[case.activation.channels_last]
     )
     for case in profiled_cases.NOISE
 )

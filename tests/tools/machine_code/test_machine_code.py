@@ -10,8 +10,8 @@ import pytest
 
 import bmrs_kernels
 from benchmarks.machine_code import budget, command, pointers, sass, source_lines
-from benchmarks.machine_code.cases import Case, all_cases, launches
-from benchmarks.machine_code.counts import H100, REGIMES, Access, Measurement, PathCost, measure_all
+from benchmarks.machine_code.cases import CompiledCase, all_cases, launches
+from benchmarks.machine_code.counts import H100, REGIMES, Access, KernelCounts, PathCost, measure_all
 
 KERNEL_MODULES = [
     module.name
@@ -297,7 +297,7 @@ class TestSource:
         assert of("STG.E", line) == set()
 
 
-MEASUREMENT = Measurement(
+MEASUREMENT = KernelCounts(
     target="sm_90",
     case="case",
     stage="forward",
@@ -315,7 +315,7 @@ MEASUREMENT = Measurement(
 
 
 def objections(**changes: object) -> list[str]:
-    changed = Measurement(**{**vars(MEASUREMENT), **changes})
+    changed = KernelCounts(**{**vars(MEASUREMENT), **changes})
     return budget.failures([changed], budget.Budget.of([MEASUREMENT], "3.9.0"))
 
 
@@ -350,7 +350,7 @@ class TestBudget:
 
     def test_other_versions_of_triton_are_not_held_to_it(self):
         many = MEASUREMENT.paths[0]._replace(instructions={"float32": 1e3})
-        assert budget.failures([Measurement(**{**vars(MEASUREMENT), "paths": (many,)})], None) == []
+        assert budget.failures([KernelCounts(**{**vars(MEASUREMENT), "paths": (many,)})], None) == []
 
 
 class TestCosts:
@@ -375,7 +375,7 @@ class TestCosts:
         ],
     )
     def test_layouts_that_allow_wide_accesses(self, layout, wide):
-        assert Case(**layout).allows_wide_access == wide
+        assert CompiledCase(**layout).allows_wide_access == wide
 
     def test_cases_have_names_of_their_own(self):
         cases = all_cases()

@@ -17,23 +17,23 @@ import bmrs_kernels
 from benchmarks import conftest
 from benchmarks.rivals import plain
 from benchmarks.speed import competitors
-from benchmarks.speed.activation_shapes import Activation
+from benchmarks.speed.activation_shapes import ActivationShape
 from benchmarks.speed.competitors import Contest, competitors_of, project_backends
-from benchmarks.speed.function_cases import DIRECTIONS, Case, cases
+from benchmarks.speed.function_cases import DIRECTIONS, FunctionCase, cases
 from benchmarks.speed.function_results import Item, Measurements, results_table
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
-MAPS = Activation((4, 6, 5, 5))
-TOKENS = Activation((3, 5, 8), dim=2)
-STRUCTURES = Activation((20,), dim=0)
+MAPS = ActivationShape((4, 6, 5, 5))
+TOKENS = ActivationShape((3, 5, 8), dim=2)
+STRUCTURES = ActivationShape((20,), dim=0)
 TINY = [
-    *(Case("multiply_noise", MAPS, granularity) for granularity in ("element", "sample", "batch")),
-    Case("multiply_noise", TOKENS, "sample", "bfloat16"),
-    Case("sample_noise", TOKENS),
-    Case("philox_uniform", MAPS),
-    *(Case(function, STRUCTURES) for function in ("kl_divergence", "delta_f_lognormal", "noise_snr")),
-    *(Case(function, STRUCTURES) for function in ("delta_f_loguniform", "noise_mean")),
+    *(FunctionCase("multiply_noise", MAPS, granularity) for granularity in ("element", "sample", "batch")),
+    FunctionCase("multiply_noise", TOKENS, "sample", "bfloat16"),
+    FunctionCase("sample_noise", TOKENS),
+    FunctionCase("philox_uniform", MAPS),
+    *(FunctionCase(function, STRUCTURES) for function in ("kl_divergence", "delta_f_lognormal", "noise_snr")),
+    *(FunctionCase(function, STRUCTURES) for function in ("delta_f_loguniform", "noise_mean")),
 ]
 
 
@@ -66,9 +66,9 @@ def test_shapes_by_device_and_option():
 
 
 def test_bytes_that_have_to_move():
-    case = Case("multiply_noise", Activation((2, 3)), "element", "bfloat16")
+    case = FunctionCase("multiply_noise", ActivationShape((2, 3)), "element", "bfloat16")
     assert [case.bytes_moved(direction) for direction in DIRECTIONS] == [24, 36, 60]
-    assert Case("noise_snr", STRUCTURES).bytes_moved("forward") == 240
+    assert FunctionCase("noise_snr", STRUCTURES).bytes_moved("forward") == 240
     copy = Contest(case, CPU).call("copy", "backward")
     assert copy().nbytes == 18
 
@@ -108,12 +108,12 @@ def test_wrong_gradients_are_caught(monkeypatch):
 
     monkeypatch.setattr(plain, "kl_divergence", without_gradient_of_mu)
     with pytest.raises(AssertionError, match="gradient 1"):
-        Contest(Case("kl_divergence", STRUCTURES), CPU).call("plain", "both")
+        Contest(FunctionCase("kl_divergence", STRUCTURES), CPU).call("plain", "both")
 
 
 def test_compiled_noise_is_checked_by_its_mean(monkeypatch):
     monkeypatch.setattr(competitors, "compiler", lambda: lambda function: function)
-    case = Case("multiply_noise", Activation((200, 50)), "element", compiled=True)
+    case = FunctionCase("multiply_noise", ActivationShape((200, 50)), "element", compiled=True)
     assert "compiled" in competitors_of(case, CPU)
     Contest(case, CPU).call("compiled", "both")()
     monkeypatch.setattr(
@@ -129,7 +129,7 @@ def test_compiled_noise_is_checked_by_its_mean(monkeypatch):
 
 
 def test_memory_that_forward_keeps():
-    contest = Contest(Case("multiply_noise", Activation((64, 50)), "element"), CPU)
+    contest = Contest(FunctionCase("multiply_noise", ActivationShape((64, 50)), "element"), CPU)
     project, eager = (contest.saved_for_backward(name) for name in ("torch", "plain"))
     small = 2 * 50 / (64 * 50)
     assert 1.0 <= project["inputs"] <= 1.0 + small
@@ -176,7 +176,7 @@ def test_a_run_records_alternated_turns(tmp_path):
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     order = re.findall(r"noise_snr-226-dim-0-forward-turn-(\d)-(\w+)\]", finished.stdout)
-    names = competitors_of(Case("noise_snr", Activation((226,), dim=0)), CPU)
+    names = competitors_of(FunctionCase("noise_snr", ActivationShape((226,), dim=0)), CPU)
     assert order == [(str(turn), name) for turn in (1, 2, 3) for name in names]
     (path,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
