@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks.machine_code import sass
 from benchmarks.machine_code.cases import CompiledCase, Launch, launches
 from benchmarks.machine_code.compilation import MachineCode, compiled, compiling_for, machine_code
+from benchmarks.machine_code.paths import Paths, read_paths
 from benchmarks.machine_code.pointers import Pointers
 from benchmarks.machine_code.source_lines import Origin, function_names, loop_trips, read_origins
 
@@ -163,7 +164,7 @@ class _Code(NamedTuple):
 
     machine_code: MachineCode
     origins: dict[int, Origin]
-    paths: sass.Paths | None
+    paths: Paths | None
     accesses: tuple[Access, ...]
 
 
@@ -183,7 +184,7 @@ def _analysed(code: MachineCode) -> _Code:
     origins = read_origins(code.instructions)
     if not any(origins.values()):
         raise ValueError("the machine code has no line information; is TRITON_DISABLE_LINE_INFO set?")
-    paths = sass.read_paths(instructions, _regimes(origins))
+    paths = read_paths(instructions, _regimes(origins))
     pointers = Pointers(code.ptx, code.signature)
     accesses: Counter[tuple[str, str, int]] = Counter()
     for instruction in instructions:
@@ -231,7 +232,7 @@ def _regimes(origins: dict[int, Origin]) -> dict[int, str]:
     return labels
 
 
-def _path_costs(case: CompiledCase, launch: Launch, code: _Code, paths: sass.Paths) -> tuple[PathCost, ...]:
+def _path_costs(case: CompiledCase, launch: Launch, code: _Code, paths: Paths) -> tuple[PathCost, ...]:
     trips = {
         loop: loop_trips(
             launch.kernel, launch.bound, [code.origins.get(address, ()) for address in addresses]
