@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.granularities import GRANULARITIES, distinct
+from benchmarks.rivals.plain import draw_shape
 from benchmarks.speed.activation_shapes import LARGE, ActivationShape
+from bmrs_kernels.options import Granularity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("forward", "backward", "both")
@@ -65,7 +67,7 @@ class FunctionCase:
 
     function: str
     activation: ActivationShape
-    granularity: str | None = None
+    granularity: Granularity | None = None
     dtype: str = "float32"
     compiled: bool = False
 
@@ -96,11 +98,9 @@ class FunctionCase:
     @property
     def draws(self) -> int:
         """Number of independent values of θ; 0 for a function that draws none."""
-        if self.function != "multiply_noise":
+        if self.granularity is None:
             return 0
-        structures = self.activation.structures
-        per_sample = structures * (self.activation.shape[0] if self.activation.dim else 1)
-        return {"element": self.elements, "sample": per_sample, "batch": structures}[self.granularity or ""]
+        return math.prod(draw_shape(self.activation.shape, self.activation.dim, self.granularity))
 
     @property
     def name(self) -> str:
@@ -120,12 +120,12 @@ def cases(device: torch.device, *, large: bool, only_small: bool = False) -> lis
     on_gpu = device.type == "cuda"
     found = [*_multiplied(on_gpu), *_drawn(), *_of_structures(on_gpu)]
     if only_small:
-        return [_without_compiler(case) for case in found if case.elements <= SMALL_ELEMENTS]
+        return [replace(case, compiled=False) for case in found if case.elements <= SMALL_ELEMENTS]
     return [case for case in found if large or not case.large]
 
 
 def _multiplied(on_gpu: bool) -> list[FunctionCase]:
-    compiled = {(TINY_LINEAR, "element"), (LENET5_MAPS, "element")}
+    compiled: set[tuple[ActivationShape, Granularity]] = {(TINY_LINEAR, "element"), (LENET5_MAPS, "element")}
     if on_gpu:
         compiled |= {(each, "element") for each in (*RESNET50_STAGES, VIT_TOKENS)}
         compiled |= {(LARGE, granularity) for granularity in GRANULARITIES}
@@ -155,7 +155,3 @@ def _of_structures(on_gpu: bool) -> list[FunctionCase]:
         for function in OF_STRUCTURES
         for count in STRUCTURES.values()
     ]
-
-
-def _without_compiler(case: FunctionCase) -> FunctionCase:
-    return FunctionCase(case.function, case.activation, case.granularity, case.dtype)

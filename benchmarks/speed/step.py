@@ -24,6 +24,7 @@ from benchmarks.environment import environment, one_line
 from benchmarks.granularities import GRANULARITIES, distinct
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.rivals import plain_layer
+from benchmarks.speed.function_cases import DTYPES
 from benchmarks.speed.networks import TimedNetwork, trained_networks
 from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, ratio, summary
 from benchmarks.tables import records
@@ -32,7 +33,6 @@ from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.options import Backend, Granularity
 
 SUITE = "step"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("eager", "compiled", "cuda graph")
 # Rows of other settings are kept, so that several commands can measure what one would take too long for.
 SETTING = ("network", "dtype", "mode")

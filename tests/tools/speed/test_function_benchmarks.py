@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,14 +14,15 @@ import torch
 
 import bmrs_kernels
 from benchmarks import conftest
+from benchmarks.processes import ROOT
 from benchmarks.rivals import plain
 from benchmarks.speed import competitors
 from benchmarks.speed.activation_shapes import ActivationShape
 from benchmarks.speed.competitors import Contest, competitors_of, project_backends
 from benchmarks.speed.function_cases import DIRECTIONS, FunctionCase, cases
-from benchmarks.speed.function_results import Item, Measurements, results_table
+from benchmarks.speed.function_results import description, join_turns, rates_table, rows_of, turn_name
+from benchmarks.tables import records
 
-ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 MAPS = ActivationShape((4, 6, 5, 5))
 TOKENS = ActivationShape((3, 5, 8), dim=2)
@@ -137,27 +137,88 @@ def test_memory_that_forward_keeps():
     assert eager["others"] > 1.0
 
 
-def test_rows_have_ratios_between_turns():
-    case = TINY[0]
-    contest = Contest(case, CPU)
-    measurements = Measurements()
-    for turn, (ours, theirs, copy) in enumerate([(1.0, 2.0, 0.5), (2.0, 2.0, 0.5), (3.0, 12.0, 0.5)]):
-        for competitor, time in (("torch", ours), ("plain", theirs), ("copy", copy)):
-            measurements.add(Item(case, "both", turn, competitor), [time] * 3, contest)
-    torch_row, plain_row, copy_row = measurements.rows()
-    assert torch_row["milliseconds"] == {"median": 2.0, "p20": 1.0, "p80": 3.0}
-    assert torch_row["turns"] == [1.0, 2.0, 3.0]
-    assert torch_row["ratio_to_plain"] == {"value": 0.5, "low": 0.25, "high": 1.0}
-    assert torch_row["share_of_copy"] == {"value": 0.25, "low": pytest.approx(1 / 6), "high": 0.5}
+def turn_of(contest, competitor, turn, seconds, **changes):
+    """Return what pytest-benchmark keeps of a competitor's turn."""
+    id_ = turn_name("group", competitor, turn)
+    fields = {
+        "group": "group",
+        "params": {"case": contest.case, "direction": "both", "competitor": competitor, "turn": turn},
+        "extra_info": description(contest, "both", competitor) if turn == 1 else {},
+        "stats": SimpleNamespace(data=seconds),
+        "has_error": False,
+        "name": f"test_function[{id_}]",
+        "fullname": f"folder/file.py::test_function[{id_}]",
+        "param": id_,
+    }
+    return SimpleNamespace(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def turns():
+    """Return a function that makes the turns of three competitors, which alternate."""
+    contest = Contest(TINY[0], CPU)
+
+    def make():
+        return [
+            turn_of(contest, competitor, turn, [milliseconds / 1e3] * 3)
+            for turn, times in enumerate([(1.0, 2.0, 0.5), (2.0, 2.0, 0.5), (3.0, 12.0, 0.5)], start=1)
+            for competitor, milliseconds in zip(("torch", "plain", "copy"), times, strict=True)
+        ]
+
+    return make
+
+
+def test_turns_of_a_competitor_become_one_benchmark(turns):
+    benchmarks = turns()
+    join_turns(benchmarks)
+    assert [each.name for each in benchmarks] == [
+        f"test_function[group-{competitor}]" for competitor in ("torch", "plain", "copy")
+    ]
+    first = benchmarks[0]
+    assert first.fullname == "folder/file.py::test_function[group-torch]"
+    assert first.param == "group-torch"
+    assert first.params == {"case": TINY[0].name, "direction": "both", "competitor": "torch"}
+    assert first.stats.data == pytest.approx([0.001] * 3 + [0.002] * 3 + [0.003] * 3)
+    assert first.extra_info["turns"] == pytest.approx([1.0, 2.0, 3.0])
+
+
+def test_failed_turns_and_other_benchmarks_are_left_as_they_are(turns):
+    *_, failed, other = benchmarks = turns()[:5]
+    failed.has_error, other.params = True, None
+    join_turns(benchmarks)
+    assert [each.name for each in benchmarks[3:]] == [
+        "test_function[group-torch-turn-2]",
+        "test_function[group-plain-turn-2]",
+    ]
+    assert len(benchmarks[0].extra_info["turns"]) == 1
+
+
+def test_rows_have_ratios_between_turns(turns):
+    benchmarks = turns()
+    join_turns(benchmarks)
+    rows = rows_of(benchmarks)
+    torch_row, plain_row, copy_row = rows
+    assert torch_row["milliseconds"] == pytest.approx({"median": 2.0, "p20": 1.0, "p80": 3.0})
+    assert torch_row["turns"] == pytest.approx([1.0, 2.0, 3.0])
+    assert torch_row["ratio_to_plain"] == pytest.approx({"value": 0.5, "low": 0.25, "high": 1.0})
+    assert torch_row["share_of_copy"] == pytest.approx({"value": 0.25, "low": 1 / 6, "high": 0.5})
     assert torch_row["bytes_moved"] == 5 * 4 * 600
     assert torch_row["gb_per_s"] == pytest.approx(12_000 / 2e-3 / 1e9)
     assert plain_row["saved_for_backward"]["others"] > 0
     assert copy_row["saved_for_backward"] is None
-    assert len(results_table(measurements.rows()).splitlines()) == 2 + 3
+    assert len(rates_table(rows).splitlines()) == 2 + 3
 
 
-@pytest.mark.slow
-def test_a_run_records_alternated_turns(tmp_path):
+def test_rows_have_what_committed_ones_have(turns):
+    benchmarks = turns()
+    join_turns(benchmarks)
+    head = {"suite", "machine", "environment"}
+    for rows in records.load("functions").values():
+        assert rows_of(benchmarks)[0].keys() == rows[0].keys() - head
+
+
+def benchmarked(*options: str) -> str:
+    """Run the benchmarks of one small function and return what they print."""
     # Nothing of the run that this test is part of: workers of pytest-xdist time nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["OMP_NUM_THREADS"] = "1"
@@ -165,7 +226,7 @@ def test_a_run_records_alternated_turns(tmp_path):
         [
             *(sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--verbose"),
             *("-p", "no:cacheprovider", "-k", "noise_snr-226", "--device", "cpu"),
-            *("--turn-seconds", "0.01", "--record", str(tmp_path)),
+            *("--turn-seconds", "0.01", *options),
         ],
         cwd=ROOT,
         env=environment,
@@ -175,10 +236,21 @@ def test_a_run_records_alternated_turns(tmp_path):
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    order = re.findall(r"noise_snr-226-dim-0-forward-turn-(\d)-(\w+)\]", finished.stdout)
+    return finished.stdout
+
+
+@pytest.mark.slow
+def test_runs_are_recorded_saved_and_compared(tmp_path):
+    storage, json_file, recorded = tmp_path / "storage", tmp_path / "all.json", tmp_path / "recorded"
+    keep = ("--benchmark-storage", str(storage))
+    # There is nothing to compare with, which is worth a warning and no more.
+    printed = benchmarked(*keep, "--benchmark-save=before", "--benchmark-compare", "--record", str(recorded))
+    order = re.findall(r"noise_snr-226-dim-0-forward-(\w+)-turn-(\d)\]", printed)
     names = competitors_of(FunctionCase("noise_snr", ActivationShape((226,), dim=0)), CPU)
-    assert order == [(str(turn), name) for turn in (1, 2, 3) for name in names]
-    (path,) = tmp_path.iterdir()
+    assert order == [(name, str(turn)) for turn in (1, 2, 3) for name in names]
+    assert "| noise_snr | 226 |" in printed
+    assert "left out: --large" in printed
+    (path,) = recorded.iterdir()
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert [row["competitor"] for row in rows] == list(names)
     for row in rows:
@@ -186,8 +258,31 @@ def test_a_run_records_alternated_turns(tmp_path):
         assert (row["function"], row["shape"], row["direction"]) == ("noise_snr", [226], "forward")
         assert len(row["turns"]) == 3
         assert row["share_of_copy"]["low"] <= row["share_of_copy"]["high"]
-    assert "| noise_snr | 226 |" in finished.stdout
-    assert "left out: --large" in finished.stdout
+    (saved,) = storage.rglob("0001_before.json")
+    for row, benchmark in zip(rows, json.loads(saved.read_text("utf-8"))["benchmarks"], strict=True):
+        assert benchmark["name"] == f"test_function[noise_snr-226-dim-0-forward-{row['competitor']}]"
+        assert benchmark["group"] == "noise_snr 226 dim 0 forward"
+        # The rows are what pytest-benchmark measured.
+        assert row["milliseconds"]["median"] == pytest.approx(1e3 * benchmark["stats"]["median"])
+
+    printed = benchmarked(
+        *keep, "--benchmark-autosave", "--benchmark-compare", "--benchmark-json", str(json_file)
+    )
+    for name in names:
+        for run in ("NOW", "0001_before"):
+            assert f"test_function[noise_snr-226-dim-0-forward-{name}] ({run})" in printed
+    benchmarks = json.loads(json_file.read_text("utf-8"))["benchmarks"]
+    assert [each["params"]["competitor"] for each in benchmarks] == list(names)
+    assert all(len(each["stats"]["data"]) == each["stats"]["rounds"] >= 6 for each in benchmarks)
+
+    compare = [sys.executable, "-m", "pytest_benchmark", "--storage", str(storage), "compare", "0001", "0002"]
+    compared = subprocess.run(
+        compare, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    for name in names:
+        assert (
+            len(re.findall(rf"test_function\[noise_snr-226-dim-0-forward-{name}\] \(000[12]_", compared)) == 2
+        )
 
 
 def test_a_run_without_times_cannot_be_recorded():
