@@ -26,6 +26,7 @@ from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOK
 from benchmarks.speed.stopwatch import capture
 from bmrs_kernels.dispatch.backend import INTERPRETING
 from bmrs_kernels.dispatch.validation import seed_tensor
+from bmrs_kernels.options import Backend, Granularity
 from bmrs_kernels.uniform import philox, torch_philox
 
 SEEDS = (0, 1, 2**31 - 1, 2**32 + 5, 123_456_789_012_345, 2**63 - 1, 2**64 - 1)
@@ -142,7 +143,8 @@ def values(
     device: torch.device, compared: Sequence[tuple[ActivationShape, torch.dtype]] = COMPARED
 ) -> dict[str, Any]:
     """Compare output and gradients on the device with the reference in float64 on the CPU at the same seed."""
-    failures, worst = [], {}
+    failures: list[str] = []
+    worst: dict[str, float] = {}
     for activation, dtype in compared:
         for granularity in GRANULARITIES:
             errors = noise_errors(activation, granularity, dtype, device)
@@ -160,17 +162,18 @@ def values(
 
 
 def noise_errors(
-    activation: ActivationShape, granularity: str, dtype: torch.dtype, device: torch.device
+    activation: ActivationShape, granularity: Granularity, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
     """Return the relative errors of output, x's gradient and the parameters' gradients."""
     generator = torch.Generator().manual_seed(7)
     x, grad = (torch.randn(activation.shape, generator=generator).to(dtype) for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    runs = []
-    for backend, place, x_dtype, dtype_of_parameters in (
+    ways: tuple[tuple[Backend, torch.device, torch.dtype, torch.dtype], ...] = (
         ("triton", device, dtype, wide),
         ("torch", torch.device("cpu"), torch.float64, torch.float64),
-    ):
+    )
+    runs = []
+    for backend, place, x_dtype, dtype_of_parameters in ways:
         inputs = (
             activation.laid_out(x.to(place, x_dtype)).requires_grad_(),
             *posteriors(activation.structures, dtype_of_parameters, place),
@@ -206,11 +209,12 @@ def wide_index(device: torch.device, sizes: tuple[int, ...] = WIDE_SIZES) -> dic
         ]
     )
     index = torch.unravel_index(elements, sizes)
+    granularities: tuple[Granularity, ...] = ("element", "sample")
     for channels_last in (False, True):
-        for granularity in ("element", "sample"):
+        for granularity in granularities:
             draws = elements if granularity == "element" else index[0] * sizes[1] + index[1]
-            parameters = (part.cpu().double()[index[1]] for part in (mu, log_sigma))
-            expected = bmrs_kernels.sample_noise(*parameters, uniforms_at(13, draws).double())
+            mu_at, log_sigma_at = (part.cpu().double()[index[1]] for part in (mu, log_sigma))
+            expected = bmrs_kernels.sample_noise(mu_at, log_sigma_at, uniforms_at(13, draws).double())
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
             x = torch.empty(sizes, dtype=torch.bfloat16, device=device, memory_format=memory_format)
             x.fill_(1.0).requires_grad_()
@@ -250,7 +254,7 @@ def cuda_graph(
     device: torch.device,
     activation: ActivationShape = REPLAYED,
     replays: int = 5,
-    granularities: Sequence[str] = GRANULARITIES,
+    granularities: Sequence[Granularity] = GRANULARITIES,
 ) -> dict[str, Any]:
     """Replay a captured forward and backward: fresh noise on every replay, and given seeds obeyed."""
     failures = []
@@ -259,7 +263,7 @@ def cuda_graph(
     for granularity in granularities:
         step = functools.partial(_step, inputs, activation.dim, granularity)
         outputs, replay = capture(functools.partial(step, None))
-        seen = []
+        seen: list[Tensor] = []
         for _ in range(replays):
             replay()
             out, *gradients = (part.detach().clone() for part in outputs)
@@ -282,7 +286,7 @@ def cuda_graph(
 
 
 def _step(
-    inputs: tuple[Tensor, ...], dim: int, granularity: str, seed: Tensor | int | None
+    inputs: tuple[Tensor, Tensor, Tensor], dim: int, granularity: Granularity, seed: Tensor | int | None
 ) -> tuple[Tensor, ...]:
     out = bmrs_kernels.multiply_noise(*inputs, dim=dim, granularity=granularity, seed=seed, backend="triton")
     return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))

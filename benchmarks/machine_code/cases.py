@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest import mock
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 import bmrs_kernels
 from benchmarks.granularities import GRANULARITIES, distinct
 from bmrs_kernels.dispatch import backend
+from bmrs_kernels.options import Activation, Granularity
 
 WIDEST_ACCESS = 16  # bytes
 
@@ -34,9 +35,9 @@ class CompiledCase:
     operation: str = "multiply_noise"
     dtype: str = "float32"
     dim: int = 1
-    granularity: str = "element"
+    granularity: Granularity = "element"
     channels_last: bool = False
-    activation: str | None = None
+    activation: Activation | None = None
     mask: bool = False
     gradients: bool = True
     in_gate: bool = True  # whether CI compiles it, or only whoever asks for all cases
@@ -103,8 +104,9 @@ def _multiply_noise_cases() -> Iterator[CompiledCase]:
                 in_gate=_is_in_gate(layout, granularity, dtype),
                 everywhere=dtype == "float32" and (layout, granularity) in EVERYWHERE,
             )
+    with_mask: tuple[Granularity, ...] = ("element", "batch")
     for shape, granularity, activation in itertools.product(
-        (CONV_WIDE, LINEAR), ("element", "batch"), ("relu", "tanh")
+        (CONV_WIDE, LINEAR), with_mask, get_args(Activation)
     ):
         in_gate = granularity == "element" and (activation == "relu" or shape == CONV_WIDE)
         yield CompiledCase(
@@ -230,8 +232,8 @@ def _multiply_noise(case: CompiledCase) -> Tensor:
         log_sigma,
         dim=case.dim,
         mask=torch.ones_like(mu, requires_grad=False) if case.mask else None,
-        granularity=case.granularity,  # type: ignore[arg-type]
-        activation=case.activation,  # type: ignore[arg-type]
+        granularity=case.granularity,
+        activation=case.activation,
         seed=1,
         backend="triton",
     )

@@ -45,7 +45,8 @@ class Gpu(NamedTuple):
 H100 = Gpu("H100 SXM", 132, 4, 1.755e9, 3.0e12, 65536, 64)
 
 
-class Access(NamedTuple):
+@dataclass(frozen=True)
+class Access:
     """Loads from or stores to a parameter in a kernel's machine code."""
 
     pointer: str

@@ -196,11 +196,11 @@ def _blocks(
     """Return the control flow between stretches without branches, and what those hold, by their first address."""
     subroutines = _subroutines(instructions)
     starts = {instructions[0].address}
-    for instruction, following in itertools.pairwise(instructions):
+    for instruction, next_one in itertools.pairwise(instructions):
         if instruction.mnemonic in ("BRX", "JMX", "JMP", "UBRA"):
             raise ValueError(f"cannot follow {instruction.opcode} {instruction.operands}")
         if instruction.mnemonic in ("BRA", "EXIT", "RET", "CALL"):
-            starts.add(following.address)
+            starts.add(next_one.address)
         if instruction.target is not None:
             starts.add(instruction.target)
     blocks: dict[int, list[Instruction]] = {}

@@ -34,7 +34,7 @@ def as_json(measurements: Sequence[KernelCounts], failures: Sequence[str], about
         "measurements": [
             vars(measurement)
             | {
-                "accesses": [access._asdict() for access in measurement.accesses],
+                "accesses": [vars(access) for access in measurement.accesses],
                 "paths": [
                     path._asdict() | {"per_element": path.per_element, "floor_us": path.floor_us}
                     for path in measurement.paths

@@ -20,6 +20,7 @@ from benchmarks.rivals import plain
 from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, FunctionCase
 from benchmarks.speed.stopwatch import Call, peak_bytes
 from bmrs_kernels.dispatch import backend
+from bmrs_kernels.options import Backend
 
 SEED = 20_240_602
 # Largest difference over the largest value.
@@ -31,7 +32,7 @@ Function = Callable[..., Tensor]
 Compiler = Callable[[Function], Function]
 
 
-def project_backends(device: torch.device) -> tuple[str, ...]:
+def project_backends(device: torch.device) -> tuple[Backend, ...]:
     """Return the project's backends for a device's tensors, first the one that "auto" takes."""
     if device.type == "cuda":
         return ("triton", "torch") if backend.TRITON_IS_INSTALLED else ("torch",)

@@ -135,7 +135,8 @@ def step_of(network: TimedNetwork, way: Way, device: torch.device, **options: An
     elif way.name == "plain":
         plain_layer.use_plain_formulas(model, uniforms="torch")
         divergence = functools.partial(plain_layer.kl_divergence, weight="mean", dataset_size=1)
-    return TimedStep(model.to(device, memory_format=network.memory_format), divergence, batch, **options)
+    model = model.to(device).to(memory_format=network.memory_format)  # type: ignore[call-overload]
+    return TimedStep(model, divergence, batch, **options)
 
 
 class Prepared(NamedTuple):

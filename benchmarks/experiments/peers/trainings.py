@@ -61,10 +61,16 @@ def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainCon
 
     The settings were chosen on validation images, of other seeds' splits, and the learning rate is one that suits the
     small networks of all ways.
+
+    Args:
+        subject: what is pruned.
+        data_dir: folder of the official files, which the embedded images do not need.
+        epochs: ``epochs``, ``noise_epochs`` or ``fine_tune_epochs``, where they are to be other than usual.
     """
     embedded = subject.data == EMBEDDED
-    schedule = (8, 3, 12) if embedded else (5, 1, 6)
     names = ("epochs", "noise_epochs", "fine_tune_epochs")
+    usual = (8, 3, 12) if embedded else (5, 1, 6)
+    schedule: dict[str, Any] = dict(zip(names, usual, strict=True)) | epochs
     return TrainConfig(
         data=subject.data,
         data_dir=None if embedded else data_dir,
@@ -74,7 +80,7 @@ def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainCon
         lr=3e-3 if embedded else 4e-3,
         batch_size=32 if embedded else 128,
         noise_lr=5e-2 if embedded else 1e-1,
-        **dict(zip(names, schedule, strict=True)) | epochs,
+        **schedule,
     ).resolved()
 
 
