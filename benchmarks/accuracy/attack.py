@@ -113,7 +113,7 @@ def _attack_output(
             nonlocal best, best_point, tried
             where = chart(unit.T)
             got = run(evaluate, where, setting.dtype, setting.device)[index]
-            found = errors(got, compute(quantity, where, pool)[:, index], floor)
+            found = errors(got, compute(quantity, where, pool).of(index), floor)
             tried += len(where)
             # What the inputs do not determine is no target: the search would stay there.
             for place in np.flatnonzero(found > one.bound):

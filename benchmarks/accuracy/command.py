@@ -23,7 +23,7 @@ from benchmarks.accuracy.narrow import measure_narrow
 from benchmarks.accuracy.points import DOMAIN_POINTS
 from benchmarks.accuracy.progress import progress
 from benchmarks.accuracy.quantities import QUANTITIES
-from benchmarks.accuracy.report import RESULTS, as_json, as_markdown, committed_report, regressions
+from benchmarks.accuracy.report import ACCURACY_RESULTS, as_json, as_markdown, committed_report, regressions
 from benchmarks.accuracy.table import Judged, judged, reference_pool
 from benchmarks.environment import environment
 from benchmarks.options import positive
@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     about = {"setting": str(setting), **environment(options.commit, device)}
     markdown = as_markdown(measured, narrow, attacked, objections, about)
-    if options.output is not None and not (objections and options.output.resolve() == RESULTS.resolve()):
+    if options.output is not None and not (
+        objections and options.output.resolve() == ACCURACY_RESULTS.resolve()
+    ):
         (options.output / f"{setting}.md").write_text(markdown, "utf-8")
         (options.output / f"{setting}.json").write_text(as_json(measured, narrow, attacked, about), "utf-8")
         if not options.no_maps:

@@ -19,6 +19,7 @@ from benchmarks.accuracy.points import KINDS, Points
 from benchmarks.accuracy.quantities import VALUE, Evaluation, Quantity
 from benchmarks.accuracy.table import Judged, Values
 from bmrs_kernels.dispatch.backend import INTERPRETING
+from bmrs_kernels.options import Backend
 
 WORST_POINTS = 3
 # Points beyond a bound are excused where rounding the inputs to float64 causes a larger error, but not many, and not
@@ -29,7 +30,7 @@ MOST_UNDETERMINED, LARGEST_UNDETERMINED = 5, 1e-7
 class Setting(NamedTuple):
     """How the project's functions are run."""
 
-    backend: str
+    backend: Backend
     dtype: torch.dtype
     device: str = "cpu"
 
@@ -56,7 +57,7 @@ class Worst(NamedTuple):
     input_rounding: float
 
 
-class Summary(NamedTuple):
+class ErrorSummary(NamedTuple):
     """Errors of one output over all points, as fractions of the contract's scale."""
 
     non_finite: int
@@ -67,9 +68,8 @@ class Summary(NamedTuple):
     percentile_99: float
     wrong_decisions: int | None  # None where the output decides nothing
     worst: list[Worst]
-    undetermined: list[
-        Worst
-    ]  # points beyond the bound, where the inputs do not determine the value; not in the rest
+    # Points beyond the bound where the inputs do not determine the value; they count nowhere else.
+    undetermined: list[Worst]
 
 
 class Measured(NamedTuple):
@@ -80,8 +80,8 @@ class Measured(NamedTuple):
     bound_name: str
     bound: float
     points: int
-    project: Summary
-    plain: Summary
+    project: ErrorSummary
+    plain: ErrorSummary
 
     @property
     def name(self) -> str:
@@ -167,7 +167,7 @@ def errors_of_both(
     found = []
     for index, output in enumerate(quantity.outputs):
         floor = BOUNDS[quantity.bound_of(output)].floor
-        true = judged.values[:, index]
+        true = judged.values.of(index)
         found.append((output, errors(project[index], true, floor), errors(plain[index], true, floor)))
     return found
 
@@ -203,10 +203,10 @@ def _summarise(
     dtype: torch.dtype,
     *,
     describe_inputs: bool,
-) -> Summary:
+) -> ErrorSummary:
     output = quantity.outputs[index]
     contract = BOUNDS[quantity.bound_of(output)]
-    true = judged.values[:, index]
+    true = judged.values.of(index)
     error = errors(got, true, contract.floor)
     finite = np.isfinite(got)
     wrong = _wrong_decisions(quantity, got, true, dtype) if output == VALUE else None
@@ -223,7 +223,7 @@ def _summarise(
         )
 
     undetermined: dict[int, Worst] = {}
-    beyond = np.flatnonzero(error > contract.of(dtype))
+    beyond = np.flatnonzero(error > contract.of(dtype)).tolist()
     if describe_inputs and len(beyond) <= MOST_UNDETERMINED:
         described = [(place, describe(place)) for place in beyond]
         undetermined = {
@@ -236,8 +236,8 @@ def _summarise(
     kept[list(undetermined)] = False
     # A wrong decision comes before any error.
     rank = -error if wrong is None else np.where(wrong, -np.inf, -error)
-    order = [place for place in np.argsort(rank, kind="stable") if kept[place]][:WORST_POINTS]
-    return Summary(
+    order = [place for place in np.argsort(rank, kind="stable").tolist() if kept[place]][:WORST_POINTS]
+    return ErrorSummary(
         non_finite=int((~finite).sum()),
         non_finite_share=_share(~finite[spread]),
         wrong_share=None if wrong is None else _share(wrong[spread]),

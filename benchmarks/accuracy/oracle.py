@@ -7,24 +7,30 @@ with enough digits. Arguments are Python numbers and are taken exactly.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import mpmath as mp
 
 DIGITS = 150
 
+Number: TypeAlias = int | float | mp.mpf
 
-def survival(z):
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def survival(z: Number) -> mp.mpf:
     """Return 1 - Φ(z)."""
     return mp.erfc(z / mp.sqrt(2)) / 2
 
 
-def density(z):
+def density(z: Number) -> mp.mpf:
     """Return φ(z)."""
     return mp.exp(-z * z / 2) / mp.sqrt(2 * mp.pi)
 
 
-def mass(alpha, beta):
+def mass(alpha: Number, beta: Number) -> mp.mpf:
     """Return Φ(β) - Φ(α), from the tail in which both are small."""
     if alpha + beta < 0:
         alpha, beta = -beta, -alpha
@@ -43,21 +49,24 @@ class Quantities(NamedTuple):
     snr: mp.mpf
 
 
-def _at_precision(function):
+def _at_precision(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         with mp.workdps(DIGITS):
             return function(*args, **kwargs)
 
-    return functools.lru_cache(maxsize=None)(wrapped)
+    return cast("Callable[P, R]", functools.lru_cache(maxsize=None)(wrapped))
 
 
-def _standardised(mu, log_sigma, lower, upper):
+def _standardised(
+    mu: Number, log_sigma: Number, lower: Number, upper: Number
+) -> tuple[mp.mpf, mp.mpf, mp.mpf, mp.mpf]:
+    """Return μ, σ and both ends of the interval in units of σ from μ."""
     mu, sigma = mp.mpf(mu), mp.exp(mp.mpf(log_sigma))
     return mu, sigma, (mp.mpf(lower) - mu) / sigma, (mp.mpf(upper) - mu) / sigma
 
 
-def moments(alpha, beta):
+def moments(alpha: Number, beta: Number) -> tuple[mp.mpf, mp.mpf, mp.mpf, mp.mpf]:
     """Return the first four moments of a standard normal truncated to [α, β]."""
     z = mass(alpha, beta)
     low, high = density(alpha) / z, density(beta) / z
@@ -69,7 +78,7 @@ def moments(alpha, beta):
 
 
 @_at_precision
-def quantities(mu, log_sigma, lower=-20, upper=0) -> Quantities:
+def quantities(mu: Number, log_sigma: Number, lower: Number = -20, upper: Number = 0) -> Quantities:
     """Return KL in nats, E[θ], the SNR, and the derivatives of the first two."""
     mu, sigma, alpha, beta = _standardised(mu, log_sigma, lower, upper)
     z = mass(alpha, beta)
@@ -77,7 +86,7 @@ def quantities(mu, log_sigma, lower=-20, upper=0) -> Quantities:
     entropy = mp.log(sigma) + mp.log(z) + mp.log(2 * mp.pi) / 2 + second / 2
     kl = mp.log(mp.mpf(upper) - mp.mpf(lower)) - entropy
 
-    def tilted_mean(power):
+    def tilted_mean(power: int) -> mp.mpf:
         shift = power * sigma
         return mp.exp(power * mu + shift**2 / 2) * mass(alpha - shift, beta - shift) / z
 
@@ -95,7 +104,14 @@ def quantities(mu, log_sigma, lower=-20, upper=0) -> Quantities:
 
 
 @_at_precision
-def delta_f_lognormal(mu, log_sigma, prior_mean=None, prior_std=1e-6, lower=-20, upper=0):
+def delta_f_lognormal(
+    mu: Number,
+    log_sigma: Number,
+    prior_mean: Number | None = None,
+    prior_std: Number = 1e-6,
+    lower: Number = -20,
+    upper: Number = 0,
+) -> tuple[mp.mpf, mp.mpf, mp.mpf]:
     """Return (ΔF, dΔF/dμ, dΔF/dlog σ), Eq. 8 as printed with the 2π under the logarithm."""
     mu, sigma, alpha, beta = _standardised(mu, log_sigma, lower, upper)
     mean = mp.mpf(lower if prior_mean is None else prior_mean)
@@ -120,7 +136,14 @@ def delta_f_lognormal(mu, log_sigma, prior_mean=None, prior_std=1e-6, lower=-20,
 
 
 @_at_precision
-def delta_f_loguniform(mu, log_sigma, reduced_lower, reduced_upper, lower=-20, upper=0):
+def delta_f_loguniform(
+    mu: Number,
+    log_sigma: Number,
+    reduced_lower: Number,
+    reduced_upper: Number,
+    lower: Number = -20,
+    upper: Number = 0,
+) -> tuple[mp.mpf, mp.mpf, mp.mpf]:
     """Return (ΔF, dΔF/dμ, dΔF/dlog σ)."""
     mu, sigma, alpha, beta = _standardised(mu, log_sigma, lower, upper)
     ends = [(mp.mpf(end) - mu) / sigma for end in (reduced_lower, reduced_upper)]
@@ -140,7 +163,7 @@ class Sample(NamedTuple):
 
 
 @_at_precision
-def sample(mu, log_sigma, y, lower=-20, upper=0) -> Sample:
+def sample(mu: Number, log_sigma: Number, y: Number, lower: Number = -20, upper: Number = 0) -> Sample:
     """Return x = log θ at uniform y and dx/dμ, dx/dlog σ at fixed y."""
     mu, sigma, alpha, beta = _standardised(mu, log_sigma, lower, upper)
     y = mp.mpf(y)
@@ -157,18 +180,18 @@ def sample(mu, log_sigma, y, lower=-20, upper=0) -> Sample:
 
 
 @_at_precision
-def exponential(x):
+def exponential(x: Number) -> mp.mpf:
     """Return eˣ."""
     return mp.exp(x)
 
 
 @_at_precision
-def quotient(first, second):
+def quotient(first: Number, second: Number) -> mp.mpf:
     """Return first / second."""
     return first / second
 
 
-def inverse_survival(target):
+def inverse_survival(target: Number) -> mp.mpf:
     """Solve survival(z) = target by Newton on log survival, which is concave: monotone from the right."""
     if target > mp.mpf(1) / 2:
         return -inverse_survival(1 - target)

@@ -88,7 +88,8 @@ def near_ends(unit: NDArray[np.float64]) -> Points:
 
 def grid() -> list[tuple[float, float]]:
     """Return both ends, both far tails, the quantile's borders between regimes, and the whole range of σ."""
-    points = set(itertools.product((-40, -30, -22, -20, -19, -12, -10, -5, -1, 0, 2, 10, 20), LOG_SIGMAS))
+    mus = (-40, -30, -22, -20, -19, -12, -10, -5, -1, 0, 2, 10, 20)
+    points: set[tuple[float, float]] = set(itertools.product(mus, LOG_SIGMAS))
     multiples = (-40, -13.3, -8, -5, -3, -1, -1e-3, 1e-3, 1, 3, 5, 9)
     for log_sigma, multiple in itertools.product(LOG_SIGMAS, multiples):
         for end, sign in ((UPPER, 1), (LOWER, -1)):

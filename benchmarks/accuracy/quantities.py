@@ -26,7 +26,7 @@ REDUCED_LOWER = -23.0 * LN2
 Evaluation = Callable[..., Sequence[Tensor]]
 
 
-class Decision(NamedTuple):
+class DecisionRule(NamedTuple):
     """A structure is pruned where the value is on this side of the border, or on it."""
 
     border: float
@@ -46,7 +46,7 @@ class Quantity(NamedTuple):
     project: Callable[[str], Evaluation]  # takes the backend
     plain: Evaluation
     reference: Callable[..., Sequence[Any]]  # mpmath numbers from Python numbers
-    decision: Decision | None = None
+    decision: DecisionRule | None = None
     at_uniforms: bool = False
 
     def bound_of(self, output: str) -> str:
@@ -88,7 +88,8 @@ def inside_multiply_noise(backend: str) -> Evaluation:
     if backend == "triton":
         from benchmarks.accuracy import noise_kernels
 
-        return noise_kernels.noise
+        # One tensor, whose rows are the outputs.
+        return lambda *inputs: noise_kernels.noise(*inputs).unbind()
     if backend == "numba":
         from benchmarks.accuracy import noise_loops
 
@@ -128,7 +129,7 @@ def _loguniform(p1: int) -> Quantity:
             partial(plain.delta_f_loguniform, reduced_lower=REDUCED_LOWER, reduced_upper=reduced_upper)
         ),
         lambda mu, log_sigma: oracle.delta_f_loguniform(mu, log_sigma, REDUCED_LOWER, reduced_upper),
-        Decision(0.0, above=True),
+        DecisionRule(0.0, above=True),
     )
 
 
@@ -158,7 +159,7 @@ QUANTITIES = (
         _public(bmrs_kernels.delta_f_lognormal, differentiated),
         differentiated(plain.delta_f_lognormal),
         oracle.delta_f_lognormal,
-        Decision(0.0, above=True),
+        DecisionRule(0.0, above=True),
     ),
     _loguniform(8),
     _loguniform(4),
@@ -177,7 +178,7 @@ QUANTITIES = (
         _public(bmrs_kernels.noise_snr, undifferentiated),
         undifferentiated(plain.noise_snr),
         lambda mu, log_sigma: oracle.quantities(mu, log_sigma)[6:],
-        Decision(1.0, above=False),
+        DecisionRule(1.0, above=False),
     ),
     Quantity(
         "sample_noise",

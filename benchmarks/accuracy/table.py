@@ -10,7 +10,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mpmath as mp
 import numpy as np
@@ -31,9 +31,13 @@ class Values(NamedTuple):
     rounded: NDArray[np.float64]
     rest: NDArray[np.float32]
 
-    def __getitem__(self, index: object) -> Values:  # type: ignore[override]
-        """Return the values at some points."""
-        return Values(self.rounded[index], self.rest[index])  # type: ignore[index]
+    def at(self, points: NDArray[np.bool_]) -> Values:
+        """Return the values at the points that a mask chooses."""
+        return Values(self.rounded[points], self.rest[points])
+
+    def of(self, output: int) -> Values:
+        """Return the values of one output, each of shape (points,)."""
+        return Values(self.rounded[:, output], self.rest[:, output])
 
 
 class Judged(NamedTuple):
@@ -49,7 +53,7 @@ class Judged(NamedTuple):
 
     def where(self, chosen: NDArray[np.bool_]) -> Judged:
         """Return the points that a mask chooses."""
-        return Judged(self.points[chosen], self.kinds[chosen], self.values[chosen])
+        return Judged(self.points[chosen], self.kinds[chosen], self.values.at(chosen))
 
 
 def reference_pool(jobs: int) -> Executor:
@@ -110,7 +114,7 @@ def judged(
 
 def make(jobs: int) -> None:
     """Write the table anew."""
-    arrays: dict[str, NDArray[np.generic]] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     with reference_pool(jobs) as pool:
         for dimensions, adversarial in ((2, points.adversarial_structures), (3, points.adversarial_draws)):
             sets = [
@@ -138,7 +142,7 @@ def _judge(quantity: Quantity, where: Points, kind: str, pool: Executor | None =
 
 
 @functools.cache
-def _read() -> dict[str, NDArray[np.generic]]:
+def _read() -> dict[str, NDArray[Any]]:
     with np.load(TABLE_FILE) as table:
         return dict(table)
 

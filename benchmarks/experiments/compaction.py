@@ -1,8 +1,8 @@
 """What `bmrs.compact` does to the architectures that people use: ``python -m benchmarks compaction``.
 
-For every network of `zoo`, with half of the structures pruned at random: what is removed, how far the outputs are from
-those of the masked network, how long it takes, and what size and time of inference become. Beside it Torch-Pruning with
-the same structures of the same layers, where it can follow the network.
+For every network of `benchmarks.experiments.zoo`, with half of its structures pruned at random: what is removed, how
+far the outputs are from those of the masked network, how long compaction takes, and how size and time of inference
+change. Beside it, where it can follow the network, Torch-Pruning with the same structures of the same layers.
 """
 
 from __future__ import annotations

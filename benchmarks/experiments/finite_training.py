@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import bmrs
 from benchmarks.environment import environment
+from benchmarks.granularities import GRANULARITIES
 from benchmarks.options import positive
 from benchmarks.rivals import plain_layer
 from benchmarks.rivals.plain_layer import KLWeight
@@ -47,7 +48,7 @@ FINAL_STEPS = 50
 Formulas = Literal["project", "plain"]
 
 
-class Run(NamedTuple):
+class FiniteRun(NamedTuple):
     """What distinguishes one training from the others."""
 
     model: str
@@ -57,7 +58,7 @@ class Run(NamedTuple):
     formulas: Formulas
 
 
-class Settings(NamedTuple):
+class FiniteSettings(NamedTuple):
     """What all trainings share."""
 
     steps: int
@@ -66,7 +67,7 @@ class Settings(NamedTuple):
     batch_size: int = BATCH_SIZE
 
 
-class Outcome(NamedTuple):
+class FiniteOutcome(NamedTuple):
     """How a training went."""
 
     non_finite_step: int | None  # counted from 1; None if everything stayed finite
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--granularity",
-        choices=get_args(Granularity),
+        choices=GRANULARITIES,
         default="element",
         help="where noise is drawn (default: element, as in the paper's code)",
     )
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
 
     size = options.dataset_size or len(training_split())
-    settings = Settings(options.steps, size, options.granularity)
+    settings = FiniteSettings(options.steps, size, options.granularity)
     runs = all_runs(models, kl_weights, options.seeds)
     about = conditions(settings, options.seeds)
     started = time.perf_counter()
@@ -131,13 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(outcome.finite for run, outcome in results if run.formulas == "project") else 1
 
 
-def all_runs(models: Iterable[str], kl_weights: Iterable[str], seeds: int) -> list[Run]:
+def all_runs(models: Iterable[str], kl_weights: Iterable[str], seeds: int) -> list[FiniteRun]:
     """Return the runs, those of one row of the table beside each other."""
     choices = itertools.product(models, kl_weights, LEARNING_RATES, range(seeds), get_args(Formulas))
-    return [Run(*choice) for choice in choices]
+    return [FiniteRun(*choice) for choice in choices]
 
 
-def train_all(runs: Sequence[Run], settings: Settings, jobs: int) -> Iterator[Outcome]:
+def train_all(runs: Sequence[FiniteRun], settings: FiniteSettings, jobs: int) -> Iterator[FiniteOutcome]:
     """Train, in so many processes, and yield the outcomes in the order of the runs."""
     train_one = functools.partial(train_run, settings=settings)
     if jobs == 1:
@@ -152,7 +153,7 @@ def train_all(runs: Sequence[Run], settings: Settings, jobs: int) -> Iterator[Ou
             raise
 
 
-def train_run(run: Run, settings: Settings) -> Outcome:
+def train_run(run: FiniteRun, settings: FiniteSettings) -> FiniteOutcome:
     """Train one network on one thread; weights, batches and uniforms depend on the run's seed alone."""
     split = training_split()
     torch.manual_seed(run.seed)
@@ -172,7 +173,7 @@ def train(
     divergence: Callable[[nn.Module], Tensor],
     examples: Iterable[tuple[Tensor, Tensor]],
     learning_rate: float,
-) -> Outcome:
+) -> FiniteOutcome:
     """Train with Adam to the end of the examples or to the first NaN or infinity, whichever comes first.
 
     Args:
@@ -208,7 +209,7 @@ def train(
         if place is not None:
             break
         losses.append(loss.item())
-    return Outcome(
+    return FiniteOutcome(
         non_finite_step=None if place is None else len(losses) + 1,
         place=place,
         final_loss=statistics.mean(losses[-FINAL_STEPS:]) if place is None else None,
@@ -233,7 +234,7 @@ def training_split() -> Split:
     return Split(preprocess(split.images, name=EMBEDDED), split.labels)
 
 
-def batches(split: Split, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(split: Split, settings: FiniteSettings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images and labels of every step: epochs in random order, each without its incomplete last batch."""
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(split) // settings.batch_size
@@ -264,7 +265,7 @@ def network(name: str, shape: Sequence[int], granularity: Granularity) -> nn.Mod
     )
 
 
-def with_progress(runs: Sequence[Run], outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+def with_progress(runs: Sequence[FiniteRun], outcomes: Iterable[FiniteOutcome]) -> Iterator[FiniteOutcome]:
     """Pass outcomes on as they come, with a bar on a terminal that has rich, with a line each elsewhere."""
     console: Any = None
     with contextlib.suppress(ImportError):
@@ -287,7 +288,7 @@ def with_progress(runs: Sequence[Run], outcomes: Iterable[Outcome]) -> Iterator[
         yield outcome
 
 
-def conditions(settings: Settings, seeds: int) -> dict[str, Any]:
+def conditions(settings: FiniteSettings, seeds: int) -> dict[str, Any]:
     """Return what was run, and what ran where."""
     return {
         "data": f"{EMBEDDED}, {len(training_split()):,} training images",
@@ -312,9 +313,9 @@ which functions train better. *(μ - b)/σ* is the largest of any structure up t
 the upper end of log θ. Ranges are over the seeds."""
 
 
-def as_markdown(results: Sequence[tuple[Run, Outcome]], about: dict[str, Any]) -> str:
+def as_markdown(results: Sequence[tuple[FiniteRun, FiniteOutcome]], about: dict[str, Any]) -> str:
     """Return the table with what it belongs to."""
-    rows: dict[tuple[str, str, float], dict[Formulas, list[Outcome]]] = {}
+    rows: dict[tuple[str, str, float], dict[Formulas, list[FiniteOutcome]]] = {}
     for run, outcome in results:
         row = rows.setdefault((run.model, run.kl_weight, run.learning_rate), {"project": [], "plain": []})
         row[run.formulas].append(outcome)
@@ -352,7 +353,7 @@ def as_markdown(results: Sequence[tuple[Run, Outcome]], about: dict[str, Any]) -
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(outcomes: Sequence[Outcome]) -> tuple[str, str, str]:
+def _summary(outcomes: Sequence[FiniteOutcome]) -> tuple[str, str, str]:
     return (
         f"{sum(each.finite for each in outcomes)} of {len(outcomes)}",
         _range([each.final_loss for each in outcomes], ".2f"),
@@ -368,12 +369,12 @@ def _range(values: Iterable[float | None], digits: str) -> str:
     return " to ".join(ends)
 
 
-def _places(outcomes: Sequence[Outcome]) -> str:
+def _places(outcomes: Sequence[FiniteOutcome]) -> str:
     counts = Counter(each.place for each in outcomes if each.place is not None)
     return ", ".join(place if count == 1 else f"{place} ×{count}" for place, count in counts.items()) or "–"
 
 
-def as_json(results: Sequence[tuple[Run, Outcome]], about: dict[str, Any]) -> str:
+def as_json(results: Sequence[tuple[FiniteRun, FiniteOutcome]], about: dict[str, Any]) -> str:
     """Return each run's record as JSON."""
     records = [
         run._asdict()

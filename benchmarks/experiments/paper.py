@@ -26,6 +26,8 @@ import torch
 
 from benchmarks.environment import environment, one_line
 from benchmarks.experiments import paper_table
+from benchmarks.experiments.deadline import Deadline, OutOfTimeError
+from benchmarks.granularities import GRANULARITIES, distinct
 from benchmarks.options import positive
 from benchmarks.tables.records import machine_of
 from bmrs.data import EMBEDDED, DataError, Dataset
@@ -49,7 +51,7 @@ RunT = TypeVar("RunT")
 ResultT = TypeVar("ResultT")
 
 
-class Run(NamedTuple):
+class PaperRun(NamedTuple):
     """What distinguishes one training from the others; without granularity and criterion, it is one without noise."""
 
     seed: int
@@ -78,25 +80,6 @@ class Conditions:
     epochs: int | None = None
     fine_tune_epochs: int | None = None
     deadline: float = math.inf
-
-
-class OutOfTimeError(Exception):
-    """The deadline came while a network was trained."""
-
-
-class Deadline:
-    """Ends a training at its deadline."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-
-    def step(self, **_: Any) -> None:
-        """Look at the clock."""
-        if time.time() > self.deadline:
-            raise OutOfTimeError
-
-    def epoch(self, row: Row) -> None:
-        """Do nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,7 +131,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--networks", choices=get_args(ModelName), default=["mlp", "lenet5"], help="(both)")
     add(
         "--granularities",
-        choices=get_args(Granularity),
+        choices=GRANULARITIES,
         default=["element", "sample"],
         help="(element sample; in an MLP these are one)",
     )
@@ -191,18 +174,17 @@ def all_runs(
     networks: Iterable[ModelName],
     granularities: Iterable[Granularity],
     criteria: Iterable[str],
-) -> list[Run]:
+) -> list[PaperRun]:
     """Return the runs, seed after seed, so that the table is balanced whenever they are stopped."""
     runs = []
     for seed, name, network in itertools.product(range(seeds), data, networks):
-        runs.append(Run(seed, name, network))
-        # Of a matrix, every element is an example's structure.
-        chosen = ["element" if network == "mlp" and each == "sample" else each for each in granularities]
-        runs += [Run(seed, name, network, *each) for each in itertools.product(chosen, criteria)]
+        runs.append(PaperRun(seed, name, network))
+        chosen = distinct(granularities, of_matrices=network == "mlp")
+        runs += [PaperRun(seed, name, network, *each) for each in itertools.product(chosen, criteria)]
     return list(dict.fromkeys(runs))
 
 
-def config_of(run: Run, conditions: Conditions) -> TrainConfig:
+def config_of(run: PaperRun, conditions: Conditions) -> TrainConfig:
     """Return what `bmrs train` would be told for the run.
 
     Raises:
@@ -225,19 +207,19 @@ def config_of(run: Run, conditions: Conditions) -> TrainConfig:
     ).resolved()
 
 
-def identity(run: Run, config: TrainConfig) -> str:
+def identity(run: PaperRun, config: TrainConfig) -> str:
     """Return as text what makes a run the same one as another, wherever it is run."""
     return json.dumps([*run, config.settings._asdict()])
 
 
 def left_of(identities: Iterable[str], rows: Iterable[Row]) -> list[str]:
     """Return the identities that are of none of the finished runs."""
-    done = {json.dumps([*(row[name] for name in Run._fields), row["settings"]]) for row in rows}
+    done = {json.dumps([*(row[name] for name in PaperRun._fields), row["settings"]]) for row in rows}
     return [each for each in identities if each not in done]
 
 
 def train_missing(
-    runs: Iterable[Run], rows: Iterable[Row], conditions: Conditions, about: Mapping[str, Any], jobs: int
+    runs: Iterable[PaperRun], rows: Iterable[Row], conditions: Conditions, about: Mapping[str, Any], jobs: int
 ) -> Iterator[Row]:
     """Train in so many processes, and yield the finished runs' rows as they come.
 
@@ -257,7 +239,7 @@ def train_missing(
         if machine_of(row["environment"]) == machine_of(about):
             note(row)
 
-    def fitting() -> Iterator[Run]:
+    def fitting() -> Iterator[PaperRun]:
         for run in runs:
             config = config_of(run, conditions)
             settings = config.settings._asdict()
@@ -306,7 +288,7 @@ def in_processes(train: Callable[[RunT], ResultT], runs: Iterator[RunT], jobs: i
             raise
 
 
-def train_run(run: Run, conditions: Conditions) -> Row | None:
+def train_run(run: PaperRun, conditions: Conditions) -> Row | None:
     """Train one network and return its row, None if the deadline came before its end."""
     config = config_of(run, conditions)
     data = load_once(config.data, config.data_dir, config.seed, config.device)

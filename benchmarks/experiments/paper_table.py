@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.granularities import equivalent
 from benchmarks.tables.markdown import table
 from bmrs.training import RunError
+from bmrs_kernels.options import Granularity
 
 Row = Mapping[str, Any]
 
@@ -39,7 +41,7 @@ class Group(NamedTuple):
     data: str
     network: str
     epochs: tuple[int, int]  # of training and of fine-tuning
-    granularity: str
+    granularity: Granularity
     criterion: str
 
 
@@ -89,8 +91,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
             (
                 NAMES[group.data],
                 NAMES[group.network],
-                # Of a matrix, every element is an example's structure.
-                "element = sample" if group[1::2] == ("mlp", "element") else group.granularity,
+                " = ".join(equivalent(group.granularity, of_matrices=group.network == "mlp")),
                 NAMES[group.criterion],
                 " + ".join(map(str, group.epochs)),
                 len(finished),

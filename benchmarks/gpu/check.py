@@ -20,6 +20,8 @@ import torch
 from benchmarks import processes
 from benchmarks.environment import environment
 from benchmarks.gpu.report import Report
+from benchmarks.speed.function_cases import FunctionCase
+from benchmarks.speed.stopwatch import Stopwatch
 from bmrs_kernels.dispatch import backend
 
 # Limits of the programs that run beside each other; most of their time is compilation.
@@ -106,7 +108,6 @@ def check(report: Report, device: torch.device, limit_s: float) -> None:
 def time_everything(report: Report, device: torch.device, deadline_s: float) -> None:
     """Run the timing stages until the deadline, in seconds since the report's start."""
     from benchmarks.gpu import noise_times
-    from benchmarks.speed.stopwatch import Stopwatch
 
     stopwatch: Stopwatch | None = None
 
@@ -120,18 +121,15 @@ def time_everything(report: Report, device: torch.device, deadline_s: float) -> 
     report.stage("small timings", small_things)
     report.stage(
         "timings",
-        lambda: time_cases(
-            report, stopwatch or Stopwatch(device), noise_times.cases(), deadline_s, noise_times.compiler
-        ),
+        lambda: time_cases(report, stopwatch or Stopwatch(device), noise_times.cases(), deadline_s),
     )
 
 
 def time_cases(
     report: Report,
-    stopwatch: Any,
-    cases: Sequence[Any],
+    stopwatch: Stopwatch,
+    cases: Sequence[FunctionCase],
     deadline_s: float,
-    compiler: Callable[[], Any],
     rounds: int = 3,
 ) -> dict[str, Any]:
     """Time the cases in turn; what the deadline leaves out is recorded."""
@@ -144,13 +142,7 @@ def time_cases(
             skipped.append(case.name)
             continue
         try:
-            rows = noise_times.run_case(
-                case,
-                stopwatch,
-                rounds=rounds,
-                compile_function=compiler() if case.compiled else None,
-                failures=failures,
-            )
+            rows = noise_times.run_case(case, stopwatch, rounds=rounds, failures=failures)
         except Exception as error:
             failures.append(f"{case.name}: {type(error).__name__}: {str(error)[:500]}")
             continue

@@ -21,14 +21,15 @@ from torch import Tensor
 
 import bmrs_kernels
 from benchmarks import processes
-from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOKENS, Activation
+from benchmarks.granularities import GRANULARITIES
+from benchmarks.speed.activation_shapes import CHANNELS_LAST, LARGE, LINEAR, TOKENS, ActivationShape
 from benchmarks.speed.stopwatch import capture
 from bmrs_kernels.dispatch.backend import INTERPRETING
 from bmrs_kernels.dispatch.validation import seed_tensor
+from bmrs_kernels.options import Backend, Granularity
 from bmrs_kernels.uniform import philox, torch_philox
 
 SEEDS = (0, 1, 2**31 - 1, 2**32 + 5, 123_456_789_012_345, 2**63 - 1, 2**64 - 1)
-GRANULARITIES = ("element", "sample", "batch")
 # Relative to each element of the output and of x's gradient, and to the norm of the parameters' gradients.
 TOLERANCES = {
     torch.float32: (1e-5, 1e-5),
@@ -43,15 +44,15 @@ WIDE_WINDOW = 4096
 WIDE_BYTES = 24 << 30
 
 
-FEW = (Activation((4, 64, 56, 56)), Activation((5, 33, 27, 27), channels_last=True))
-LARGE_LINEAR = Activation((1536, 768))
+FEW = (ActivationShape((4, 64, 56, 56)), ActivationShape((5, 33, 27, 27), channels_last=True))
+LARGE_LINEAR = ActivationShape((1536, 768))
 MANY = (
     *FEW,
-    Activation((5, 33, 27, 27)),
+    ActivationShape((5, 33, 27, 27)),
     # Large enough for constants from a table, beside the small ones.
-    Activation((6, 64, 56, 56), channels_last=True),
+    ActivationShape((6, 64, 56, 56), channels_last=True),
     LARGE_LINEAR,
-    Activation((8, 197, 192), dim=2),
+    ActivationShape((8, 197, 192), dim=2),
 )
 # Every dtype is compiled anew, which takes most of the time.
 COMPARED = (
@@ -59,7 +60,7 @@ COMPARED = (
     *((activation, dtype) for activation in FEW for dtype in (torch.bfloat16, torch.float64)),
     (LARGE_LINEAR, torch.bfloat16),
 )
-REPLAYED = Activation((16, 64, 28, 28))
+REPLAYED = ActivationShape((16, 64, 28, 28))
 REPEATED = (LARGE, CHANNELS_LAST, LINEAR, TOKENS)
 # What each tool of compute-sanitizer finds; their time is limited in all, so they run beside each other.
 SANITIZERS = {
@@ -88,8 +89,6 @@ def posteriors(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Te
 def kernel_tests(limit_s: float) -> dict[str, Any]:
     """Run the kernels' tests with pytest in a process of its own."""
     options = ["-m", "kernels", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    # Reads machine code, for which no GPU is needed but packages that a machine with one may lack.
-    options += ["--ignore", "tests/kernels/test_machine_code.py"]
     # Warnings are errors in the tests, but this one is of the machine and not of its GPU.
     options += ["-W", "ignore:numba is installed but cannot be used:UserWarning"]
     command = [sys.executable, "-m", "pytest", "tests/kernels", *options]
@@ -141,10 +140,11 @@ def uniforms(
 
 
 def values(
-    device: torch.device, compared: Sequence[tuple[Activation, torch.dtype]] = COMPARED
+    device: torch.device, compared: Sequence[tuple[ActivationShape, torch.dtype]] = COMPARED
 ) -> dict[str, Any]:
     """Compare output and gradients on the device with the reference in float64 on the CPU at the same seed."""
-    failures, worst = [], {}
+    failures: list[str] = []
+    worst: dict[str, float] = {}
     for activation, dtype in compared:
         for granularity in GRANULARITIES:
             errors = noise_errors(activation, granularity, dtype, device)
@@ -162,17 +162,18 @@ def values(
 
 
 def noise_errors(
-    activation: Activation, granularity: str, dtype: torch.dtype, device: torch.device
+    activation: ActivationShape, granularity: Granularity, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
     """Return the relative errors of output, x's gradient and the parameters' gradients."""
     generator = torch.Generator().manual_seed(7)
     x, grad = (torch.randn(activation.shape, generator=generator).to(dtype) for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    runs = []
-    for backend, place, x_dtype, dtype_of_parameters in (
+    ways: tuple[tuple[Backend, torch.device, torch.dtype, torch.dtype], ...] = (
         ("triton", device, dtype, wide),
         ("torch", torch.device("cpu"), torch.float64, torch.float64),
-    ):
+    )
+    runs = []
+    for backend, place, x_dtype, dtype_of_parameters in ways:
         inputs = (
             activation.laid_out(x.to(place, x_dtype)).requires_grad_(),
             *posteriors(activation.structures, dtype_of_parameters, place),
@@ -208,11 +209,12 @@ def wide_index(device: torch.device, sizes: tuple[int, ...] = WIDE_SIZES) -> dic
         ]
     )
     index = torch.unravel_index(elements, sizes)
+    granularities: tuple[Granularity, ...] = ("element", "sample")
     for channels_last in (False, True):
-        for granularity in ("element", "sample"):
+        for granularity in granularities:
             draws = elements if granularity == "element" else index[0] * sizes[1] + index[1]
-            parameters = (part.cpu().double()[index[1]] for part in (mu, log_sigma))
-            expected = bmrs_kernels.sample_noise(*parameters, uniforms_at(13, draws).double())
+            mu_at, log_sigma_at = (part.cpu().double()[index[1]] for part in (mu, log_sigma))
+            expected = bmrs_kernels.sample_noise(mu_at, log_sigma_at, uniforms_at(13, draws).double())
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
             x = torch.empty(sizes, dtype=torch.bfloat16, device=device, memory_format=memory_format)
             x.fill_(1.0).requires_grad_()
@@ -250,9 +252,9 @@ def uniforms_at(seed: int, numbers: Tensor) -> Tensor:
 
 def cuda_graph(
     device: torch.device,
-    activation: Activation = REPLAYED,
+    activation: ActivationShape = REPLAYED,
     replays: int = 5,
-    granularities: Sequence[str] = GRANULARITIES,
+    granularities: Sequence[Granularity] = GRANULARITIES,
 ) -> dict[str, Any]:
     """Replay a captured forward and backward: fresh noise on every replay, and given seeds obeyed."""
     failures = []
@@ -261,7 +263,7 @@ def cuda_graph(
     for granularity in granularities:
         step = functools.partial(_step, inputs, activation.dim, granularity)
         outputs, replay = capture(functools.partial(step, None))
-        seen = []
+        seen: list[Tensor] = []
         for _ in range(replays):
             replay()
             out, *gradients = (part.detach().clone() for part in outputs)
@@ -284,7 +286,7 @@ def cuda_graph(
 
 
 def _step(
-    inputs: tuple[Tensor, ...], dim: int, granularity: str, seed: Tensor | int | None
+    inputs: tuple[Tensor, Tensor, Tensor], dim: int, granularity: Granularity, seed: Tensor | int | None
 ) -> tuple[Tensor, ...]:
     out = bmrs_kernels.multiply_noise(*inputs, dim=dim, granularity=granularity, seed=seed, backend="triton")
     return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))
@@ -292,7 +294,7 @@ def _step(
 
 def determinism(
     device: torch.device,
-    activations: Sequence[Activation] = REPEATED,
+    activations: Sequence[ActivationShape] = REPEATED,
     runs: int = 100,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import traceback
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables.markdown import table
+from bmrs.training.run_folder import write_atomically
 
 MIB = 1 << 20
 # The targets are for activations that no cache holds, on an H100.
@@ -72,19 +72,14 @@ class Report:
         with self._lock:
             self.data["targets"] = targets(self.data["timing"])
             self.data["seconds"] = round(self.elapsed_s, 1)
-            replace(self.folder / "gpu_check.json", json.dumps(self.data, indent=1) + "\n")
-            replace(self.folder / "gpu_check.md", markdown(self.data))
+            write_atomically(
+                self.folder / "gpu_check.json", (json.dumps(self.data, indent=1) + "\n").encode()
+            )
+            write_atomically(self.folder / "gpu_check.md", markdown(self.data).encode())
 
     def say(self, text: str) -> None:
         """Print a line with the time since the start."""
         print(f"[{self.elapsed_s:6.1f} s] {text}", flush=True)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written."""
-    scratch = path.with_suffix(path.suffix + ".tmp")
-    scratch.write_text(text, "utf-8")
-    os.replace(scratch, path)
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

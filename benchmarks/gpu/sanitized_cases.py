@@ -6,6 +6,7 @@ Sizes leave blocks partly filled, where an access outside would happen. Fails if
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import pkgutil
 import sys
@@ -21,11 +22,12 @@ from torch import Tensor
 import bmrs_kernels
 from bmrs_kernels.dispatch import triton_launch
 from bmrs_kernels.multiplicative_noise import triton_noise
+from bmrs_kernels.options import Granularity
 
 STRUCTURES = 6
 
 # Name: shape, dim, channels_last, dtype, granularity, options. Between them they take every way through the launchers.
-NOISE: dict[str, tuple[tuple[int, ...], int, bool, torch.dtype, str, dict[str, Any]]] = {
+NOISE: dict[str, tuple[tuple[int, ...], int, bool, torch.dtype, Granularity, dict[str, Any]]] = {
     "rows aligned": ((2, 3, 4, 4), 1, False, torch.float32, "element", {"activation": "relu"}),
     "rows unaligned": ((2, 3, 5, 7), 1, False, torch.bfloat16, "element", {}),
     "rows masked": ((2, 3, 5, 7), 1, False, torch.float32, "element", {"mask": True}),
@@ -47,7 +49,7 @@ def noise_case(
     dim: int,
     channels_last: bool,
     dtype: torch.dtype,
-    granularity: str,
+    granularity: Granularity,
     options: dict[str, Any],
 ) -> None:
     """Run ``multiply_noise`` and its gradients; with ``table`` as activations are run that are larger."""
@@ -84,7 +86,7 @@ def sample_case(device: torch.device) -> None:
     uniform = torch.rand(3, STRUCTURES, device=device).clamp_(1e-6, 1 - 1e-6)
     structure_case(
         device,
-        lambda *parameters, **options: bmrs_kernels.sample_noise(*parameters, uniform, **options),
+        lambda mu, log_sigma, **options: bmrs_kernels.sample_noise(mu, log_sigma, uniform, **options),
         differentiable=True,
     )
 
@@ -98,7 +100,7 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
     """Return the cases by name."""
     found: dict[str, Callable[[], None]] = {}
     for name, case in NOISE.items():
-        found[name] = lambda case=case: noise_case(device, *case)
+        found[name] = functools.partial(noise_case, device, *case)
     for function, differentiable in (
         (bmrs_kernels.kl_divergence, True),
         (bmrs_kernels.delta_f_lognormal, True),
@@ -106,8 +108,8 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
         (bmrs_kernels.noise_mean, True),
         (bmrs_kernels.noise_snr, False),
     ):
-        found[function.__name__] = lambda function=function, differentiable=differentiable: structure_case(
-            device, function, differentiable=differentiable
+        found[function.__name__] = functools.partial(
+            structure_case, device, function, differentiable=differentiable
         )
     return found | {"sample_noise": lambda: sample_case(device), "philox": lambda: uniform_case(device)}
 

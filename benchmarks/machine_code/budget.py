@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.machine_code.cases import WIDEST_ACCESS
-from benchmarks.machine_code.counts import FLOOR_TARGET, Measurement
+from benchmarks.machine_code.counts import FLOOR_TARGET, KernelCounts
 
 BUDGET_FILE = Path(__file__).parent / "budget.json"
 MARGIN, SIGNIFICANT_DIGITS = 0.02, 3
@@ -31,7 +31,7 @@ class Budget(NamedTuple):
         return cls(data["triton"], data["instructions_per_element"])
 
     @classmethod
-    def of(cls, measurements: Iterable[Measurement], triton: str) -> Budget:
+    def of(cls, measurements: Iterable[KernelCounts], triton: str) -> Budget:
         """Return what allows these measurements and little more."""
         instructions: dict[str, dict[str, float]] = {}
         for measurement in measurements:
@@ -50,7 +50,7 @@ class Budget(NamedTuple):
         BUDGET_FILE.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def failures(measurements: Sequence[Measurement], budget: Budget | None) -> list[str]:
+def failures(measurements: Sequence[KernelCounts], budget: Budget | None) -> list[str]:
     """Return what CI objects to; without a budget, instructions are not counted."""
     cases: dict[tuple[str, str, str], list[str]] = {}
     for measurement in measurements:
@@ -66,11 +66,11 @@ def failures(measurements: Sequence[Measurement], budget: Budget | None) -> list
     ]
 
 
-def _spills(measurement: Measurement) -> list[str]:
+def _spills(measurement: KernelCounts) -> list[str]:
     return [f"spills registers ({measurement.spills})"] if measurement.spills else []
 
 
-def _narrow_accesses(measurement: Measurement) -> list[str]:
+def _narrow_accesses(measurement: KernelCounts) -> list[str]:
     if not measurement.needs_wide_access or not measurement.paths:
         return []
     found = []
@@ -86,7 +86,7 @@ def _narrow_accesses(measurement: Measurement) -> list[str]:
     return found
 
 
-def _excess(measurement: Measurement, budget: Budget) -> list[str]:
+def _excess(measurement: KernelCounts, budget: Budget) -> list[str]:
     found = []
     allowed = budget.instructions.get(measurement.case, {})
     for key, number in _numbers(measurement).items():
@@ -100,7 +100,7 @@ def _excess(measurement: Measurement, budget: Budget) -> list[str]:
     return found
 
 
-def _numbers(measurement: Measurement) -> dict[str, float]:
+def _numbers(measurement: KernelCounts) -> dict[str, float]:
     return {
         f"{measurement.stage} {measurement.kernel}: {path.name}": path.per_element
         for path in measurement.paths

@@ -7,14 +7,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import bmrs_kernels
+from benchmarks.granularities import GRANULARITIES, distinct
 from bmrs_kernels.dispatch import backend
+from bmrs_kernels.options import Activation, Granularity
 
 WIDEST_ACCESS = 16  # bytes
 
@@ -22,21 +24,20 @@ CONV_WIDE, CONV_NARROW, CONV_ODD = (64, 64, 56, 56), (64, 256, 14, 14), (32, 204
 LINEAR, LINEAR_SMALL, LINEAR_ODD = (8192, 768), (128, 100), (128, 150)
 TOKENS = (64, 197, 768)
 
-GRANULARITIES = ("element", "sample", "batch")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class CompiledCase:
     """A call of a public function, forward and backward."""
 
     shape: tuple[int, ...]
     operation: str = "multiply_noise"
     dtype: str = "float32"
     dim: int = 1
-    granularity: str = "element"
+    granularity: Granularity = "element"
     channels_last: bool = False
-    activation: str | None = None
+    activation: Activation | None = None
     mask: bool = False
     gradients: bool = True
     in_gate: bool = True  # whether CI compiles it, or only whoever asks for all cases
@@ -77,12 +78,12 @@ class Case:
         return run * self.torch_dtype.itemsize % WIDEST_ACCESS == 0
 
 
-def all_cases() -> list[Case]:
+def all_cases() -> list[CompiledCase]:
     """Return every case."""
     return list(_multiply_noise_cases()) + list(_structure_cases())
 
 
-def _multiply_noise_cases() -> Iterator[Case]:
+def _multiply_noise_cases() -> Iterator[CompiledCase]:
     layouts: list[dict[str, Any]] = [
         {"shape": CONV_WIDE},
         {"shape": CONV_WIDE, "channels_last": True},
@@ -93,21 +94,24 @@ def _multiply_noise_cases() -> Iterator[Case]:
         {"shape": LINEAR_ODD},
         {"shape": TOKENS, "dim": 2},
     ]
-    for layout, granularity, dtype in itertools.product(layouts, GRANULARITIES, DTYPES):
-        if granularity == "sample" and len(layout["shape"]) == 2:
-            continue  # an element of its own, as with "element"
-        yield Case(
-            **layout,
-            granularity=granularity,
-            dtype=dtype,
-            in_gate=_is_in_gate(layout, granularity, dtype),
-            everywhere=dtype == "float32" and (layout, granularity) in EVERYWHERE,
-        )
+    for layout in layouts:
+        granularities = distinct(GRANULARITIES, of_matrices=len(layout["shape"]) == 2)
+        for granularity, dtype in itertools.product(granularities, DTYPES):
+            yield CompiledCase(
+                **layout,
+                granularity=granularity,
+                dtype=dtype,
+                in_gate=_is_in_gate(layout, granularity, dtype),
+                everywhere=dtype == "float32" and (layout, granularity) in EVERYWHERE,
+            )
+    with_mask: tuple[Granularity, ...] = ("element", "batch")
     for shape, granularity, activation in itertools.product(
-        (CONV_WIDE, LINEAR), ("element", "batch"), ("relu", "tanh")
+        (CONV_WIDE, LINEAR), with_mask, get_args(Activation)
     ):
         in_gate = granularity == "element" and (activation == "relu" or shape == CONV_WIDE)
-        yield Case(shape=shape, granularity=granularity, activation=activation, mask=True, in_gate=in_gate)
+        yield CompiledCase(
+            shape=shape, granularity=granularity, activation=activation, mask=True, in_gate=in_gate
+        )
 
 
 # Every kernel of multiply_noise.
@@ -129,7 +133,7 @@ def _is_in_gate(layout: dict[str, Any], granularity: str, dtype: str) -> bool:
     return dtype == "float64" and common
 
 
-def _structure_cases() -> Iterator[Case]:
+def _structure_cases() -> Iterator[CompiledCase]:
     for operation in (
         "kl_divergence",
         "delta_f_lognormal",
@@ -137,11 +141,13 @@ def _structure_cases() -> Iterator[Case]:
         "noise_mean",
         "sample_noise",
     ):
-        yield Case(operation=operation, shape=(4096,), everywhere=True)
-        yield Case(operation=operation, shape=(4096,), gradients=False, in_gate=operation == "sample_noise")
-        yield Case(operation=operation, shape=(4096,), dtype="float64", in_gate=False)
+        yield CompiledCase(operation=operation, shape=(4096,), everywhere=True)
+        yield CompiledCase(
+            operation=operation, shape=(4096,), gradients=False, in_gate=operation == "sample_noise"
+        )
+        yield CompiledCase(operation=operation, shape=(4096,), dtype="float64", in_gate=False)
     for operation in ("noise_snr", "philox_uniform"):
-        yield Case(operation=operation, shape=(4096,), gradients=False, everywhere=True)
+        yield CompiledCase(operation=operation, shape=(4096,), gradients=False, everywhere=True)
 
 
 class Launch(NamedTuple):
@@ -176,7 +182,7 @@ class Launch(NamedTuple):
         return {name: value for name, value in self.bound.items() if isinstance(value, Tensor)}
 
 
-def launches(case: Case) -> dict[str, list[Launch]]:
+def launches(case: CompiledCase) -> dict[str, list[Launch]]:
     """Return what a case starts, by "forward" and "backward", in order; nothing is run."""
     recorded: dict[str, list[Launch]] = {"forward": [], "backward": []}
     with _recording(recorded["forward"]):
@@ -202,7 +208,7 @@ def _recording(into: list[Launch]) -> Iterator[None]:
         yield
 
 
-def _call(case: Case) -> Tensor:
+def _call(case: CompiledCase) -> Tensor:
     """Call a case's function on tensors that are never read."""
     if case.operation == "philox_uniform":
         return bmrs_kernels.philox_uniform(1, case.shape, device="cpu", backend="triton")
@@ -216,7 +222,7 @@ def _call(case: Case) -> Tensor:
     return function(mu, log_sigma, backend="triton")
 
 
-def _multiply_noise(case: Case) -> Tensor:
+def _multiply_noise(case: CompiledCase) -> Tensor:
     memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
     x = torch.empty(case.shape, dtype=case.torch_dtype, memory_format=memory_format)
     mu, log_sigma = _parameters(case.shape[case.dim], torch.float32, gradients=case.gradients)
@@ -226,8 +232,8 @@ def _multiply_noise(case: Case) -> Tensor:
         log_sigma,
         dim=case.dim,
         mask=torch.ones_like(mu, requires_grad=False) if case.mask else None,
-        granularity=case.granularity,  # type: ignore[arg-type]
-        activation=case.activation,  # type: ignore[arg-type]
+        granularity=case.granularity,
+        activation=case.activation,
         seed=1,
         backend="triton",
     )

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from benchmarks.machine_code.budget import BUDGET_FILE, Budget, failures
 from benchmarks.machine_code.cases import all_cases
 from benchmarks.machine_code.compilation import TARGETS
-from benchmarks.machine_code.counts import FLOOR_TARGET, Outcome, Task, measure_all
+from benchmarks.machine_code.counts import FLOOR_TARGET, CaseCounts, Task, measure_all
 from benchmarks.machine_code.report import as_json, as_markdown, environment
 from bmrs_kernels.dispatch import backend
 
@@ -94,7 +94,7 @@ def selected(targets: Sequence[str], *, gate: bool) -> list[Task]:
     ]
 
 
-def objections(outcome: Outcome) -> list[str]:
+def objections(outcome: CaseCounts) -> list[str]:
     """Return what CI objects to; instructions count only with the budget's version of Triton."""
     budget = Budget.read()
     if budget.triton != triton_version():

@@ -11,8 +11,9 @@ from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from benchmarks.machine_code import sass
-from benchmarks.machine_code.cases import Case, Launch, launches
+from benchmarks.machine_code.cases import CompiledCase, Launch, launches
 from benchmarks.machine_code.compilation import MachineCode, compiled, compiling_for, machine_code
+from benchmarks.machine_code.paths import Paths, read_paths
 from benchmarks.machine_code.pointers import Pointers
 from benchmarks.machine_code.source_lines import Origin, function_names, loop_trips, read_origins
 
@@ -44,7 +45,8 @@ class Gpu(NamedTuple):
 H100 = Gpu("H100 SXM", 132, 4, 1.755e9, 3.0e12, 65536, 64)
 
 
-class Access(NamedTuple):
+@dataclass(frozen=True)
+class Access:
     """Loads from or stores to a parameter in a kernel's machine code."""
 
     pointer: str
@@ -75,7 +77,7 @@ class PathCost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measurement:
+class KernelCounts:
     """A kernel launched by a case."""
 
     target: str
@@ -105,39 +107,39 @@ class Measurement:
         return named[0] if named else max(self.paths, key=lambda path: path.per_element)
 
 
-class Outcome(NamedTuple):
+class CaseCounts(NamedTuple):
     """What became of a case."""
 
-    measurements: list[Measurement]
+    measurements: list[KernelCounts]
     errors: list[str]
 
 
 class Task(NamedTuple):
     """A case to measure for a target."""
 
-    case: Case
+    case: CompiledCase
     target: str
     disassemble: bool = True  # otherwise only the registers and spills are read
 
 
-def measure_all(work: Sequence[Task], jobs: int) -> Outcome:
+def measure_all(work: Sequence[Task], jobs: int) -> CaseCounts:
     """Measure cases for targets, in several processes."""
     # What takes longest comes first, so that no process is left with it at the end.
     order = sorted(work, key=lambda task: task.case.dtype != "float64")
     if jobs == 1:
-        outcomes: Iterable[Outcome] = map(measure, order)
+        outcomes: Iterable[CaseCounts] = map(measure, order)
     else:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             outcomes = list(pool.map(measure, order))
     found = dict(zip(order, outcomes, strict=True))
     in_order = [found[task] for task in work]
-    return Outcome(
+    return CaseCounts(
         [measurement for outcome in in_order for measurement in outcome.measurements],
         [error for outcome in in_order for error in outcome.errors],
     )
 
 
-def measure(task: Task) -> Outcome:
+def measure(task: Task) -> CaseCounts:
     """Compile what a case launches and read it."""
     case, target, disassemble = task
     measurements, errors = [], []
@@ -155,7 +157,7 @@ def measure(task: Task) -> Outcome:
                     errors.append(
                         f"{target}, {case.name}, {stage} {name}: {' ... '.join(lines[:1] + lines[1:][-1:])}"
                     )
-    return Outcome(measurements, errors)
+    return CaseCounts(measurements, errors)
 
 
 class _Code(NamedTuple):
@@ -163,7 +165,7 @@ class _Code(NamedTuple):
 
     machine_code: MachineCode
     origins: dict[int, Origin]
-    paths: sass.Paths | None
+    paths: Paths | None
     accesses: tuple[Access, ...]
 
 
@@ -183,7 +185,7 @@ def _analysed(code: MachineCode) -> _Code:
     origins = read_origins(code.instructions)
     if not any(origins.values()):
         raise ValueError("the machine code has no line information; is TRITON_DISABLE_LINE_INFO set?")
-    paths = sass.read_paths(instructions, _regimes(origins))
+    paths = read_paths(instructions, _regimes(origins))
     pointers = Pointers(code.ptx, code.signature)
     accesses: Counter[tuple[str, str, int]] = Counter()
     for instruction in instructions:
@@ -199,10 +201,12 @@ def _analysed(code: MachineCode) -> _Code:
     )
 
 
-def _measurement(case: Case, target: str, stage: str, name: str, launch: Launch, code: _Code) -> Measurement:
+def _measurement(
+    case: CompiledCase, target: str, stage: str, name: str, launch: Launch, code: _Code
+) -> KernelCounts:
     is_noise = case.operation == "multiply_noise"
     large = [name for name, tensor in launch.tensors.items() if tensor.numel() == case.elements]
-    return Measurement(
+    return KernelCounts(
         target=target,
         case=case.name,
         stage=stage,
@@ -229,7 +233,7 @@ def _regimes(origins: dict[int, Origin]) -> dict[int, str]:
     return labels
 
 
-def _path_costs(case: Case, launch: Launch, code: _Code, paths: sass.Paths) -> tuple[PathCost, ...]:
+def _path_costs(case: CompiledCase, launch: Launch, code: _Code, paths: Paths) -> tuple[PathCost, ...]:
     trips = {
         loop: loop_trips(
             launch.kernel, launch.bound, [code.origins.get(address, ()) for address in addresses]

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.environment import git_commit
 from benchmarks.machine_code import sass
-from benchmarks.machine_code.counts import FLOOR_TARGET, H100, TYPICAL_PATH, Measurement, PathCost
+from benchmarks.machine_code.counts import FLOOR_TARGET, H100, TYPICAL_PATH, KernelCounts, PathCost
 from benchmarks.tables.markdown import table
 
 _SHORT_CLASSES = ("fp32", "fp64", "int", "convert", "special", "load", "store", "spill", "shared", "control")
@@ -25,7 +25,7 @@ def environment(triton: str) -> dict[str, str]:
     }
 
 
-def as_json(measurements: Sequence[Measurement], failures: Sequence[str], about: dict[str, str]) -> str:
+def as_json(measurements: Sequence[KernelCounts], failures: Sequence[str], about: dict[str, str]) -> str:
     """Return everything as JSON."""
     data: dict[str, Any] = {
         **about,
@@ -34,7 +34,7 @@ def as_json(measurements: Sequence[Measurement], failures: Sequence[str], about:
         "measurements": [
             vars(measurement)
             | {
-                "accesses": [access._asdict() for access in measurement.accesses],
+                "accesses": [vars(access) for access in measurement.accesses],
                 "paths": [
                     path._asdict() | {"per_element": path.per_element, "floor_us": path.floor_us}
                     for path in measurement.paths
@@ -46,7 +46,7 @@ def as_json(measurements: Sequence[Measurement], failures: Sequence[str], about:
     return json.dumps(data, indent=1) + "\n"
 
 
-def as_markdown(measurements: Sequence[Measurement], failures: Sequence[str], about: dict[str, str]) -> str:
+def as_markdown(measurements: Sequence[KernelCounts], failures: Sequence[str], about: dict[str, str]) -> str:
     """Return tables of everything."""
     lanes = ", ".join(f"{name} {rate}" for name, rate in sass.LANES_PER_CLOCK.items())
     timed = [measurement for measurement in measurements if measurement.target == FLOOR_TARGET]
@@ -101,7 +101,7 @@ def as_markdown(measurements: Sequence[Measurement], failures: Sequence[str], ab
     return "\n".join(lines) + "\n"
 
 
-def _kernel_row(measurement: Measurement) -> tuple[str, ...]:
+def _kernel_row(measurement: KernelCounts) -> tuple[str, ...]:
     on_nvidia = measurement.target.startswith("sm_")
     accesses = [
         f"{access.pointer} {access.direction} {access.count}×{access.bytes} B"
@@ -121,7 +121,7 @@ def _kernel_row(measurement: Measurement) -> tuple[str, ...]:
     )
 
 
-def _path_row(measurement: Measurement, path: PathCost) -> tuple[str, ...]:
+def _path_row(measurement: KernelCounts, path: PathCost) -> tuple[str, ...]:
     return (
         measurement.case,
         f"{measurement.stage} {measurement.kernel}",
@@ -136,7 +136,7 @@ def _path_row(measurement: Measurement, path: PathCost) -> tuple[str, ...]:
     )
 
 
-def _call_rows(measurements: Iterable[Measurement]) -> Iterable[tuple[str, ...]]:
+def _call_rows(measurements: Iterable[KernelCounts]) -> Iterable[tuple[str, ...]]:
     for (case, stage), group in itertools.groupby(
         measurements, key=lambda measurement: (measurement.case, measurement.stage)
     ):

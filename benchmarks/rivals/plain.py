@@ -7,6 +7,7 @@ Good where the posterior's mass lies well inside the interval; elsewhere they lo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -120,10 +121,17 @@ def multiply_noise(
     upper: float = 0.0,
 ) -> Tensor:
     """Return x · θ with θ drawn at uniforms, by default fresh ones, in a shape that broadcasts with x."""
-    along = [-1 if axis == dim else 1 for axis in range(x.dim())]
     if uniform is None:
-        kept = {"element": range(x.dim()), "sample": (0, dim), "batch": (dim,)}[granularity]
-        uniform = torch.rand(
-            [size if axis in kept else 1 for axis, size in enumerate(x.shape)], device=x.device
-        )
-    return x * sample_noise(mu.reshape(along), log_sigma.reshape(along), uniform, lower, upper)
+        uniform = torch.rand(draw_shape(x.shape, dim, granularity), device=x.device)
+    return x * sample_noise(along(mu, x, dim), along(log_sigma, x, dim), uniform, lower, upper)
+
+
+def along(per_structure: Tensor, x: Tensor, dim: int) -> Tensor:
+    """View a vector of values for each structure along the structures of x."""
+    return per_structure.reshape([-1 if axis == dim else 1 for axis in range(x.dim())])
+
+
+def draw_shape(shape: Sequence[int], dim: int, granularity: str) -> tuple[int, ...]:
+    """Return the shape of the draws for an x of a shape with its structures along ``dim``, which is not negative."""
+    own = {"element": range(len(shape)), "sample": (0, dim), "batch": (dim,)}[granularity]
+    return tuple(size if axis in own else 1 for axis, size in enumerate(shape))

@@ -56,8 +56,7 @@ class PlainNoiseLayer(nn.Module):
 
     def _seeded_uniforms(self, x: Tensor, dim: int) -> Tensor:
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
-        kept = {"element": range(x.dim()), "sample": (0, dim), "batch": (dim,)}[self.granularity]
-        shape = [size if axis in kept else 1 for axis, size in enumerate(x.shape)]
+        shape = plain.draw_shape(x.shape, dim, self.granularity)
         return bmrs_kernels.philox_uniform(seed, shape, device=x.device)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Activation(NamedTuple):
+class ActivationShape(NamedTuple):
     """A shape with its structures' axis and memory format."""
 
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class Activation(NamedTuple):
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
 
 
-LARGE = Activation((64, 64, 112, 112))
-CHANNELS_LAST = Activation((256, 64, 56, 56), channels_last=True)
-LINEAR = Activation((65536, 768))
-TOKENS = Activation((64, 197, 768), dim=2)
+LARGE = ActivationShape((64, 64, 112, 112))
+CHANNELS_LAST = ActivationShape((256, 64, 56, 56), channels_last=True)
+LINEAR = ActivationShape((65536, 768))
+TOKENS = ActivationShape((64, 197, 768), dim=2)

@@ -1,7 +1,7 @@
-"""Who competes in the function benchmarks, each checked before it is timed.
+"""Who competes in the timings of functions, here and in the GPU check; each is checked before it is timed.
 
-The project's backends, the plain formulas ("plain"), these under torch.compile ("compiled"), and a copy of as many
-bytes as the direction has to move ("copy").
+The competitors are the project's backends, the plain formulas ("plain"), these under torch.compile ("compiled"), and a
+copy of as many bytes as the direction has to move ("copy").
 """
 
 from __future__ import annotations
@@ -17,33 +17,31 @@ from torch import Tensor
 
 import bmrs_kernels
 from benchmarks.rivals import plain
-from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, Case
+from benchmarks.speed.function_cases import DIRECTIONS, DTYPES, FunctionCase
+from benchmarks.speed.stopwatch import Call, peak_bytes
 from bmrs_kernels.dispatch import backend
-from bmrs_kernels.multiplicative_noise.call import draw_shape
-from bmrs_kernels.multiplicative_noise.torch_noise import along
+from bmrs_kernels.options import Backend
 
 SEED = 20_240_602
 # Largest difference over the largest value.
 TIGHT, LOOSE = {"float32": 1e-5, "bfloat16": 1e-2}, {"float32": 1e-3, "bfloat16": 2e-2}
 # In float32, Eq. 8 as printed has no right digit with the default spread of the reduced prior.
-PLAIN_IS_RIGHT_WITH = {"delta_f_lognormal": {"prior_std": 1e-2}}
+PLAIN_IS_RIGHT_WITH: dict[str, dict[str, Any]] = {"delta_f_lognormal": {"prior_std": 1e-2}}
 
 Function = Callable[..., Tensor]
 Compiler = Callable[[Function], Function]
 
 
-def project_backends(device: torch.device) -> tuple[str, ...]:
+def project_backends(device: torch.device) -> tuple[Backend, ...]:
     """Return the project's backends for a device's tensors, first the one that "auto" takes."""
     if device.type == "cuda":
         return ("triton", "torch") if backend.TRITON_IS_INSTALLED else ("torch",)
     return ("numba", "torch") if backend.numba_is_usable() else ("torch",)
 
 
-def competitors_of(case: Case, device: torch.device) -> tuple[str, ...]:
+def competitors_of(case: FunctionCase, device: torch.device) -> tuple[str, ...]:
     """Return the names of a case's competitors."""
-    # The generator has one implementation for every device.
-    ours = ("auto",) if case.function == "philox_uniform" else project_backends(device)
-    return (*ours, "plain", *(["compiled"] if case.compiled else []), "copy")
+    return (*project_backends(device), "plain", *(["compiled"] if case.compiled else []), "copy")
 
 
 def compiler() -> Compiler:
@@ -56,7 +54,7 @@ def compiler() -> Compiler:
     return functools.partial(torch.compile, dynamic=False)
 
 
-def directions_of(function: Function, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[[], Any]]:
+def directions_of(function: Function, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Call]:
     """Return calls for forward, backward and both; runs forward once."""
     out = function(*inputs)
     return {
@@ -86,27 +84,28 @@ class Contest:
         device: where.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: FunctionCase, device: torch.device) -> None:
         self.case, self.device = case, device
         activation = case.activation
-        parameters = posteriors(activation.structures, device)
+        parameters: tuple[Tensor, ...] = posteriors(activation.structures, device)
         # Random, since some chips are faster on zeros; positive, so that means say something.
         x, self.grad = (
-            (torch.rand(activation.shape, device=device) + 0.5).to(DTYPES[case.dtype]) for _ in range(2)
+            activation.laid_out((torch.rand(activation.shape, device=device) + 0.5).to(DTYPES[case.dtype]))
+            for _ in range(2)
         )
         self.uniform = bmrs_kernels.philox_uniform(SEED, activation.shape, device=device)
         if case.function == "sample_noise":
             parameters = tuple(
-                along(each.detach(), x, activation.dim).requires_grad_() for each in parameters
+                plain.along(each.detach(), x, activation.dim).requires_grad_() for each in parameters
             )
-        self.inputs: tuple[Tensor, ...] = parameters
+        self.inputs = parameters
         if case.function == "multiply_noise":
             self.inputs = (x.requires_grad_(), *parameters)
         elif case.function == "philox_uniform":
             self.inputs = ()
-        self._calls: dict[str, dict[str, Callable[[], Any]]] = {}
+        self._calls: dict[str, dict[str, Call]] = {}
 
-    def call(self, competitor: str, direction: str) -> Callable[[], Any]:
+    def call(self, competitor: str, direction: str) -> Call:
         """Return what is to be timed.
 
         Raises:
@@ -135,23 +134,18 @@ class Contest:
 
     def peak_memory(self, competitor: str, direction: str) -> float | None:
         """Return the largest memory allocated during a call, in units of x; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        call = self.call(competitor, direction)
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        call()
-        torch.cuda.synchronize(self.device)
-        return (torch.cuda.max_memory_allocated(self.device) - before) / self.case.tensor_bytes
+        peak = peak_bytes(self.call(competitor, direction), self.device)
+        return None if peak is None else peak / self.case.tensor_bytes
 
-    def _prepared(self, competitor: str) -> dict[str, Callable[[], Any]]:
+    def _prepared(self, competitor: str) -> dict[str, Call]:
         if competitor == "copy":
-            calls = {each: copy_of(self.case.bytes_moved(each), self.device) for each in self.case.directions}
-            for call in calls.values():
-                (source,) = call.args
-                assert torch.equal(call(), source), "the copy differs from its source"
-            return calls
+            copies = {
+                each: copy_of(self.case.bytes_moved(each), self.device) for each in self.case.directions
+            }
+            for copy in copies.values():
+                (source,) = copy.args
+                assert torch.equal(copy(), source), "the copy differs from its source"
+            return {**copies}
         with warnings.catch_warnings():
             # Of the compilers, about themselves.
             warnings.simplefilter("ignore")
@@ -166,11 +160,14 @@ class Contest:
     def _function(self, competitor: str, *, fixed: bool = False, **options: Any) -> Function:
         """Return a competitor's function of the inputs; ``fixed`` gives it the uniforms that belong to the seed."""
         case = self.case
-        if case.function == "philox_uniform":
-            if competitor == "auto":
-                return lambda: bmrs_kernels.philox_uniform(SEED, case.activation.shape, device=self.device)
-            return lambda: torch.rand(case.activation.shape, device=self.device)
         of_project = competitor not in ("plain", "compiled")
+        if case.function == "philox_uniform":
+            shape = case.activation.shape
+            if not of_project:
+                return functools.partial(torch.rand, shape, device=self.device)
+            return functools.partial(
+                bmrs_kernels.philox_uniform, SEED, shape, device=self.device, backend=competitor
+            )
         function = getattr(bmrs_kernels if of_project else plain, case.function)
         if of_project:
             options["backend"] = competitor
@@ -179,7 +176,7 @@ class Contest:
         if case.function == "multiply_noise":
             options |= {"dim": case.activation.dim, "granularity": case.granularity}
             if fixed:
-                shape = draw_shape(case.activation.shape, case.activation.dim, case.granularity or "")
+                shape = plain.draw_shape(self.inputs[0].shape, case.activation.dim, case.granularity or "")
                 uniform = bmrs_kernels.philox_uniform(SEED, shape, device=self.device)
                 options |= {"seed": SEED} if of_project else {"uniform": uniform}
         bound = functools.partial(function, **options)
@@ -197,7 +194,9 @@ class Contest:
             assert_mean(function(), 0.5, spread=0.3 / math.sqrt(case.elements), what=self._what(competitor))
         elif competitor == "compiled" and case.draws:
             x, *parameters = self.inputs
-            factors = along(bmrs_kernels.noise_mean(*parameters, backend="torch"), x, case.activation.dim)
+            factors = plain.along(
+                bmrs_kernels.noise_mean(*parameters, backend="torch"), x, case.activation.dim
+            )
             expected = (x * factors).mean().item()
             # σ of θ is less than 3 times its mean for these posteriors.
             spread = 3.0 * expected / math.sqrt(case.draws)
@@ -205,7 +204,9 @@ class Contest:
         elif competitor == "plain" and case.function in PLAIN_IS_RIGHT_WITH:
             options = PLAIN_IS_RIGHT_WITH[case.function]
             inputs = posteriors(case.activation.structures, self.device, torch.float64)
-            self._compare(competitor, inputs, self._function("plain", **options), TIGHT, **options)
+            self._compare(
+                competitor, inputs, self._function("plain", fixed=False, **options), TIGHT, **options
+            )
         elif competitor == "compiled" and case.function in PLAIN_IS_RIGHT_WITH:
             assert function(*self.inputs).shape == case.activation.shape
         elif competitor == "compiled":

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.speed.activation_shapes import LARGE, Activation
+from benchmarks.granularities import GRANULARITIES, distinct
+from benchmarks.rivals.plain import draw_shape
+from benchmarks.speed.activation_shapes import LARGE, ActivationShape
+from bmrs_kernels.options import Granularity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("forward", "backward", "both")
-GRANULARITIES = ("element", "sample", "batch")
 STRUCTURES = {"LeNet-5": 226, "MLP": 800, "ResNet-50": 26_560}
 
-TINY_LINEAR, LENET5_MAPS = Activation((128, 100)), Activation((64, 18, 28, 28))
-VIT_TOKENS = Activation((32, 197, 768), dim=2)
+TINY_LINEAR, LENET5_MAPS = ActivationShape((128, 100)), ActivationShape((64, 18, 28, 28))
+VIT_TOKENS = ActivationShape((32, 197, 768), dim=2)
 RESNET50_STAGES = tuple(
-    Activation((32, channels, side, side)) for channels, side in ((256, 56), (512, 28), (1024, 14), (2048, 7))
+    ActivationShape((32, channels, side, side))
+    for channels, side in ((256, 56), (512, 28), (1024, 14), (2048, 7))
 )
 ACTIVATIONS = (
-    Activation((128, 50)),
+    ActivationShape((128, 50)),
     TINY_LINEAR,
-    Activation((128, 150)),
-    Activation((32, 6, 28, 28)),
+    ActivationShape((128, 150)),
+    ActivationShape((32, 6, 28, 28)),
     LENET5_MAPS,
-    Activation((64, 16, 10, 10)),
+    ActivationShape((64, 16, 10, 10)),
     *RESNET50_STAGES,
     VIT_TOKENS,
     LARGE,
@@ -51,7 +54,7 @@ OF_STRUCTURES = ("kl_divergence", "delta_f_lognormal", "delta_f_loguniform", "no
 
 
 @dataclass(frozen=True)
-class Case:
+class FunctionCase:
     """A function and what it is called with.
 
     Attributes:
@@ -63,8 +66,8 @@ class Case:
     """
 
     function: str
-    activation: Activation
-    granularity: str | None = None
+    activation: ActivationShape
+    granularity: Granularity | None = None
     dtype: str = "float32"
     compiled: bool = False
 
@@ -95,11 +98,9 @@ class Case:
     @property
     def draws(self) -> int:
         """Number of independent values of θ; 0 for a function that draws none."""
-        if self.function != "multiply_noise":
+        if self.granularity is None:
             return 0
-        structures = self.activation.structures
-        per_sample = structures * (self.activation.shape[0] if self.activation.dim else 1)
-        return {"element": self.elements, "sample": per_sample, "batch": structures}[self.granularity or ""]
+        return math.prod(draw_shape(self.activation.shape, self.activation.dim, self.granularity))
 
     @property
     def name(self) -> str:
@@ -108,7 +109,7 @@ class Case:
         return " ".join(filter(None, [self.function, self.activation.name, self.granularity, dtype]))
 
 
-def cases(device: torch.device, *, large: bool, only_small: bool = False) -> list[Case]:
+def cases(device: torch.device, *, large: bool, only_small: bool = False) -> list[FunctionCase]:
     """Return the cases, activations first.
 
     Args:
@@ -119,44 +120,38 @@ def cases(device: torch.device, *, large: bool, only_small: bool = False) -> lis
     on_gpu = device.type == "cuda"
     found = [*_multiplied(on_gpu), *_drawn(), *_of_structures(on_gpu)]
     if only_small:
-        return [_without_compiler(case) for case in found if case.elements <= SMALL_ELEMENTS]
+        return [replace(case, compiled=False) for case in found if case.elements <= SMALL_ELEMENTS]
     return [case for case in found if large or not case.large]
 
 
-def _multiplied(on_gpu: bool) -> list[Case]:
-    compiled = {(TINY_LINEAR, "element"), (LENET5_MAPS, "element")}
+def _multiplied(on_gpu: bool) -> list[FunctionCase]:
+    compiled: set[tuple[ActivationShape, Granularity]] = {(TINY_LINEAR, "element"), (LENET5_MAPS, "element")}
     if on_gpu:
         compiled |= {(each, "element") for each in (*RESNET50_STAGES, VIT_TOKENS)}
         compiled |= {(LARGE, granularity) for granularity in GRANULARITIES}
     return [
-        Case("multiply_noise", activation, granularity, dtype, (activation, granularity) in compiled)
+        FunctionCase("multiply_noise", activation, granularity, dtype, (activation, granularity) in compiled)
         for activation in ACTIVATIONS
         for dtype in DTYPES
         if dtype == "float32" or (on_gpu and activation in (VIT_TOKENS, LARGE))
-        for granularity in GRANULARITIES
-        # Of a matrix, every element is an example's structure.
-        if granularity != "sample" or len(activation.shape) > 2
+        for granularity in distinct(GRANULARITIES, of_matrices=len(activation.shape) == 2)
     ]
 
 
-def _drawn() -> list[Case]:
+def _drawn() -> list[FunctionCase]:
     return [
-        Case(function, activation)
+        FunctionCase(function, activation)
         for function in ("sample_noise", "philox_uniform")
         for activation in (TINY_LINEAR, LENET5_MAPS, VIT_TOKENS, LARGE)
     ]
 
 
-def _of_structures(on_gpu: bool) -> list[Case]:
+def _of_structures(on_gpu: bool) -> list[FunctionCase]:
     compiled = {("kl_divergence", STRUCTURES["MLP"])}
     if on_gpu:
         compiled |= {(function, STRUCTURES["ResNet-50"]) for function in OF_STRUCTURES}
     return [
-        Case(function, Activation((count,), dim=0), compiled=(function, count) in compiled)
+        FunctionCase(function, ActivationShape((count,), dim=0), compiled=(function, count) in compiled)
         for function in OF_STRUCTURES
         for count in STRUCTURES.values()
     ]
-
-
-def _without_compiler(case: Case) -> Case:
-    return Case(case.function, case.activation, case.granularity, case.dtype)

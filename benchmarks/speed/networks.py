@@ -22,7 +22,7 @@ Builder = Callable[[Granularity | None, Backend], nn.Module]
 
 
 @dataclass(frozen=True)
-class Network:
+class TimedNetwork:
     """A network with the setting that it is measured in.
 
     Attributes:
@@ -190,7 +190,7 @@ def with_noise_inside(make: Callable[..., nn.Module]) -> Builder:
     return build
 
 
-MLP = Network(
+MLP = TimedNetwork(
     name="MLP",
     batch=128,
     input_shape=(1, 32, 32),
@@ -199,7 +199,7 @@ MLP = Network(
     ),
     paper_ratio=8.3,
 )
-LENET5 = Network(
+LENET5 = TimedNetwork(
     name="LeNet-5, batch 32",
     batch=32,
     input_shape=(1, 32, 32),
@@ -207,7 +207,7 @@ LENET5 = Network(
     paper_ratio=4.9,
 )
 LENET5_BATCH_128 = replace(LENET5, name="LeNet-5, batch 128", batch=128)
-RESNET50 = Network(
+RESNET50 = TimedNetwork(
     name="ResNet-50",
     batch=32,
     input_shape=(3, 224, 224),
@@ -216,7 +216,7 @@ RESNET50 = Network(
     paper_ratio=6.9,
     channels_last=True,
 )
-VIT = Network(
+VIT = TimedNetwork(
     name="ViT-B/16",
     batch=32,
     input_shape=(3, 224, 224),
@@ -224,7 +224,7 @@ VIT = Network(
     classes=IMAGENET_CLASSES,
     paper_ratio=1.35,
 )
-CONVOLUTION_CHAIN = Network(
+CONVOLUTION_CHAIN = TimedNetwork(
     name="chain of VGG-16's convolutions",
     batch=128,
     input_shape=(3, 32, 32),
@@ -247,7 +247,7 @@ SMALL_VIT = replace(
 )
 
 
-def trained_networks(device: torch.device) -> dict[str, Network]:
+def trained_networks(device: torch.device) -> dict[str, TimedNetwork]:
     """Return the networks whose training steps are timed on a device, by the names that commands take."""
     on_gpu = device.type == "cuda"
     return {

@@ -18,7 +18,7 @@ from torch import nn
 import bmrs
 from benchmarks.environment import environment, one_line
 from benchmarks.options import add_device_and_record, positive
-from benchmarks.speed.networks import CONVOLUTION_CHAIN, LENET5, MLP, RESNET50, SMALL_RESNET50, Network
+from benchmarks.speed.networks import CONVOLUTION_CHAIN, LENET5, MLP, RESNET50, SMALL_RESNET50, TimedNetwork
 from benchmarks.speed.stopwatch import Call, Plan, Round, Stopwatch, ratio, summary
 from benchmarks.tables import records
 from benchmarks.tables.markdown import table
@@ -95,7 +95,7 @@ def timed(
     return {name: summary(each) for name, each in results.items()}
 
 
-def divergences(network: Network, stopwatch: Stopwatch, rounds: int) -> list[dict[str, Any]]:
+def divergences(network: TimedNetwork, stopwatch: Stopwatch, rounds: int) -> list[dict[str, Any]]:
     """Return a row: the time of a whole network's KL term and its gradients, what it adds to a training step."""
     model = network.build("element", "auto").to(stopwatch.device)
     spread_posteriors(model)
@@ -108,7 +108,7 @@ def divergences(network: Network, stopwatch: Stopwatch, rounds: int) -> list[dic
     return [row_of(KL_TERM, network.name, times[KL_TERM])]
 
 
-def decisions(network: Network, stopwatch: Stopwatch, rounds: int) -> list[dict[str, Any]]:
+def decisions(network: TimedNetwork, stopwatch: Stopwatch, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each criterion: the time that `bmrs.prune` takes for a whole network."""
     model = network.build("element", "auto").to(stopwatch.device)
     spread_posteriors(model)
@@ -117,7 +117,7 @@ def decisions(network: Network, stopwatch: Stopwatch, rounds: int) -> list[dict[
     return [row_of("decision", network.name, each, criterion=name) for name, each in times.items()]
 
 
-def half_pruned(network: Network, device: torch.device) -> nn.Module:
+def half_pruned(network: TimedNetwork, device: torch.device) -> nn.Module:
     """Return a network in evaluation mode whose noise layers have lost every other structure."""
     torch.manual_seed(0)
     model = network.build("element", "auto").to(device).eval()
@@ -125,7 +125,9 @@ def half_pruned(network: Network, device: torch.device) -> nn.Module:
     return model
 
 
-def compactions(networks: Mapping[str, Network], stopwatch: Stopwatch, rounds: int) -> list[dict[str, Any]]:
+def compactions(
+    networks: Mapping[str, TimedNetwork], stopwatch: Stopwatch, rounds: int
+) -> list[dict[str, Any]]:
     """Return a row for each network: the time that `bmrs.compact` takes, its own check of the outputs included."""
     rows = []
     for name, network in networks.items():
@@ -136,7 +138,7 @@ def compactions(networks: Mapping[str, Network], stopwatch: Stopwatch, rounds: i
 
 
 def latencies(
-    networks: Mapping[str, Network], batches: Sequence[int], stopwatch: Stopwatch, rounds: int
+    networks: Mapping[str, TimedNetwork], batches: Sequence[int], stopwatch: Stopwatch, rounds: int
 ) -> list[dict[str, Any]]:
     """Return a row for each network, batch and model: the time of a forward pass and the speedup."""
     rows = []

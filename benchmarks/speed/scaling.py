@@ -27,6 +27,7 @@ from benchmarks.speed.competitors import posteriors, project_backends
 from benchmarks.speed.stopwatch import Call, Stopwatch, summary
 from benchmarks.tables import records
 from benchmarks.tables.markdown import table
+from bmrs_kernels.options import Backend, Granularity
 
 ROUNDS = 3
 STEEPEST = 1.1
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sweeps(device: torch.device, *, structures: int, elements: int, layers: int) -> list[Sweep]:
     """Return everything that is timed, up to the given sizes."""
     backends = project_backends(device)
+    granularities: tuple[Granularity, ...] = ("element", "sample")
     counts = _steps(SMALLEST_STRUCTURES, structures)
     found = [
         Sweep(name, "structures", backend, counts, functools.partial(_of_structures, name, backend, device))
@@ -109,7 +111,7 @@ def sweeps(device: torch.device, *, structures: int, elements: int, layers: int)
             ),
             functools.partial(_of_elements, granularity, backend, device),
         )
-        for granularity in ("element", "sample")
+        for granularity in granularities
         for backend in backends
     ]
     depths = tuple(depth for depth in LAYERS if depth <= layers)
@@ -189,12 +191,12 @@ def report(rows: Iterable[dict[str, Any]]) -> str:
     return f"{table(columns, lines)}\n\n{found} of {len(rows)} slopes above {STEEPEST}."
 
 
-def _of_structures(name: str, backend: str, device: torch.device, count: int) -> Call:
+def _of_structures(name: str, backend: Backend, device: torch.device, count: int) -> Call:
     function = functools.partial(getattr(bmrs_kernels, name), backend=backend)
     return _with_gradients(function, posteriors(count, device))
 
 
-def _of_elements(granularity: str, backend: str, device: torch.device, count: int) -> Call:
+def _of_elements(granularity: Granularity, backend: Backend, device: torch.device, count: int) -> Call:
     x = torch.rand(count // SMALLEST_ELEMENTS, *MAPS, device=device)
     function = functools.partial(bmrs_kernels.multiply_noise, granularity=granularity, backend=backend)
     return _with_gradients(function, (x.requires_grad_(), *posteriors(MAPS[0], device)))

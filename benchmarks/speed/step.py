@@ -13,7 +13,7 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 import bmrs
 from benchmarks.environment import environment, one_line
+from benchmarks.granularities import GRANULARITIES, distinct
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.rivals import plain_layer
-from benchmarks.speed.networks import Network, trained_networks
+from benchmarks.speed.function_cases import DTYPES
+from benchmarks.speed.networks import TimedNetwork, trained_networks
 from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, ratio, summary
 from benchmarks.tables import records
 from benchmarks.tables.markdown import table
@@ -31,7 +33,6 @@ from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.options import Backend, Granularity
 
 SUITE = "step"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("eager", "compiled", "cuda graph")
 # Rows of other settings are kept, so that several commands can measure what one would take too long for.
 SETTING = ("network", "dtype", "mode")
@@ -55,7 +56,7 @@ NO_NOISE = Way("no noise")
 Key = tuple[Way, str]  # with the mode
 
 
-class Step:
+class TimedStep:
     """A training step on one batch; a call runs it and returns the loss.
 
     Args:
@@ -116,14 +117,14 @@ def ways_of(granularities: Sequence[Granularity], mode: str, device: torch.devic
     return ways
 
 
-def step_of(network: Network, way: Way, device: torch.device, **options: Any) -> Step:
+def step_of(network: TimedNetwork, way: Way, device: torch.device, **options: Any) -> TimedStep:
     """Return the step of a network in one way; all ways start from the same weights and see the same batch.
 
     Args:
         network: what to train.
         way: how.
         device: where.
-        options: those of `Step`.
+        options: those of `TimedStep`.
     """
     torch.manual_seed(0)
     model = network.build(way.granularity, way.backend)
@@ -134,7 +135,8 @@ def step_of(network: Network, way: Way, device: torch.device, **options: Any) ->
     elif way.name == "plain":
         plain_layer.use_plain_formulas(model, uniforms="torch")
         divergence = functools.partial(plain_layer.kl_divergence, weight="mean", dataset_size=1)
-    return Step(model.to(device, memory_format=network.memory_format), divergence, batch, **options)
+    model = model.to(device).to(memory_format=network.memory_format)  # type: ignore[call-overload]
+    return TimedStep(model, divergence, batch, **options)
 
 
 class Prepared(NamedTuple):
@@ -144,7 +146,7 @@ class Prepared(NamedTuple):
     bytes_held: int  # of parameters, gradients and the optimizer, between steps
 
 
-def prepare(network: Network, way: Way, mode: str, stopwatch: Stopwatch, dtype: torch.dtype) -> Prepared:
+def prepare(network: TimedNetwork, way: Way, mode: str, stopwatch: Stopwatch, dtype: torch.dtype) -> Prepared:
     """Return a way after its first steps.
 
     Raises:
@@ -179,7 +181,7 @@ def allocated(stopwatch: Stopwatch) -> int:
 
 
 def measure_network(
-    network: Network,
+    network: TimedNetwork,
     ways: Sequence[Way],
     mode: str,
     stopwatch: Stopwatch,
@@ -287,8 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for name in options.networks:
         network = networks[name]
-        # Of a matrix, every element is an example's structure.
-        granularities = [each for each in options.granularities if name != "mlp" or each != "sample"]
+        granularities = distinct(options.granularities, of_matrices=name == "mlp")
         for mode in options.modes:
             ways = ways_of(granularities, mode, device)
             for dtype in options.dtype:
@@ -311,9 +312,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__)
     names = tuple(trained_networks(torch.device("cpu")))
-    granularities = get_args(Granularity)
     parser.add_argument("--networks", nargs="+", choices=names, default=names)
-    parser.add_argument("--granularities", nargs="+", choices=granularities, default=granularities)
+    parser.add_argument("--granularities", nargs="+", choices=GRANULARITIES, default=GRANULARITIES)
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16 is autocast"
     )

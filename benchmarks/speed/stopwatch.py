@@ -1,10 +1,15 @@
-"""Measuring GPU calls: time by events with the launches hidden, peak memory, and capture in a CUDA graph."""
+"""Times of calls that take turns, the memory that they take, and their capture in a CUDA graph.
+
+On a GPU, the calls of a round are timed by events. A pause of the GPU before the round lets the CPU launch all of them
+before the first one runs: the times are then the GPU's own. Without the pause they are those of a program, whose
+launches may be slower than the GPU. On a CPU each call is timed by the wall clock.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,6 +22,7 @@ SLOW_MS = 200.0
 MAX_PAUSE_MS = 100.0
 
 Call = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Plan(NamedTuple):
@@ -24,20 +30,24 @@ class Plan(NamedTuple):
 
     call: Call
     repeats: int
-    pause_ms: float  # the GPU waits so long that all launches are queued before the first one runs
-    peak_bytes: int | None  # allocated during the call on top of what was there
-    slow_ms: float | None  # the result, if the call is slow
+    pause_ms: float  # of the GPU before a round; 0 where launches are to count
+    peak_bytes: int | None  # see `peak_bytes`
+    slow_ms: float | None  # the time of a call that is too slow to be timed again
 
 
 class Round(NamedTuple):
     """A competitor's times between those of the others."""
 
     milliseconds: list[float]
-    queued: bool  # whether the launches were hidden
+    queued: bool  # whether all calls were launched before the first one ran; true on a CPU
 
 
 class Stopwatch:
-    """Times calls on a device; on a CPU, where it only serves tests, by the wall clock."""
+    """Times calls on a device.
+
+    Args:
+        device: where the calls run.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -56,11 +66,9 @@ class Stopwatch:
 
     def plan(self, call: Call) -> Plan:
         """Return how to measure a call that has run before."""
-        before = self._allocated()
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        _, total_ms = self._one(call)
-        peak = torch.cuda.max_memory_allocated(self.device) - before if self.on_gpu else None
+        first: list[tuple[float, float]] = []
+        peak = peak_bytes(lambda: first.append(self._one(call)), self.device)
+        ((_, total_ms),) = first
         if total_ms > SLOW_MS:
             return Plan(call, 1, 0.0, peak, total_ms)
         host_ms, total_ms = min(self._one(call) for _ in range(3))
@@ -87,9 +95,9 @@ class Stopwatch:
         self.synchronize()
         return Round([start.elapsed_time(end) for start, end in events], queued)
 
-    def compare(self, plans: Mapping[str, Plan], *, rounds: int, evict: bool) -> dict[str, list[Round]]:
+    def compare(self, plans: Mapping[Name, Plan], *, rounds: int, evict: bool) -> dict[Name, list[Round]]:
         """Return each plan's rounds; the plans take turns, so that a drifting clock meets all of them."""
-        results: dict[str, list[Round]] = {name: [] for name in plans}
+        results: dict[Name, list[Round]] = {name: [] for name in plans}
         for number in range(rounds):
             for name, plan in plans.items():
                 if number == 0 or plan.slow_ms is None:
@@ -116,9 +124,6 @@ class Stopwatch:
         self.synchronize()
         return 1e3 * (returned - started), 1e3 * (time.perf_counter() - started)
 
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.on_gpu else 0
-
     def _calibrated(self) -> float:
         cycles = 20_000_000
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -130,13 +135,31 @@ class Stopwatch:
         return cycles / start.elapsed_time(end)
 
 
-def summary(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Return median, p20 and p80 over all calls, the rounds' medians, and whether launches were hidden."""
-    times = torch.tensor([time for part in rounds for time in part.milliseconds], dtype=torch.float64)
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Run a call and return how much memory it allocated at most, on top of what there was; None on a CPU."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Return median, p20 and p80, what a row says of times."""
+    times = torch.tensor(milliseconds, dtype=torch.float64)
     p20, median, p80 = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Return the quantiles over all calls, the rounds' medians, and whether all rounds were queued."""
+    times = [time for part in rounds for time in part.milliseconds]
     medians = [torch.tensor(part.milliseconds, dtype=torch.float64).median().item() for part in rounds]
-    queued = all(part.queued for part in rounds)
-    return {"median": median, "p20": p20, "p80": p80, "rounds": medians, "queued": queued}
+    return {**quantiles(times), "rounds": medians, "queued": all(part.queued for part in rounds)}
 
 
 def ratio(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:

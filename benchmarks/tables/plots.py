@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.speed.function_cases import GRANULARITIES
+from benchmarks.granularities import GRANULARITIES
 from benchmarks.tables import records
 
 if TYPE_CHECKING:

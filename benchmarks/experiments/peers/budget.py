@@ -41,7 +41,6 @@ class Chain:
             positions of its output.
         inputs: channels of the network's input.
         outputs: of the last layer.
-        biases: whether the layers have biases.
     """
 
     names: tuple[str, ...]
@@ -55,7 +54,9 @@ class Chain:
     def of(cls, model: nn.Module, example: Tensor) -> Chain:
         """Read the chain off a model whose layers have biases, in the order of their calls."""
         seen: list[tuple[str, int, int, int]] = []
-        names = {module: name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)}
+        names: dict[nn.Module, str] = {
+            module: name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)
+        }
 
         def see(module: nn.Module, _: object, output: Tensor) -> None:
             weight: Tensor = module.weight  # type: ignore[assignment]

@@ -20,8 +20,9 @@ from typing import get_args
 import torch
 
 from benchmarks.environment import environment
+from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.experiments.peers import table
-from benchmarks.experiments.peers.trainings import CPU, Comparison, Row, Subject, config_of
+from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Subject, config_of
 from benchmarks.options import positive
 from benchmarks.tables.records import RESULTS
 from bmrs.data import EMBEDDED, DataError
@@ -30,10 +31,6 @@ from bmrs.training.config import DataName, ModelName
 from bmrs.training.run import load
 
 SEEDS_OF_FULL_SETS = 3
-
-
-class OutOfTimeError(Exception):
-    """The time limit came while a network was trained."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("peers: Torch-Pruning is missing: pip install torch-pruning==1.6.1", file=sys.stderr)
         return 2
     subjects = _subjects(options.data, options.networks, options.seeds)
-    deadline = time.time() + 60 * options.minutes
+    deadline = Deadline(time.time() + 60 * options.minutes)
     train = functools.partial(_train, options=options, deadline=deadline, about=environment(options.commit))
     if options.jobs == 1:
         failures = [train(subject) for subject in subjects]
@@ -105,22 +102,18 @@ def _subjects(data: Iterable[DataName], networks: Iterable[ModelName], seeds: in
     ]
 
 
-def _train(subject: Subject, *, options: argparse.Namespace, deadline: float, about: Row) -> str | None:
+def _train(subject: Subject, *, options: argparse.Namespace, deadline: Deadline, about: Row) -> str | None:
     """Train all that a subject lacks; returns what went wrong, None if nothing did or time was up."""
     torch.set_num_threads(1)
-
-    def check_time() -> None:
-        if time.time() > deadline:
-            raise OutOfTimeError
 
     done = [
         row for row in table.load(options.output) if all(row[k] == v for k, v in subject._asdict().items())
     ]
     folder = None if options.data_dir is None else str(options.data_dir / subject.data)
     try:
-        check_time()
+        deadline.check()
         config = config_of(subject, folder)
-        comparison = Comparison(subject, config, load(config, CPU), check_time, options.methods)
+        comparison = PeerComparison(subject, config, load(config, CPU), deadline, options.methods)
         for row in comparison.rows(done):
             options.output.parent.mkdir(parents=True, exist_ok=True)
             with options.output.open("a", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ from benchmarks.experiments.peers.table import NAMES, Row
 from benchmarks.tables.plots import DIGEST, DPI, digest, digest_in
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 FILE = "accuracy.png"
@@ -63,11 +64,11 @@ def write(results: Path) -> None:
         )
         _draw(line[1], own, cost="parameters", title=f"{name}: fine-tuned", trained=True)
         _draw(line[2], own, cost="flops", title=f"{name}: fine-tuned", trained=True)
-    shown = {}
+    shown: dict[str, Artist] = {}
     for axis in (axes[0, 1], axes[0, 0]):
         handles, labels = axis.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path_of(results), dpi=DPI, metadata={DIGEST: digest(rows)})
 
 
@@ -86,9 +87,7 @@ def _draw(axis: Axes, rows: Sequence[Row], *, cost: str, title: str, trained: bo
                 label = table.METHODS[method].strip("*") + (
                     " and refitted" if kind.startswith("refit") else ""
                 )
-                hollow = (
-                    {"markerfacecolor": "white"} if kind == "pruned_accuracy" and method == "bmrs" else {}
-                )
+                hollow = kind == "pruned_accuracy" and method == "bmrs"
                 costs, means, spreads = zip(*points, strict=True)
                 axis.errorbar(
                     costs,
@@ -99,7 +98,7 @@ def _draw(axis: Axes, rows: Sequence[Row], *, cost: str, title: str, trained: bo
                     linestyle=line,
                     capsize=2,
                     label=label,
-                    **hollow,
+                    markerfacecolor="white" if hollow else colour,
                 )
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 import bmrs
 from benchmarks.environment import environment
+from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers.table import NAMES, load
-from benchmarks.experiments.peers.trainings import CPU, Comparison, Row, Subject, config_of
+from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Subject, config_of
 from benchmarks.options import positive
 from benchmarks.tables.markdown import table
 from benchmarks.tables.records import RESULTS
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(subject: Subject, data_dir: str) -> list[Row]:
     config = config_of(subject, data_dir, epochs=3)
-    comparison = Comparison(subject, config, load_data(config, CPU), lambda: None)
+    comparison = PeerComparison(subject, config, load_data(config, CPU), Deadline())
     images, labels = comparison.data.train.images, comparison.data.train.labels
     rate = config.settings.noise_lr
     size = config.settings.batch_size

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bmrs
+from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers.budget import Chain
 from benchmarks.rivals import torch_pruning
 from bmrs.compaction.costs import flops, num_parameters
@@ -60,10 +61,16 @@ def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainCon
 
     The settings were chosen on validation images, of other seeds' splits, and the learning rate is one that suits the
     small networks of all ways.
+
+    Args:
+        subject: what is pruned.
+        data_dir: folder of the official files, which the embedded images do not need.
+        epochs: ``epochs``, ``noise_epochs`` or ``fine_tune_epochs``, where they are to be other than usual.
     """
     embedded = subject.data == EMBEDDED
-    schedule = (8, 3, 12) if embedded else (5, 1, 6)
     names = ("epochs", "noise_epochs", "fine_tune_epochs")
+    usual = (8, 3, 12) if embedded else (5, 1, 6)
+    schedule: dict[str, Any] = dict(zip(names, usual, strict=True)) | epochs
     return TrainConfig(
         data=subject.data,
         data_dir=None if embedded else data_dir,
@@ -73,7 +80,7 @@ def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainCon
         lr=3e-3 if embedded else 4e-3,
         batch_size=32 if embedded else 128,
         noise_lr=5e-2 if embedded else 1e-1,
-        **dict(zip(names, schedule, strict=True)) | epochs,
+        **schedule,
     ).resolved()
 
 
@@ -92,21 +99,21 @@ class Built(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class PeerComparison:
     """All ways for one subject.
 
     Attributes:
         subject: What is pruned.
         config: The options of the recipe; the others get as many epochs.
         data: Preprocessed images.
-        check_time: Called at each step; raises when there is no time left.
+        deadline: Ends a training that is not done by then.
         methods: The ways that are wanted; None for all.
     """
 
     subject: Subject
     config: TrainConfig
     data: Dataset
-    check_time: Callable[[], None]
+    deadline: Deadline
     methods: Sequence[str] | None = None
 
     def rows(self, done: Sequence[Row]) -> Iterator[Row]:
@@ -167,7 +174,7 @@ class Comparison:
     def noisy(self) -> nn.Module:
         """That network with learned posteriors."""
         state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
-        recipe.learn_noise(state, self.data, self.config, save=_nothing, progress=self._progress)
+        recipe.learn_noise(state, self.data, self.config, save=_nothing, progress=self.deadline)
         return state.model
 
     @functools.cached_property
@@ -207,7 +214,7 @@ class Comparison:
             granularity="sample",
         ).resolved()
         state = algorithm1.new_state(config, self.data, noise=True, device=CPU)
-        algorithm1.train(state, self.data, config, save=_nothing, progress=self._progress)
+        algorithm1.train(state, self.data, config, save=_nothing, progress=self.deadline)
         for layer in noise_layers(state.model).values():
             layer.mask.fill_(True)  # the size decides how many stay
         return state.model
@@ -296,7 +303,7 @@ class Comparison:
         with learner:
             for _ in range(settings.noise_epochs):
                 for batch in batches_of(state, train, self.config):
-                    self.check_time()
+                    self.deadline.check()
                     learner.step(F.cross_entropy(state.model(train.images[batch]), train.labels[batch]))
         return state.model
 
@@ -323,27 +330,9 @@ class Comparison:
             epochs=epochs,
             phase="fit",
             save=_nothing,
-            progress=self._progress,
+            progress=self.deadline,
         )
         return state.model
-
-    @property
-    def _progress(self) -> _Clock:
-        return _Clock(self.check_time)
-
-
-class _Clock:
-    """Looks at the time while training goes on."""
-
-    def __init__(self, check: Callable[[], None]) -> None:
-        self._check = check
-
-    def step(self, **_: Any) -> None:
-        """Look at the time."""
-        self._check()
-
-    def epoch(self, row: Row) -> None:
-        """Do nothing."""
 
 
 def _nothing(state: TrainingState) -> None:

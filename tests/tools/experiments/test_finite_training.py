@@ -11,9 +11,10 @@ from torch import nn
 import bmrs
 from benchmarks.__main__ import main
 from benchmarks.experiments import finite_training
-from benchmarks.experiments.finite_training import Run, Settings, train
+from benchmarks.experiments.finite_training import FiniteRun, FiniteSettings, train
 from benchmarks.rivals import plain_layer
 from benchmarks.rivals.plain_layer import PlainNoiseLayer, use_plain_formulas
+from bmrs.noise.lookup import noise_layers
 
 SHAPES = {(64, 5): 1, (3, 5, 4, 6): 1, (3, 4, 6, 5): -1}
 QUICK = ("--steps", "2", "--models", "mlp", "--seeds", "1", "--jobs", "1")
@@ -23,7 +24,7 @@ def small_network() -> nn.Sequential:
     """Return a network for inputs of shape (N, 6) whose posteriors lie where the plain formulas are good."""
     torch.manual_seed(0)
     network = bmrs.models.MLP(in_features=6, num_blocks=1, hidden=5, num_classes=3)
-    for number, layer in enumerate(bmrs.noise.lookup.noise_layers(network).values()):
+    for number, layer in enumerate(noise_layers(network).values()):
         nn.init.normal_(layer.mu, -2.0 - number, 0.1)
         nn.init.normal_(layer.log_sigma, -1.0, 0.1)
     return network
@@ -80,9 +81,7 @@ def test_plain_kl_is_weighted_as_the_library_weights_it(weight):
     model.append(bmrs.NoiseLayer(3, initial_mu=-4.0, initial_log_sigma=-0.5))  # layers of different widths
     divergence = bmrs.kl_divergence(model, weight=weight, dataset_size=7)
     divergence.backward()
-    expected = [
-        (layer.mu.grad, layer.log_sigma.grad) for layer in bmrs.noise.lookup.noise_layers(model).values()
-    ]
+    expected = [(layer.mu.grad, layer.log_sigma.grad) for layer in noise_layers(model).values()]
     plain_model = use_plain_formulas(model)
     plain_divergence = plain_layer.kl_divergence(plain_model, weight=weight, dataset_size=7)
     plain_divergence.backward()
@@ -101,7 +100,7 @@ def test_plain_network_replaces_every_layer_and_keeps_names_and_values():
     model = small_network()
     before = {name: values.detach().clone() for name, values in model.named_parameters()}
     after = dict(use_plain_formulas(model).named_parameters())
-    assert not bmrs.noise.lookup.noise_layers(model)
+    assert not noise_layers(model)
     assert list(after) == list(before)
     assert all(torch.equal(after[name], values) for name, values in before.items())
 
@@ -109,9 +108,9 @@ def test_plain_network_replaces_every_layer_and_keeps_names_and_values():
 @pytest.mark.parametrize("kl_weight", ["elbo", "mean"])
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])
 def test_both_kinds_of_a_run_start_alike(model, kl_weight):
-    settings = Settings(steps=1, dataset_size=4800, granularity="sample")
+    settings = FiniteSettings(steps=1, dataset_size=4800, granularity="sample")
     project, plain = (
-        finite_training.train_run(Run(model, kl_weight, 1e-3, 0, formulas), settings)
+        finite_training.train_run(FiniteRun(model, kl_weight, 1e-3, 0, formulas), settings)
         for formulas in ("project", "plain")
     )
     assert project.finite
@@ -235,8 +234,8 @@ def test_bad_options_are_refused(option, capsys):
 def test_project_stays_finite_where_the_plain_formulas_do_not():
     # Weighted as on all of Fashion-MNIST, which is where the plain formulas fail soonest: on this seed at step 12, so
     # that another processor's rounding has little time to lead elsewhere.
-    runs = [Run("mlp", "elbo", 1e-2, 0, formulas) for formulas in ("project", "plain")]
-    settings = Settings(steps=300, dataset_size=48_000)
+    runs = [FiniteRun("mlp", "elbo", 1e-2, 0, formulas) for formulas in ("project", "plain")]
+    settings = FiniteSettings(steps=300, dataset_size=48_000)
     project, plain = finite_training.train_all(runs, settings, jobs=2)
     assert project.finite
     assert not plain.finite

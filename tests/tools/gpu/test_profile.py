@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreted import run_interpreted
 
 pytest.importorskip("triton")
 
 from benchmarks import processes
 from benchmarks.__main__ import main
 from benchmarks.gpu import profile as kernel_profile
-
-ROOT = Path(__file__).parents[2]
 
 # As ncu --csv --page raw prints it: messages, names, units, a line for each launch.
 REPORT = """\
@@ -137,31 +134,21 @@ def test_every_kernel_is_profiled():
     small = """
 from benchmarks.gpu import profiled_cases
 from benchmarks.gpu import sanitized_cases
-from benchmarks.gpu import noise_times
-from benchmarks.speed.activation_shapes import Activation
-image = Activation((2, 4, 4, 4))
+from dataclasses import replace
+from benchmarks.speed.activation_shapes import ActivationShape
+image, linear = ActivationShape((2, 4, 4, 4)), ActivationShape((6, 4))
 shapes = {True: image._replace(channels_last=True), False: image}
 profiled_cases.NOISE = tuple(
-    case._replace(
-        activation=Activation((6, 4)) if len(case.activation.shape) == 2 else shapes[case.activation.channels_last]
-    )
+    replace(case, activation=linear if len(case.activation.shape) == 2 else shapes[case.activation.channels_last])
     for case in profiled_cases.NOISE
 )
 profiled_cases.NUM_STRUCTURES = profiled_cases.NUM_UNIFORMS = 6
 assert profiled_cases.main(["--device", "cpu"]) == 0
 print("all:", *sorted(sanitized_cases.package_kernels()))
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", small],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    finished = run_interpreted("-c", small)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     *_, last = finished.stdout.splitlines()
     launched = kernel_profile.launches(finished.stdout)
     assert sorted({kernel for _, kernel in launched}) == last.split()[1:]
-    assert len({case for case, _ in launched}) == 7 + 5 + 3
+    assert len({case for case, _ in launched}) == 7 + 5 + 2

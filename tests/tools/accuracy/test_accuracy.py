@@ -281,7 +281,7 @@ def test_narrow_activations_belong_to_float32_parameters():
 
 def test_a_change_for_the_worse_is_found(tmp_path, monkeypatch):
     measured = measure(KL, few(KL), FLOAT32)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ACCURACY_RESULTS", tmp_path)
     with pytest.raises(FileNotFoundError):
         report.regressions(measured, FLOAT32)
     (tmp_path / f"{FLOAT32}.json").write_text(report.as_json(measured, [], [], {}), "utf-8")
@@ -350,8 +350,8 @@ def test_the_command_says_why_a_backend_cannot_run(monkeypatch, capsys):
 
 
 def test_a_report_with_objections_does_not_replace_the_committed_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ACCURACY_RESULTS", tmp_path)
+    monkeypatch.setattr(command, "ACCURACY_RESULTS", tmp_path)
     monkeypatch.setattr(command, "QUANTITIES", (KL,))
     options = ["accuracy", "--points", "64", "--no-maps", "--output", str(tmp_path)]
     assert main(options) == 0

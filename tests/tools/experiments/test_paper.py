@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.experiments import paper, paper_table
-from benchmarks.experiments.paper import Conditions, Run
+from benchmarks.experiments.paper import Conditions, PaperRun
 from benchmarks.tables import readme
 from bmrs.data import EMBEDDED, Split
 from bmrs.training import ConfigError, NonFiniteError, RunError, algorithm1
@@ -25,7 +25,7 @@ FEW = ("--data", EMBEDDED, "--networks", "mlp", "--seeds", "1", "--device", "cpu
 QUICK = (*FEW, "--criteria", "bmrs-n", "mean", "--epochs", "1", "--fine-tune-epochs", "1")
 CONDITIONS = Conditions(None, "cpu", cuda_graph=False)
 HERE, ELSEWHERE = {"CPU": "A", "threads": 1, "torch": "2"}, {"CPU": "B", "threads": 1, "torch": "2"}
-DENSE, NOISY = Run(0, EMBEDDED, "mlp"), Run(0, EMBEDDED, "mlp", "element", "snr")
+DENSE, NOISY = PaperRun(0, EMBEDDED, "mlp"), PaperRun(0, EMBEDDED, "mlp", "element", "snr")
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_seeds_are_outermost_and_each_has_a_run_without_noise():
 
 def test_runs_have_the_papers_settings(tmp_path):
     conditions = Conditions(tmp_path, "cpu", cuda_graph=True)
-    config = paper.config_of(Run(3, "fashion-mnist", "lenet5", "sample", "bmrs-u-4"), conditions)
+    config = paper.config_of(PaperRun(3, "fashion-mnist", "lenet5", "sample", "bmrs-u-4"), conditions)
     assert (config.epochs, config.fine_tune_epochs, config.batch_size, config.lr) == (50, 10, 32, 1.4e-3)
     assert (config.kl_weight, config.mode, config.prune_every, config.fine_tune_noise) == (
         *("mean", "continuous", 1),
@@ -264,7 +264,7 @@ def test_bad_options_are_named(options, message, tmp_path, capsys):
 
 def test_a_data_set_without_a_folder_is_a_config_error():
     with pytest.raises(ConfigError, match="needs --data-dir"):
-        paper.config_of(Run(0, "mnist", "mlp"), CONDITIONS)
+        paper.config_of(PaperRun(0, "mnist", "mlp"), CONDITIONS)
 
 
 # Time
@@ -353,8 +353,8 @@ def test_table_has_means_and_standard_deviations_over_the_seeds():
             for seed in range(3)
         ),
         row_of(NOISY._replace(seed=3), failure="NaN", test_accuracy=None, seconds=5.0),
-        row_of(Run(0, "fashion-mnist-subset", "lenet5", "sample", "mean"), cuda_graph=True, jobs=4),
-        row_of(Run(0, "fashion-mnist-subset", "lenet5", "element", "snr")),
+        row_of(PaperRun(0, "fashion-mnist-subset", "lenet5", "sample", "mean"), cuda_graph=True, jobs=4),
+        row_of(PaperRun(0, "fashion-mnist-subset", "lenet5", "element", "snr")),
     ]
     first, second, third = cells(paper_table.as_markdown(rows))
     assert first == {

@@ -13,14 +13,14 @@ import bmrs
 from benchmarks.__main__ import main
 from benchmarks.rivals.plain_layer import PlainNoiseLayer
 from benchmarks.speed import networks, step
-from benchmarks.speed.networks import Network, with_noise_inside
+from benchmarks.speed.networks import TimedNetwork, with_noise_inside
 from benchmarks.speed.step import NO_NOISE, Way
 from benchmarks.speed.stopwatch import Round, Stopwatch
 from benchmarks.tables import records
 from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")
-TINY = Network(
+TINY = TimedNetwork(
     name="tiny",
     batch=4,
     input_shape=(1, 4, 4),
@@ -199,7 +199,7 @@ def test_a_cuda_graph_needs_a_gpu(capsys):
 def test_weights_and_examples_have_the_layout_of_the_network():
     build = with_noise_inside(functools.partial(bmrs.models.LeNet5, in_channels=3))
     plain, last = (
-        Network("LeNet-5", 2, (3, 32, 32), build, channels_last=channels_last)
+        TimedNetwork("LeNet-5", 2, (3, 32, 32), build, channels_last=channels_last)
         for channels_last in (False, True)
     )
     for network, layout in ((plain, torch.contiguous_format), (last, torch.channels_last)):

@@ -134,7 +134,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
     assert table.load(output) == []
 
     trained = []
-    rows = trainings.Comparison.rows
+    rows = trainings.PeerComparison.rows
 
     def first_ones(self, done):
         for row in rows(self, done):
@@ -144,7 +144,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
                 return
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainings.Comparison, "rows", first_ones)
+        patch.setattr(trainings.PeerComparison, "rows", first_ones)
         assert benchmarks(arguments) == 0
     assert trained == [("dense", "dense"), ("dense", "trained"), ("own", "bmrs")]
     before = output.read_text("utf-8")

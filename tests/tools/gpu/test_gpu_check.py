@@ -1,69 +1,27 @@
-"""The GPU check without a GPU: its report, its targets, and its stages rehearsed in Triton's interpreter.
+"""The GPU check without a GPU: its stages, rehearsed in Triton's interpreter, and what it makes of programs' outputs.
 
 Run as a program, with TRITON_INTERPRET=1, this file is the rehearsal.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import weakref
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
+
+from gpu_rows import timing_row  # noqa: E402
+from interpreted import run_interpreted  # noqa: E402
 
 from benchmarks import processes  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.gpu import report as gpu_report  # noqa: E402
-from benchmarks.speed import stopwatch as measure  # noqa: E402
-
-LARGE = {"activation": "64x64x112x112", "x_bytes": 64 << 20}
-
-
-def run_interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def times(*rounds: float) -> dict:
-    return measure.summary([measure.Round([time], queued=True) for time in rounds])
-
-
-def timing_row(share: float, *, eager: float | None = None, **changes) -> dict:
-    """Return a row whose Triton time is 1 ms."""
-    row = LARGE | {"dtype": "float32", "granularity": "sample", "direction": "forward"} | changes
-    triton, copy = times(1.0, 1.0), times(share, share)
-    row |= {"times": {"triton": triton, "copy": copy}, "gb_per_s": 3000.0}
-    row |= {"share_of_copy": measure.ratio(copy, triton), "speedup": {}}
-    if eager is not None:
-        row["speedup"]["eager"] = measure.ratio(times(eager, eager), triton)
-    return row
-
-
-def target(rows: list[dict], words: str) -> dict:
-    (found,) = (each for each in gpu_report.targets(rows) if words in each["target"])
-    return found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -83,150 +41,6 @@ def test_the_options_are_listed(capsys):
     printed = capsys.readouterr().out
     for option in ("--output", "--minutes", "--commit"):
         assert option in printed
-
-
-def test_targets_name_what_missed_them():
-    rows = [timing_row(0.95), timing_row(0.85, activation="other"), timing_row(0.5, granularity="element")]
-    found = target(rows, "sample noise in float32, forward")
-    assert found["met"] is False
-    assert found["measured"] == 2
-    assert found["missed"] == ["other float32 sample forward"]
-    assert found["worst"] == pytest.approx(0.85)
-    assert target(rows, "element noise in float32, forward")["met"] is False
-    assert target(rows, "sample noise in bfloat16, forward")["met"] is None
-    assert target(rows, "compiled")["met"] is None
-
-
-def test_targets_are_met_at_their_limits():
-    rows = [timing_row(0.9), timing_row(0.6, granularity="element"), timing_row(0.9, eager=5.0)]
-    for words in ("sample noise in float32, forward", "element noise in float32, forward", "5 times faster"):
-        assert target(rows, words)["met"] is True
-    assert target([timing_row(0.9, eager=4.9)], "5 times faster")["met"] is False
-
-
-def test_targets_against_a_copy_leave_out_what_a_cache_holds():
-    small = timing_row(0.1, x_bytes=(64 << 20) - 1, eager=1.0)
-    assert target([small], "sample noise in float32, forward")["met"] is None
-    assert target([small], "5 times faster")["met"] is False
-
-
-def test_ratios_carry_the_spread_of_the_rounds():
-    found = measure.ratio(times(2.0, 3.0, 5.0), times(1.0, 1.0, 2.0))
-    assert found == {"value": 3.0, "low": 2.0, "high": 3.0}
-    # A slow competitor has one round.
-    assert measure.ratio(times(8.0), times(1.0, 2.0, 4.0)) == {"value": 4.0, "low": 8.0, "high": 8.0}
-
-
-def test_summary_of_all_calls():
-    rounds = [measure.Round([1.0, 2.0, 3.0], queued=True), measure.Round([4.0, 5.0, 6.0], queued=False)]
-    found = measure.summary(rounds)
-    assert found["rounds"] == [2.0, 5.0]
-    assert (found["p20"], found["median"], found["p80"]) == pytest.approx((2.0, 3.5, 5.0))
-    assert not found["queued"]
-
-
-def test_a_captured_call_lives_as_long_as_its_replays(monkeypatch):
-    """A graph holds no reference: freed memory that it writes to would be another tensor's."""
-    graph = mock.Mock()
-    stream = SimpleNamespace(wait_stream=lambda other: None, device=None)
-    fakes = {
-        **{name: lambda *_: stream for name in ("Stream", "current_stream")},
-        "stream": lambda stream: contextlib.nullcontext(),
-        "CUDAGraph": lambda: graph,
-        "graph": lambda graph, stream: contextlib.nullcontext(),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-
-    class Step:
-        calls = 0
-
-        def __call__(self):
-            self.calls += 1
-            return self.calls
-
-    step = Step()
-    alive = weakref.ref(step)
-    outputs, replay = measure.capture(step)
-    assert outputs == 4  # warmed up before
-    del step
-    gc.collect()
-    assert alive() is not None
-    replay()
-    graph.replay.assert_called_once_with()
-    assert alive().calls == 4
-    del replay
-    gc.collect()
-    assert alive() is None
-
-
-def test_stages_are_recorded_and_guarded(tmp_path):
-    report = gpu_report.Report(tmp_path / "new" / "folder", {"GPU": "a | b"})
-
-    def broken() -> dict:
-        raise ArithmeticError("no such number")
-
-    report.stage("good", lambda: {"summary": "all well", "failures": [], "number": 3})
-    report.stage("broken", broken)
-    report.stage("wrong", lambda: {"summary": "2 of 3", "failures": ["one differs"]})
-    report.stage("absent", lambda: {"summary": "skipped: no tool", "failures": [], "skipped": True})
-    assert report.failed == ["broken", "wrong"]
-    report.data["timing"] = [timing_row(0.95, eager=7.0), timing_row(0.5, direction="both")]
-    report.data["timing"][1]["peak_memory"] = {"triton": 2.0, "eager": 3.5}
-    report.data["tiny"] = {"triton": 0.1}
-    report.data["structures"] = [
-        {
-            "name": "KL",
-            "structures": 26_560,
-            "times": {"triton": times(1.0), "torch": times(3.0)},
-            "wall_ms": {"triton": 1.0, "torch": 4.0},
-            "speedup": measure.ratio(times(3.0), times(1.0)),
-        }
-    ]
-    report.write()
-    stored = json.loads((report.folder / "gpu_check.json").read_text("utf-8"))
-    assert [stage["status"] for stage in stored["stages"].values()] == [
-        "passed",
-        "failed",
-        "failed",
-        "skipped",
-    ]
-    assert stored["stages"]["good"]["number"] == 3
-    assert "no such number" in stored["stages"]["broken"]["failures"][0]
-    text = (report.folder / "gpu_check.md").read_text("utf-8")
-    for part in (
-        "| GPU | a \\| b |",
-        "| good | passed |",
-        "- broken: ArithmeticError: no such number",
-        "95 % (95–95)",
-        "7.0 × (7.0–7.0)",
-        "2.00 / 3.50 / –",
-        "26,560",
-        "| triton | 0.1000 |",
-        "not measured",
-    ):
-        assert part in text
-    widths = {}
-    for line in text.splitlines():
-        if line.startswith("|"):
-            columns = line.replace("\\|", "").count("|")
-            assert widths.setdefault("now", columns) == columns
-        else:
-            widths.clear()
-    assert sorted(path.name for path in report.folder.iterdir()) == ["gpu_check.json", "gpu_check.md"]
-
-
-def test_programs_are_stopped_at_their_limit(tmp_path):
-    program = "import os, time; print(os.environ['A'], os.environ.get('B'), flush=True); time.sleep(60)"
-    finished = processes.run(
-        [sys.executable, "-c", program], 2.0, cwd=tmp_path, settings={"A": "set", "B": "set"}
-    )
-    assert finished == processes.Finished(None, "set set\n")
-    done = processes.run([sys.executable, "-c", "raise SystemExit(3)"], 60.0, cwd=tmp_path, without=("PATH",))
-    assert done == processes.Finished(3, "")
-    assert finished.problems() == ["out of time; last line: set set"]
-    assert done.problems() == ["exit code 3; last line: none"]
-    assert processes.Finished(0, "words\n").problems() == []
 
 
 def test_outputs_of_other_programs_are_understood():
@@ -361,20 +175,7 @@ def test_the_kernels_tests_need_no_package_that_a_gpus_machine_may_lack(monkeypa
     options = [part for part in command[2:] if part not in ("-n", "5", "4", "3", "2", "6")]
     finished = run_interpreted("-c", hidden, *options)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "test_noise_kernels.py" in finished.stdout
-
-
-def test_bytes_are_those_that_have_to_move():
-    pytest.importorskip("triton")
-    from benchmarks.gpu import noise_times
-    from benchmarks.speed.activation_shapes import Activation
-
-    case = noise_times.Case(Activation((3, 5, 7)), "element", "bfloat16")
-    assert case.x_bytes == 210
-    assert [case.bytes_moved(direction) for direction in noise_times.DIRECTIONS] == [420, 630, 1050]
-    copies = noise_times.copies(case, torch.device("cpu"))
-    for direction, copy in copies.items():
-        assert copy().numel() == case.bytes_moved(direction) // 2
+    assert "test_triton_noise.py" in finished.stdout
 
 
 def test_the_timed_cases():
@@ -387,7 +188,7 @@ def test_the_timed_cases():
     # Every target against a copy has cases.
     rows = [
         timing_row(1.0)
-        | {"x_bytes": case.x_bytes, "dtype": case.dtype, "granularity": case.granularity}
+        | {"x_bytes": case.tensor_bytes, "dtype": case.dtype, "granularity": case.granularity}
         | {"direction": direction}
         for case in cases
         for direction in noise_times.DIRECTIONS
@@ -424,7 +225,10 @@ def rehearse() -> None:
     from benchmarks.gpu import check as gpu_check
     from benchmarks.gpu import correctness as gpu_correctness
     from benchmarks.gpu import noise_times
-    from benchmarks.speed.activation_shapes import Activation
+    from benchmarks.speed import competitors
+    from benchmarks.speed.activation_shapes import ActivationShape
+    from benchmarks.speed.function_cases import FunctionCase
+    from benchmarks.speed.stopwatch import Stopwatch
 
     def copying_capture(call):
         """Stand in for a CUDA graph."""
@@ -438,7 +242,7 @@ def rehearse() -> None:
 
     gpu_correctness.capture = copying_capture
     cpu = torch.device("cpu")
-    image = Activation((2, 4, 2, 2))
+    image = ActivationShape((2, 4, 2, 2))
     channels_last = image._replace(channels_last=True)
     with tempfile.TemporaryDirectory() as folder:
         report = gpu_report.Report(Path(folder), {"GPU": "none"})
@@ -449,7 +253,7 @@ def rehearse() -> None:
                 [
                     (image, torch.float32),
                     (channels_last, torch.bfloat16),
-                    (Activation((3, 5)), torch.float64),
+                    (ActivationShape((3, 5)), torch.float64),
                 ],
             ),
             "CUDA graph": lambda: gpu_correctness.cuda_graph(cpu, image, replays=2, granularities=["batch"]),
@@ -459,23 +263,21 @@ def rehearse() -> None:
             "beyond 32-bit indices": lambda: gpu_correctness.wide_index(cpu, (2, 3, 4, 4)),
         }.items():
             report.stage(name, stage)
-        stopwatch = measure.Stopwatch(cpu)
-        cases = [noise_times.Case(Activation((2, 4, 4)), "sample", "bfloat16", compiled=True)]
-
-        def identity():
-            """Stand in for torch.compile."""
-            return lambda function: function
-
+        stopwatch = Stopwatch(cpu)
+        shape = ActivationShape((2, 4, 4))
+        cases = [FunctionCase("multiply_noise", shape, "sample", "bfloat16", compiled=True)]
+        # In place of torch.compile.
+        competitors.compiler = lambda: lambda function: function
         report.stage(
             "timings",
-            lambda: gpu_check.time_cases(report, stopwatch, cases, 1e9, identity, rounds=2),
+            lambda: gpu_check.time_cases(report, stopwatch, cases, 1e9, rounds=2),
         )
         report.stage(
             "no time left",
-            lambda: gpu_check.time_cases(report, stopwatch, cases, 0.0, identity),
+            lambda: gpu_check.time_cases(report, stopwatch, cases, 0.0),
         )
         report.data["structures"] = noise_times.time_structures(stopwatch, count=4, rounds=1, repeats=1)
-        report.data["tiny"] = noise_times.time_tiny(stopwatch, Activation((2, 3)), repeats=1)
+        report.data["tiny"] = noise_times.time_tiny(stopwatch, ActivationShape((2, 3)), repeats=1)
         report.write()
         text = (report.folder / "gpu_check.md").read_text("utf-8")
     print(text)

@@ -1,19 +1,29 @@
-"""Options of the function benchmarks, and where their results go."""
+"""Options of the function benchmarks, and where their results go.
+
+The file lies here and not beside the benchmarks, in ``speed``, because pytest learns options only from the folder that
+it is given.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.logger import PytestBenchmarkWarning
 
 from benchmarks.environment import environment
-from benchmarks.speed.function_results import Measurements, results_table
+from benchmarks.speed.function_results import join_turns, rates_table, rows_of
 from benchmarks.tables import records
 
-MEASUREMENTS = pytest.StashKey[Measurements]()
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
 # What tells cases apart: those that -k leaves out keep their earlier times.
 SETTING = ("function", "shape", "dim", "dtype", "granularity")
+# pytest-benchmark has more, and --benchmark-columns chooses others.
+COLUMNS = ["median", "iqr", "min", "max", "rounds"]
 
 
 def device_of(config: pytest.Config) -> torch.device:
@@ -57,25 +67,34 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("record") and config.getoption("benchmark_disable"):
         raise pytest.UsageError("--record needs times, and --benchmark-disable takes none: leave one out")
-    config.stash[MEASUREMENTS] = Measurements()
-    # One table, below, stands for the many of pytest-benchmark.
-    config.option.benchmark_quiet = True
+    # In the tests a warning is an error; these say that there is nothing to compare with, or another machine's times.
+    # The first line is for what is under way, the second for what is to come.
+    warnings.filterwarnings("default", category=PytestBenchmarkWarning)
+    config.addinivalue_line("filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning")
+    config.stash[ROWS] = []
+    config.option.benchmark_columns = config.option.benchmark_columns or COLUMNS
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Record the results of a run without failures."""
-    folder = session.config.getoption("record")
-    rows = session.config.stash[MEASUREMENTS].rows()
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, None, None]:
+    """Put turns together before pytest-benchmark saves and compares; record the results of a run without failures."""
+    config = session.config
+    benchmarks = config._benchmarksession.benchmarks  # type: ignore[attr-defined]
+    join_turns(benchmarks)
+    rows = config.stash[ROWS] = rows_of(benchmarks)
+    folder = config.getoption("record")
     if folder and rows and exitstatus == pytest.ExitCode.OK:
-        about = environment(session.config.getoption("commit"), device_of(session.config))
+        about = environment(config.getoption("commit"), device_of(config))
         records.save("functions", rows, about, folder, setting=SETTING)
+    yield
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the results."""
-    rows = config.stash[MEASUREMENTS].rows()
+    """Print what pytest-benchmark's tables do not say."""
+    rows = config.stash[ROWS]
     if rows:
-        terminalreporter.section("times of the functions")
-        terminalreporter.write_line(results_table(rows))
+        terminalreporter.section("rates of the functions")
+        terminalreporter.write_line(rates_table(rows))
         if not any(row["large"] for row in rows):
             terminalreporter.write_line("Shapes of more than 8 million elements were left out: --large.")

@@ -35,6 +35,7 @@ def test_unknown_network(capsys):
 
 
 def test_committed_table_is_that_of_the_committed_rows():
-    lines = (compaction.RESULTS / "rows.jsonl").read_text("utf-8").splitlines()
-    table = (compaction.RESULTS / "table.md").read_text("utf-8")
+    committed = compaction.RESULTS / "compaction"
+    lines = (committed / "rows.jsonl").read_text("utf-8").splitlines()
+    table = (committed / "table.md").read_text("utf-8")
     assert compaction.as_table([json.loads(line) for line in lines]) in table

@@ -14,7 +14,7 @@ from benchmarks.speed import pruning
 from benchmarks.speed.networks import (
     RESNET50,
     SMALL_RESNET50,
-    Network,
+    TimedNetwork,
     convolution_chain,
     with_noise_behind,
     with_noise_inside,
@@ -24,7 +24,7 @@ from benchmarks.tables import records
 from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")
-TINY = Network(
+TINY = TimedNetwork(
     name="tiny",
     batch=4,
     input_shape=(1, 4, 4),
@@ -98,7 +98,7 @@ def test_models_compared_are_the_dense_the_masked_and_the_compacted_one(monkeypa
 
 
 def test_convolutions_lose_half_their_filters():
-    chain = Network("chain", 4, (3, 32, 32), with_noise_behind(convolution_chain, nn.Conv2d))
+    chain = TimedNetwork("chain", 4, (3, 32, 32), with_noise_behind(convolution_chain, nn.Conv2d))
     compacted = bmrs.compact(pruning.half_pruned(chain, CPU), chain.inputs(1))
     before = [layer.out_channels for layer in convolution_chain() if isinstance(layer, nn.Conv2d)]
     after = [layer.out_channels for layer in compacted if isinstance(layer, nn.Conv2d)]
