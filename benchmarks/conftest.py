@@ -12,24 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pytest_benchmark.logger import PytestBenchmarkWarning
 
+from benchmarks import records
 from benchmarks.environment import environment
+from benchmarks.speed.function_device import device_of
 from benchmarks.speed.function_results import join_turns, rates_table, rows_of
-from benchmarks.tables import records
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 # What tells cases apart: those that -k leaves out keep their earlier times.
 SETTING = ("function", "shape", "dim", "dtype", "granularity")
 # pytest-benchmark has more, and --benchmark-columns chooses others.
 COLUMNS = ["median", "iqr", "min", "max", "rounds"]
-
-
-def device_of(config: pytest.Config) -> torch.device:
-    """Return where the functions run."""
-    name = config.getoption("benchmark_device")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables.records import RESULTS
+from benchmarks.records import RESULTS
 
 
 def positive(text: str) -> int:

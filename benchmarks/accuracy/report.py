@@ -19,8 +19,8 @@ from benchmarks.accuracy.contract import (
 from benchmarks.accuracy.errors import Measured, Setting, Worst, as_record, dtype_name
 from benchmarks.accuracy.narrow import NarrowErrors
 from benchmarks.environment import one_line
-from benchmarks.tables.markdown import table
-from benchmarks.tables.records import RESULTS
+from benchmarks.markdown import table
+from benchmarks.records import RESULTS
 from bmrs_kernels.dispatch.backend import INTERPRETING
 
 WORST_COLUMNS = ("quantity", "point", "set", "got", "true", "error", "rounding")

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_flatten
 import bmrs
 from benchmarks.environment import environment, one_line
 from benchmarks.experiments.zoo import ENTRIES, Entry
+from benchmarks.markdown import table
 from benchmarks.options import positive
-from benchmarks.tables.markdown import table
-from benchmarks.tables.records import RESULTS
+from benchmarks.records import RESULTS
 from bmrs.noise.lookup import noise_layers
 
 ROUNDS = 15

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 import bmrs
 from benchmarks.environment import environment
 from benchmarks.granularities import GRANULARITIES
+from benchmarks.markdown import table
 from benchmarks.options import positive
 from benchmarks.rivals import plain_layer
 from benchmarks.rivals.plain_layer import KLWeight
-from benchmarks.tables.markdown import table
 from bmrs.data import EMBEDDED, Split, load_dataset, preprocess
 from bmrs_kernels.options import Granularity
 

@@ -29,7 +29,7 @@ from benchmarks.experiments import paper_table
 from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.granularities import GRANULARITIES, distinct
 from benchmarks.options import positive
-from benchmarks.tables.records import machine_of
+from benchmarks.records import machine_of
 from bmrs.data import EMBEDDED, DataError, Dataset
 from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, algorithm1
 from bmrs.training.config import DataName, ModelName

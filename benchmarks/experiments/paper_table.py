@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.granularities import equivalent
-from benchmarks.tables.markdown import table
+from benchmarks.markdown import table
 from bmrs.training import RunError
 from bmrs_kernels.options import Granularity
 

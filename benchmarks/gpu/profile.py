@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import processes
 from benchmarks.environment import environment, one_line
 from benchmarks.gpu.check import why_not
-from benchmarks.tables.markdown import table
+from benchmarks.markdown import table
 
 SECTIONS = (
     *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables.markdown import table
+from benchmarks.markdown import table
 from bmrs.training.run_folder import write_atomically
 
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.environment import git_commit
 from benchmarks.machine_code import sass
 from benchmarks.machine_code.counts import FLOOR_TARGET, H100, TYPICAL_PATH, KernelCounts, PathCost
-from benchmarks.tables.markdown import table
+from benchmarks.markdown import table
 
 _SHORT_CLASSES = ("fp32", "fp64", "int", "convert", "special", "load", "store", "spill", "shared", "control")
 

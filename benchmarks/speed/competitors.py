@@ -165,8 +165,9 @@ class Contest:
             shape = case.activation.shape
             if not of_project:
                 return functools.partial(torch.rand, shape, device=self.device)
+            backend: Any = competitor
             return functools.partial(
-                bmrs_kernels.philox_uniform, SEED, shape, device=self.device, backend=competitor
+                bmrs_kernels.philox_uniform, SEED, shape, device=self.device, backend=backend
             )
         function = getattr(bmrs_kernels if of_project else plain, case.function)
         if of_project:

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.speed.competitors import Contest
 from benchmarks.speed.stopwatch import quantiles
-from benchmarks.tables.markdown import table
 
 FIRST_TURN = "-turn-1"
 

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import bmrs
+from benchmarks import records
 from benchmarks.environment import environment, one_line
+from benchmarks.markdown import table
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.speed.networks import CONVOLUTION_CHAIN, LENET5, MLP, RESNET50, SMALL_RESNET50, TimedNetwork
 from benchmarks.speed.stopwatch import Call, Plan, Round, Stopwatch, ratio, summary
-from benchmarks.tables import records
-from benchmarks.tables.markdown import table
 from bmrs.criteria import Criterion
 from bmrs.noise.lookup import noise_layers
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import bmrs
 import bmrs_kernels
+from benchmarks import records
 from benchmarks.environment import environment, one_line
+from benchmarks.markdown import table
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.speed.competitors import posteriors, project_backends
 from benchmarks.speed.stopwatch import Call, Stopwatch, summary
-from benchmarks.tables import records
-from benchmarks.tables.markdown import table
 from bmrs_kernels.options import Backend, Granularity
 
 ROUNDS = 3

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bmrs
+from benchmarks import records
 from benchmarks.environment import environment, one_line
 from benchmarks.granularities import GRANULARITIES, distinct
+from benchmarks.markdown import table
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.rivals import plain_layer
 from benchmarks.speed.function_cases import DTYPES
 from benchmarks.speed.networks import TimedNetwork, trained_networks
 from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, ratio, summary
-from benchmarks.tables import records
-from benchmarks.tables.markdown import table
 from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.options import Backend, Granularity
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import device_of
 from benchmarks.speed.competitors import Contest, competitors_of
 from benchmarks.speed.function_cases import FunctionCase, cases
+from benchmarks.speed.function_device import device_of
 from benchmarks.speed.function_results import description, turn_name
 
 TURNS = 3

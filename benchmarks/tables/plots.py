@@ -5,15 +5,14 @@ A picture carries a digest of the rows that it shows, so that it can be held aga
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import records
 from benchmarks.granularities import GRANULARITIES
-from benchmarks.tables import records
+from benchmarks.picture_files import DIGEST, DPI, digest, digest_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-DIGEST = "Rows"  # name of the digest in a picture's metadata
 # Colours that the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 COLOUR_OF_COMPETITOR = {
@@ -33,7 +31,6 @@ COLOUR_OF_COMPETITOR = {
     "copy": "#666666",
 }
 HATCHES = {"compiled": "//", "cuda graph": ".."}
-DPI = 110
 
 
 @dataclass(frozen=True)
@@ -91,20 +88,6 @@ def wanted(results: Path) -> dict[Path, tuple[Plot, str, list[Row]]]:
         for machine, rows in records.load(plot.suite, results).items()
         if plot.rows(rows)
     }
-
-
-def digest(rows: Sequence[Row]) -> str:
-    """Return a text that changes with the rows."""
-    text = json.dumps(list(rows), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def digest_in(path: Path) -> str | None:
-    """Return the digest that a picture carries."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.info.get(DIGEST)
 
 
 def draw_overhead(figure: Figure, rows: Sequence[Row]) -> None:

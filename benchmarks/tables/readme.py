@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import records
 from benchmarks.experiments import paper_table
 from benchmarks.experiments.peers import picture, rules
 from benchmarks.experiments.peers import table as peers_table
+from benchmarks.markdown import table
 from benchmarks.processes import ROOT
-from benchmarks.tables import plots, records, speed_tables
-from benchmarks.tables.markdown import table
+from benchmarks.tables import plots, speed_tables
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import records
+from benchmarks.markdown import table
 from benchmarks.speed.activation_shapes import LARGE
 from benchmarks.speed.function_cases import LENET5_MAPS, OF_STRUCTURES, STRUCTURES, TINY_LINEAR, VIT_TOKENS
-from benchmarks.tables import plots, records
-from benchmarks.tables.markdown import table
+from benchmarks.tables import plots
 
 Row = Mapping[str, Any]
 

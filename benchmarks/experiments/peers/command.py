@@ -24,7 +24,7 @@ from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.experiments.peers import table
 from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Subject, config_of
 from benchmarks.options import positive
-from benchmarks.tables.records import RESULTS
+from benchmarks.records import RESULTS
 from bmrs.data import EMBEDDED, DataError
 from bmrs.training import CollapseError, ConfigError, NonFiniteError
 from bmrs.training.config import DataName, ModelName

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.experiments.peers import table
 from benchmarks.experiments.peers.table import NAMES, Row
-from benchmarks.tables.plots import DIGEST, DPI, digest, digest_in
+from benchmarks.picture_files import DIGEST, DPI, digest, digest_in
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

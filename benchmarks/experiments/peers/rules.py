@@ -25,9 +25,9 @@ from benchmarks.environment import environment
 from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers.table import NAMES, load
 from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Subject, config_of
+from benchmarks.markdown import table
 from benchmarks.options import positive
-from benchmarks.tables.markdown import table
-from benchmarks.tables.records import RESULTS
+from benchmarks.records import RESULTS
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training import recipe

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables.markdown import table
+from benchmarks.markdown import table
 
 RUNS = "runs.jsonl"
 NAMES = {

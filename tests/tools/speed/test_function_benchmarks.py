@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bmrs_kernels
-from benchmarks import conftest
+from benchmarks import conftest, records
 from benchmarks.processes import ROOT
 from benchmarks.rivals import plain
 from benchmarks.speed import competitors
@@ -21,7 +21,6 @@ from benchmarks.speed.activation_shapes import ActivationShape
 from benchmarks.speed.competitors import Contest, competitors_of, project_backends
 from benchmarks.speed.function_cases import DIRECTIONS, FunctionCase, cases
 from benchmarks.speed.function_results import description, join_turns, rates_table, rows_of, turn_name
-from benchmarks.tables import records
 
 CPU = torch.device("cpu")
 MAPS = ActivationShape((4, 6, 5, 5))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import bmrs
+from benchmarks import records
 from benchmarks.__main__ import main
 from benchmarks.speed import pruning
 from benchmarks.speed.networks import (
@@ -20,7 +21,6 @@ from benchmarks.speed.networks import (
     with_noise_inside,
 )
 from benchmarks.speed.stopwatch import Stopwatch
-from benchmarks.tables import records
 from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
+from benchmarks import records
 from benchmarks.__main__ import main
 from benchmarks.speed import scaling
-from benchmarks.tables import records
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import bmrs
+from benchmarks import records
 from benchmarks.__main__ import main
 from benchmarks.rivals.plain_layer import PlainNoiseLayer
 from benchmarks.speed import networks, step
 from benchmarks.speed.networks import TimedNetwork, with_noise_inside
 from benchmarks.speed.step import NO_NOISE, Way
 from benchmarks.speed.stopwatch import Round, Stopwatch
-from benchmarks.tables import records
 from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from speed_rows import ABOUT, GPU, all_rows, function_rows, step_rows
 
-from benchmarks.tables import plots, records
+from benchmarks import records
+from benchmarks.tables import plots
 
 MACHINE = records.machine_of(ABOUT)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from speed_rows import ABOUT, GPU
 
-from benchmarks.tables import records
+from benchmarks import records
 
 
 def row(case, milliseconds, competitor="project"):

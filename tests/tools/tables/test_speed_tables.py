@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from speed_rows import ABOUT, GPU, all_rows, function_rows, pruning_rows, step_rows
 
+from benchmarks import records
 from benchmarks.__main__ import main
-from benchmarks.tables import plots, readme, records
+from benchmarks.tables import plots, readme
 
 SUITES = ("functions", "step", "pruning", "scaling")
 
