@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from bmrs_kernels.constants import HALF_LOG_2PI, LN2
+from bmrs_kernels.constants import HALF_LOG_2PI, LN2, SQRT2
 from bmrs_kernels.dispatch.numba_compile import compiled, loop, polynomial
 from bmrs_kernels.dispatch.numba_memory import use_widest_vectors
 from bmrs_kernels.multiplicative_noise.numba_log_noise import (
@@ -36,8 +36,9 @@ from bmrs_kernels.truncated_normal.numba_special import (
     exp_float64,
     log_float64,
     mills_ratio,
+    normal_density,
 )
-from bmrs_kernels.truncated_normal.regimes import TAIL_START
+from bmrs_kernels.truncated_normal.regimes import TAIL_START, WIDE_SIGMA
 
 QUANTILE_LIMIT = polynomials.QUANTILE_LIMIT
 quantile_ratio = polynomial(polynomials.QUANTILE, np.float64)
@@ -80,6 +81,18 @@ def _step_inside(y, row, t):
         mills = mills_ratio(t[i])
         newton = (log_float64(mills / probability) - 0.5 * t[i] * t[i] - HALF_LOG_2PI) * mills
         t[i] += newton / (1.0 + 0.5 * newton * (1.0 / mills - t[i]))
+
+
+def _refine_inside(y, row, t):
+    """Improve t by Newton's method on the error function, whose last digit is right; not vectorised."""
+    below, above, mass = row[BELOW], row[ABOVE], row[MASS]
+    for i in range(y.size):
+        side, probability = smaller_tail(y[i], below, above, mass)
+        if abs(side) < 0.5:
+            excess = 0.5 * (math.erf(t[i] / SQRT2) - abs(side))
+        else:
+            excess = probability - 0.5 * math.erfc(t[i] / SQRT2)
+        t[i] -= excess / normal_density(t[i])
 
 
 def _finish_inside(y, row, lower, upper, theta, grad_mu, grad_log_sigma, with_gradients):
@@ -146,6 +159,7 @@ def _in_tail(y, row, lower, upper, theta, grad_mu, grad_log_sigma, with_gradient
 
 start_inside = compiled(_start_inside, inline=False)
 step_inside = compiled(_step_inside, inline=False)
+refine_inside = compiled(_refine_inside, inline=False)
 finish_inside = compiled(_finish_inside, inline=False)
 in_tail = compiled(_in_tail, inline=False)
 
@@ -172,6 +186,8 @@ def exact_strip_noise(y, row, lower, upper, noise, with_gradients):
     hardest = start_inside(y, row, theta)
     for _ in range(STEPS_FROM_FIT if hardest < QUANTILE_LIMIT else STEPS_BEYOND_FIT):
         step_inside(y, row, theta)
+    if row[SIGMA] > WIDE_SIGMA:  # which multiplies the rounding errors of the steps
+        refine_inside(y, row, theta)
     finish_inside(y, row, lower, upper, theta, grad_mu, grad_log_sigma, with_gradients)
 
 
