@@ -15,6 +15,7 @@ import numpy as np
 from bmrs_kernels.constants import LN2
 from bmrs_kernels.dispatch.numba_compile import compiled, polynomial
 from bmrs_kernels.dispatch.numba_memory import use_widest_vectors
+from bmrs_kernels.multiplicative_noise.inside_constants import Inside
 from bmrs_kernels.truncated_normal import polynomials
 from bmrs_kernels.truncated_normal.numba_special import (
     EXP_HIGHEST,
@@ -45,20 +46,6 @@ MU, SIGMA, ALPHA, BETA, IN_RANGE = range(5)
 BELOW, ABOVE, MASS, LOWER_DENSITY, UPPER_DENSITY = range(5, 10)
 DISTANCE, EPSILON, FAR_SURVIVAL, HAZARD_GAIN = range(10, 14)
 FIRST_OF_QUANTILE, FIRST_OF_HAZARD, FACTOR, NUM_CONSTANTS = 14, 22, 32, 33
-
-
-class Inside(NamedTuple):
-    """Constants of a structure whose mode is inside the interval or not far outside; probabilities are doubled."""
-
-    mu: Any
-    sigma: Any
-    below: Any  # 2 Φ(α)
-    above: Any  # 2 (1 - Φ(β))
-    mass: Any  # 2 (Φ(β) - Φ(α))
-    lower_density: Any  # φ(α)
-    upper_density: Any  # φ(β)
-    from_lower: Any  # μ - lower
-    from_upper: Any  # μ - upper
 
 
 class Tail(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from bmrs_kernels.multiplicative_noise.inside_constants import Inside
 from bmrs_kernels.truncated_normal import polynomials
 from bmrs_kernels.truncated_normal.triton_special import (
     log_sigma_in_range,
@@ -43,20 +44,6 @@ class Posterior(NamedTuple):
     lower_density: Any  # φ(α)
     upper_density: Any  # φ(β)
     log_sigma_in_range: Any  # 1, or 0 where log σ is clamped
-
-
-class Inside(NamedTuple):
-    """Constants of structures whose mode is inside the interval or not far outside; probabilities are doubled."""
-
-    mu: Any
-    sigma: Any
-    below: Any  # 2 Φ(α)
-    above: Any  # 2 (1 - Φ(β))
-    mass: Any  # 2 (Φ(β) - Φ(α))
-    lower_density: Any  # φ(α)
-    upper_density: Any  # φ(β)
-    from_lower: Any  # μ - lower
-    from_upper: Any  # μ - upper
 
 
 # Constants of the tail regime by number: they are read one by one, since all of them would fill the registers.
