@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Sub
 from benchmarks.markdown import table
 from benchmarks.options import positive
 from benchmarks.records import RESULTS
+from bmrs.criteria import PAPER_TOLERANCE
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training import recipe
@@ -110,7 +110,7 @@ def _decisions(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     rules: Mapping[str, Any] = {
         "odds": bmrs.BMRSOdds(),
         "SNR": bmrs.SNR(),
-        "ΔF_N": bmrs.BMRSNormal(tolerance=0.5 * math.log(2 * math.pi)),
+        "ΔF_N": bmrs.BMRSNormal(tolerance=PAPER_TOLERANCE),
     }
     layers = noise_layers(model).values()
     return {name: torch.cat([rule(layer).prune for layer in layers]) for name, rule in rules.items()}
