@@ -161,17 +161,12 @@ class Contest:
         """Return a competitor's function of the inputs; ``fixed`` gives it the uniforms that belong to the seed."""
         case = self.case
         of_project = competitor not in ("plain", "compiled")
-        if case.function == "philox_uniform":
-            shape = case.activation.shape
-            if not of_project:
-                return functools.partial(torch.rand, shape, device=self.device)
-            backend: Any = competitor
-            return functools.partial(
-                bmrs_kernels.philox_uniform, SEED, shape, device=self.device, backend=backend
-            )
-        function = getattr(bmrs_kernels if of_project else plain, case.function)
         if of_project:
             options["backend"] = competitor
+        if case.function == "philox_uniform":
+            draw = functools.partial(bmrs_kernels.philox_uniform, SEED) if of_project else torch.rand
+            return functools.partial(draw, case.activation.shape, device=self.device, **options)
+        function = getattr(bmrs_kernels if of_project else plain, case.function)
         if case.function == "sample_noise":
             options["uniform"] = self.uniform
         if case.function == "multiply_noise":
@@ -181,7 +176,7 @@ class Contest:
                 uniform = bmrs_kernels.philox_uniform(SEED, shape, device=self.device)
                 options |= {"seed": SEED} if of_project else {"uniform": uniform}
         bound = functools.partial(function, **options)
-        if competitor not in ("plain", "compiled"):
+        if of_project:
             return bound
 
         def in_dtype_of_x(*inputs: Tensor) -> Tensor:
@@ -191,7 +186,7 @@ class Contest:
 
     def _check(self, competitor: str, function: Function) -> None:
         case = self.case
-        if case.function == "philox_uniform":
+        if case.function == "philox_uniform" and competitor == "plain":
             assert_mean(function(), 0.5, spread=0.3 / math.sqrt(case.elements), what=self._what(competitor))
         elif competitor == "compiled" and case.draws:
             x, *parameters = self.inputs
