@@ -1,6 +1,6 @@
 """The reference's values at the points, kept in ``reference.npz``; ``python -m benchmarks.accuracy.table`` makes it.
 
-Values are pairs of a float64 and what it lacks as a float32: 23 digits, so that float64 results can be judged.
+A value is kept as a float64 and a float32 whose sum it is: 23 digits, enough to judge float64 results by.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def compute(
     Args:
         quantity: what is computed.
         where: points, shape (points, 2 or 3).
-        pool: processes to do it; without any, this one does.
-        title: of a progress bar, if there shall be one.
+        pool: processes that compute; None for this process alone.
+        title: of a progress bar; None for no bar.
     """
     chunks = [where[start : start + CHUNK].tolist() for start in range(0, len(where), CHUNK)]
     parts = (pool.map if pool else map)(_compute_chunk, [quantity.name] * len(chunks), chunks)
@@ -152,7 +152,7 @@ def _prefix(quantity: Quantity) -> str:
 
 
 def _reference_name(quantity: Quantity) -> str:
-    """Return the first quantity with the same reference: both ways to draw noise have one."""
+    """Return the first quantity with the same reference: the two functions that draw noise share one."""
     return next(other.name for other in QUANTITIES if other.reference is quantity.reference)
 
 

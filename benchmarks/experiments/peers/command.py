@@ -1,4 +1,4 @@
-"""Compare the recipe of `bmrs train` with what one would do instead: ``python -m benchmarks peers --data-dir DIR``.
+"""Compare the recipe of `bmrs train` with other ways to small networks: ``python -m benchmarks peers --data-dir DIR``.
 
 For each data set, network and seed all ways start from the same trained network and have the same number of epochs and
 the same schedule. Every finished network is written down at once, and the same command, started again, goes on with
@@ -92,7 +92,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _subjects(data: Iterable[DataName], networks: Iterable[ModelName], seeds: int) -> list[Subject]:
-    """Seed after seed, so that the table is balanced whenever the runs are stopped."""
+    """Return the subjects, seed after seed, so that the table is balanced whenever the runs are stopped."""
     return [
         Subject(name, network, seed)
         for seed in range(seeds)

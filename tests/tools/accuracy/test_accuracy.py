@@ -341,7 +341,7 @@ def test_the_command_says_why_a_backend_cannot_run(monkeypatch, capsys):
     assert main(["accuracy", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == "accuracy: no GPU that torch can use was found\n"
     for options, message in (
-        (["--points", "0"], "must be at least 1, was 0"),
+        (["--points", "0"], "must be at least 1, got 0"),
         (["--keep"], "--keep needs --attack"),
     ):
         with pytest.raises(SystemExit):
