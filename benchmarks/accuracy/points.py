@@ -74,7 +74,7 @@ def over_domain(unit: NDArray[np.float64]) -> Points:
 
 
 def near_ends(unit: NDArray[np.float64]) -> Points:
-    """Stretch points of the unit cube over modes within a few σ of an end of the interval, and uniforms near 0 and 1."""
+    """Stretch points of the unit cube over modes within a few σ of the interval's ends, and uniforms near 0 and 1."""
     log_sigma = _stretch(unit[:, 1], *LOG_SIGMA_RANGE)
     upper = unit[:, 0] < 0.5
     multiple = _stretch((2.0 * unit[:, 0]) % 1.0, -ENDS_REACH, ENDS_REACH)

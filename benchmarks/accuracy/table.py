@@ -6,9 +6,8 @@ A value is kept as a float64 and a float32 whose sum it is: 23 digits, enough to
 from __future__ import annotations
 
 import functools
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import ExitStack
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import mpmath as mp
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import processes
 from benchmarks.accuracy import oracle, points
 from benchmarks.accuracy.points import KINDS, Points
 from benchmarks.accuracy.progress import progress
@@ -54,12 +54,6 @@ class Judged(NamedTuple):
     def where(self, chosen: NDArray[np.bool_]) -> Judged:
         """Return the points that a mask chooses."""
         return Judged(self.points[chosen], self.kinds[chosen], self.values.at(chosen))
-
-
-def reference_pool(jobs: int) -> Executor:
-    """Return processes that compute reference values; a context manager."""
-    # torch's threads do not survive a fork.
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
 def compute(
@@ -115,7 +109,7 @@ def judged(
 def make(jobs: int) -> None:
     """Write the table anew."""
     arrays: dict[str, NDArray[Any]] = {}
-    with reference_pool(jobs) as pool:
+    with processes.workers(jobs) as pool:
         for dimensions, adversarial in ((2, points.adversarial_structures), (3, points.adversarial_draws)):
             sets = [
                 points.over_domain(points.sobol(dimensions, points.DOMAIN_POINTS)),

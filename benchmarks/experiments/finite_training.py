@@ -17,8 +17,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bmrs
+from benchmarks import processes
 from benchmarks.environment import environment
 from benchmarks.granularities import GRANULARITIES
 from benchmarks.markdown import table
@@ -144,13 +143,8 @@ def train_all(runs: Sequence[FiniteRun], settings: FiniteSettings, jobs: int) ->
     if jobs == 1:
         yield from map(train_one, runs)
         return
-    # Not forked: a process that has used several threads cannot safely be.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        try:
-            yield from pool.map(train_one, runs)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with processes.workers(jobs) as pool:
+        yield from pool.map(train_one, runs)
 
 
 def train_run(run: FiniteRun, settings: FiniteSettings) -> FiniteOutcome:

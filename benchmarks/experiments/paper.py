@@ -16,14 +16,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 
+from benchmarks import processes
 from benchmarks.environment import environment, one_line
 from benchmarks.experiments import paper_table
 from benchmarks.experiments.deadline import Deadline, OutOfTimeError
@@ -272,20 +272,12 @@ def in_processes(train: Callable[[RunT], ResultT], runs: Iterator[RunT], jobs: i
     if jobs == 1:
         yield from map(train, runs)
         return
-    # Not forked: a process that has used several threads or a GPU cannot safely be.
-    spawning = get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs, mp_context=spawning, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with processes.workers(jobs) as pool:
         running = {pool.submit(train, run) for run in itertools.islice(runs, jobs)}
-        try:
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-                running |= {pool.submit(train, run) for run in itertools.islice(runs, len(done))}
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+            running |= {pool.submit(train, run) for run in itertools.islice(runs, len(done))}
 
 
 def train_run(run: PaperRun, conditions: Conditions) -> Row | None:

@@ -45,10 +45,10 @@ def competitors_of(case: FunctionCase, device: torch.device) -> tuple[str, ...]:
 
 
 def compiler() -> Compiler:
-    """Return torch.compile for one shape, with gradients that can be computed again and again."""
+    """Return torch.compile for one shape, whose backward can be run, and so timed, several times."""
     import torch._functorch.config
 
-    # Otherwise the compiled backward overwrites what it saved, and cannot be repeated to be timed.
+    # Otherwise the compiled backward overwrites what forward saved for it.
     torch._functorch.config.donated_buffer = False
     torch.compiler.reset()
     return functools.partial(torch.compile, dynamic=False)
@@ -116,7 +116,7 @@ class Contest:
         return self._calls[competitor][direction]
 
     def saved_for_backward(self, competitor: str) -> dict[str, float]:
-        """Return what forward keeps for backward, in units of x: "inputs", which live anyway, and "others"."""
+        """Return what forward keeps for backward, in units of x: "inputs", which are there anyway, and "others"."""
         storages: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Contest:
                 assert torch.equal(copy(), source), "the copy differs from its source"
             return {**copies}
         with warnings.catch_warnings():
-            # Of the compilers, about themselves.
+            # The compilers warn about themselves.
             warnings.simplefilter("ignore")
             function = self._function(competitor)
             self._check(competitor, function)

@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, smallest in (("structures", SMALLEST_STRUCTURES), ("elements", SMALLEST_ELEMENTS)):
         largest = getattr(options, name)
         if largest is not None and largest < 10 * smallest:
-            parser.error(f"--{name} must be at least {10 * smallest:,}, of 3 sizes for a slope, got {largest:,}")
+            parser.error(
+                f"--{name} must be at least {10 * smallest:,}, of 3 sizes for a slope, got {largest:,}"
+            )
     if options.layers < LAYERS[2]:
         parser.error(f"--layers must be at least {LAYERS[2]}, of 3 sizes for a slope, got {options.layers}")
     device = torch.device(options.device)
