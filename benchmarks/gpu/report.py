@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import table
-from bmrs.training.run_folder import write_atomically
+from bmrs.files.atomic import write_atomically
 
 MIB = 1 << 20
 # The targets are for an H100 and for activations that do not fit into its cache.
