@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels against plain formulas and against a copy of the same bytes."""
+"""Measurements of the project: how right it is, how fast, and what networks it prunes to."""

@@ -20,7 +20,7 @@ from benchmarks.speed.function_device import device_of
 from benchmarks.speed.function_results import join_turns, rates_table, rows_of
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
-# What tells cases apart: those that -k leaves out keep their earlier times.
+# Values that tell cases apart; the cases that -k leaves out keep their recorded times.
 SETTING = ("function", "shape", "dim", "dtype", "granularity")
 # pytest-benchmark has more, and --benchmark-columns chooses others.
 COLUMNS = ["median", "iqr", "min", "max", "rounds"]
@@ -61,8 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("record") and config.getoption("benchmark_disable"):
         raise pytest.UsageError("--record needs times, and --benchmark-disable takes none: leave one out")
-    # In the tests a warning is an error; these say that there is nothing to compare with, or another machine's times.
-    # The first line is for what is under way, the second for what is to come.
+    # The project's tests make errors of warnings. Here they say that there is nothing to compare with, or only times of
+    # another machine. The filter of this moment is set first, then that of the tests.
     warnings.filterwarnings("default", category=PytestBenchmarkWarning)
     config.addinivalue_line("filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning")
     config.stash[ROWS] = []
@@ -71,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, None, None]:
-    """Put turns together before pytest-benchmark saves and compares; record the results of a run without failures."""
+    """Put turns together before pytest-benchmark saves and compares them; record a run in which nothing failed."""
     config = session.config
     benchmarks = config._benchmarksession.benchmarks  # type: ignore[attr-defined]
     join_turns(benchmarks)

@@ -1,4 +1,4 @@
-"""What ran where: the record that every committed result carries."""
+"""The machine, the versions and the commit, which every committed result records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Markdown of the reports."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from benchmarks.records import RESULTS
 def positive(text: str) -> int:
     """Return a positive number given as text."""
     if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, was {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Programs run with a time limit, and none of them left behind."""
+"""Other processes: programs with a time limit, and workers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _running: set[subprocess.Popen[str]] = set()
 
 
 class Finished(NamedTuple):
-    """What a program left."""
+    """How a program ended, and what it printed."""
 
     returncode: int | None  # None if it was stopped at its limit
     output: str
@@ -77,6 +81,21 @@ def stop_all() -> None:
     """Stop the programs that are still running."""
     for process in list(_running):
         _stop(process)
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Provide processes of one thread each; if the block is left by an exception, what has not begun is dropped.
+
+    They are spawned, since a process that has used several threads or a GPU cannot safely be forked.
+    """
+    spawning = get_context("spawn")
+    with ProcessPoolExecutor(count, spawning, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -39,7 +39,7 @@ class Attacked(NamedTuple):
 
     @property
     def breaks_the_contract(self) -> bool:
-        """Return whether the error is beyond the bound; errors that the inputs excuse are not kept."""
+        """Return whether the error is beyond the bound; the search keeps none that rounding of the inputs explains."""
         return self.error > self.bound
 
     @property
@@ -115,7 +115,7 @@ def _attack_output(
             got = run(evaluate, where, setting.dtype, setting.device)[index]
             found = errors(got, compute(quantity, where, pool).of(index), floor)
             tried += len(where)
-            # What the inputs do not determine is no target: the search would stay there.
+            # Where the inputs do not determine the value, errors count as 0, or the search would stay there.
             for place in np.flatnonzero(found > one.bound):
                 rounding = input_rounding(quantity, index, where[place].tolist(), setting.dtype)
                 if is_undetermined(found[place], rounding, setting.dtype):
@@ -123,7 +123,7 @@ def _attack_output(
             largest = int(found.argmax())
             if found[largest] > best:
                 best, best_point = float(found[largest]), where[largest].tolist()
-            # Not infinite: the search compares and subtracts.
+            # Not infinite, since the search subtracts.
             return -np.minimum(found, 1e30)
 
         return negative_error

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import processes
 from benchmarks.accuracy.attack import attack, keep
 from benchmarks.accuracy.errors import Setting, failures, measure
 from benchmarks.accuracy.heat_map import draw
@@ -24,7 +25,7 @@ from benchmarks.accuracy.points import DOMAIN_POINTS
 from benchmarks.accuracy.progress import progress
 from benchmarks.accuracy.quantities import QUANTITIES
 from benchmarks.accuracy.report import ACCURACY_RESULTS, as_json, as_markdown, committed_report, regressions
-from benchmarks.accuracy.table import Judged, judged, reference_pool
+from benchmarks.accuracy.table import Judged, judged
 from benchmarks.environment import environment
 from benchmarks.options import positive
 from bmrs_kernels.dispatch import backend
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(options.backend, DTYPES[options.dtype], device)
     with ExitStack() as stack:
         needs_pool = options.attack > 0 or options.points > DOMAIN_POINTS
-        pool = stack.enter_context(reference_pool(options.jobs)) if needs_pool else None
+        pool = stack.enter_context(processes.workers(options.jobs)) if needs_pool else None
         table = [judged(quantity, options.points, pool) for quantity in QUANTITIES]
         measured = []
         with progress("measuring", len(QUANTITIES)) as advance:

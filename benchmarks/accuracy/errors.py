@@ -35,14 +35,14 @@ class Setting(NamedTuple):
     device: str = "cpu"
 
     def __str__(self) -> str:
-        """Return a name that serves as a file's."""
+        """Return a name of the setting that is good for a file, too."""
         how = "-interpreted" if self.backend == "triton" and INTERPRETING else ""
         where = "" if self.device == "cpu" else f"-{self.device}"
         return f"{self.backend}{how}{where}-{dtype_name(self.dtype)}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name without the module."""
+    """Return the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -103,7 +103,7 @@ class Measured(NamedTuple):
 
 @contextmanager
 def few_programs() -> Iterator[None]:
-    """Give programs many structures while kernels are interpreted: each takes long, whatever its size."""
+    """Have few programs with many structures each while kernels are interpreted: a program is slow at any size."""
     if not INTERPRETING:
         yield
         return
@@ -173,10 +173,10 @@ def errors_of_both(
 
 
 def input_rounding(quantity: Quantity, index: int, point: Sequence[float], dtype: torch.dtype) -> float:
-    """Return the error that an output has by itself where the inputs have been rounded to a dtype: its condition.
+    """Return the error that rounding the inputs to a dtype makes, with no further error: the output's condition.
 
-    The change of the true value, as an error, when each coordinate moves by half a unit in its last place; a uniform
-    near 1 by what a uniform as near to 0 would move.
+    It is the change of the true value when each coordinate moves by half a unit in its last place. A uniform near 1
+    moves by as much as one that is as near to 0.
     """
     smallest = torch.finfo(dtype).tiny
     with mp.workdps(oracle.DIGITS):
@@ -191,7 +191,7 @@ def input_rounding(quantity: Quantity, index: int, point: Sequence[float], dtype
 
 
 def is_undetermined(error: float, rounding: float, dtype: torch.dtype) -> bool:
-    """Return whether the inputs, rounded to float64, determine a value no better than it was computed."""
+    """Return whether an error may be that of the inputs, which were rounded to float64."""
     return dtype == torch.float64 and error <= min(rounding, LARGEST_UNDETERMINED)
 
 
@@ -257,7 +257,7 @@ def _share(chosen: NDArray[np.bool_]) -> float:
 def _wrong_decisions(
     quantity: Quantity, got: NDArray[np.float64], true: Values, dtype: torch.dtype
 ) -> NDArray[np.bool_] | None:
-    """Return where decisions differ from clear ones of the reference; a NaN decides nothing and is wrong."""
+    """Return where the reference decides clearly and the result decides otherwise, or is NaN."""
     if quantity.decision is None:
         return None
     margin = quantity.decision.margin(true.rounded)
@@ -271,7 +271,7 @@ def failures(measured: Sequence[Measured]) -> list[str]:
 
 
 def as_record(measured: Measured) -> dict[str, Any]:
-    """Return plain data for JSON; of the plain formulas the figures alone."""
+    """Return data for JSON; of the plain formulas without their worst points."""
     record = measured._asdict()
     for way in ("project", "plain"):
         summary = record[way]._asdict()

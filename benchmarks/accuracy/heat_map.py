@@ -65,7 +65,7 @@ def draw(quantity: Quantity, judged: Judged, setting: Setting, path: Path) -> No
 
 
 def _draw_map(axis: Axes, error: NDArray[np.float64], bound: float) -> QuadMesh:
-    """Draw errors from a thousandth of the bound to a million times it."""
+    """Draw errors in colours that run from a thousandth of the bound to a million times it."""
     import matplotlib as mpl
     from matplotlib.colors import LogNorm
 

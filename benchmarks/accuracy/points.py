@@ -1,6 +1,6 @@
 """Where accuracy is measured: low-discrepancy sets over the whole domain, and the places where trouble is expected.
 
-Points are (μ, log σ) or (μ, log σ, uniform), exact in float32, so that float32 results are judged at the very inputs.
+Points are (μ, log σ) or (μ, log σ, uniform) and exact in float32, so that float32 functions get them unrounded.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def over_domain(unit: NDArray[np.float64]) -> Points:
 
 
 def near_ends(unit: NDArray[np.float64]) -> Points:
-    """Stretch points of the unit cube over modes within a few σ of an end, and uniforms towards both of theirs."""
+    """Stretch points of the unit cube over modes within a few σ of the interval's ends, and uniforms near 0 and 1."""
     log_sigma = _stretch(unit[:, 1], *LOG_SIGMA_RANGE)
     upper = unit[:, 0] < 0.5
     multiple = _stretch((2.0 * unit[:, 0]) % 1.0, -ENDS_REACH, ENDS_REACH)

@@ -16,7 +16,7 @@ def progress(title: str, steps: int) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     console = Console(stderr=True)
-    # A bar in a log file would be a line a step.
+    # In a log file a bar would leave a line for each step.
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(title, total=steps)
         yield lambda: bar.advance(task)

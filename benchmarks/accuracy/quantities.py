@@ -27,13 +27,13 @@ Evaluation = Callable[..., Sequence[Tensor]]
 
 
 class DecisionRule(NamedTuple):
-    """A structure is pruned where the value is on this side of the border, or on it."""
+    """Where a value prunes its structure: above the border or below it, the border included."""
 
     border: float
     above: bool
 
     def margin(self, value: Any) -> Any:
-        """Return how far values, an array or a number, lie on the side that is pruned."""
+        """Return how far values, an array or a number, lie beyond the border; negative where they do not prune."""
         return value - self.border if self.above else self.border - value
 
 
@@ -71,7 +71,7 @@ def undifferentiated(function: Callable[..., Tensor]) -> Evaluation:
 
 
 def log_differentiated(function: Callable[..., Tensor]) -> Evaluation:
-    """Return a positive value and the gradients of its logarithm: those of the value over it, in float64."""
+    """Return a positive value and the gradients of its logarithm, which are those of the value divided by it."""
 
     def evaluate(mu: Tensor, log_sigma: Tensor, *uniform: Tensor) -> tuple[Tensor, ...]:
         leaves = (mu.clone().requires_grad_(), log_sigma.clone().requires_grad_())

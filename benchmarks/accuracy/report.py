@@ -69,7 +69,7 @@ def as_json(
     attacked: Sequence[Attacked],
     about: dict[str, Any],
 ) -> str:
-    """Return everything as JSON; what is infinitely wrong is null."""
+    """Return everything as JSON; infinite errors are null."""
     data = {
         "environment": about,
         "measured": [as_record(one) for one in measured],

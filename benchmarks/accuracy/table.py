@@ -1,14 +1,13 @@
 """The reference's values at the points, kept in ``reference.npz``; ``python -m benchmarks.accuracy.table`` makes it.
 
-Values are pairs of a float64 and what it lacks as a float32: 23 digits, so that float64 results can be judged.
+A value is kept as a float64 and a float32 whose sum it is: 23 digits, enough to judge float64 results by.
 """
 
 from __future__ import annotations
 
 import functools
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import ExitStack
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import mpmath as mp
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import processes
 from benchmarks.accuracy import oracle, points
 from benchmarks.accuracy.points import KINDS, Points
 from benchmarks.accuracy.progress import progress
@@ -56,12 +56,6 @@ class Judged(NamedTuple):
         return Judged(self.points[chosen], self.kinds[chosen], self.values.at(chosen))
 
 
-def reference_pool(jobs: int) -> Executor:
-    """Return processes that compute reference values; a context manager."""
-    # torch's threads do not survive a fork.
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-
-
 def compute(
     quantity: Quantity, where: Points, pool: Executor | None = None, *, title: str | None = None
 ) -> Values:
@@ -70,8 +64,8 @@ def compute(
     Args:
         quantity: what is computed.
         where: points, shape (points, 2 or 3).
-        pool: processes to do it; without any, this one does.
-        title: of a progress bar, if there shall be one.
+        pool: processes that compute; None for this process alone.
+        title: of a progress bar; None for no bar.
     """
     chunks = [where[start : start + CHUNK].tolist() for start in range(0, len(where), CHUNK)]
     parts = (pool.map if pool else map)(_compute_chunk, [quantity.name] * len(chunks), chunks)
@@ -115,7 +109,7 @@ def judged(
 def make(jobs: int) -> None:
     """Write the table anew."""
     arrays: dict[str, NDArray[Any]] = {}
-    with reference_pool(jobs) as pool:
+    with processes.workers(jobs) as pool:
         for dimensions, adversarial in ((2, points.adversarial_structures), (3, points.adversarial_draws)):
             sets = [
                 points.over_domain(points.sobol(dimensions, points.DOMAIN_POINTS)),
@@ -152,7 +146,7 @@ def _prefix(quantity: Quantity) -> str:
 
 
 def _reference_name(quantity: Quantity) -> str:
-    """Return the first quantity with the same reference: both ways to draw noise have one."""
+    """Return the first quantity with the same reference: the two functions that draw noise share one."""
     return next(other.name for other in QUANTITIES if other.reference is quantity.reference)
 
 

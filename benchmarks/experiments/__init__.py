@@ -1,1 +1,1 @@
-"""Trainings whose results are tables: the paper's, rivals at equal size, compaction of architectures."""
+"""Networks trained, pruned and compacted: the paper's experiment, rivals at equal size, common architectures."""

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     unknown = [name for name in options.networks if name not in ENTRIES]
     if unknown:
-        parser.error(f"unknown networks {', '.join(unknown)}; there are {', '.join(ENTRIES)}")
+        parser.error(f"networks must be of {', '.join(ENTRIES)}, got {', '.join(unknown)}")
     rows = []
     for name in options.networks:
         for place in ("noise", "heads") if ENTRIES[name].heads else ("noise",):
@@ -103,7 +103,7 @@ def row(entry: Entry, place: str, *, rounds: int) -> dict[str, Any]:
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table in Markdown."""
+    """Return the rows as a table in Markdown."""
     columns = (
         *("network", "noise on", "result", "structures", "pruned", "removed", "error", "seconds"),
         *("parameters", "ms", "Torch-Pruning", "its parameters"),
@@ -159,7 +159,7 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _alternating(models: Mapping[str, nn.Module], inputs: Any, rounds: int) -> list[float]:
-    """Median time of a forward pass of each model in milliseconds; they take turns."""
+    """Return the median time of a forward pass of each model in milliseconds; the models take turns."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
         for name, model in models.items():
@@ -171,7 +171,7 @@ def _alternating(models: Mapping[str, nn.Module], inputs: Any, rounds: int) -> l
 
 
 def _by_torch_pruning(dense: nn.Module, model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """Whether Torch-Pruning gives a network that runs if asked for the same structures, and of what size."""
+    """Return whether Torch-Pruning, asked for the same structures, gives a network that runs, and its size."""
     import torch_pruning as tp
 
     functions = {

@@ -17,8 +17,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bmrs
+from benchmarks import processes
 from benchmarks.environment import environment
 from benchmarks.granularities import GRANULARITIES
 from benchmarks.markdown import table
@@ -39,17 +38,17 @@ from bmrs_kernels.options import Granularity
 NETWORKS = ("mlp", "lenet5")
 # The paper's MLP for MNIST.
 MLP_BLOCKS, MLP_HIDDEN = 7, 100
-# The paper's for LeNet-5 on Fashion-MNIST; twice as many images at "element" would take twice the time.
+# That of the paper for LeNet-5 on Fashion-MNIST; a larger batch would take longer.
 BATCH_SIZE = 32
 LEARNING_RATES = (1e-3, 1e-2)
-# Steps that the final loss is the mean of: that of one batch says little.
+# The final loss is the mean over so many steps, as that of one batch says little.
 FINAL_STEPS = 50
 
 Formulas = Literal["project", "plain"]
 
 
 class FiniteRun(NamedTuple):
-    """What distinguishes one training from the others."""
+    """A training, by what tells it from the others."""
 
     model: str
     kl_weight: str
@@ -144,13 +143,8 @@ def train_all(runs: Sequence[FiniteRun], settings: FiniteSettings, jobs: int) ->
     if jobs == 1:
         yield from map(train_one, runs)
         return
-    # Not forked: a process that has used several threads cannot safely be.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        try:
-            yield from pool.map(train_one, runs)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with processes.workers(jobs) as pool:
+        yield from pool.map(train_one, runs)
 
 
 def train_run(run: FiniteRun, settings: FiniteSettings) -> FiniteOutcome:
@@ -221,7 +215,7 @@ def train(
 def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Return the name of the first tensor that holds a NaN or an infinity, if any."""
     tensors = dict(named)
-    # One look at all of them, since nearly always they are finite.
+    # All at once first, since nearly always all are finite.
     if torch.cat([values.detach().flatten() for values in tensors.values()]).isfinite().all():
         return None
     return next(name for name, values in tensors.items() if not values.isfinite().all())
@@ -289,7 +283,7 @@ def with_progress(runs: Sequence[FiniteRun], outcomes: Iterable[FiniteOutcome]) 
 
 
 def conditions(settings: FiniteSettings, seeds: int) -> dict[str, Any]:
-    """Return what was run, and what ran where."""
+    """Return the settings of the runs, the machine and the versions."""
     return {
         "data": f"{EMBEDDED}, {len(training_split()):,} training images",
         "networks": f"mlp: {MLP_BLOCKS + 1} hidden layers of {MLP_HIDDEN}; lenet5",
@@ -314,7 +308,7 @@ the upper end of log θ. Ranges are over the seeds."""
 
 
 def as_markdown(results: Sequence[tuple[FiniteRun, FiniteOutcome]], about: dict[str, Any]) -> str:
-    """Return the table with what it belongs to."""
+    """Return the table under its conditions."""
     rows: dict[tuple[str, str, float], dict[Formulas, list[FiniteOutcome]]] = {}
     for run, outcome in results:
         row = rows.setdefault((run.model, run.kl_weight, run.learning_rate), {"project": [], "plain": []})

@@ -16,14 +16,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 
+from benchmarks import processes
 from benchmarks.environment import environment, one_line
 from benchmarks.experiments import paper_table
 from benchmarks.experiments.deadline import Deadline, OutOfTimeError
@@ -52,7 +52,7 @@ ResultT = TypeVar("ResultT")
 
 
 class PaperRun(NamedTuple):
-    """What distinguishes one training from the others; without granularity and criterion, it is one without noise."""
+    """A training, by what tells it from the others; one without granularity and criterion is without noise."""
 
     seed: int
     data: DataName
@@ -208,12 +208,12 @@ def config_of(run: PaperRun, conditions: Conditions) -> TrainConfig:
 
 
 def identity(run: PaperRun, config: TrainConfig) -> str:
-    """Return as text what makes a run the same one as another, wherever it is run."""
+    """Return a text that is the same for the same training, on whatever machine it runs."""
     return json.dumps([*run, config.settings._asdict()])
 
 
 def left_of(identities: Iterable[str], rows: Iterable[Row]) -> list[str]:
-    """Return the identities that are of none of the finished runs."""
+    """Return the identities that no finished run has."""
     done = {json.dumps([*(row[name] for name in PaperRun._fields), row["settings"]]) for row in rows}
     return [each for each in identities if each not in done]
 
@@ -256,7 +256,7 @@ def train_missing(
 
 
 def kind_of(row: Row) -> tuple[Any, ...]:
-    """Return what the time of a run depends on, on one machine."""
+    """Return what decides how long a run takes on one machine."""
     settings = row["settings"]
     epochs = settings["epochs"], settings["fine_tune_epochs"]
     with_noise = row["criterion"] is not None
@@ -268,24 +268,16 @@ def kind_of(row: Row) -> tuple[Any, ...]:
 
 
 def in_processes(train: Callable[[RunT], ResultT], runs: Iterator[RunT], jobs: int) -> Iterator[ResultT]:
-    """Yield what the runs return as they end; the next one is asked for when there is a process for it."""
+    """Yield what the runs return, in the order in which they end; a run is taken when a process is free for it."""
     if jobs == 1:
         yield from map(train, runs)
         return
-    # Not forked: a process that has used several threads or a GPU cannot safely be.
-    spawning = get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs, mp_context=spawning, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with processes.workers(jobs) as pool:
         running = {pool.submit(train, run) for run in itertools.islice(runs, jobs)}
-        try:
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-                running |= {pool.submit(train, run) for run in itertools.islice(runs, len(done))}
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+            running |= {pool.submit(train, run) for run in itertools.islice(runs, len(done))}
 
 
 def train_run(run: PaperRun, conditions: Conditions) -> Row | None:
@@ -329,7 +321,7 @@ def load_once(name: DataName, folder: str | None, seed: int, device: str) -> Dat
 
 
 def outcome(row: Row) -> str:
-    """Return in a line how a run went."""
+    """Return a line that says how a run ended."""
     what = [row[name] for name in ("data", "network", "granularity", "criterion") if row[name] is not None]
     result = row["failure"] or f"accuracy {row['test_accuracy']:.2%}"
     if row["compression_percent"] is not None:

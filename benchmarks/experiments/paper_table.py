@@ -36,7 +36,7 @@ NAMES = {
 
 
 class Group(NamedTuple):
-    """What a line of the table is about."""
+    """The runs of a line of the table."""
 
     data: str
     network: str
@@ -63,7 +63,7 @@ def load(path: Path) -> list[Row]:
 
 
 def readme(results: Path) -> str:
-    """Return the table of the committed runs with what it belongs to, nothing if there are none."""
+    """Return the table of the committed runs under its machine and versions, an empty text without runs."""
     rows = load(results / "paper" / RUNS)
     if not rows:
         return ""

@@ -1,1 +1,1 @@
-"""What only a GPU can tell: tests, sanitizers, profiles and times there."""
+"""What needs a GPU: tests, sanitizers, profiles and times of the compiled kernels."""

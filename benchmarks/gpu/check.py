@@ -26,7 +26,7 @@ from bmrs_kernels.dispatch import backend
 
 # Limits of the programs that run beside each other; most of their time is compilation.
 TESTS_S, CASES_S, SANITIZER_S, COMPILATION_S = 240.0, 150.0, 120.0, 240.0
-# Kept for noise_times, and for writing down the results.
+# Kept for the timings, and for writing the results.
 TIMING_SHARE, RESERVE_S = 0.35, 10.0
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if obstacle is not None:
         print(f"gpu-check: {obstacle}", file=sys.stderr)
         return 2
-    # An end from outside also ends the programs that were started.
+    # If this program is ended from outside, it ends those that it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = Report(parsed.output, environment(parsed.commit, "cuda"))
     try:
@@ -64,7 +64,7 @@ def why_not() -> str | None:
 
 
 def check(report: Report, device: torch.device, limit_s: float) -> None:
-    """Run all stages: correctness, of which the programs run beside each other, then timing alone."""
+    """Run all stages: first correctness, with several programs at a time, then timing, with nothing beside it."""
     from benchmarks.gpu import correctness, noise_times
 
     def left_before_timing() -> float:
@@ -132,7 +132,7 @@ def time_cases(
     deadline_s: float,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """Time the cases in turn; what the deadline leaves out is recorded."""
+    """Time the cases one after the other; those for which no time is left are recorded."""
     from benchmarks.gpu import noise_times
 
     failures: list[str] = []

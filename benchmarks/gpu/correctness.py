@@ -33,7 +33,7 @@ SEEDS = (0, 1, 2**31 - 1, 2**32 + 5, 123_456_789_012_345, 2**63 - 1, 2**64 - 1)
 # Relative to each element of the output and of x's gradient, and to the norm of the parameters' gradients.
 TOLERANCES = {
     torch.float32: (1e-5, 1e-5),
-    # Parameters stay float32. The interpreter cuts digits off where a GPU rounds.
+    # Parameters stay float32. The interpreter truncates where a GPU rounds.
     torch.bfloat16: (2.0 ** (-7 if INTERPRETING else -8), 1e-5),
     torch.float64: (1e-10, 1e-10),
 }
@@ -89,7 +89,7 @@ def posteriors(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Te
 def kernel_tests(limit_s: float) -> dict[str, Any]:
     """Run the kernels' tests with pytest in a process of its own."""
     options = ["-m", "kernels", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    # Warnings are errors in the tests, but this one is of the machine and not of its GPU.
+    # The tests make errors of warnings; this one is about the machine and not about its GPU.
     options += ["-W", "ignore:numba is installed but cannot be used:UserWarning"]
     command = [sys.executable, "-m", "pytest", "tests/kernels", *options]
     # Most of the time goes into compilation on the CPU.
@@ -195,7 +195,7 @@ def noise_errors(
 
 
 def wide_index(device: torch.device, sizes: tuple[int, ...] = WIDE_SIZES) -> dict[str, Any]:
-    """Compare a bfloat16 activation of more than 2³¹ elements with the reference at its start, middle and end."""
+    """Compare a bfloat16 activation of more than 2³¹ elements with the reference: the first, the middle, the last."""
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < WIDE_BYTES:
         return result("skipped: not enough free memory", [], skipped=True)
     failures = []
@@ -239,7 +239,7 @@ def wide_index(device: torch.device, sizes: tuple[int, ...] = WIDE_SIZES) -> dic
 
 
 def uniforms_at(seed: int, numbers: Tensor) -> Tensor:
-    """Return the uniforms of a seed with given numbers, without drawing those before them."""
+    """Return the uniforms of a seed at given places of the sequence, without drawing those before them."""
     counter = numbers.div(philox.LANES, rounding_mode="floor")
     zero = torch.zeros_like(counter)
     words = torch_philox.philox_4x32(

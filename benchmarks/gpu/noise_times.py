@@ -131,7 +131,7 @@ def row(
 def time_tiny(
     stopwatch: Stopwatch, activation: ActivationShape = TINY, repeats: int = 200
 ) -> dict[str, float]:
-    """Return wall milliseconds per forward and backward of a layer that is bound by its launches."""
+    """Return the milliseconds by the wall clock of forward and backward of a layer that is bound by its launches."""
     contest = Contest(FunctionCase("multiply_noise", activation, "element"), stopwatch.device)
     competitors = {"triton": "triton", "eager": "torch", "plain formula, eager": "plain"}
     calls = {name: contest.call(competitor, "both") for name, competitor in competitors.items()}
@@ -187,7 +187,7 @@ def compile_cases(limit_s: float) -> dict[str, Any]:
             "--of",
             str(count),
         ]
-        # A pool of compilers for each of these processes would be too many.
+        # Otherwise each of these processes would start several compilers.
         settings = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
         return processes.run(
             command, limit_s, cwd=processes.ROOT, settings=settings, without=("TRITON_INTERPRET",)

@@ -38,7 +38,7 @@ ISSUE_SLOTS = (
 )
 ACTIVE_WARPS = ("sm__warps_active.avg.pct_of_peak_sustained_active",)
 REGISTERS = ("launch__registers_per_thread",)
-# Warps that wait for one reason while one is issued.
+# How many warps wait for a reason while one is issued.
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(?!.*_not_issued)(\w+?)_per_issue_active\.ratio")
 NUM_STALLS = 3
 # To milliseconds and GB/s; versions of ncu abbreviate differently.
@@ -114,7 +114,7 @@ def command(program: str, log: Path) -> list[str]:
 
 
 def parsed(text: str) -> list[dict[str, str | float]]:
-    """Return a dictionary for each launch from ncu's output: numbers in milliseconds, GB/s or as they are.
+    """Return a dictionary for each launch from ncu's output: times in milliseconds, rates in GB/s, the rest as it is.
 
     Its CSV has a line of names, one of units, and one for each launch; messages come before.
     """

@@ -14,7 +14,7 @@ from benchmarks.markdown import table
 from bmrs.files.atomic import write_atomically
 
 MIB = 1 << 20
-# The targets are for activations that no cache holds, on an H100.
+# The targets are for an H100 and for activations that do not fit into its cache.
 TARGET_BYTES = 64 * MIB
 
 
@@ -68,7 +68,7 @@ class Report:
             self.say(f"    {one_line(failure)}")
 
     def write(self) -> None:
-        """Bring the files up to date; a run that is killed leaves its last complete state."""
+        """Bring the files up to date, so that a run that is killed leaves its last complete state."""
         with self._lock:
             self.data["targets"] = targets(self.data["timing"])
             self.data["seconds"] = round(self.elapsed_s, 1)

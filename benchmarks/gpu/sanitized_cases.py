@@ -1,6 +1,7 @@
 """One small case of each kernel, forward and backward: ``compute-sanitizer python -m benchmarks.gpu.sanitized_cases``.
 
-Sizes leave blocks partly filled, where an access outside would happen. Fails if a kernel of the package was not run.
+Sizes leave blocks partly filled, where an access outside of a tensor would happen. Fails if a kernel of the package was
+not run.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def noise_case(
     granularity: Granularity,
     options: dict[str, Any],
 ) -> None:
-    """Run ``multiply_noise`` and its gradients; with ``table`` as activations are run that are larger."""
+    """Run ``multiply_noise`` and its gradients; with ``table`` as if the activation were large."""
     options = dict(options)
     largest_without = 0 if options.pop("table", False) else triton_noise.LARGEST_WITHOUT_TABLE
     x = torch.randn(shape, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""What CI demands of the machine code: no spills, wide accesses, and no more instructions than were committed."""
+"""What CI demands of the machine code: no spills, wide accesses, and no more instructions than the committed budget."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from benchmarks.machine_code.counts import FLOOR_TARGET, KernelCounts
 
 BUDGET_FILE = Path(__file__).parent / "budget.json"
 MARGIN, SIGNIFICANT_DIGITS = 0.02, 3
-# A thread of these holds the constants of each structure that it reads: with 16 bytes of a narrow dtype, or of every
-# fourth row, it would spill registers.
+# In these kernels a thread holds the constants of every structure that it reads, and with accesses of 16 bytes it would
+# spill registers.
 NARROWEST_ALLOWED = {"multiply_columns_forward_kernel": 4, "multiply_columns_backward_kernel": 4}
 
 
@@ -26,13 +26,13 @@ class Budget(NamedTuple):
 
     @classmethod
     def read(cls) -> Budget:
-        """Return what was committed."""
+        """Return the committed budget."""
         data = json.loads(BUDGET_FILE.read_text())
         return cls(data["triton"], data["instructions_per_element"])
 
     @classmethod
     def of(cls, measurements: Iterable[KernelCounts], triton: str) -> Budget:
-        """Return what allows these measurements and little more."""
+        """Return the budget that allows these measurements and little more."""
         instructions: dict[str, dict[str, float]] = {}
         for measurement in measurements:
             for key, number in _numbers(measurement).items():
@@ -40,7 +40,7 @@ class Budget(NamedTuple):
         return cls(triton, instructions)
 
     def write(self) -> None:
-        """Replace what was committed."""
+        """Replace the committed budget."""
         data = {
             "target": FLOOR_TARGET,
             "triton": self.triton,

@@ -124,7 +124,7 @@ EVERYWHERE: tuple[tuple[dict[str, Any], str], ...] = (
 
 
 def _is_in_gate(layout: dict[str, Any], granularity: str, dtype: str) -> bool:
-    """Return whether CI compiles a case: float16 is like bfloat16, and shared draws are simple kernels."""
+    """Return whether CI compiles a case: float16 is left out, as bfloat16 is like it, and most of the shared draws."""
     common = layout in ({"shape": CONV_WIDE}, {"shape": LINEAR})
     if dtype == "bfloat16":
         return common or (granularity == "element" and layout["shape"] not in (LINEAR_SMALL, LINEAR_ODD))
@@ -183,7 +183,7 @@ class Launch(NamedTuple):
 
 
 def launches(case: CompiledCase) -> dict[str, list[Launch]]:
-    """Return what a case starts, by "forward" and "backward", in order; nothing is run."""
+    """Return the launches of a case, in order, by "forward" and "backward"; no kernel runs."""
     recorded: dict[str, list[Launch]] = {"forward": [], "backward": []}
     with _recording(recorded["forward"]):
         output = _call(case)

@@ -85,7 +85,7 @@ def triton_version() -> str:
 
 
 def selected(targets: Sequence[str], *, gate: bool) -> list[Task]:
-    """Return what is compiled for which target; the gate only looks for spills on others than ``FLOOR_TARGET``."""
+    """Return the cases to compile for each target; for others than ``FLOOR_TARGET`` the gate looks for spills alone."""
     return [
         Task(case, target, disassemble=not gate or target == FLOOR_TARGET)
         for target in targets

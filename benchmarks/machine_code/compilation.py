@@ -1,4 +1,4 @@
-"""Compiling launches for GPUs that are not there."""
+"""Compilation of launches for GPUs that this machine need not have."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        # Kernels keep what they compiled by device: a name that no real device has.
+        # A kernel keeps what it compiled by device, so that this must be the name of no real one.
         return f"{self.target.backend}-{self.target.arch}"
 
     def get_current_stream(self, _device: str) -> int:
@@ -58,7 +58,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[None]:
-    """Let Triton believe that this machine has the target."""
+    """Have Triton compile for a target that this machine need not have."""
     from triton.runtime import driver
 
     before = driver._active
@@ -75,7 +75,7 @@ def compiled(launch: Launch) -> Any:
 
 
 def machine_code(kernel: Any, *, disassemble: bool) -> MachineCode:
-    """Read what Triton compiled; without disassembling only what the kernel needs."""
+    """Read what Triton compiled: what the kernel needs, and if ``disassemble`` its instructions."""
     return _read_cubin(kernel, disassemble=disassemble) if "cubin" in kernel.asm else _read_amdgcn(kernel)
 
 
@@ -84,7 +84,7 @@ def _read_cubin(kernel: Any, *, disassemble: bool) -> MachineCode:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(kernel.asm["cubin"])
         usage = _output("cuobjdump", "-res-usage", file)
-        # What cuobjdump -sass runs too; it takes most of a second to start, and this way gives the lines as well.
+        # cuobjdump -sass runs nvdisasm too, but without the lines of the source.
         instructions = _output("nvdisasm", "-c", "-gi", file) if disassemble else ""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     accesses = len(re.findall(r"\s(?:LDL|STL)\b", instructions))
@@ -105,7 +105,7 @@ def _read_amdgcn(kernel: Any) -> MachineCode:
         name: int(value)
         for name, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", kernel.asm["amdgcn"], re.MULTILINE)
     }
-    # Scalars go to lanes of vector registers first, which costs no memory.
+    # Scalar registers spill to vector registers first, which costs no memory.
     return MachineCode(
         kernel.metadata.num_warps,
         numbers.get("group_segment_fixed_size", 0),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from benchmarks import processes
 from benchmarks.machine_code import sass
 from benchmarks.machine_code.cases import CompiledCase, Launch, launches
 from benchmarks.machine_code.compilation import MachineCode, compiled, compiling_for, machine_code
@@ -30,7 +29,7 @@ FLOOR_TARGET = "sm_90"
 
 
 class Gpu(NamedTuple):
-    """What bounds a kernel's time from below."""
+    """The capacities of a GPU that bound a kernel's time from below."""
 
     name: str
     multiprocessors: int
@@ -78,7 +77,7 @@ class PathCost(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """A kernel launched by a case."""
+    """What the machine code of a kernel, as a case launches it, says."""
 
     target: str
     case: str
@@ -102,13 +101,13 @@ class KernelCounts:
 
     @property
     def typical(self) -> PathCost:
-        """The path of structures inside their interval, and where none is, the longest."""
+        """The path of structures inside their interval; the longest path if there is no such one."""
         named = [path for path in self.paths if path.name == TYPICAL_PATH]
         return named[0] if named else max(self.paths, key=lambda path: path.per_element)
 
 
 class CaseCounts(NamedTuple):
-    """What became of a case."""
+    """The kernels of a case, or of several, and what went wrong."""
 
     measurements: list[KernelCounts]
     errors: list[str]
@@ -124,12 +123,12 @@ class Task(NamedTuple):
 
 def measure_all(work: Sequence[Task], jobs: int) -> CaseCounts:
     """Measure cases for targets, in several processes."""
-    # What takes longest comes first, so that no process is left with it at the end.
+    # The slowest cases first, so that at the end no process works alone.
     order = sorted(work, key=lambda task: task.case.dtype != "float64")
     if jobs == 1:
         outcomes: Iterable[CaseCounts] = map(measure, order)
     else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        with processes.workers(jobs) as pool:
             outcomes = list(pool.map(measure, order))
     found = dict(zip(order, outcomes, strict=True))
     in_order = [found[task] for task in work]
@@ -265,7 +264,7 @@ def _path_costs(case: CompiledCase, launch: Launch, code: _Code, paths: Paths) -
 
 
 def _clocks(counts: Counter[sass.Kind], num_warps: int, programs: int) -> tuple[float, str, float]:
-    """Return for how many clocks the busiest multiprocessor issues, and its busiest unit with its clocks."""
+    """Return the clocks in which the busiest multiprocessor issues, its busiest unit, and that unit's clocks."""
     warps = num_warps * math.ceil(programs / H100.multiprocessors)
     issue = counts.total() * math.ceil(warps / H100.schedulers)
     units = sass.unit_clocks(counts)

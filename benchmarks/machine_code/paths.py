@@ -4,7 +4,7 @@ A kernel branches on what its structures need, so that no program executes all o
 follows the control flow and counts the instructions of each way, outside of loops and for each turn of a loop:
 
 - The caller gives *labels* to instructions. Of the ways between a branch and the point where they meet again, those
-  that differ in labels are kept apart, and a way that takes a label at one branch takes it at all.
+  that differ in labels are kept apart, and a way that takes a label at one branch takes it at every branch.
 - Of ways that do not differ in labels the longest counts, since lanes may go different ways.
 - Divisions and square roots call subroutines for operands at the edge of the exponents' range: a way with a call does
   not count where there is one without.
@@ -122,7 +122,7 @@ class _Choice(NamedTuple):
         return cls(frozenset(), {frozenset(): option})
 
     def then(self, other: _Choice) -> _Choice:
-        """Return the ways through this part and the one behind it that agree on the labels of both."""
+        """Return the ways through this part and then the next, if they agree on the labels that both parts have."""
         options = {
             first | second: self.options[first].then(other.options[second])
             for first in self.options
@@ -232,7 +232,7 @@ def _blocks(
 
 
 def _subroutines(instructions: Sequence[Instruction]) -> set[int]:
-    """Return where calls go that come back; compilers also leave loops by calls that do not."""
+    """Return the addresses of subroutines that return; compilers leave loops by calls that do not."""
     positions = {instruction.address: position for position, instruction in enumerate(instructions)}
     found = set()
     for entry in {instruction.target for instruction in instructions if instruction.mnemonic == "CALL"}:
@@ -270,7 +270,7 @@ def _reachable(graph: _Graph, entry: int) -> set[int]:
 def _collapse_loops(
     graph: _Graph, entry: int, blocks: Mapping[int, list[Instruction]]
 ) -> dict[int, frozenset[int]]:
-    """Replace every loop by a node that holds an iteration; return the addresses in each by its first."""
+    """Replace every loop by a node that holds one turn of it; return the addresses in each loop by its first one."""
     members = {start: {start} for start in graph}
     loops = {}
     while backward := _backward_edges(graph, entry):
@@ -303,7 +303,7 @@ def _collapse_loops(
 
 
 def _backward_edges(graph: _Graph, entry: int) -> dict[int, set[int]]:
-    """Return for each loop's first node those that go back to it."""
+    """Return, for the first node of each loop, the nodes that go back to it."""
     found: dict[int, set[int]] = {}
     on_way, seen = {entry}, {entry}
     stack = [(entry, iter(graph[entry].successors))]
@@ -363,7 +363,7 @@ class _Region:
         return choice
 
     def _meeting_points(self) -> dict[int, int]:
-        """Return for each node the first that all ways from it to the end pass through."""
+        """Return, for each node, the first node that all ways from it to the end pass through."""
         order, depth, meeting = self._backward_order(), {self.end: 0}, {self.end: self.end}
         for node in order:
             common = None

@@ -1,7 +1,7 @@
 """Which of a kernel's pointers its loads and stores go to.
 
-Machine code does not say it in a way that is easy to read, but PTX does: addresses are sums of a parameter and offsets.
-An access in machine code and one in PTX belong together if they come from the same line and are equally wide.
+Addresses are hard to follow in machine code but easy in PTX, where they are sums of a parameter and offsets. An access
+in machine code and one in PTX belong together if they come from the same line and are equally wide.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Pointers:
         self._accesses = [(key, self._reached(register)) for key, register in accesses]
 
     def of(self, access: Instruction, origin: Origin) -> frozenset[str]:
-        """Return the parameters that an access in machine code may go to; empty if nothing tells."""
+        """Return the parameters that an access in machine code may go to; empty if nothing says it."""
         direction, width = access.direction, access.access_bytes
         for depth, same_width in ((2, True), (1, True), (2, False), (1, False)):
             names = [

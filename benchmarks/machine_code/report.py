@@ -17,7 +17,7 @@ _SHORT_CLASSES = ("fp32", "fp64", "int", "convert", "special", "load", "store", 
 
 
 def environment(triton: str) -> dict[str, str]:
-    """Return what the measurements belong to."""
+    """Return the versions and the commit that were measured."""
     return {
         "triton": triton,
         "commit": git_commit(),

@@ -94,14 +94,14 @@ def loop_trips(kernel: Any, arguments: Mapping[str, Any], origins: Iterable[Orig
         origins: of the instructions in the loop.
 
     Raises:
-        ValueError: the source does not tell.
+        ValueError: the source does not say it.
     """
     function = kernel.fn
     file = relative(inspect.getsourcefile(function) or "")
     lines = Counter(origin[-1].number for origin in origins if origin and origin[-1].file == file)
     definition = next(node for node in source(file).functions if node.name == function.__name__)
     loops = [node for node in ast.walk(definition) if isinstance(node, ast.For) and _range(node) is not None]
-    # The loop that most of the lines are in, and of those around each other the innermost.
+    # The loop that most of the lines are in; of loops inside each other the innermost.
     loops.sort(key=_length)
     inside = [sum(count for line, count in lines.items() if _covers(loop, line)) for loop in loops]
     if not any(inside):

@@ -1,1 +1,1 @@
-"""What the project is measured against."""
+"""The alternatives that the project is measured against: plain formulas, and Torch-Pruning."""

@@ -1,7 +1,7 @@
-"""The paper's formulas evaluated as they are printed, the way a first implementation would: the comparison.
+"""The paper's formulas evaluated as they are printed, as a first implementation would: what all is compared with.
 
-Good where the posterior's mass lies well inside the interval; elsewhere they lose their digits or turn NaN. Each takes
-μ and log σ of one shape, works in their dtype, and leaves derivatives to autograd.
+They are right where the posterior's mass lies well inside the interval; elsewhere they lose digits or give NaN. Each
+takes μ and log σ of one shape, computes in their dtype, and leaves derivatives to autograd.
 """
 
 from __future__ import annotations
@@ -132,6 +132,6 @@ def along(per_structure: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 def draw_shape(shape: Sequence[int], dim: int, granularity: str) -> tuple[int, ...]:
-    """Return the shape of the draws for an x of a shape with its structures along ``dim``, which is not negative."""
+    """Return the shape of the draws for x of a shape; its structures are along ``dim``, which is not negative."""
     own = {"element": range(len(shape)), "sample": (0, dim), "batch": (dim,)}[granularity]
     return tuple(size if axis in own else 1 for axis, size in enumerate(shape))

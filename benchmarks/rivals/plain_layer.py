@@ -25,7 +25,7 @@ class PlainNoiseLayer(nn.Module):
         layer: the layer whose options, μ and log σ are taken over; it shares no memory with this one.
         uniforms: ``"philox"`` takes one seed from torch's generator, as a call of `bmrs.NoiseLayer` does, and draws
             the uniforms that belong to it: after the same ``torch.manual_seed`` both layers meet identical uniforms.
-            ``"torch"`` draws them with ``torch.rand``: faster, and what one would write without that aim.
+            ``"torch"`` draws them with ``torch.rand``, as one would write it; this is faster.
 
     Attributes:
         mu: parameter of shape (structures,).
@@ -94,7 +94,7 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int) -> T
 
 
 def largest_excess(model: nn.Module) -> float:
-    """Return the largest (μ - upper)/σ of a model's structures, plain or not: how many σ a mode lies beyond θ's end."""
+    """Return the largest (μ - upper)/σ of all structures, plain or not: how many σ a mode lies beyond the interval."""
     layers = [layer for layer in model.modules() if isinstance(layer, NoiseLayer | PlainNoiseLayer)]
     with torch.no_grad():
         excesses = [(layer.mu - layer.upper) / plain.scale(layer.log_sigma) for layer in layers]

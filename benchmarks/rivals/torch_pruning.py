@@ -17,9 +17,9 @@ CALIBRATION = 2560
 
 
 def scores(model: nn.Module, names: Sequence[str], split: Split, *, seed: int) -> dict[str, list[Tensor]]:
-    """Torch-Pruning's importance of each structure of the named layers, by criterion: "random", "L2", "Taylor".
+    """Return Torch-Pruning's importance of each structure of the named layers, by criterion: "random", "L2", "Taylor".
 
-    As they are by default: each group's scores are divided by their mean, which makes them comparable between layers.
+    By its default, each group's scores are divided by their mean, which makes them comparable between layers.
     """
     import torch_pruning as tp
 
@@ -41,7 +41,7 @@ def scores(model: nn.Module, names: Sequence[str], split: Split, *, seed: int) -
 
 
 def pruned(model: nn.Module, kept: Mapping[str, Tensor], example: Tensor) -> nn.Module:
-    """A copy of a model from which Torch-Pruning has removed all structures of the named layers but these."""
+    """Return a copy of a model from which Torch-Pruning has removed all structures of the named layers but these."""
     import torch_pruning as tp
 
     model = copy.deepcopy(model)

@@ -1,1 +1,1 @@
-"""How long everything takes, beside what one would write instead."""
+"""How long functions, training steps, pruning and inference take, beside the plain formulas."""

@@ -1,4 +1,4 @@
-"""Activations that the GPU's checks and timings share."""
+"""Shapes of activations that timings and the GPU check share."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ def competitors_of(case: FunctionCase, device: torch.device) -> tuple[str, ...]:
 
 
 def compiler() -> Compiler:
-    """Return torch.compile for one shape, with gradients that can be computed again and again."""
+    """Return torch.compile for one shape, whose backward can be run, and so timed, several times."""
     import torch._functorch.config
 
-    # Otherwise the compiled backward overwrites what it saved, and cannot be repeated to be timed.
+    # Otherwise the compiled backward overwrites what forward saved for it.
     torch._functorch.config.donated_buffer = False
     torch.compiler.reset()
     return functools.partial(torch.compile, dynamic=False)
@@ -116,7 +116,7 @@ class Contest:
         return self._calls[competitor][direction]
 
     def saved_for_backward(self, competitor: str) -> dict[str, float]:
-        """Return what forward keeps for backward, in units of x: "inputs", which live anyway, and "others"."""
+        """Return what forward keeps for backward, in units of x: "inputs", which are there anyway, and "others"."""
         storages: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Contest:
                 assert torch.equal(copy(), source), "the copy differs from its source"
             return {**copies}
         with warnings.catch_warnings():
-            # Of the compilers, about themselves.
+            # The compilers warn about themselves.
             warnings.simplefilter("ignore")
             function = self._function(competitor)
             self._check(competitor, function)
@@ -161,17 +161,12 @@ class Contest:
         """Return a competitor's function of the inputs; ``fixed`` gives it the uniforms that belong to the seed."""
         case = self.case
         of_project = competitor not in ("plain", "compiled")
-        if case.function == "philox_uniform":
-            shape = case.activation.shape
-            if not of_project:
-                return functools.partial(torch.rand, shape, device=self.device)
-            backend: Any = competitor
-            return functools.partial(
-                bmrs_kernels.philox_uniform, SEED, shape, device=self.device, backend=backend
-            )
-        function = getattr(bmrs_kernels if of_project else plain, case.function)
         if of_project:
             options["backend"] = competitor
+        if case.function == "philox_uniform":
+            draw = functools.partial(bmrs_kernels.philox_uniform, SEED) if of_project else torch.rand
+            return functools.partial(draw, case.activation.shape, device=self.device, **options)
+        function = getattr(bmrs_kernels if of_project else plain, case.function)
         if case.function == "sample_noise":
             options["uniform"] = self.uniform
         if case.function == "multiply_noise":
@@ -181,7 +176,7 @@ class Contest:
                 uniform = bmrs_kernels.philox_uniform(SEED, shape, device=self.device)
                 options |= {"seed": SEED} if of_project else {"uniform": uniform}
         bound = functools.partial(function, **options)
-        if competitor not in ("plain", "compiled"):
+        if of_project:
             return bound
 
         def in_dtype_of_x(*inputs: Tensor) -> Tensor:
@@ -191,7 +186,7 @@ class Contest:
 
     def _check(self, competitor: str, function: Function) -> None:
         case = self.case
-        if case.function == "philox_uniform":
+        if case.function == "philox_uniform" and competitor == "plain":
             assert_mean(function(), 0.5, spread=0.3 / math.sqrt(case.elements), what=self._what(competitor))
         elif competitor == "compiled" and case.draws:
             x, *parameters = self.inputs

@@ -33,12 +33,13 @@ ACTIVATIONS = (
     VIT_TOKENS,
     LARGE,
 )
-# Those that a check of the benchmarks runs, and those that a CPU is spared unless asked.
+# A check of the benchmarks runs shapes of at most the first; a CPU runs those above the second only with --large.
 SMALL_ELEMENTS, LARGE_ELEMENTS = 120_000, 8_000_000
 
-# What a direction has to read and write at least, in tensors of the case's shape: multiply_noise x → out and
-# grad, x → grad_x; functions of structures μ, log σ → value and μ, log σ, grad → grad_μ, grad_log_σ; sample_noise
-# uniform → θ and uniform, grad → nothing of its size.
+# How many tensors of the case's shape a direction has to read and write at least:
+#   multiply_noise: x → out; grad, x → grad_x.
+#   functions of structures: μ, log σ → value; μ, log σ, grad → grad_μ, grad_log_σ.
+#   sample_noise: uniform → θ; uniform, grad → nothing of this size.
 _OF_STRUCTURES = {"forward": 3, "backward": 5, "both": 8}
 TENSORS_MOVED = {
     "multiply_noise": {"forward": 2, "backward": 3, "both": 5},
@@ -83,7 +84,7 @@ class FunctionCase:
 
     @property
     def large(self) -> bool:
-        """Whether a CPU is spared the shape unless asked."""
+        """Whether a CPU runs the case only with --large."""
         return self.elements > LARGE_ELEMENTS
 
     @property

@@ -1,4 +1,4 @@
-"""The paper's networks, as the benchmarks of training and pruning build them, and stand-ins that a CPU can train."""
+"""Networks for the timings of training and pruning: the paper's, and smaller ones that stand in for them on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TimedNetwork:
     """A network with the setting that it is measured in.
 
     Attributes:
-        name: for people; a stand-in's name says what it leaves out.
+        name: for people; that of a stand-in says how it is smaller.
         batch: examples of a training step.
         input_shape: shape of one example.
         build: makes the network from the granularity of its noise, None for no noise layers, and their backend.

@@ -32,7 +32,7 @@ CRITERIA: dict[str, Criterion] = {
     "BMRSNormal()": bmrs.BMRSNormal(),
     "BMRSUniform(p1=8)": bmrs.BMRSUniform(p1=8),
 }
-# Batches in names are those of training steps, and of no meaning here.
+# With names of their own, as those of some networks have the batch of a training step in them.
 COMPACTED = {
     "MLP": MLP,
     "LeNet-5": LENET5,
@@ -55,7 +55,7 @@ def spread_posteriors(model: nn.Module) -> None:
 
 
 def keep_all(model: nn.Module) -> None:
-    """Take every structure back that was pruned."""
+    """Undo all pruning."""
     for layer in noise_layers(model).values():
         layer.mask.fill_(True)
 
@@ -77,7 +77,7 @@ def timed(
         rounds: turns of each.
         before_each: called before each call, untimed.
     """
-    # Single calls, as they come: nothing hides the launches.
+    # Single calls, timed with their launches.
     plans = {name: Plan(call, 1, pause_ms=0.0, peak_bytes=None, slow_ms=None) for name, call in calls.items()}
 
     def single(name: Any) -> float:

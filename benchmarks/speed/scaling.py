@@ -36,7 +36,7 @@ WIDTH, BATCH = 64, 32  # of the noise layers
 # One example has 100 structures with 10 × 10 elements each.
 MAPS = (100, 10, 10)
 SMALLEST_STRUCTURES, SMALLEST_ELEMENTS = 10**2, 10**4
-# Beyond, its intermediate results fill a GPU.
+# With more elements, the intermediate results of the torch path fill a GPU.
 LARGEST_ELEMENTS_OF_TORCH = 10**8
 
 
@@ -71,10 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device_and_record(parser)
     options = parser.parse_args(arguments)
     for name, smallest in (("structures", SMALLEST_STRUCTURES), ("elements", SMALLEST_ELEMENTS)):
-        if getattr(options, name) is not None and getattr(options, name) < 10 * smallest:
-            parser.error(f"--{name} must be at least {10 * smallest:,}: a slope needs 3 sizes")
+        largest = getattr(options, name)
+        if largest is not None and largest < 10 * smallest:
+            parser.error(
+                f"--{name} must be at least {10 * smallest:,}, of 3 sizes for a slope, got {largest:,}"
+            )
     if options.layers < LAYERS[2]:
-        parser.error(f"--layers must be at least {LAYERS[2]}: a slope needs 3 sizes")
+        parser.error(f"--layers must be at least {LAYERS[2]}, of 3 sizes for a slope, got {options.layers}")
     device = torch.device(options.device)
     elements = options.elements or (10**9 if device.type == "cuda" else 10**7)
     keep_freed_memory()
@@ -132,11 +135,11 @@ def timed(sweep: Sweep, stopwatch: Stopwatch, *, rounds: int) -> dict[str, Any]:
     for size in sweep.sizes:
         call = sweep.prepare(size)
         call()
-        # Slow calls take their turns too.
+        # A slow call is timed in every round too.
         plans[str(size)] = stopwatch.plan(call)._replace(slow_ms=None)
     measured = stopwatch.compare(plans, rounds=rounds, evict=False).values()
     times = [summary(each) for each in measured]
-    # What else a machine does only ever adds to a time.
+    # Whatever else the machine does makes a time longer, never shorter.
     shortest = [min(time for part in each for time in part.milliseconds) for each in measured]
     slope = slope_of(sweep.sizes, shortest)
     return {
@@ -175,7 +178,7 @@ def slope_of(sizes: Sequence[int], milliseconds: Sequence[float]) -> float:
 
 
 def report(rows: Iterable[dict[str, Any]]) -> str:
-    """Return the Markdown of a run: a row a sweep, and the defects."""
+    """Return the Markdown of a run: a row for each sweep, and the number of defects."""
     rows = list(rows)
     lines = [
         (
@@ -232,7 +235,7 @@ def _of_model(device: torch.device, depth: int) -> Call:
 
 
 def _steps(smallest: int, largest: int) -> tuple[int, ...]:
-    """Return two sizes a decade."""
+    """Return 1 and 3 times each power of ten of the smallest size, up to the largest."""
     decades = [smallest * 10**power for power in range(12)]
     return tuple(each for decade in decades for each in (decade, 3 * decade) if each <= largest)
 

@@ -34,11 +34,11 @@ from bmrs_kernels.options import Backend, Granularity
 
 SUITE = "step"
 MODES = ("eager", "compiled", "cuda graph")
-# Rows of other settings are kept, so that several commands can measure what one would take too long for.
+# Rows of other settings stay in the file, so that several commands can measure what takes too long for one.
 SETTING = ("network", "dtype", "mode")
 ROUNDS = 5
 ROUND_MS = 150.0  # of one way before the next one's turn
-# So small that the state stays that of a training's start: some dozens of steps on, the plain formulas turn NaN.
+# Small, so that the posteriors stay as at the start of a training: otherwise the plain formulas soon give NaN.
 LEARNING_RATE = 1e-6
 
 Divergence = Callable[[nn.Module], Tensor]
@@ -88,7 +88,7 @@ class TimedStep:
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
-        # With its graph, the loss would keep the accumulation of gradients on the stream of this call.
+        # A loss with its graph would tie the next step's gradients to the stream of this call.
         return loss.detach()
 
     def _loss(self) -> Tensor:
@@ -102,8 +102,8 @@ class TimedStep:
 def ways_of(granularities: Sequence[Granularity], mode: str, device: torch.device) -> list[Way]:
     """Return the ways that compete in a mode on a device, the one without noise first.
 
-    Compilations take long: they are of the first granularity, and not of the torch path, which torch.compile does not
-    look into. Nor can the torch path be captured in a CUDA graph: what it computes depends on the values of σ.
+    Since compilations take long, only the first granularity is compiled. The torch path is not, as torch.compile does
+    not look into it, and it is not captured in a CUDA graph, as it computes other things for other values of σ.
     """
     if mode == "compiled":
         return [NO_NOISE, Way("project", granularities[0]), Way("plain", granularities[0])]
@@ -170,7 +170,7 @@ def prepare(network: TimedNetwork, way: Way, mode: str, stopwatch: Stopwatch, dt
         raise FloatingPointError(f"the loss is {loss.item()}")
     plan = stopwatch.plan(call)
     median = summary([stopwatch.measure(plan, evict=False)])["median"]
-    # In training nothing hides the launches, and a slow step is worth more than one look.
+    # As in training, launches count; and a slow step is timed in every round too.
     plan = plan._replace(repeats=max(1, round(ROUND_MS / median)), pause_ms=0.0, slow_ms=None)
     return Prepared(plan, allocated(stopwatch) - before)
 
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     network, ways, mode, stopwatch, dtype=dtype, rounds=options.rounds, failures=failures
                 )
                 rows += found
-                # At once: what is measured stays, whatever becomes of the rest.
+                # At once, so that it stays if what follows fails.
                 if options.record is not None:
                     records.save(SUITE, found, about, options.record, setting=SETTING)
                 print(f"{network.name}, {mode}, {dtype}: measured", file=sys.stderr, flush=True)

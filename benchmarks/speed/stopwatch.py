@@ -17,7 +17,7 @@ from bmrs.training import cuda_graph
 
 ROUND_MS = 20.0  # of one competitor before the next one's turn
 MAX_REPEATS = 30
-# A longer call is timed once: what starts and ends it does not matter, and there is no time for more.
+# A longer call is timed once, by the wall clock, whose error is small beside it.
 SLOW_MS = 200.0
 MAX_PAUSE_MS = 100.0
 
@@ -86,7 +86,7 @@ class Stopwatch:
         torch.cuda._sleep(int(plan.pause_ms * self.cycles_per_ms))
         for start, end in events:
             if evict and self.evicting is not None:
-                # Read and not written: lines to be written back would cost time inside the measured call.
+                # Only read: cache lines that were written would be stored during the measured call.
                 self.evicting.sum()
             start.record()
             plan.call()

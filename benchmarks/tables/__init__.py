@@ -1,1 +1,1 @@
-"""From committed results to tables and pictures."""
+"""Committed results, and the tables and pictures that are made from them."""

@@ -1,6 +1,6 @@
-"""Pictures of the committed speeds, one file a machine and kind.
+"""Pictures of the committed speeds, a file for each machine and kind.
 
-A picture carries a digest of the rows that it shows, so that it can be held against the results without being drawn.
+A picture carries a digest of the rows that it shows, which says whether it is of the present results.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def draw_overhead(figure: Figure, rows: Sequence[Row]) -> None:
     for number, (way, mode) in enumerate(bars):
         shown = [row for row in rows if (row["way"], row["mode"]) == (way, mode)]
         ratios = [row["ratio"] for row in shown]
-        # The median of all calls may lie outside the rounds' medians.
+        # The median of all calls may lie outside the range of the rounds' medians.
         below = [max(0.0, each["value"] - each["low"]) for each in ratios]
         above = [max(0.0, each["high"] - each["value"]) for each in ratios]
         axis.bar(

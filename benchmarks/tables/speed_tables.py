@@ -124,7 +124,7 @@ def _step_table(rows: Sequence[Row]) -> str:
             (
                 network
                 + (" (stand-in)" if any_way["stand_in"] else "")
-                # Rows of before there was a choice do not say.
+                # Older rows do not say it.
                 + (", channels_last" if any_way.get("channels_last") else ""),
                 mode + ("" if dtype == "float32" else f", {dtype}"),
                 granularity,

@@ -19,13 +19,13 @@ _MOST_WIDTHS = 2_000_000  # that are all tried
 
 
 class Cost(NamedTuple):
-    """What a network takes: numbers, or arrays of them."""
+    """Parameters and FLOPs of a network, or arrays of them for several networks."""
 
     parameters: Tensor
     flops: Tensor  # for one example; a multiply-add counts as 2
 
     def close_to(self, other: Cost) -> Tensor:
-        """Where both lie within the tolerance of another network's."""
+        """Return where both are within the tolerance of another network's."""
         near = [(mine - theirs).abs() <= TOLERANCE * theirs for mine, theirs in zip(self, other, strict=True)]
         return near[0] & near[1]
 
@@ -37,8 +37,8 @@ class Chain:
     Attributes:
         names: qualified names of the layers whose outputs can be pruned: all but the last one.
         widths: their numbers of outputs.
-        layers: of each layer, the last one too, weights for each pair of an input and an output channel, and
-            positions of its output.
+        layers: for each layer, the last one too: its weights for a pair of an input and an output channel, and the
+            number of positions of its output.
         inputs: channels of the network's input.
         outputs: of the last layer.
     """
@@ -82,7 +82,7 @@ class Chain:
         )
 
     def cost(self, widths: Sequence[Tensor | float]) -> Cost:
-        """Parameters and FLOPs of the chain at other widths, one for each name."""
+        """Return parameters and FLOPs of the chain at other widths, one for each name."""
         channels = [self.inputs, *widths, self.outputs]
         parameters, flops = torch.zeros(()), torch.zeros(())
         for (weights, positions), before, after in zip(self.layers, channels, channels[1:], strict=False):
@@ -92,7 +92,7 @@ class Chain:
         return Cost(parameters, flops)
 
     def uniform(self, share: float) -> tuple[int, ...]:
-        """The widths, all narrowed by the same factor, whose FLOPs come nearest to a share of the full ones."""
+        """Return the widths, all narrowed by one factor, whose FLOPs come nearest to a share of the full ones."""
         full = self.cost(self.widths).flops
 
         def narrowed(factor: float) -> tuple[int, ...]:
@@ -105,11 +105,11 @@ class Chain:
         )
 
     def best(self, scores: Sequence[Tensor], target: Cost) -> tuple[int, ...] | None:
-        """The widths within the tolerance of a cost whose best structures have the largest sum of scores.
+        """Return the widths, within the tolerance of a cost, whose best structures have the largest sum of scores.
 
         Args:
             scores: at least 0, of each layer's structures.
-            target: what the network is to take.
+            target: the cost that the network is to have.
 
         Returns:
             None if no widths come near enough.
@@ -126,7 +126,7 @@ class Chain:
         return self._narrowed_one_by_one(gains, target)
 
     def _narrowed_one_by_one(self, gains: Sequence[Tensor], target: Cost) -> tuple[int, ...] | None:
-        """The structure whose score is least for what it takes goes first, until the budget is kept."""
+        """Return widths from which, one by one, the structure with the least score for its cost was taken."""
         widths = list(self.widths)
         while any(mine > theirs for mine, theirs in zip(self.cost(widths), target, strict=True)):
             before = self.cost(widths)

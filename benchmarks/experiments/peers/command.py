@@ -1,4 +1,4 @@
-"""Compare the recipe of `bmrs train` with what one would do instead: ``python -m benchmarks peers --data-dir DIR``.
+"""Compare the recipe of `bmrs train` with other ways to small networks: ``python -m benchmarks peers --data-dir DIR``.
 
 For each data set, network and seed all ways start from the same trained network and have the same number of epochs and
 the same schedule. Every finished network is written down at once, and the same command, started again, goes on with
@@ -13,12 +13,12 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from benchmarks import processes
 from benchmarks.environment import environment
 from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.experiments.peers import table
@@ -47,9 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.jobs == 1:
         failures = [train(subject) for subject in subjects]
     else:
-        # Not forked: a process that has used several threads cannot safely be.
-        with get_context("spawn").Pool(options.jobs, torch.set_num_threads, (1,)) as pool:
-            failures = list(pool.imap_unordered(train, subjects))
+        with processes.workers(options.jobs) as pool:
+            failures = list(pool.map(train, subjects))
     for failure in filter(None, failures):
         print(f"peers: {failure}", file=sys.stderr)
     rows = table.load(options.output)
@@ -92,7 +91,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _subjects(data: Iterable[DataName], networks: Iterable[ModelName], seeds: int) -> list[Subject]:
-    """Seed after seed, so that the table is balanced whenever the runs are stopped."""
+    """Return the subjects, seed after seed, so that the table is balanced whenever the runs are stopped."""
     return [
         Subject(name, network, seed)
         for seed in range(seeds)

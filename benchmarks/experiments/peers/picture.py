@@ -113,7 +113,7 @@ def _draw(axis: Axes, rows: Sequence[Row], *, cost: str, title: str, trained: bo
 
 
 def _points(rows: Sequence[Row], cost: str, kind: str) -> list[tuple[float, float, float]]:
-    """Cost, mean accuracy and its standard deviation in percent at each size, by rising cost."""
+    """Return cost, mean accuracy and its standard deviation in percent at each size, by rising cost."""
     points = []
     for size in table.SIZES:
         found = [row for row in rows if row["size"] == size]

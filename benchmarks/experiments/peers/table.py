@@ -1,4 +1,4 @@
-"""The tables of the comparison with what one would do instead, from the rows of ``python -m benchmarks peers``."""
+"""The tables of the recipe beside other ways to small networks, from the rows of ``python -m benchmarks peers``."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _spread(values: Iterable[float]) -> str:
 
 
 def _difference(pairs: Sequence[float]) -> str:
-    """Mean difference on the same seeds, with its standard error."""
+    """Return the mean difference on the same seeds, with its standard error."""
     if not pairs:
         return ""
     mean = f"{statistics.mean(pairs):+.2f}"

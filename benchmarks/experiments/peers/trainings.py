@@ -46,7 +46,7 @@ WEIGHT_RATES = {"weights trained slowly, uniform": 0.1, "weights trained, unifor
 
 
 class Subject(NamedTuple):
-    """What is pruned."""
+    """A network on a data set, trained from a seed, which all ways prune."""
 
     data: DataName
     network: ModelName
@@ -85,7 +85,7 @@ def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainCon
 
 
 class Built(NamedTuple):
-    """A network of a row.
+    """A network that has been made in one of the ways.
 
     Attributes:
         model: as trained to the end.
@@ -172,14 +172,14 @@ class PeerComparison:
 
     @functools.cached_property
     def noisy(self) -> nn.Module:
-        """That network with learned posteriors."""
+        """The trained network with learned posteriors."""
         state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
         recipe.learn_noise(state, self.data, self.config, save=_nothing, progress=self.deadline)
         return state.model
 
     @functools.cached_property
     def evidence(self) -> list[Tensor]:
-        """Of each layer's structures, what the likelihood loses without it, to second order: T/2·SNR² nats."""
+        """How much the likelihood loses without each structure of a layer, to second order: T/2·SNR² nats."""
         prices = bmrs.structure_prices(
             recipe.noisy_state(self.trained, self.config, self.data, CPU).model,
             self.data.train.images[:1],
@@ -192,7 +192,7 @@ class PeerComparison:
 
     @functools.cached_property
     def rivals_scores(self) -> dict[str, list[Tensor]]:
-        """Those of Torch-Pruning."""
+        """The scores that Torch-Pruning gives."""
         return torch_pruning.scores(self.trained, self.chain.names, self.data.train, seed=self.subject.seed)
 
     @functools.cached_property
@@ -344,7 +344,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _masked(model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int]) -> nn.Module:
-    """A copy of a noisy model with the masks that keep so many structures with the highest scores in each layer."""
+    """Return a copy of a noisy model that keeps, in each layer, so many structures with the highest scores."""
     model = copy.deepcopy(model)
     for layer, each, width in zip(noise_layers(model).values(), scores, widths, strict=True):
         layer.mask.zero_()

@@ -254,7 +254,7 @@ def test_a_broken_file_of_runs_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--criteria", "l2"), "invalid choice: 'l2'"), (("--seeds", "0"), "must be at least 1, was 0")],
+    [(("--criteria", "l2"), "invalid choice: 'l2'"), (("--seeds", "0"), "must be at least 1, got 0")],
 )
 def test_bad_options_are_named(options, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):

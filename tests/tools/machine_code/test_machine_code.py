@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from types import SimpleNamespace
 
 import pytest
 
-import bmrs_kernels
 from benchmarks.machine_code import budget, command, pointers, sass, source_lines
 from benchmarks.machine_code.cases import CompiledCase, all_cases, launches
 from benchmarks.machine_code.counts import H100, REGIMES, Access, KernelCounts, PathCost, measure_all
-
-KERNEL_MODULES = [
-    module.name
-    for module in pkgutil.walk_packages(bmrs_kernels.__path__, "bmrs_kernels.")
-    if module.name.endswith("kernels")
-]
 
 
 class TestSource:
@@ -175,15 +166,9 @@ def need_compiler():
 
 def test_every_kernel_is_compiled_for_every_target():
     need_compiler()
-    import triton
+    from benchmarks.gpu.sanitized_cases import package_kernels
 
-    modules = [importlib.import_module(name) for name in KERNEL_MODULES]
-    kernels = {
-        name
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
-    }
+    kernels = package_kernels()
     for target in command.TARGETS:
         started = {
             launch.name
