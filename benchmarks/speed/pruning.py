@@ -21,7 +21,7 @@ from benchmarks.environment import environment, one_line
 from benchmarks.markdown import table
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.speed.networks import CONVOLUTION_CHAIN, LENET5, MLP, RESNET50, SMALL_RESNET50, TimedNetwork
-from benchmarks.speed.stopwatch import Call, Plan, Round, Stopwatch, ratio, summary
+from benchmarks.speed.stopwatch import Call, Plan, Round, Stopwatch, kept, ratio, summary
 from bmrs.criteria import Criterion
 from bmrs.noise.lookup import noise_layers
 
@@ -170,7 +170,7 @@ def row_of(kind: str, network: str, times: Mapping[str, Any], **more: Any) -> di
         "criterion": None,
         "batch": None,
         "model": None,
-        "milliseconds": {name: times[name] for name in ("median", "p20", "p80")},
+        "milliseconds": kept(times),
         "speedup": None,
         **more,
     }

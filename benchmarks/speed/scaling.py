@@ -26,7 +26,7 @@ from benchmarks.environment import environment, one_line
 from benchmarks.markdown import table
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.speed.competitors import posteriors, project_backends
-from benchmarks.speed.stopwatch import Call, Stopwatch, summary
+from benchmarks.speed.stopwatch import Call, Stopwatch, kept, summary
 from bmrs_kernels.options import Backend, Granularity
 
 ROUNDS = 3
@@ -147,7 +147,7 @@ def timed(sweep: Sweep, stopwatch: Stopwatch, *, rounds: int) -> dict[str, Any]:
         "unit": sweep.unit,
         "backend": sweep.backend,
         "sizes": list(sweep.sizes),
-        "milliseconds": [{key: each[key] for key in ("median", "p20", "p80")} for each in times],
+        "milliseconds": [kept(each) for each in times],
         "shortest": shortest,
         "fitted_from": _upper_half(sweep.sizes)[0],
         "slope": slope,

@@ -28,7 +28,7 @@ from benchmarks.options import add_device_and_record, positive
 from benchmarks.rivals import plain_layer
 from benchmarks.speed.function_cases import DTYPES
 from benchmarks.speed.networks import TimedNetwork, trained_networks
-from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, ratio, summary
+from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, kept, ratio, summary
 from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.options import Backend, Granularity
 
@@ -226,7 +226,7 @@ def measure_network(
             "backend": backend_of(way, stopwatch.device),
             "mode": mode,
             "dtype": dtype,
-            "milliseconds": {name: times[way][name] for name in ("median", "p20", "p80")},
+            "milliseconds": kept(times[way]),
             "ratio": ratio(times[way], times[ways[0]]),
             "paper_ratio": network.paper_ratio,
             "peak_memory": memory_ratio(prepared[way], prepared[ways[0]]) if mode != "cuda graph" else None,

@@ -162,6 +162,11 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
     return {**quantiles(times), "rounds": medians, "queued": all(part.queued for part in rounds)}
 
 
+def kept(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return the times of a summary that a row keeps."""
+    return {name: found[name] for name in ("median", "p20", "p80")}
+
+
 def ratio(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
     """Return the ratio of two summaries' medians and its smallest and largest value in a round."""
     by_round = [a / b for a, b in zip(first["rounds"], second["rounds"], strict=False)]

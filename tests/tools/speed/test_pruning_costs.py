@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from tiny_networks import TINY
 from torch import nn
 
 import bmrs
@@ -18,18 +19,11 @@ from benchmarks.speed.networks import (
     TimedNetwork,
     convolution_chain,
     with_noise_behind,
-    with_noise_inside,
 )
 from benchmarks.speed.stopwatch import Stopwatch
 from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")
-TINY = TimedNetwork(
-    name="tiny",
-    batch=4,
-    input_shape=(1, 4, 4),
-    build=with_noise_inside(functools.partial(bmrs.models.MLP, in_features=16, num_blocks=1, hidden=6)),
-)
 KEYS = {"kind", "network", "criterion", "batch", "model", "milliseconds", "speedup"}
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_networks import TINY
 from torch import nn
 
 import bmrs
@@ -20,13 +21,6 @@ from benchmarks.speed.stopwatch import Round, Stopwatch
 from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")
-TINY = TimedNetwork(
-    name="tiny",
-    batch=4,
-    input_shape=(1, 4, 4),
-    build=with_noise_inside(functools.partial(bmrs.models.MLP, in_features=16, num_blocks=1, hidden=5)),
-    paper_ratio=2.5,
-)
 PROJECT, PLAIN = Way("project", "element"), Way("plain", "element")
 KEYS = {
     *("network", "stand_in", "batch", "input", "granularity", "way", "backend", "mode", "dtype"),
