@@ -115,6 +115,7 @@ def interrupt_at(monkeypatch, *, title, epoch):
     monkeypatch.setattr(TrainingProgress, "step", interrupted_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("title", "epoch"), [("with noise", 1), ("with noise", 2), ("dense", 3)])
 @pytest.mark.usefixtures("no_picture")
 def test_an_interrupted_run_resumes_to_bitwise_the_same_end(

@@ -14,6 +14,8 @@ import bmrs
 from bmrs.cli import main
 from bmrs.training.progress import TrainingProgress
 
+pytestmark = pytest.mark.slow  # whole runs
+
 NETWORKS = ("compacted", "pruned", "refitted", "random", "scratch")
 STAGES = ("trained.", "", "fine-tuned.", "dense.", "random.", "scratch.")
 TITLES = ("training", "noise", "fine-tuning", "dense", "random structures", "from scratch")

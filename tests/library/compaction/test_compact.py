@@ -21,6 +21,7 @@ from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(48))
 def test_random_chains(seed):
     dtype = [torch.float32, torch.float64][seed % 2]

@@ -142,6 +142,7 @@ def check(
     return compacted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NETWORKS))
 def test_random_networks(seed: int, tmp_path: Path) -> None:
     network = build(seed)

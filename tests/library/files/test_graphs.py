@@ -105,6 +105,7 @@ class TestRoundTrip:
         assert [n for n, p in loaded.named_parameters() if not p.requires_grad] == ["last.bias"]
         assert_same_outputs(loaded, model, IMAGES.to(dtype))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(8))
     def test_random_networks(self, path, seed):
         torch.manual_seed(seed)

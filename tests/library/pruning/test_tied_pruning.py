@@ -242,6 +242,7 @@ class TestPrune:
         report = bmrs.compact_report(compacted)
         assert report.removed == report.pruned > 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("seed", range(7))
     def test_random_networks(self, seed):
         torch.manual_seed(seed)
