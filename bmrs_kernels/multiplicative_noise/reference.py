@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bmrs_kernels.constants import SQRT2
+from bmrs_kernels.dispatch.torch_first_calls import settle_first_calls
 from bmrs_kernels.truncated_normal import torch_special
 from bmrs_kernels.truncated_normal.regimes import REFERENCE_TAIL_START
 
@@ -63,6 +64,7 @@ def log_noise(
     mu: Tensor, log_sigma: Tensor, uniform: Tensor, lower: float, upper: float, *, with_gradients: bool
 ) -> LogNoise:
     """Return log θ at uniforms in the broadcast shape of the arguments, in float64."""
+    settle_first_calls()
     q = posterior(mu.contiguous(), log_sigma.contiguous(), lower, upper)
     y = uniform.double().expand(torch.broadcast_shapes(mu.shape, uniform.shape)).contiguous()
     result = _central_noise(q, y, with_gradients=with_gradients)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bmrs_kernels.dispatch.torch_first_calls import settle_first_calls
 from bmrs_kernels.multiplicative_noise import reference
 from bmrs_kernels.multiplicative_noise.call import NoiseCall
 from bmrs_kernels.multiplicative_noise.reference import LogNoise
@@ -149,6 +150,7 @@ def along(per_structure: Tensor, x: Tensor, dim: int) -> Tensor:
 
 def prepare(call: NoiseCall) -> TorchNoise:
     """Return the constants of the structures."""
+    settle_first_calls()
     return TorchNoise(call)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bmrs_kernels.dispatch.torch_first_calls import settle_first_calls
 from bmrs_kernels.truncated_normal.regimes import NEARLY_CONSTANT, NODES_PER_SIDE, WINDOW_EXPONENT
 
 # A tile of structures x nodes stays in a core's cache, and memory does not grow with the number of structures.
@@ -210,6 +211,7 @@ def tile_structures(
     compute: Callable[[Tensor, Tensor], Differentiable], mu: Tensor, log_sigma: Tensor
 ) -> Differentiable:
     """Apply a per-structure computation in float64, tile by tile; return flat results in μ's dtype."""
+    settle_first_calls()
     flat_mu, flat_log_sigma = mu.reshape(-1).double(), log_sigma.reshape(-1).double()
     tiles = [
         compute(*tile)

@@ -216,6 +216,7 @@ def test_a_change_for_the_worse_is_found(tmp_path, monkeypatch):
     assert report.regressions([renamed], FLOAT32) == ["entropy: value is not in the committed report"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_report(tmp_path, capsys):
     assert main(["accuracy", "--points", "64", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -282,6 +283,7 @@ def test_without_matplotlib_there_are_no_maps(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "torch-float32.json").exists()
 
 
+@pytest.mark.slow
 def test_an_attack_finds_what_the_points_missed(tmp_path, monkeypatch):
     """An error that is planted away from the points, and grows towards its middle."""
     middle = torch.tensor([-5.25, 0.75])

@@ -127,6 +127,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(trainings, "SIZES", ("own", "20 %"))
 
 
+@pytest.mark.slow
 def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monkeypatch, capsys):
     output = tmp_path / "rows.jsonl"
     arguments = ["peers", "--data", EMBEDDED, "--networks", "mlp", "--seeds", "1", "--output", str(output)]

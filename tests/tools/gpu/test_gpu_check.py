@@ -155,6 +155,7 @@ def test_without_the_sanitizer_its_stages_are_skipped(monkeypatch):
         assert gpu_correctness.sanitize(tool, 10.0)["skipped"]
 
 
+@pytest.mark.slow
 def test_the_kernels_tests_need_no_package_that_a_gpus_machine_may_lack(monkeypatch):
     pytest.importorskip("triton")
     from benchmarks.gpu import correctness as gpu_correctness
