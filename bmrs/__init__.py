@@ -16,7 +16,9 @@ from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNo
 from bmrs.files import load, save
 from bmrs.graph.suggestions import Suggestions, suggest
 from bmrs.noise.divergence import kl_divergence
+from bmrs.noise.hooks import restore_noise
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.parameters import parameter_groups
 from bmrs.noise.placement import add_noise
 from bmrs.pruning.posteriors import PosteriorReport, learn_posteriors, unsettled
 from bmrs.pruning.prune import PruneReport, prune
@@ -44,7 +46,9 @@ __all__ = [
     "learn_posteriors",
     "load",
     "models",
+    "parameter_groups",
     "prune",
+    "restore_noise",
     "save",
     "structure_costs",
     "structure_prices",

@@ -39,6 +39,7 @@ from bmrs.graph.capture import (
 )
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied, evaluation_copy, unwrapped
+from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
@@ -102,6 +103,7 @@ def compact(
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
         masked = _inside_a_module(evaluation_copy(model))
+        check_noise_acts(masked)
         layers = noise_layers(masked)
         _check_finite(masked)
         factors = {name: _factors(layer, expected_noise) for name, layer in layers.items()}
@@ -158,6 +160,7 @@ def fold(model: nn.Module) -> nn.Module:
     """
     with torch.inference_mode(False), torch.no_grad():
         masked = _inside_a_module(evaluation_copy(model))
+        check_noise_acts(masked)
         layers = noise_layers(masked)
         mark(masked, {name: _factors(layer, expected_noise=True) for name, layer in layers.items()})
         result = copied(masked, share=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -18,10 +19,61 @@ def added_noise(layer: nn.Module) -> NoiseLayer | None:
 def add_noise_hook(layer: nn.Module, noise: nn.Module, *, at_input: bool = False) -> None:
     """Make a module, as its child ``noise``, multiply what a layer returns, or what it takes."""
     layer.register_module("noise", noise)
+    if isinstance(noise, NoiseLayer):
+        noise.hooked = "input" if at_input else "output"
     if at_input:
         layer.register_forward_pre_hook(_multiply_input)
     else:
         layer.register_forward_hook(_multiply_output)
+
+
+def without_hook(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers, by qualified name, that hold noise of `add_noise` but have lost the hook that applies it."""
+    found = {}
+    for name, layer in model.named_modules():
+        noise = layer._modules.get("noise")
+        if isinstance(noise, NoiseLayer) and noise.hooked is not None:
+            hooks = layer._forward_hooks if noise.hooked == "output" else layer._forward_pre_hooks
+            if not any(hook in (_multiply_output, _multiply_input) for hook in hooks.values()):
+                found[name] = layer
+    return found
+
+
+def check_noise_acts(model: nn.Module) -> None:
+    """Raise ValueError where noise of `add_noise` no longer acts, which nothing else would show.
+
+    Not while torch compiles, which cannot follow hooks being looked for.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if lost := without_hook(model):
+        names = ", ".join(repr(name) for name in list(lost)[:5]) + (", …" if len(lost) > 5 else "")
+        raise ValueError(
+            f"the noise of {names} does not act any more: the layer was replaced, or its hooks were cleared, after "
+            "add_noise (nn.SyncBatchNorm.convert_sync_batchnorm does that): call bmrs.restore_noise(model), or convert "
+            "the model before add_noise"
+        )
+
+
+def restore_noise(model: nn.Module) -> list[str]:
+    """Make noise act again whose layers were replaced or lost their hooks since `add_noise`, in place.
+
+    Conversions such as ``nn.SyncBatchNorm.convert_sync_batchnorm`` make new layers, to which they pass parameters and
+    children, the noise among them, but not the hook that applies it. Functions of this library that meet such noise
+    raise; this puts the hooks back. Parameters, masks and names stay as they are.
+
+    Args:
+        model: a model after `add_noise` and a conversion; nothing happens to one that lost nothing.
+
+    Returns:
+        The qualified names of the layers whose noise acts again.
+    """
+    lost = without_hook(model)
+    for layer in lost.values():
+        noise = layer._modules["noise"]
+        assert isinstance(noise, NoiseLayer)
+        add_noise_hook(layer, noise, at_input=noise.hooked == "input")
+    return list(lost)
 
 
 def remove_noise_hook(layer: nn.Module) -> bool:
@@ -45,8 +97,9 @@ def has_input_noise(layer: nn.Module) -> bool:
 
 # Functions of the module, not closures, so that the hooks survive deepcopy and pickle.
 def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    noise = _noise_of(layer)
     if isinstance(output, PackedSequence):
-        return output._replace(data=layer.noise(output.data))  # type: ignore[operator]
+        return output._replace(data=noise(output.data))
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor | PackedSequence):
         return (_multiply_output(layer, inputs, output[0]), *output[1:])
     if not isinstance(output, Tensor):
@@ -54,8 +107,18 @@ def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> 
             f"a layer with noise must return a tensor or a tuple that begins with one; {layer} "
             f"returned {type(output).__name__}"
         )
-    return layer.noise(output)  # type: ignore[operator]
+    return noise(output)
 
 
 def _multiply_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.noise(inputs[0]), *inputs[1:])  # type: ignore[operator]
+    return (_noise_of(layer)(inputs[0]), *inputs[1:])
+
+
+def _noise_of(layer: nn.Module) -> nn.Module:
+    noise = layer._modules.get("noise")
+    if noise is None:
+        raise RuntimeError(
+            f"{type(layer).__name__} has the hook that applies noise but lost its child 'noise': a conversion after "
+            "add_noise made a new layer without it; convert the model before add_noise"
+        )
+    return noise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ class NoiseLayer(nn.Module):
     mu: nn.Parameter
     log_sigma: nn.Parameter
     mask: Tensor
+
+    hooked: Literal["output", "input"] | None = None
+    """What of its layer a hook multiplies with the noise, if `add_noise` put it there; else None."""
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 
 
@@ -18,8 +19,9 @@ def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
 
 
 def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
-    """Return what `noise_layers` does, but raise ValueError if there is none."""
+    """Return what `noise_layers` does, but raise ValueError if there is none, or one that does not act any more."""
     layers = noise_layers(model)
+    check_noise_acts(model)
     if not layers:
         raise ValueError(
             f"the model ({type(model).__name__}) has no noise layer: add bmrs.NoiseLayer modules "

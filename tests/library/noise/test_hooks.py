@@ -1,0 +1,115 @@
+"""Noise that add_noise put into a model acts, or whoever meets it says that it does not."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import bmrs
+from bmrs.noise.lookup import noise_layers
+
+
+def convolutional():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5), nn.Linear(5, 2)
+    )
+    bmrs.add_noise(model, where=nn.BatchNorm2d)
+    return bmrs.add_noise(model, where="5", structures="heads", num_heads=5)
+
+
+def masked(model):
+    with torch.no_grad():
+        for layer in noise_layers(model).values():
+            layer.mu.uniform_(-2, 0)
+            layer.mask[1] = False
+    return model
+
+
+EXAMPLE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+CONVERSIONS = {
+    "SyncBatchNorm": (nn.SyncBatchNorm.convert_sync_batchnorm, ["1"]),
+    "hooks cleared": (lambda model: model[1]._forward_hooks.clear() or model, ["1"]),
+    "hooks in front cleared": (lambda model: model[5]._forward_pre_hooks.clear() or model, ["5"]),
+}
+
+ENTRIES = {
+    "kl_divergence": lambda model: bmrs.kl_divergence(model, weight="mean"),
+    "prune": lambda model: bmrs.prune(model, bmrs.SNR()),
+    "prune with examples": lambda model: bmrs.prune(model, bmrs.SNR(), example_inputs=EXAMPLE),
+    "compact": lambda model: bmrs.compact(model, EXAMPLE),
+    "fold": bmrs.fold,
+    "structure_costs": lambda model: bmrs.structure_costs(model, EXAMPLE),
+    "unsettled": bmrs.unsettled,
+    "parameter_groups": lambda model: bmrs.parameter_groups(model, lr=0.1),
+    "learn_posteriors": lambda model: bmrs.learn_posteriors(
+        model, [EXAMPLE], lambda model, x: model(x).mean(), dataset_size=2
+    ),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_every_entry_says_that_noise_does_not_act(conversion, entry):
+    convert, lost = CONVERSIONS[conversion]
+    model = convert(masked(convolutional()))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=f"the noise of '{lost[0]}' does not act any more.*bmrs.restore_noise"
+    ):
+        ENTRIES[entry](model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_restored_noise_acts_as_before(conversion):
+    convert, lost = CONVERSIONS[conversion]
+    model = masked(convolutional()).eval()
+    expected = model(EXAMPLE)
+    converted = convert(copy.deepcopy(model))
+    assert not torch.allclose(converted(EXAMPLE), expected)
+    assert bmrs.restore_noise(converted) == lost
+    torch.testing.assert_close(converted(EXAMPLE), expected)
+    assert bmrs.restore_noise(converted) == []
+    torch.testing.assert_close(converted(EXAMPLE), expected)
+    bmrs.kl_divergence(converted, weight="mean").backward()
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_have_lost_nothing(carry):
+    model = carry(masked(convolutional()))
+    assert bmrs.restore_noise(model) == []
+    bmrs.kl_divergence(model, weight="mean")
+
+
+def test_a_layer_that_a_forward_calls_itself_needs_no_hook():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.noise = nn.Linear(3, 4), bmrs.NoiseLayer(4)
+
+        def forward(self, x):
+            return self.noise(self.linear(x))
+
+    model = Own()
+    bmrs.kl_divergence(model, weight="mean")
+    assert bmrs.restore_noise(model) == []
+
+
+def test_many_lost_layers_are_named_in_part():
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(7)))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(bmrs.add_noise(model, where=nn.BatchNorm1d))
+    with pytest.raises(ValueError, match="the noise of '0', '1', '2', '3', '4', … does not act"):
+        bmrs.prune(model, bmrs.SNR())
+    assert bmrs.restore_noise(model) == [str(number) for number in range(7)]
+
+
+@pytest.mark.parametrize("where", ["1", "5"])
+def test_a_hook_without_its_noise_says_so(where):
+    model = convolutional()
+    del model.get_submodule(where)._modules["noise"]
+    with pytest.raises(RuntimeError, match="lost its child 'noise'"):
+        model(EXAMPLE)
