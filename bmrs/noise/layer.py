@@ -12,6 +12,7 @@ import bmrs_kernels
 from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.noise.activations import activated
 from bmrs.noise.nested import for_each_example
+from bmrs.noise.seeds import seed_of_rank
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
 
@@ -39,6 +40,8 @@ class NoiseLayer(nn.Module):
         initial_mu: value that ``mu`` starts from.
         initial_log_sigma: value that ``log_sigma`` starts from.
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``; see ``bmrs_kernels``.
+        same_on_all_ranks: whether processes of torch.distributed that have seeded torch alike draw the same noise.
+            False, as suits data parallelism, makes their draws independent; rank 0 draws what a single process does.
         device: device of the parameters and the mask.
         dtype: dtype of the parameters; 16-bit dtypes give float32 ones.
 
@@ -53,6 +56,7 @@ class NoiseLayer(nn.Module):
     log_sigma: nn.Parameter
     mask: Tensor
 
+    same_on_all_ranks: bool = False  # of layers that were pickled before there was a choice
     hooked: Literal["output", "input"] | None = None
     """What of its layer a hook multiplies with the noise, if `add_noise` put it there; else None."""
 
@@ -69,6 +73,7 @@ class NoiseLayer(nn.Module):
         initial_mu: float = INITIAL_MU,
         initial_log_sigma: float = INITIAL_LOG_SIGMA,
         backend: Backend = "auto",
+        same_on_all_ranks: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,6 +108,7 @@ class NoiseLayer(nn.Module):
         self.initial_mu = initial_mu
         self.initial_log_sigma = initial_log_sigma
         self.backend: Backend = backend
+        self.same_on_all_ranks = same_on_all_ranks
         dtype = _at_least_float32(dtype)
         self.mu = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
         self.log_sigma = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
@@ -175,6 +181,7 @@ class NoiseLayer(nn.Module):
             mask=self.mask,
             granularity=self.granularity,
             activation=self.activation,
+            seed=None if self.same_on_all_ranks else seed_of_rank(x.device),
             lower=self.lower,
             upper=self.upper,
             backend=self.backend,
@@ -185,6 +192,7 @@ class NoiseLayer(nn.Module):
         size = "" if self.structure_size == 1 else f", structure_size={self.structure_size}"
         text = f"{self.num_structures}, dim={self.dim}{size}, granularity={self.granularity!r}"
         text += f", activation={self.activation!r}, lower={self.lower}, upper={self.upper}"
+        text += ", same_on_all_ranks=True" if self.same_on_all_ranks else ""
         return text if self.backend == "auto" else f"{text}, backend={self.backend!r}"
 
     def _check_input(self, x: Tensor) -> None:

@@ -41,6 +41,7 @@ def add_noise(
     initial_mu: float = INITIAL_MU,
     initial_log_sigma: float = INITIAL_LOG_SIGMA,
     backend: Backend = "auto",
+    same_on_all_ranks: bool = False,
 ) -> ModelT:
     """Put a noise layer behind chosen layers of a model, in place.
 
@@ -67,6 +68,7 @@ def add_noise(
         initial_mu: value that ``mu`` starts from.
         initial_log_sigma: value that ``log_sigma`` starts from.
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``.
+        same_on_all_ranks: whether processes that have seeded torch alike draw the same noise.
 
     Returns:
         The same model.
@@ -116,6 +118,7 @@ def add_noise(
             initial_mu=initial_mu,
             initial_log_sigma=initial_log_sigma,
             backend=backend,
+            same_on_all_ranks=same_on_all_ranks,
             device=like.device,
             dtype=like.dtype,
         )
