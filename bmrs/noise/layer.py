@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from bmrs_kernels.options import Activation, Backend, Granularity
 
 INITIAL_MU, INITIAL_LOG_SIGMA = 0.0, -5.0
 """Where posteriors start: θ near 1, with a standard deviation below 1 %."""
+
+
+# How far below 1 rounding can take an average of ones; a structure that one of 10,000 states lacks is further below.
+_ROUNDING_OF_AVERAGES = 1e-5
 
 
 class NoiseLayer(nn.Module):
@@ -211,6 +215,21 @@ class NoiseLayer(nn.Module):
             )
         if x.device != self.mu.device:
             raise ValueError(f"x must be on the noise layer's device {self.mu.device}, got {x.device}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load a state, but keep the parameters at 32 bits or more and the mask bool, also with ``assign=True``.
+
+        In averages of states a structure is pruned that is pruned in any of them.
+        """
+        for name in ("mu", "log_sigma", "mask"):
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor):
+                continue
+            if name != "mask":
+                state_dict[prefix + name] = value.to(_at_least_float32(value.dtype))
+            elif value.dtype != torch.bool:
+                state_dict[prefix + name] = value > 1 - _ROUNDING_OF_AVERAGES
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseLayer:
         """Follow conversions, but keep the mask bool and the parameters at 32 bits or more."""

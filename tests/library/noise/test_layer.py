@@ -276,3 +276,37 @@ class TestNoiseLayers:
         model = nn.Sequential(nn.Linear(2, 4), Special(4), nn.Sequential(shared), shared)
         assert list(noise_layers(model)) == ["1", "2.0"]
         assert noise_layers(nn.Linear(2, 2)) == {}
+
+
+class TestLoading:
+    @pytest.mark.parametrize("assign", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_narrow_states_leave_the_parameters_wide(self, dtype, assign):
+        layer = NoiseLayer(3)
+        state = {"mu": torch.tensor([-1.0, -2.0, -3.0]), "log_sigma": torch.zeros(3)}
+        state = {name: value.to(dtype) for name, value in state.items()} | {
+            "mask": torch.tensor([True, False, True])
+        }
+        layer.load_state_dict(state, assign=assign)
+        assert (layer.mu.dtype, layer.log_sigma.dtype) == (torch.float32, torch.float32)
+        assert layer.mu.tolist() == [-1.0, -2.0, -3.0]
+        assert isinstance(layer.mu, torch.nn.Parameter)
+        assert state["mu"].dtype == dtype  # the caller's own
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_structure_pruned_in_any_state_of_an_average_stays_pruned(self, assign):
+        before, after = NoiseLayer(4), NoiseLayer(4)
+        after.mask[1] = False
+        average = {name: value.float() for name, value in before.state_dict().items()}
+        for _ in range(3):  # an exponential moving average, right after pruning
+            for name, value in after.state_dict().items():
+                average[name] = 0.999 * average[name] + 0.001 * value.float()
+        layer = NoiseLayer(4)
+        layer.load_state_dict(average, assign=assign)
+        assert layer.mask.dtype == torch.bool
+        assert layer.mask.tolist() == [True, False, True, True]
+
+    def test_double_precision_stays(self):
+        layer = NoiseLayer(3)
+        layer.load_state_dict(NoiseLayer(3, dtype=torch.float64).state_dict(), assign=True)
+        assert layer.mu.dtype == torch.float64
