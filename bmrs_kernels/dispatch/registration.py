@@ -19,6 +19,8 @@ StructureFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def dispatcher_is_needed(*tensors: Tensor | None) -> bool:
     """Return whether torch has to meet operators by name: while it traces, under modes and transforms, for subclasses.
 
+    On the meta device too, where only operators know the shapes of what they would return.
+
     Otherwise a plain ``torch.autograd.Function`` around the same computation does, and costs a fifth of the dispatch,
     which for small layers is more than the computation.
     """
@@ -26,9 +28,10 @@ def dispatcher_is_needed(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_transformed()
         or any(
-            type(tensor) not in _PLAIN_TYPES or (tensor is not None and _is_batched(tensor))
+            type(tensor) not in _PLAIN_TYPES
+            or (tensor is not None and (tensor.is_meta or _is_batched(tensor)))
             for tensor in tensors
         )
     )
@@ -50,6 +53,54 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
             )
 
 
+def is_transformed() -> bool:
+    """Return whether a transform of torch.func is at work, which takes functions in the form with ``setup_context``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def once_differentiable_form(operator: Any) -> Any:
+    """Return a gradient's operator in the form that torch.func takes; a derivative of it raises."""
+
+    class OnceDifferentiable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return operator(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor) -> Any:
+            raise NotImplementedError(
+                "bmrs_kernels has no second derivatives: take first ones, or put the noise layers into evaluation mode"
+            )
+
+    return OnceDifferentiable.apply
+
+
+def register_vmap_by_example(operator: Any) -> None:
+    """Let an operator be mapped by torch.func.vmap: one example after another, each exactly as it would be alone."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            operator(
+                *(
+                    argument if dim is None else argument.select(dim, example)
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for example in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
+
+    operator.register_vmap(rule)
+
+
 # What autograd hands to backward for is_grads_batched=True; its type is Tensor all the same.
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
@@ -63,6 +114,10 @@ def multiply_derivatives(grad: Tensor, grad_mu: Tensor, grad_log_sigma: Tensor) 
     out the derivatives of ``grad_mu`` and ``grad_log_sigma``.
     """
     return grad * grad_mu, grad * grad_log_sigma
+
+
+register_vmap_by_example(multiply_derivatives)
+_transformable_product = once_differentiable_form(multiply_derivatives)
 
 
 @multiply_derivatives.register_fake
@@ -108,6 +163,27 @@ def structure_op(
     operator = torch.library.custom_op(f"bmrs_kernels::{name}", body, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=setup_context)
+    register_vmap_by_example(operator)
+
+    class Transformable(torch.autograd.Function):
+        """The operator in the form that torch.func.grad and its kind take."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            value, grad_mu, grad_log_sigma = operator(mu, log_sigma, *arguments, True)
+            return value, grad_mu, grad_log_sigma
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            # Differentiable on paper, so that a second derivative meets the product's refusal instead of a zero.
+            ctx.save_for_backward(*output[1:])
+            ctx.num_arguments = len(inputs)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+            return (*_transformable_product(grad, *ctx.saved_tensors), *[None] * (ctx.num_arguments - 2))
 
     class Direct(torch.autograd.Function):
         """The operation as a plain autograd function, without the dispatcher's overhead."""
@@ -134,7 +210,9 @@ def structure_op(
         refuse_forward_mode(mu, log_sigma)
         with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
         value: Tensor
-        if dispatcher_is_needed(mu, log_sigma):
+        if is_transformed():
+            value = Transformable.apply(mu, log_sigma, *arguments)[0]
+        elif dispatcher_is_needed(mu, log_sigma):
             value = operator(mu, log_sigma, *arguments, with_gradients)[0]
         elif with_gradients:
             value = Direct.apply(mu, log_sigma, *arguments)

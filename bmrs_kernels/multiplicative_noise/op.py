@@ -9,7 +9,14 @@ from torch import Tensor
 
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.dispatch.backend import resolve_backend
-from bmrs_kernels.dispatch.registration import dispatcher_is_needed, multiply_derivatives, refuse_forward_mode
+from bmrs_kernels.dispatch.registration import (
+    dispatcher_is_needed,
+    is_transformed,
+    multiply_derivatives,
+    once_differentiable_form,
+    refuse_forward_mode,
+    register_vmap_by_example,
+)
 from bmrs_kernels.dispatch.validation import (
     check_device,
     check_interval,
@@ -78,6 +85,29 @@ def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None,
 
 
 _sample_noise.register_autograd(_sample_backward, setup_context=_save_sample)
+register_vmap_by_example(_sample_noise)
+_transformable_product = once_differentiable_form(multiply_derivatives)
+
+
+class _TransformableSample(torch.autograd.Function):
+    """``_sample_noise`` in the form that torch.func.grad and its kind take."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        theta, grad_mu, grad_log_sigma = _sample_noise(*inputs)
+        return theta, grad_mu, grad_log_sigma
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # Differentiable on paper, so that a second derivative meets the product's refusal instead of a zero.
+        _save_sample(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        products = _transformable_product(grad, *ctx.saved_tensors)
+        return (*(product.sum_to_size(ctx.shape) for product in products), *[None] * 5)
 
 
 @torch.library.custom_op("bmrs_kernels::multiply_noise", mutates_args=())
@@ -141,6 +171,29 @@ def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs)
+register_vmap_by_example(_multiply_noise)
+register_vmap_by_example(_multiply_noise_backward)
+_transformable_backward = once_differentiable_form(_multiply_noise_backward)
+
+
+class _TransformableMultiply(torch.autograd.Function):
+    """``_multiply_noise`` in the form that torch.func.grad and its kind take."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        result: Tensor = _multiply_noise(*inputs)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_inputs(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _transformable_backward(grad, *ctx.saved_tensors, *ctx.options)
+        return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
 
 
 class _MultiplyNoise(torch.autograd.Function):
@@ -200,9 +253,12 @@ def sample_noise(
     check_uniform(uniform, mu)
     refuse_forward_mode(mu, log_sigma)
     with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
-    theta: Tensor = _sample_noise(
-        mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu), with_gradients
-    )[0]
+    inputs = (mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu))
+    theta: Tensor
+    if is_transformed():
+        theta = _TransformableSample.apply(*inputs, True)[0]
+    else:
+        theta = _sample_noise(*inputs, with_gradients)[0]
     return theta
 
 
@@ -260,7 +316,9 @@ def multiply_noise(
     chosen = resolve_backend(backend, x)
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
     result: Tensor
-    if dispatcher_is_needed(x, mu, log_sigma, mask, seed):
+    if is_transformed():
+        result = _TransformableMultiply.apply(*call, chosen)
+    elif dispatcher_is_needed(x, mu, log_sigma, mask, seed):
         result = _multiply_noise(*call, chosen)
     else:
         result = _MultiplyNoise.apply(*call, chosen)

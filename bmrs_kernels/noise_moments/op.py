@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.dispatch.backend import resolve_backend
-from bmrs_kernels.dispatch.registration import structure_op
+from bmrs_kernels.dispatch.registration import register_vmap_by_example, structure_op
 from bmrs_kernels.dispatch.validation import check_interval, check_parameters
 from bmrs_kernels.noise_moments import reference
 from bmrs_kernels.options import Backend
@@ -41,6 +41,9 @@ def _noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backen
 @_noise_snr.register_fake
 def _(mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str) -> Tensor:
     return mu.new_empty(mu.shape)
+
+
+register_vmap_by_example(_noise_snr)
 
 
 def noise_mean(
