@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 
+from torch import nn
+
 
 def check_integer(name: str, value: object, *, minimum: int | None = None) -> None:
     """Raise TypeError unless a value is an int and no bool, ValueError if it is less than a minimum."""
@@ -28,3 +30,9 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_module(value: object) -> None:
+    """Raise TypeError unless a model is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {value!r}")

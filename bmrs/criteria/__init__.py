@@ -1,6 +1,6 @@
 """Pruning criteria; `base` says what one is."""
 
-from bmrs.criteria.base import Criterion, Decision, PosteriorCriterion
+from bmrs.criteria.base import Criterion, Decision, PosteriorCriterion, check_criterion
 from bmrs.criteria.evidence import PAPER_TOLERANCE, BMRSNormal, BMRSOdds, BMRSUniform
 from bmrs.criteria.moments import SNR, Mean
 from bmrs.criteria.norms import L2, GradientNorm
@@ -17,4 +17,5 @@ __all__ = [
     "GradientNorm",
     "Mean",
     "PosteriorCriterion",
+    "check_criterion",
 ]

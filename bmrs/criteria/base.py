@@ -70,6 +70,14 @@ class Criterion(ABC):
         return scores.argsort(descending=not self.prunes_high_scores, stable=True)
 
 
+def check_criterion(criterion: object) -> None:
+    """Raise TypeError unless something is a criterion, and say what to write instead."""
+    if isinstance(criterion, type) and issubclass(criterion, Criterion):
+        raise TypeError(f"criterion must be a criterion, got its class: write {criterion.__name__}()")
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be one of those of bmrs, such as bmrs.BMRSOdds(), got {criterion!r}")
+
+
 class PosteriorCriterion(Criterion):
     """A criterion that looks at each structure's posterior alone, so that layers can be judged together."""
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
+from bmrs.checks import check_module
 from bmrs.compaction.describing import describe
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.record import record_of
@@ -98,8 +99,8 @@ def load(
         ValueError: the file is broken, of another version, or not such a file, or ``model`` is not the network that it
             was made from; what is wrong is said.
     """
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    if model is not None:
+        check_module(model)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")

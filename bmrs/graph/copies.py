@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from bmrs.checks import check_module
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile`, DistributedDataParallel and the like.
@@ -21,8 +23,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         TypeError: it is not a module.
         ValueError: its parameters are sharded, so that it has to be gathered first.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    check_module(model)
     while True:
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             model = model._orig_mod

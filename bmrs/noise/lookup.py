@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmrs.checks import check_module
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 
@@ -20,6 +21,7 @@ def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
 
 def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     """Return what `noise_layers` does, but raise ValueError if there is none, or one that does not act any more."""
+    check_module(model)
     layers = noise_layers(model)
     check_noise_acts(model)
     if not layers:

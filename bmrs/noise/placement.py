@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from bmrs.checks import check_choice, check_integer
+from bmrs.checks import check_choice, check_integer, check_module
 from bmrs.noise.hooks import add_noise_hook, added_noise
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer
 from bmrs_kernels.constants import LOWER, UPPER
@@ -74,10 +74,12 @@ def add_noise(
         The same model.
 
     Raises:
+        TypeError: ``model`` is not a module, or an option is of the wrong type.
         ValueError: nothing matches, or a matching layer has noise already, is never called, or its structures
             cannot be inferred; ``num_heads`` is missing or does not divide a layer's input; or the model is wrapped
             for distributed training, where new parameters would not be synchronised. The model is then unchanged.
     """
+    check_module(model)
     check_choice("structures", structures, get_args(Structures))
     if (structures == "heads") != (num_heads is not None):
         raise ValueError(f'num_heads must be given with structures="heads" and only then, got {num_heads}')

@@ -263,6 +263,10 @@ def learn_posteriors(
         criterion=criterion,
     )
     check_number("max_distance", max_distance, above=0.0)
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of (model, batch), got {loss!r}")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches, such as a DataLoader, got {batches!r}")
     every = max(1, round(_CHECK_EVERY / learning_rate))
     with learner:
         while True:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmrs.criteria import Criterion, Decision, PosteriorCriterion
+from bmrs.criteria import Criterion, Decision, PosteriorCriterion, check_criterion
 from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import layers_of_one_kind, required_noise_layers
@@ -133,11 +133,13 @@ def prune(
         together these are the joint scores.
 
     Raises:
-        TypeError: ``example_inputs`` is not one tensor.
+        TypeError: ``model`` is not a module, ``criterion`` is not a criterion, or ``example_inputs`` is nothing that
+            `bmrs.compact` takes.
         ValueError: the model has no noise layer, a ``mu`` or ``log_sigma`` is not finite (layers and
             counts are named), the criterion does not suit a layer, or ``example_inputs`` is given and `bmrs.compact`
             does not take the model. Nothing is pruned then.
     """
+    check_criterion(criterion)
     layers = required_noise_layers(model)
     _check_finite(layers)
     tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs)
