@@ -55,7 +55,8 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 def is_transformed() -> bool:
     """Return whether a transform of torch.func is at work, which takes functions in the form with ``setup_context``."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    # While torch.compile traces, it takes the operators by name, whatever is around them.
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def once_differentiable_form(operator: Any) -> Any:
