@@ -68,4 +68,5 @@ def test_the_package_runs_as_the_command():
     command = [sys.executable, "-m", "bmrs", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"bmrs {bmrs.__version__}\n")
-    assert not done.stderr
+    # torch 2.11 says on a machine with CUDA's compiler and no GPU that it found none.
+    assert not [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
