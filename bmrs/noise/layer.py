@@ -19,7 +19,6 @@ from bmrs_kernels.options import Activation, Backend, Granularity
 INITIAL_MU, INITIAL_LOG_SIGMA = 0.0, -5.0
 """Where posteriors start: θ near 1, with a standard deviation below 1 %."""
 
-
 # How far below 1 rounding can take an average of ones; a structure that one of 10,000 states lacks is further below.
 _ROUNDING_OF_AVERAGES = 1e-5
 
@@ -228,7 +227,8 @@ class NoiseLayer(nn.Module):
             if name != "mask":
                 state_dict[prefix + name] = value.to(_at_least_float32(value.dtype))
             elif value.dtype != torch.bool:
-                state_dict[prefix + name] = value > 1 - _ROUNDING_OF_AVERAGES
+                # In double precision: in 16 bits the border itself would round to 1, and all be pruned.
+                state_dict[prefix + name] = value.double() > 1 - _ROUNDING_OF_AVERAGES
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseLayer:

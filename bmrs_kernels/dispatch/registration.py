@@ -118,7 +118,7 @@ def multiply_derivatives(grad: Tensor, grad_mu: Tensor, grad_log_sigma: Tensor) 
 
 
 register_vmap_by_example(multiply_derivatives)
-_transformable_product = once_differentiable_form(multiply_derivatives)
+transformable_product = once_differentiable_form(multiply_derivatives)
 
 
 @multiply_derivatives.register_fake
@@ -184,7 +184,7 @@ def structure_op(
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-            return (*_transformable_product(grad, *ctx.saved_tensors), *[None] * (ctx.num_arguments - 2))
+            return (*transformable_product(grad, *ctx.saved_tensors), *[None] * (ctx.num_arguments - 2))
 
     class Direct(torch.autograd.Function):
         """The operation as a plain autograd function, without the dispatcher's overhead."""

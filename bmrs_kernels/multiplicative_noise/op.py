@@ -16,6 +16,7 @@ from bmrs_kernels.dispatch.registration import (
     once_differentiable_form,
     refuse_forward_mode,
     register_vmap_by_example,
+    transformable_product,
 )
 from bmrs_kernels.dispatch.validation import (
     check_device,
@@ -86,7 +87,6 @@ def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None,
 
 _sample_noise.register_autograd(_sample_backward, setup_context=_save_sample)
 register_vmap_by_example(_sample_noise)
-_transformable_product = once_differentiable_form(multiply_derivatives)
 
 
 class _TransformableSample(torch.autograd.Function):
@@ -106,7 +106,7 @@ class _TransformableSample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        products = _transformable_product(grad, *ctx.saved_tensors)
+        products = transformable_product(grad, *ctx.saved_tensors)
         return (*(product.sum_to_size(ctx.shape) for product in products), *[None] * 5)
 
 

@@ -306,6 +306,18 @@ class TestLoading:
         assert layer.mask.dtype == torch.bool
         assert layer.mask.tolist() == [True, False, True, True]
 
+    @pytest.mark.parametrize("assign", [False, True])
+    @pytest.mark.parametrize(
+        "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int64]
+    )
+    def test_masks_of_other_dtypes_mean_what_they_meant(self, dtype, assign):
+        mask = torch.tensor([True, False, True])
+        state = NoiseLayer(3).state_dict() | {"mask": mask.to(dtype)}
+        layer = NoiseLayer(3)
+        layer.load_state_dict(state, assign=assign)
+        assert layer.mask.dtype == torch.bool
+        assert torch.equal(layer.mask, mask)
+
     def test_double_precision_stays(self):
         layer = NoiseLayer(3)
         layer.load_state_dict(NoiseLayer(3, dtype=torch.float64).state_dict(), assign=True)
