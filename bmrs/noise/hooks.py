@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -73,7 +74,16 @@ def restore_noise(model: nn.Module) -> list[str]:
         noise = layer._modules["noise"]
         assert isinstance(noise, NoiseLayer)
         add_noise_hook(layer, noise, at_input=noise.hooked == "input")
+    if lost:
+        forget_compiled_code()
     return list(lost)
+
+
+def forget_compiled_code() -> None:
+    """Have torch compile models anew, which does not look whether a layer has got a hook since."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and compiler.cached_backends:
+        torch._dynamo.reset()
 
 
 def remove_noise_hook(layer: nn.Module) -> bool:

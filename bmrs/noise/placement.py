@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -16,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bmrs.checks import check_choice, check_integer, check_module
-from bmrs.noise.hooks import add_noise_hook, added_noise
+from bmrs.noise.hooks import add_noise_hook, added_noise, forget_compiled_code
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
@@ -127,15 +126,8 @@ def add_noise(
         additions.append((layer, noise.train(layer.training)))
     for layer, noise in additions:
         add_noise_hook(layer, noise, at_input=num_heads is not None)
-    _forget_compiled_code()
+    forget_compiled_code()
     return model
-
-
-def _forget_compiled_code() -> None:
-    """Have torch compile models anew, which does not look whether a layer has got a hook since."""
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    if compiler is not None and compiler.cached_backends:
-        torch._dynamo.reset()
 
 
 def _chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:

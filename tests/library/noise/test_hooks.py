@@ -78,6 +78,16 @@ def test_restored_noise_acts_as_before(conversion):
     bmrs.kl_divergence(converted, weight="mean").backward()
 
 
+def test_restored_noise_acts_in_a_model_that_ran_compiled_without_it():
+    model = masked(convolutional()).eval()
+    expected = model(EXAMPLE)
+    model[1]._forward_hooks.clear()
+    compiled = torch.compile(model, backend="eager")
+    assert not torch.allclose(compiled(EXAMPLE), expected)
+    assert bmrs.restore_noise(compiled) == ["_orig_mod.1"]
+    torch.testing.assert_close(compiled(EXAMPLE), expected)
+
+
 @pytest.mark.parametrize("carry", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_lost_nothing(carry):
     model = carry(masked(convolutional()))
