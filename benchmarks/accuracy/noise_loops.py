@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.accuracy.contract import LOWER, UPPER
 from bmrs_kernels.dispatch.numba_compile import loop
 from bmrs_kernels.multiplicative_noise.numba_log_noise import IN_RANGE, NUM_CONSTANTS, structure_constants
-from bmrs_kernels.multiplicative_noise.numba_loops import typed_strip_noise
+from bmrs_kernels.multiplicative_noise.numba_strips import typed_strip_noise
 
 
 def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from bmrs_kernels.dispatch.numba_threads import in_threads
-from bmrs_kernels.multiplicative_noise import numba_exact_noise, numba_loops
+from bmrs_kernels.multiplicative_noise import numba_exact_noise, numba_loops, numba_strips
 from bmrs_kernels.multiplicative_noise.call import NoiseCall
 from bmrs_kernels.options import Activation
 
-ACTIVATIONS = {None: numba_loops.IDENTITY, "relu": numba_loops.RELU, "tanh": numba_loops.TANH}
+ACTIVATIONS = {None: numba_strips.IDENTITY, "relu": numba_strips.RELU, "tanh": numba_strips.TANH}
 # 1 in the dtypes of the arithmetic, for which loops are compiled.
 ONE = {torch.float32: np.float32(1.0), torch.float64: np.float64(1.0)}
 # Of one thread, for an element; for the number of threads, these need not be exact.
