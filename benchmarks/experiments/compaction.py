@@ -141,7 +141,7 @@ def _prune(model: nn.Module) -> None:
     with torch.no_grad():
         for layer in noise_layers(model).values():
             draw = torch.rand(layer.num_structures, generator=generator)
-            layer.mask.copy_(draw <= max(_DENSITY, float(draw.min())))
+            layer.set_kept(draw <= max(_DENSITY, float(draw.min())))
 
 
 def _inputs(entry: Entry, model: nn.Module) -> Any:

@@ -57,13 +57,13 @@ def spread_posteriors(model: nn.Module) -> None:
 def keep_all(model: nn.Module) -> None:
     """Undo all pruning."""
     for layer in noise_layers(model).values():
-        layer.mask.fill_(True)
+        layer.set_kept(torch.ones_like(layer.mask))
 
 
 def prune_half(model: nn.Module) -> None:
     """Prune every other structure of each noise layer."""
     for layer in noise_layers(model).values():
-        layer.mask[::2] = False
+        layer.set_kept(torch.arange(layer.num_structures, device=layer.mask.device) % 2 > 0)
 
 
 def timed(

@@ -105,6 +105,8 @@ def compact(
         masked = _inside_a_module(evaluation_copy(model))
         check_noise_acts(masked)
         layers = noise_layers(masked)
+        for name, layer in layers.items():
+            layer.settle(name)
         _check_finite(masked)
         factors = {name: _factors(layer, expected_noise) for name, layer in layers.items()}
         mark(masked, factors)
@@ -117,9 +119,11 @@ def compact(
         while round_to > 1 and (structures := structures_to_give_back(analysis, layers, round_to)):
             for name, chosen in structures.items():
                 layer = layers[name]
-                # A new mask, as the copy shares that of the original.
-                layer.mask = layer.mask.clone()
-                layer.mask[chosen] = True
+                # New buffers, as the copy shares those of the original.
+                layer.mask, layer.pruned = layer.mask.clone(), layer.pruned.clone()
+                layer.set_kept(
+                    layer.mask.index_fill(0, torch.as_tensor(chosen, device=layer.mask.device), True)
+                )
                 factors[name].copy_(_factors(layer, expected_noise))
                 given_back[name] += len(chosen)
             analysis = analyse(captured)
@@ -174,7 +178,7 @@ def _inside_a_module(model: nn.Module) -> nn.Module:
 
 
 def _factors(layer: NoiseLayer, expected_noise: bool) -> Tensor:
-    factors = layer.expected_noise() if expected_noise else layer.mask.to(layer.mu.dtype)
+    factors = layer.expected_noise() if expected_noise else layer.kept.to(layer.mu.dtype)
     return layer.spread(factors).detach()
 
 

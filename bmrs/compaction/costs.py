@@ -16,7 +16,7 @@ from bmrs.compaction.compact import compact, compact_report
 from bmrs.compaction.comparison import forward_flops
 from bmrs.graph.capture import as_inputs, map_tensors
 from bmrs.graph.ties import tied_noise_layers
-from bmrs.noise.lookup import noise_layers, required_noise_layers
+from bmrs.noise.lookup import noise_layers, settled_noise_layers
 
 ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
 
@@ -65,7 +65,7 @@ def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str
         TypeError, ValueError, RuntimeError: as `bmrs.compact`.
     """
     example = _first_example(example_inputs)
-    names = list(required_noise_layers(model))
+    names = list(settled_noise_layers(model))
     tied = {name: group for group in tied_noise_layers(model, example) for name in group}
     before = _cost(model, example)
     costs = {}
@@ -76,7 +76,9 @@ def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str
         kept = layers[0].mask.nonzero().flatten()
         if len(kept) > 1:
             for layer in layers:
-                layer.mask[kept[-1]] = False
+                layer.set_kept(
+                    layer.mask & (torch.arange(layer.num_structures, device=kept.device) != kept[-1])
+                )
         after = _cost(masked, example)
         costs[name] = StructureCost(
             (before.parameters - after.parameters) / len(group), (before.flops - after.flops) / len(group)
@@ -106,7 +108,7 @@ def structure_prices(
         TypeError, ValueError, RuntimeError: as `bmrs.compact`, or ``exponent`` is not a finite number at least 0.
     """
     check_number("exponent", exponent, minimum=0.0)
-    layers = required_noise_layers(model)
+    layers = settled_noise_layers(model)
     if exponent == 0:
         return dict.fromkeys(layers, 1.0)
     costs = structure_costs(model, example_inputs)

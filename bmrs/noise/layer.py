@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -52,12 +53,16 @@ class NoiseLayer(nn.Module):
         mu: parameter of shape (num_structures,), float32 or float64. ``half()`` and ``bfloat16()`` leave it
             float32: 16 bits do not resolve the posterior.
         log_sigma: parameter of the same shape and dtype.
-        mask: bool buffer of shape (num_structures,); False marks a pruned structure.
+        mask: bool buffer of shape (num_structures,); False marks a pruned structure. To bring one back, `set_kept`.
+        pruned: bool buffer, the complement of ``mask``. Averages over buffers, as weight averaging makes them, give
+            True for a bool that was True in any state: they lose what ``mask`` prunes, but not what ``pruned`` does.
+            A structure that either of them prunes is pruned.
     """
 
     mu: nn.Parameter
     log_sigma: nn.Parameter
     mask: Tensor
+    pruned: Tensor
 
     same_on_all_ranks: bool = False  # of layers that were pickled before there was a choice
     hooked: Literal["output", "input"] | None = None
@@ -116,6 +121,7 @@ class NoiseLayer(nn.Module):
         self.mu = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
         self.log_sigma = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
         self.register_buffer("mask", torch.empty(num_structures, device=device, dtype=torch.bool))
+        self.register_buffer("pruned", torch.empty(num_structures, device=device, dtype=torch.bool))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,13 +130,39 @@ class NoiseLayer(nn.Module):
             self.mu.fill_(self.initial_mu)
             self.log_sigma.fill_(self.initial_log_sigma)
             self.mask.fill_(True)
+            self.pruned.fill_(False)
+
+    @property
+    def kept(self) -> Tensor:
+        """What is not pruned, bool of shape (num_structures,): ``mask``, unless that was averaged."""
+        return self.mask > self.pruned
+
+    @torch.no_grad()
+    def set_kept(self, kept: Tensor) -> None:
+        """Keep these structures, bool of shape (num_structures,), and no others; pruned ones can come back so."""
+        self.mask.copy_(kept)
+        self.pruned.copy_(~self.mask)
+
+    def settle(self, name: str = "") -> None:
+        """Make ``mask`` and ``pruned`` agree on what is kept, after averaging or after ``mask`` was written by hand.
+
+        Warns where ``mask`` alone would have kept a pruned structure; ``name`` is the layer's in that warning.
+        """
+        again = self.mask & self.pruned
+        if not again.is_meta and (count := int(again.sum())):
+            warnings.warn(
+                f"noise layer {name!r}: {count} structures that are pruned came back in its mask, as averages over "
+                "buffers make them; they stay pruned. To bring structures back, call the layer's set_kept",
+                stacklevel=3,
+            )
+        self.set_kept(self.kept)
 
     def expected_noise(self) -> Tensor:
-        """Return E[θ] · mask of shape (num_structures,), the factors of evaluation mode."""
+        """Return E[θ] · kept of shape (num_structures,), the factors of evaluation mode."""
         mean = bmrs_kernels.noise_mean(
             self.mu, self.log_sigma, lower=self.lower, upper=self.upper, backend=self.backend
         )
-        return mean * self.mask
+        return mean * self.kept
 
     def spread(self, values: Tensor) -> Tensor:
         """Return values of the structures, of shape (num_structures,), for the entries along ``dim``."""
@@ -181,7 +213,7 @@ class NoiseLayer(nn.Module):
             self.mu,
             self.log_sigma,
             dim=dim,
-            mask=self.mask,
+            mask=self.kept,
             granularity=self.granularity,
             activation=self.activation,
             seed=None if self.same_on_all_ranks else seed_of_rank(x.device),
@@ -220,16 +252,33 @@ class NoiseLayer(nn.Module):
 
         In averages of states a structure is pruned that is pruned in any of them.
         """
-        for name in ("mu", "log_sigma", "mask"):
+        for name in ("mu", "log_sigma", "mask", "pruned"):
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor):
                 continue
-            if name != "mask":
+            if name in ("mu", "log_sigma"):
                 state_dict[prefix + name] = value.to(_at_least_float32(value.dtype))
             elif value.dtype != torch.bool:
                 # In double precision: in 16 bits the border itself would round to 1, and all be pruned.
-                state_dict[prefix + name] = value.double() > 1 - _ROUNDING_OF_AVERAGES
+                border = 1 - _ROUNDING_OF_AVERAGES if name == "mask" else _ROUNDING_OF_AVERAGES
+                state_dict[prefix + name] = value.double() > border
+        mask, pruned = (state_dict.get(prefix + name) for name in ("mask", "pruned"))
+        if isinstance(mask, Tensor):
+            if isinstance(pruned, Tensor) and pruned.shape == mask.shape:
+                state_dict[prefix + "mask"] = mask = mask > pruned.to(mask.device)
+            # States of earlier versions have the mask alone.
+            state_dict[prefix + "pruned"] = ~mask
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.settle(arguments[1].rstrip("."))  # averages are saved as what they act as
+        super()._save_to_state_dict(*arguments)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "pruned" not in self._buffers:  # pickled by an earlier version
+            self.register_buffer("pruned", ~self.mask)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseLayer:
         """Follow conversions, but keep the mask bool and the parameters at 32 bits or more."""

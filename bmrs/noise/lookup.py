@@ -32,6 +32,14 @@ def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     return layers
 
 
+def settled_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
+    """Return what `required_noise_layers` does, whose masks then say what is kept, also after averaging."""
+    layers = required_noise_layers(model)
+    for name, layer in layers.items():
+        layer.settle(name)
+    return layers
+
+
 @dataclass(frozen=True)
 class LayerGroup:
     """Noise layers with equal bounds, dtype, device and backend, whose structures can be handled in one call."""

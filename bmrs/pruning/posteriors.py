@@ -14,7 +14,7 @@ from bmrs.criteria import SNR, BMRSNormal, BMRSOdds, PosteriorCriterion
 from bmrs.criteria.evidence import PAPER_TOLERANCE
 from bmrs.noise.divergence import kl_divergence
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, NoiseLayer
-from bmrs.noise.lookup import noise_layers, required_noise_layers
+from bmrs.noise.lookup import noise_layers, required_noise_layers, settled_noise_layers
 from bmrs_kernels.constants import LN2
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -96,8 +96,8 @@ def unsettled(model: nn.Module) -> float:
     between, kept = 0, 0
     for layer in required_noise_layers(model).values():
         disagree = _LAX(layer).prune != _STRICT(layer).prune
-        between += int((disagree & layer.mask).sum())
-        kept += int(layer.mask.sum())
+        between += int((disagree & layer.kept).sum())
+        kept += int(layer.kept.sum())
     return between / max(kept, 1)
 
 
@@ -130,7 +130,7 @@ class PosteriorLearner:
         self.model = model
         self.temperature = float(temperature)
         self.learning_rate = float(learning_rate)
-        self._layers = required_noise_layers(model)
+        self._layers = settled_noise_layers(model)
         weight = self.temperature / dataset_size
         self._kl_weight: float | dict[str, float] = weight
         if prices is not None:

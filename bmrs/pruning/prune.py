@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bmrs.criteria import Criterion, Decision, PosteriorCriterion, check_criterion
 from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise.layer import NoiseLayer
-from bmrs.noise.lookup import layers_of_one_kind, required_noise_layers
+from bmrs.noise.lookup import layers_of_one_kind, settled_noise_layers
 from bmrs.text_table import table_lines
 
 
@@ -140,7 +140,7 @@ def prune(
             does not take the model. Nothing is pruned then.
     """
     check_criterion(criterion)
-    layers = required_noise_layers(model)
+    layers = settled_noise_layers(model)
     _check_finite(layers)
     tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs)
     decisions = _decide(model, layers, criterion)
@@ -159,7 +159,7 @@ def prune(
     for group in layers_of_one_kind(layers.values()):
         new_masks = torch.cat([masks[layer] for layer in group.layers]).to(group.layers[0].mask.device)
         for layer, mask in group.split(new_masks):
-            layer.mask.copy_(mask)
+            layer.set_kept(mask)
     return PruneReport(
         repr(criterion), criterion.score_name, tuple(report for _, report in results), tuple(map(tuple, tied))
     )

@@ -181,8 +181,7 @@ def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig,
     for name, layer in noise_layers(model).items():
         kept = int(noise_layers(noisy)[name].mask.sum())
         chosen = torch.randperm(layer.num_structures, generator=generator)[:kept]
-        layer.mask.zero_()
-        layer.mask[chosen.to(device)] = True
+        layer.set_kept(torch.zeros(layer.num_structures, dtype=torch.bool).index_fill_(0, chosen, True))
     return compact(model, data.train.images[:1], expected_noise=False)
 
 

@@ -216,7 +216,7 @@ class PeerComparison:
         state = algorithm1.new_state(config, self.data, noise=True, device=CPU)
         algorithm1.train(state, self.data, config, save=_nothing, progress=self.deadline)
         for layer in noise_layers(state.model).values():
-            layer.mask.fill_(True)  # the size decides how many stay
+            layer.set_kept(torch.ones_like(layer.mask))  # the size decides how many stay
         return state.model
 
     # The ways.
@@ -347,6 +347,5 @@ def _masked(model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int]) -
     """Return a copy of a noisy model that keeps, in each layer, so many structures with the highest scores."""
     model = copy.deepcopy(model)
     for layer, each, width in zip(noise_layers(model).values(), scores, widths, strict=True):
-        layer.mask.zero_()
-        layer.mask[_best(each, width)] = True
+        layer.set_kept(torch.zeros_like(layer.mask).index_fill_(0, _best(each, width), True))
     return model

@@ -217,7 +217,7 @@ def test_a_shared_layer_is_refitted_to_the_results_of_all_its_calls():
     model = Twice().double()
     model.noise.mask[2] = False
     dense = copy.deepcopy(model)
-    dense.noise.mask.fill_(True)
+    dense.noise.set_kept(torch.ones_like(dense.noise.mask))
     inputs, others = torch.randn(2, 300, 5, generator=generator(), dtype=torch.float64)
     plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
     assert error(refitted, dense, others) < 0.9 * error(plain, dense, others)
@@ -229,7 +229,7 @@ def test_noise_in_the_reference_does_not_count(mlp):
     inputs = torch.randn(50, 6, generator=generator(), dtype=torch.float64)
     first = bmrs.compact(model, inputs, refit_to=mlp)
     unmasked = copy.deepcopy(model)
-    unmasked[0].noise.mask.fill_(True)
+    unmasked[0].noise.set_kept(torch.ones_like(unmasked[0].noise.mask))
     with torch.no_grad():
         unmasked[0].noise.log_sigma.fill_(-20.0)
         unmasked[0].noise.mu.fill_(0.0)

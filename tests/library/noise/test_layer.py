@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import bmrs
 import bmrs_kernels
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -322,3 +323,83 @@ class TestLoading:
         layer = NoiseLayer(3)
         layer.load_state_dict(NoiseLayer(3, dtype=torch.float64).state_dict(), assign=True)
         assert layer.mu.dtype == torch.float64
+
+
+def averaged_by_torch(model, steps):
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999), use_buffers=True
+    )
+    averaged.update_parameters(model)
+    yield averaged.module
+    for _ in range(steps):
+        averaged.update_parameters(model)
+    yield averaged.module
+
+
+def averaged_by_state(model, steps):
+    averaged = copy.deepcopy(model)
+    yield averaged
+    with torch.no_grad():
+        for _ in range(steps):
+            for mean, value in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
+                mean.copy_(0.999 * mean + 0.001 * value)
+    yield averaged
+
+
+@pytest.mark.parametrize("averaging", [averaged_by_torch, averaged_by_state])
+class TestAveragesInPlace:
+    def test_what_is_pruned_stays_pruned(self, averaging):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), NoiseLayer(4), torch.nn.Linear(4, 2))
+        average = averaging(model, steps=1)
+        averaged = next(average)
+        model[1].set_kept(torch.tensor([True, False, True, True]))
+        averaged = next(average)
+        assert averaged[1].mask.all()  # what averaging does to a bool
+        x = torch.ones(5, 4)
+        assert (averaged[1].eval()(x) == 0).all(dim=0).tolist() == [False, True, False, False]
+        assert (averaged[1].train()(x) == 0).all(dim=0).tolist() == [False, True, False, False]
+        divergence = bmrs.kl_divergence(averaged, weight=1.0)
+        assert divergence < bmrs.kl_divergence(torch.nn.Sequential(NoiseLayer(4)), weight=1.0)
+        with pytest.warns(UserWarning, match="noise layer '1': 1 structures that are pruned came back"):
+            compacted = bmrs.compact(averaged, torch.randn(2, 3))
+        assert compacted[0].out_features == 3
+        assert averaged[1].mask.tolist() == [True, False, True, True]
+
+    def test_prune_and_saved_states_know(self, averaging):
+        for entry in (lambda m: bmrs.prune(m, bmrs.SNR(threshold=0.0)), torch.nn.Module.state_dict):
+            model = torch.nn.Sequential(NoiseLayer(4))
+            average = averaging(model, steps=1)
+            next(average)
+            model[0].set_kept(torch.tensor([True, False, True, True]))
+            averaged = next(average)
+            with pytest.warns(UserWarning, match="noise layer '0': 1 structures"):
+                entry(averaged)
+            assert averaged[0].mask.tolist() == [True, False, True, True]
+
+
+class TestSetKept:
+    def test_prunes_and_brings_back(self):
+        layer = NoiseLayer(3).eval()
+        for kept in ([True, False, False], [False, True, True], [True, True, True]):
+            layer.set_kept(torch.tensor(kept))
+            assert layer.mask.tolist() == layer.kept.tolist() == kept
+            assert layer.pruned.tolist() == [not each for each in kept]
+            assert (layer(torch.ones(2, 3)) > 0).all(dim=0).tolist() == kept
+
+    def test_a_mask_written_by_hand_prunes_for_good(self):
+        layer = NoiseLayer(3)
+        layer.mask[1] = False
+        layer.load_state_dict(layer.state_dict())
+        assert layer.pruned.tolist() == [False, True, False]
+
+    def test_states_and_pickles_of_earlier_versions(self):
+        earlier = NoiseLayer(3)
+        earlier.set_kept(torch.tensor([True, False, True]))
+        state = earlier.state_dict()
+        del state["pruned"]
+        layer = NoiseLayer(3)
+        layer.load_state_dict(state)
+        assert layer.kept.tolist() == [True, False, True]
+        del earlier._buffers["pruned"]
+        layer = pickle.loads(pickle.dumps(earlier))
+        assert layer.kept.tolist() == [True, False, True]

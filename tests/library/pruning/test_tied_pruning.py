@@ -186,7 +186,7 @@ class TestPrune:
         assert not torch.equal(first.mask, second.mask)
         assert not agreed.all()
         for layer in (first, second):
-            layer.mask.fill_(True)
+            layer.set_kept(torch.ones_like(layer.mask))
         bmrs.prune(model, criterion, example_inputs=[EXAMPLE])
         assert torch.equal(first.mask, agreed)
         assert torch.equal(second.mask, agreed)
