@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.wrappers import whole
 from bmrs_kernels.options import Backend
 
 
@@ -95,6 +96,10 @@ class PosteriorCriterion(Criterion):
     def __call__(self, layer: NoiseLayer, producer: nn.Module | None = None) -> Decision:
         """Judge every structure of a layer."""
         scores = self.scores(
-            layer.mu, layer.log_sigma, lower=layer.lower, upper=layer.upper, backend=layer.backend
+            whole(layer.mu),
+            whole(layer.log_sigma),
+            lower=layer.lower,
+            upper=layer.upper,
+            backend=layer.backend,
         )
         return Decision(scores, self.decide(scores))

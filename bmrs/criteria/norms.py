@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bmrs.checks import check_number
 from bmrs.criteria.base import Criterion, Decision
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.wrappers import whole
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class _LowestNorm(Criterion):
                 f"{type(self).__name__} needs a producer with {layer.num_structures} output channels, "
                 f"got {type(producer).__name__} with {weight.shape[0]}"
             )
-        scores = self.values(weight).flatten(1).norm(dim=1)
-        candidates = layer.mask & ~scores.isnan()
-        count = math.floor(self.ratio * int(layer.mask.sum()))
+        scores = whole(self.values(weight)).flatten(1).norm(dim=1)
+        kept = whole(layer.kept)
+        candidates = kept & ~scores.isnan()
+        count = math.floor(self.ratio * int(kept.sum()))
         lowest = self.best_first(scores.masked_fill(~candidates, math.nan)).flip(0)[:count]
-        prune = torch.zeros_like(layer.mask)
+        prune = torch.zeros_like(kept)
         prune[lowest] = True
         return Decision(scores, prune & candidates)
 

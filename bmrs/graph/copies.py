@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from bmrs.checks import check_module
+from bmrs.noise.wrappers import inside_wrappers, is_sharded
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -23,23 +23,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         TypeError: it is not a module.
         ValueError: its parameters are sharded, so that it has to be gathered first.
     """
-    check_module(model)
-    while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "FullyShardedDataParallel" in type(model).__name__ or _is_sharded(model):
-            raise ValueError(
-                f"the parameters of the model ({type(model).__name__}) are sharded: gather a full state_dict and load "
-                "it into an unsharded copy of the model first"
-            )
-        else:
-            return model
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    model = inside_wrappers(model)
+    if "FullyShardedDataParallel" in type(model).__name__ or any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            f"the parameters of the model ({type(model).__name__}) are sharded: gather a full state_dict "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) and load it into "
+            "an unsharded copy of the model first"
+        )
+    return model
 
 
 def copied(model: nn.Module, *, share: bool) -> nn.Module:

@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, as_inputs, capture, mark
-from bmrs.graph.copies import evaluation_copy, unwrapped
+from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
 from bmrs.noise.hooks import added_noise
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
+from bmrs.noise.wrappers import inside_wrappers
 
 Producer: TypeAlias = WeightLayer | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 """A layer whose output channels are the structures of a noise layer."""
@@ -172,7 +173,7 @@ def producers(
     Raises:
         ValueError: the model cannot be followed.
     """
-    model = unwrapped(model)
+    model = inside_wrappers(model)
     found: dict[NoiseLayer, Producer] = {}
     for module in model.modules():
         noise = added_noise(module)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.wrappers import inside_wrappers, is_sharded
 
 
 def added_noise(layer: nn.Module) -> NoiseLayer | None:
@@ -25,13 +26,15 @@ def add_noise_hook(layer: nn.Module, noise: nn.Module, *, at_input: bool = False
     if at_input:
         layer.register_forward_pre_hook(_multiply_input)
     else:
-        layer.register_forward_hook(_multiply_output)
+        # In tensor parallelism in front of the hook that turns a layer's DTensors into what the next one takes.
+        in_front = any(map(is_sharded, layer.parameters(recurse=False)))
+        layer.register_forward_hook(_multiply_output, prepend=in_front)
 
 
 def without_hook(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers, by qualified name, that hold noise of `add_noise` but have lost the hook that applies it."""
     found = {}
-    for name, layer in model.named_modules():
+    for name, layer in inside_wrappers(model).named_modules():
         noise = layer._modules.get("noise")
         if isinstance(noise, NoiseLayer) and noise.hooked is not None:
             hooks = layer._forward_hooks if noise.hooked == "output" else layer._forward_pre_hooks

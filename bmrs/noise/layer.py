@@ -14,6 +14,7 @@ from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.noise.activations import activated
 from bmrs.noise.nested import for_each_example
 from bmrs.noise.seeds import seed_of_rank
+from bmrs.noise.wrappers import is_sharded, laid_out_like, whole
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
 
@@ -140,7 +141,7 @@ class NoiseLayer(nn.Module):
     @torch.no_grad()
     def set_kept(self, kept: Tensor) -> None:
         """Keep these structures, bool of shape (num_structures,), and no others; pruned ones can come back so."""
-        self.mask.copy_(kept)
+        self.mask.copy_(laid_out_like(kept, self.mask))
         self.pruned.copy_(~self.mask)
 
     def settle(self, name: str = "") -> None:
@@ -149,7 +150,7 @@ class NoiseLayer(nn.Module):
         Warns where ``mask`` alone would have kept a pruned structure; ``name`` is the layer's in that warning.
         """
         again = self.mask & self.pruned
-        if not again.is_meta and (count := int(again.sum())):
+        if not again.is_meta and (count := int(whole(again).sum())):
             warnings.warn(
                 f"noise layer {name!r}: {count} structures that are pruned came back in its mask, as averages over "
                 "buffers make them; they stay pruned. To bring structures back, call the layer's set_kept",
@@ -191,6 +192,8 @@ class NoiseLayer(nn.Module):
             factors = self.spread(self.expected_noise()).to(x.dtype).view(shape)
             return activated(x, self.activation) * factors
         try:
+            if self.mu.dtype.itemsize < 4:
+                raise TypeError("mu is too narrow")  # `_check_input` says more
             return self._noisy(x)
         except Exception as error:
             failure = error
@@ -216,7 +219,7 @@ class NoiseLayer(nn.Module):
             mask=self.kept,
             granularity=self.granularity,
             activation=self.activation,
-            seed=None if self.same_on_all_ranks else seed_of_rank(x.device),
+            seed=None if self.same_on_all_ranks else seed_of_rank(x),
             lower=self.lower,
             upper=self.upper,
             backend=self.backend,
@@ -232,6 +235,12 @@ class NoiseLayer(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless the layer can take x."""
+        if self.mu.dtype.itemsize < 4:
+            raise TypeError(
+                f"mu and log_sigma must have 32 bits or more, got {self.mu.dtype}, as FSDP's mixed precision makes "
+                "them: shard the noise layers by themselves first, without a policy, fully_shard([layer for layer in "
+                "model.modules() if isinstance(layer, bmrs.NoiseLayer)])"
+            )
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
@@ -243,6 +252,12 @@ class NoiseLayer(nn.Module):
             raise ValueError(
                 f"x must have num_structures={self.num_structures}{size} entries along dim={self.dim}, "
                 f"got shape {tuple(x.shape)}"
+            )
+        if is_sharded(x) != is_sharded(self.mu):
+            sharded, plain = ("x", "the noise layer") if is_sharded(x) else ("the noise layer", "x")
+            raise TypeError(
+                f"{sharded} is a DTensor and {plain} is not: call add_noise after parallelize_module, or distribute "
+                "the noise layer itself with torch.distributed.tensor.distribute_module"
             )
         if x.device != self.mu.device:
             raise ValueError(f"x must be on the noise layer's device {self.mu.device}, got {x.device}")

@@ -9,21 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmrs.checks import check_module
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.tensor_parallel import check_no_noise_is_left_out
+from bmrs.noise.wrappers import inside_wrappers, whole
 
 
 def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
-    """Return all noise layers of a model by qualified name, in module order; a shared layer appears once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, NoiseLayer)}
+    """Return all noise layers of a model by qualified name, in module order; a shared layer appears once.
+
+    The names are those without wrappers such as DistributedDataParallel.
+    """
+    modules = inside_wrappers(model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, NoiseLayer)}
 
 
 def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     """Return what `noise_layers` does, but raise ValueError if there is none, or one that does not act any more."""
-    check_module(model)
     layers = noise_layers(model)
     check_noise_acts(model)
+    check_no_noise_is_left_out(model, layers)
     if not layers:
         raise ValueError(
             f"the model ({type(model).__name__}) has no noise layer: add bmrs.NoiseLayer modules "
@@ -47,8 +52,8 @@ class LayerGroup:
     layers: tuple[NoiseLayer, ...]
 
     def joined(self, name: str) -> Tensor:
-        """Return the tensors of a name of all layers, behind each other."""
-        return torch.cat([getattr(layer, name) for layer in self.layers])
+        """Return the tensors of a name of all layers, behind each other; of sharded ones the whole."""
+        return torch.cat([whole(getattr(layer, name)) for layer in self.layers])
 
     def split(self, values: Tensor) -> Iterator[tuple[NoiseLayer, Tensor]]:
         """Return each layer with its part of what was computed from joined tensors."""

@@ -17,6 +17,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from bmrs.checks import check_choice, check_integer, check_module
 from bmrs.noise.hooks import add_noise_hook, added_noise, forget_compiled_code
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer
+from bmrs.noise.tensor_parallel import mesh_of, replicate
+from bmrs.noise.wrappers import data_parallel_part, inside_wrappers
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
 
@@ -48,7 +50,8 @@ def add_noise(
     a tuple, as recurrent layers return. The layer keeps its place, type and state_dict names, so that weights saved
     without noise still load with ``strict=False``. Between a layer and a following ReLU the noise acts as if behind the
     ReLU, because θ is positive. Build the optimizer afterwards, so that it sees the new parameters, and compile or wrap
-    the model afterwards; what torch has compiled so far is compiled anew.
+    the model afterwards; what torch has compiled so far is compiled anew. Tensor parallelism goes first: call
+    ``parallelize_module``, then this function in every process.
 
     Args:
         model: any module; it may itself be a chosen layer.
@@ -75,24 +78,26 @@ def add_noise(
     Raises:
         TypeError: ``model`` is not a module, or an option is of the wrong type.
         ValueError: nothing matches, or a matching layer has noise already, is never called, or its structures
-            cannot be inferred; ``num_heads`` is missing or does not divide a layer's input; or the model is wrapped
-            for distributed training, where new parameters would not be synchronised. The model is then unchanged.
+            cannot be inferred; ``num_heads`` is missing or does not divide a layer's input; the model is wrapped
+            for data parallelism, where new parameters would not be synchronised; or a chosen layer of a model in tensor
+            parallelism has no part in that. The model is then unchanged.
     """
     check_module(model)
     check_choice("structures", structures, get_args(Structures))
     if (structures == "heads") != (num_heads is not None):
         raise ValueError(f'num_heads must be given with structures="heads" and only then, got {num_heads}')
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if wrapper := data_parallel_part(model):
         raise ValueError(
-            "add_noise needs the model before DistributedDataParallel wraps it, so that the new parameters are "
-            "synchronised: call it on the .module and wrap that afterwards"
+            f"add_noise needs the model before {wrapper} wraps it or a part of it, so that the new parameters are "
+            "synchronised: add noise to the plain model and wrap it afterwards"
         )
     if (num_structures is None) != (dim is None):
         raise ValueError(
             f"num_structures and dim must be given together, got {num_structures} and {dim}; "
             "leave both out to infer them"
         )
-    chosen = _chosen_layers(model, where)
+    # By the model's own names, or else by those that torch.compile gives it.
+    chosen = _chosen_layers(inside_wrappers(model), where) or _chosen_layers(model, where)
     if not chosen:
         raise ValueError(f"where={where!r} matches no layer of the model ({type(model).__name__})")
     fallback = next(model.parameters(), torch.empty(0))
@@ -123,6 +128,8 @@ def add_noise(
             device=like.device,
             dtype=like.dtype,
         )
+        if mesh := mesh_of(model, name, layer, plain_is_right=same_on_all_ranks):
+            replicate(noise, mesh)
         additions.append((layer, noise.train(layer.training)))
     for layer, noise in additions:
         add_noise_hook(layer, noise, at_input=num_heads is not None)

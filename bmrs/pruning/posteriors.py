@@ -15,6 +15,7 @@ from bmrs.criteria.evidence import PAPER_TOLERANCE
 from bmrs.noise.divergence import kl_divergence
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, NoiseLayer
 from bmrs.noise.lookup import noise_layers, required_noise_layers, settled_noise_layers
+from bmrs.noise.wrappers import whole
 from bmrs_kernels.constants import LN2
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -96,8 +97,9 @@ def unsettled(model: nn.Module) -> float:
     between, kept = 0, 0
     for layer in required_noise_layers(model).values():
         disagree = _LAX(layer).prune != _STRICT(layer).prune
-        between += int((disagree & layer.kept).sum())
-        kept += int(layer.kept.sum())
+        its_kept = whole(layer.kept)
+        between += int((disagree & its_kept).sum())
+        kept += int(its_kept.sum())
     return between / max(kept, 1)
 
 
@@ -314,7 +316,7 @@ def _check_finite(model: nn.Module, loss: Tensor, steps: int) -> None:
             f"the loss is {loss.detach().tolist()} at step {steps} of learning posteriors"
         )
     for name, layer in noise_layers(model).items():
-        if not bool((layer.mu.isfinite() & layer.log_sigma.isfinite()).all()):
+        if not bool(whole(layer.mu.isfinite() & layer.log_sigma.isfinite()).all()):
             raise FloatingPointError(
                 f"mu or log_sigma of noise layer {name!r} is not finite at step {steps} of learning posteriors"
             )

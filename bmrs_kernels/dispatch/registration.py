@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bmrs_kernels.dispatch.shards import PLAIN_TYPES, is_sharded, on_shards_elementwise
+
 StructureFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -30,7 +32,7 @@ def dispatcher_is_needed(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or is_transformed()
         or any(
-            type(tensor) not in _PLAIN_TYPES
+            type(tensor) not in PLAIN_TYPES
             or (tensor is not None and (tensor.is_meta or _is_batched(tensor)))
             for tensor in tensors
         )
@@ -104,7 +106,6 @@ def register_vmap_by_example(operator: Any) -> None:
 
 # What autograd hands to backward for is_grads_batched=True; its type is Tensor all the same.
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
 
 
 @torch.library.custom_op("bmrs_kernels::multiply_derivatives", mutates_args=())
@@ -208,6 +209,8 @@ def structure_op(
             return grad * grad_mu, grad * grad_log_sigma, *nothing
 
     def call(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> Tensor:
+        if is_sharded(mu) or is_sharded(log_sigma):
+            return on_shards_elementwise(lambda *local: call(*local, *arguments), mu, log_sigma)
         refuse_forward_mode(mu, log_sigma)
         with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
         value: Tensor

@@ -35,10 +35,15 @@ NUM_TENSORS = 5
 
 def draw_shape(shape: tuple[int, ...], dim: int, granularity: str) -> tuple[int, ...]:
     """Return the shape of the uniforms for x of a shape; ``dim`` is non-negative."""
-    if granularity == "element":
-        return shape
-    drawn = {dim} if granularity == "batch" else {0, dim}
+    drawn = drawn_axes(len(shape), dim, granularity)
     return tuple(size if axis in drawn else 1 for axis, size in enumerate(shape))
+
+
+def drawn_axes(num_axes: int, dim: int, granularity: str) -> set[int]:
+    """Return the axes of x along which the noise varies; ``dim`` is non-negative."""
+    if granularity == "element":
+        return set(range(num_axes))
+    return {dim} if granularity == "batch" else {0, dim}
 
 
 class NoiseBackend(Protocol):

@@ -18,6 +18,7 @@ from bmrs_kernels.dispatch.registration import (
     register_vmap_by_example,
     transformable_product,
 )
+from bmrs_kernels.dispatch.shards import is_sharded, on_shards_elementwise, on_shards_of_activations
 from bmrs_kernels.dispatch.validation import (
     check_device,
     check_interval,
@@ -25,7 +26,7 @@ from bmrs_kernels.dispatch.validation import (
     check_uniform,
     seed_tensor,
 )
-from bmrs_kernels.multiplicative_noise.call import NUM_TENSORS, NoiseBackend, NoiseCall
+from bmrs_kernels.multiplicative_noise.call import NUM_TENSORS, NoiseBackend, NoiseCall, drawn_axes
 from bmrs_kernels.options import Activation, Backend, Granularity
 
 
@@ -251,6 +252,13 @@ def sample_noise(
     check_parameters(mu, log_sigma)
     check_interval(lower, upper)
     check_uniform(uniform, mu)
+    if is_sharded(mu) or is_sharded(log_sigma) or is_sharded(uniform):
+        return on_shards_elementwise(
+            lambda *local: sample_noise(*local, lower=lower, upper=upper, backend=backend),
+            mu,
+            log_sigma,
+            uniform,
+        )
     refuse_forward_mode(mu, log_sigma)
     with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
     inputs = (mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu))
@@ -312,6 +320,29 @@ def multiply_noise(
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
         seed = seed_tensor(seed, x.device)
+    if is_sharded(x) or is_sharded(mu) or is_sharded(log_sigma) or is_sharded(mask):
+        return on_shards_of_activations(
+            lambda x, mu, log_sigma, mask, seed: multiply_noise(
+                x,
+                mu,
+                log_sigma,
+                dim=dim,
+                mask=mask,
+                granularity=granularity,
+                activation=activation,
+                seed=seed,
+                lower=lower,
+                upper=upper,
+                backend=backend,
+            ),
+            x,
+            (mu, log_sigma, mask),
+            seed,
+            names=("mu", "log_sigma", "mask"),
+            dim=dim,
+            drawn=drawn_axes(x.dim(), dim, granularity),
+            linear=activation is None,
+        )
     refuse_forward_mode(x, mu, log_sigma)
     chosen = resolve_backend(backend, x)
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.dispatch.registration import register_vmap_by_example, structure_op
+from bmrs_kernels.dispatch.shards import is_sharded, on_shards_elementwise
 from bmrs_kernels.dispatch.validation import check_interval, check_parameters
 from bmrs_kernels.noise_moments import reference
 from bmrs_kernels.options import Backend
@@ -93,5 +94,10 @@ def noise_snr(
     """
     check_parameters(mu, log_sigma)
     check_interval(lower, upper)
-    snr: Tensor = _noise_snr(mu.detach(), log_sigma.detach(), lower, upper, resolve_backend(backend, mu))
+    arguments = (lower, upper, resolve_backend(backend, mu))
+    if is_sharded(mu) or is_sharded(log_sigma):
+        return on_shards_elementwise(
+            lambda *local: _noise_snr(*local, *arguments), mu.detach(), log_sigma.detach()
+        )
+    snr: Tensor = _noise_snr(mu.detach(), log_sigma.detach(), *arguments)
     return snr
