@@ -13,7 +13,8 @@ import bmrs_kernels
 from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.noise.activations import activated
 from bmrs.noise.nested import for_each_example
-from bmrs.noise.seeds import seed_of_rank
+from bmrs.noise.seeds import seed_of
+from bmrs.noise.transformers_loading import initialise_what_was_not_loaded
 from bmrs.noise.wrappers import is_sharded, laid_out_like, whole
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
@@ -47,6 +48,7 @@ class NoiseLayer(nn.Module):
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``; see ``bmrs_kernels``.
         same_on_all_ranks: whether processes of torch.distributed that have seeded torch alike draw the same noise.
             False, as suits data parallelism, makes their draws independent; rank 0 draws what a single process does.
+        generator: what the noise is drawn from; torch's own generator of x's device if None. It belongs to no state.
         device: device of the parameters and the mask.
         dtype: dtype of the parameters; 16-bit dtypes give float32 ones.
 
@@ -65,7 +67,10 @@ class NoiseLayer(nn.Module):
     mask: Tensor
     pruned: Tensor
 
-    same_on_all_ranks: bool = False  # of layers that were pickled before there was a choice
+    # Of layers that were pickled before there was a choice.
+    same_on_all_ranks: bool = False
+    generator: torch.Generator | None = None
+    _born_without_values: bool = False
     hooked: Literal["output", "input"] | None = None
     """What of its layer a hook multiplies with the noise, if `add_noise` put it there; else None."""
 
@@ -83,6 +88,7 @@ class NoiseLayer(nn.Module):
         initial_log_sigma: float = INITIAL_LOG_SIGMA,
         backend: Backend = "auto",
         same_on_all_ranks: bool = False,
+        generator: torch.Generator | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -118,12 +124,16 @@ class NoiseLayer(nn.Module):
         self.initial_log_sigma = initial_log_sigma
         self.backend: Backend = backend
         self.same_on_all_ranks = same_on_all_ranks
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        self.generator = generator
         dtype = _at_least_float32(dtype)
         self.mu = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
         self.log_sigma = nn.Parameter(torch.empty(num_structures, device=device, dtype=dtype))
         self.register_buffer("mask", torch.empty(num_structures, device=device, dtype=torch.bool))
         self.register_buffer("pruned", torch.empty(num_structures, device=device, dtype=torch.bool))
         self.reset_parameters()
+        self._born_without_values = self.mu.is_meta
 
     def reset_parameters(self) -> None:
         """Set ``mu`` and ``log_sigma`` to their initial values and keep every structure."""
@@ -219,7 +229,7 @@ class NoiseLayer(nn.Module):
             mask=self.kept,
             granularity=self.granularity,
             activation=self.activation,
-            seed=None if self.same_on_all_ranks else seed_of_rank(x),
+            seed=seed_of(x, generator=self.generator, same_on_all_ranks=self.same_on_all_ranks),
             lower=self.lower,
             upper=self.upper,
             backend=self.backend,
@@ -304,7 +314,23 @@ class NoiseLayer(nn.Module):
             # From the unconverted tensor, which still has all its digits.
             return converted if converted.dtype == dtype else tensor.to(converted.device, dtype)
 
-        return super()._apply(convert, recurse)
+        had_no_values = self.mu.is_meta
+        super()._apply(convert, recurse)
+        if had_no_values and not self.mu.is_meta:  # to_empty
+            self.reset_parameters()
+        return self
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """What transformers notes about a layer when it is through with it, see `transformers_loading`."""
+        return self.__dict__.get("_noted_by_transformers", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.__dict__["_noted_by_transformers"] = value
+        if value and self._born_without_values and not self.mu.is_meta:
+            self._born_without_values = False
+            initialise_what_was_not_loaded(self)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -43,6 +43,7 @@ def add_noise(
     initial_log_sigma: float = INITIAL_LOG_SIGMA,
     backend: Backend = "auto",
     same_on_all_ranks: bool = False,
+    generator: torch.Generator | None = None,
 ) -> ModelT:
     """Put a noise layer behind chosen layers of a model, in place.
 
@@ -71,6 +72,7 @@ def add_noise(
         initial_log_sigma: value that ``log_sigma`` starts from.
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``.
         same_on_all_ranks: whether processes that have seeded torch alike draw the same noise.
+        generator: what all these layers draw their noise from; torch's own if None.
 
     Returns:
         The same model.
@@ -125,6 +127,7 @@ def add_noise(
             initial_log_sigma=initial_log_sigma,
             backend=backend,
             same_on_all_ranks=same_on_all_ranks,
+            generator=generator,
             device=like.device,
             dtype=like.dtype,
         )

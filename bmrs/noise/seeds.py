@@ -1,4 +1,4 @@
-"""Seeds of the noise where several processes train one model."""
+"""Seeds of the noise: from torch's generator or a layer's own, and different where processes train one model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ _STRIDE = 0x1E3779B97F4A7C15
 _BITS = 2**63 - 1
 
 
-def seed_of_rank(x: Tensor) -> Tensor | None:
-    """Return a seed for this process's noise; None where torch's generator alone can give it.
+def seed_of(x: Tensor, *, generator: torch.Generator | None, same_on_all_ranks: bool) -> Tensor | None:
+    """Return a seed for this process's noise on x; None where torch's generator alone can give it.
 
     Training programs seed torch alike on every rank (Lightning's ``seed_everything``, transformers' and accelerate's
     ``set_seed``), so that the generator's next number is the same on all of them. Processes that share x as a DTensor
     get one seed, that of the first of them.
     """
+    rank = 0 if same_on_all_ranks else _rank(x)
+    if generator is None and rank == 0:
+        return None
+    device = x.device if generator is None else generator.device
+    drawn = torch.randint(0, _BITS, (), dtype=torch.int64, device=device, generator=generator).to(x.device)
+    return drawn ^ (rank * _STRIDE & _BITS) if rank else drawn
+
+
+def _rank(x: Tensor) -> int:
     if not distributed.is_available() or not distributed.is_initialized():
-        return None
+        return 0
     # The mesh of a DTensor are the processes of one copy of the model.
-    rank = int(x.device_mesh.mesh.min()) if is_sharded(x) else distributed.get_rank()  # type: ignore[attr-defined]
-    if rank == 0:
-        return None
-    drawn = torch.randint(0, _BITS, (), dtype=torch.int64, device=x.device)
-    return drawn ^ (rank * _STRIDE & _BITS)
+    return int(x.device_mesh.mesh.min()) if is_sharded(x) else distributed.get_rank()  # type: ignore[attr-defined]

@@ -403,3 +403,86 @@ class TestSetKept:
         del earlier._buffers["pruned"]
         layer = pickle.loads(pickle.dumps(earlier))
         assert layer.kept.tolist() == [True, False, True]
+
+
+class TestTensorsWithoutValues:
+    def test_to_empty_initialises(self):
+        model = torch.nn.Sequential(NoiseLayer(300, device="meta", initial_mu=-1.0))
+        model.to_empty(device="cpu")
+        assert (model[0].mu == -1.0).all()
+        assert (model[0].log_sigma == -5.0).all()
+        assert model[0].kept.all()
+
+    def test_from_pretrained_initialises_what_the_checkpoint_lacks(self, tmp_path):
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+
+        class Noisy(transformers.BertModel):
+            def __init__(self, config):
+                super().__init__(config)
+                bmrs.add_noise(self, where="*.intermediate.dense", initial_mu=-0.5)
+                self.post_init()
+
+        config = transformers.BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=500, vocab_size=9
+        )
+        plain = transformers.BertModel(config)
+        plain.save_pretrained(tmp_path / "plain")
+        model = Noisy.from_pretrained(tmp_path / "plain")
+        (layer,) = noise_layers(model).values()
+        assert (layer.mu == -0.5).all()
+        assert (layer.log_sigma == -5.0).all()
+        assert layer.kept.all()
+        assert not layer.pruned.any()
+
+        spread_posterior(layer)
+        model.save_pretrained(tmp_path / "noisy")
+        for dtype in (torch.float32, torch.bfloat16):
+            (again,) = noise_layers(Noisy.from_pretrained(tmp_path / "noisy", dtype=dtype)).values()
+            for name, value in layer.state_dict().items():
+                assert torch.equal(getattr(again, name), value), name
+
+
+class TestGenerator:
+    def test_draws_from_it_alone(self):
+        def draws(seed):
+            model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+            bmrs.add_noise(model, where=torch.nn.Linear, generator=torch.Generator().manual_seed(seed))
+            layers = list(noise_layers(model).values())
+            with torch.no_grad():
+                for layer in layers:
+                    layer.log_sigma.fill_(0.0)
+            return [layer(torch.ones(4, 3)).detach() for layer in layers]
+
+        first, second = draws(1), draws(1)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert not torch.equal(first[0], first[1])
+        assert not torch.equal(first[0], draws(2)[0])
+
+    def test_uses_none_of_torchs_own_numbers(self):
+        layer = NoiseLayer(3, generator=torch.Generator().manual_seed(0))
+        before = torch.get_rng_state()
+        layer(torch.ones(4, 3))
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_is_copied_with_the_layer(self):
+        layer = NoiseLayer(3, initial_log_sigma=0.0, generator=torch.Generator().manual_seed(0))
+        for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            x = torch.ones(4, 3)
+            state = layer.generator.get_state()
+            expected = layer(x)
+            layer.generator.set_state(state)
+            assert torch.equal(again(x), expected)
+
+    def test_must_be_one(self):
+        with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got 3"):
+            NoiseLayer(3, generator=3)
+
+
+def test_parameters_that_were_narrowed_are_refused():
+    layer = NoiseLayer(3)
+    layer.mu = torch.nn.Parameter(layer.mu.detach().bfloat16())
+    layer.log_sigma = torch.nn.Parameter(layer.log_sigma.detach().bfloat16())
+    for mode in (layer.train, layer.eval):
+        mode()
+        with pytest.raises(TypeError, match=r"mu and log_sigma must have 32 bits or more, got torch.bfloat16"):
+            layer(torch.ones(2, 3))
