@@ -12,12 +12,15 @@ from torch import Tensor, nn
 import bmrs_kernels
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import LayerGroup, layers_of_one_kind, required_noise_layers
+from bmrs.noise.parameters import warn_of_weight_decay
 
 KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 
 
 def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | None = None) -> Tensor:
     """Return the weighted KL(posterior‖prior) of a model's noise layers, to be added to the data loss.
+
+    Warns once if an optimizer applies weight decay to the noise, as far as it can tell.
 
     Pruned structures are gone: they add neither KL nor gradient. What each of the others adds does not depend on
     how many are left.
@@ -39,6 +42,7 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
             noise layers, or ``"elbo"`` comes without a positive ``dataset_size``.
     """
     layers = required_noise_layers(model)
+    warn_of_weight_decay(layers)
     shares: dict[NoiseLayer, float] | None = None
     if isinstance(weight, Mapping):
         shares, scale = _shares(weight, layers), 1.0

@@ -71,6 +71,7 @@ class NoiseLayer(nn.Module):
     same_on_all_ranks: bool = False
     generator: torch.Generator | None = None
     _born_without_values: bool = False
+    was_looked_at_for_decay: bool = False
     hooked: Literal["output", "input"] | None = None
     """What of its layer a hook multiplies with the noise, if `add_noise` put it there; else None."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from bmrs.checks import check_number
+from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import required_noise_layers
 
 
@@ -53,3 +57,28 @@ def parameter_groups(
             "weight_decay": 0.0,
         },
     ]
+
+
+def warn_of_weight_decay(layers: dict[str, NoiseLayer]) -> None:
+    """Warn, once for a model, if an optimizer applies weight decay to its noise.
+
+    Nothing leads from a parameter to its optimizer, so that Python's garbage collector is asked what refers to it. That
+    takes a tenth of a second in a large program, and is done once there are gradients: an optimizer is at work then.
+    """
+    name, layer = next(iter(layers.items()))
+    if layer.was_looked_at_for_decay or torch.compiler.is_compiling() or layer.mu.grad is None:
+        return
+    layer.was_looked_at_for_decay = True
+    lists = [found for found in gc.get_referrers(layer.mu) if isinstance(found, list)]
+    groups = [found for found in gc.get_referrers(*lists) if isinstance(found, dict)] if lists else []
+    decays = [
+        group.get("weight_decay", 0.0)
+        for group in groups
+        if any(group.get("params") is each for each in lists)
+    ]
+    if any(decays):
+        warnings.warn(
+            f"an optimizer applies weight decay {max(decays):g} to the noise of {name!r}, which moves it whatever the "
+            "data say: build the optimizer from bmrs.parameter_groups(model, lr=..., weight_decay=...)",
+            stacklevel=4,
+        )

@@ -15,6 +15,7 @@ from bmrs.criteria import Criterion, Decision, PosteriorCriterion, check_criteri
 from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import layers_of_one_kind, settled_noise_layers
+from bmrs.noise.parameters import warn_of_weight_decay
 from bmrs.text_table import table_lines
 
 
@@ -141,6 +142,7 @@ def prune(
     """
     check_criterion(criterion)
     layers = settled_noise_layers(model)
+    warn_of_weight_decay(layers)
     _check_finite(layers)
     tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs)
     decisions = _decide(model, layers, criterion)

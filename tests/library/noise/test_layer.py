@@ -484,5 +484,7 @@ def test_parameters_that_were_narrowed_are_refused():
     layer.log_sigma = torch.nn.Parameter(layer.log_sigma.detach().bfloat16())
     for mode in (layer.train, layer.eval):
         mode()
-        with pytest.raises(TypeError, match=r"mu and log_sigma must have 32 bits or more, got torch.bfloat16"):
+        with pytest.raises(
+            TypeError, match=r"mu and log_sigma must have 32 bits or more, got torch.bfloat16"
+        ):
             layer(torch.ones(2, 3))

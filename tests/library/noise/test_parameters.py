@@ -1,5 +1,7 @@
 """Parameter groups keep weight decay off the noise."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -53,3 +55,48 @@ def test_bad_options_are_refused(options, error, message):
 def test_a_model_without_noise_is_refused():
     with pytest.raises(ValueError, match="no noise layer"):
         bmrs.parameter_groups(nn.Linear(2, 2), lr=0.1)
+
+
+class TestWarningOfWeightDecay:
+    def model_and_optimizer(self, groups, **options):
+        model = bmrs.add_noise(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), where="0")
+        return model, torch.optim.AdamW(groups(model), lr=1e-3, **options)
+
+    def step(self, model, optimizer):
+        loss = model(torch.ones(2, 3)).square().mean() + bmrs.kl_divergence(model, weight=1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def test_once_where_an_optimizer_applies_it_to_the_noise(self):
+        model, optimizer = self.model_and_optimizer(lambda model: model.parameters(), weight_decay=0.1)
+        self.step(model, optimizer)
+        with pytest.warns(
+            UserWarning, match=r"weight decay 0\.1 to the noise of '0\.noise'.*parameter_groups"
+        ):
+            self.step(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.step(model, optimizer)
+            bmrs.prune(model, bmrs.SNR())
+
+    def test_before_pruning_where_gradients_are_cleared_in_each_step(self):
+        model, optimizer = self.model_and_optimizer(lambda model: model.parameters(), weight_decay=0.1)
+        self.step(model, optimizer)
+        with pytest.warns(UserWarning, match=r"weight decay 0\.1"):
+            bmrs.prune(model, bmrs.SNR())
+
+    @pytest.mark.parametrize(
+        ("groups", "decay"),
+        [
+            (lambda model: bmrs.parameter_groups(model, lr=1e-3, weight_decay=0.1), 0.1),
+            (lambda model: model.parameters(), 0.0),
+        ],
+    )
+    def test_not_where_none_reaches_the_noise(self, groups, decay):
+        model, optimizer = self.model_and_optimizer(groups, weight_decay=decay)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(3):
+                self.step(model, optimizer)
+            bmrs.prune(model, bmrs.SNR())
