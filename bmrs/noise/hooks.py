@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from bmrs.noise.added import lost_noise, note_what_was_added
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.wrappers import inside_wrappers, is_sharded
 
@@ -31,10 +33,10 @@ def add_noise_hook(layer: nn.Module, noise: nn.Module, *, at_input: bool = False
         layer.register_forward_hook(_multiply_output, prepend=in_front)
 
 
-def without_hook(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers, by qualified name, that hold noise of `add_noise` but have lost the hook that applies it."""
+def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return those of a model's modules that hold noise of `add_noise` but have lost the hook that applies it."""
     found = {}
-    for name, layer in inside_wrappers(model).named_modules():
+    for name, layer in modules.items():
         noise = layer._modules.get("noise")
         if isinstance(noise, NoiseLayer) and noise.hooked is not None:
             hooks = layer._forward_hooks if noise.hooked == "output" else layer._forward_pre_hooks
@@ -50,13 +52,28 @@ def check_noise_acts(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if lost := without_hook(model):
-        names = ", ".join(repr(name) for name in list(lost)[:5]) + (", …" if len(lost) > 5 else "")
+    modules = dict(inside_wrappers(model).named_modules())
+    if lost := without_hook(modules):
         raise ValueError(
-            f"the noise of {names} does not act any more: the layer was replaced, or its hooks were cleared, after "
-            "add_noise (nn.SyncBatchNorm.convert_sync_batchnorm does that): call bmrs.restore_noise(model), or convert "
-            "the model before add_noise"
+            f"the noise of {_listed(list(lost))} does not act any more: the layer was replaced, or its hooks were "
+            "cleared, after add_noise (nn.SyncBatchNorm.convert_sync_batchnorm does that): call "
+            "bmrs.restore_noise(model), or convert the model before add_noise"
         )
+    gone, folded = lost_noise(modules)
+    if gone:
+        raise ValueError(
+            f"the noise {_listed(gone)} is gone: its layer was replaced, removed or fused after add_noise; convert the "
+            "model before add_noise, or, if this is meant, call bmrs.restore_noise(model), which forgets it"
+        )
+    if folded:
+        raise ValueError(
+            f"the batch normalisation {_listed(folded)} is gone, folded into a layer whose noise stood between them, "
+            "so that the noise now multiplies something else: fuse layers before add_noise"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def restore_noise(model: nn.Module) -> list[str]:
@@ -64,7 +81,8 @@ def restore_noise(model: nn.Module) -> list[str]:
 
     Conversions such as ``nn.SyncBatchNorm.convert_sync_batchnorm`` make new layers, to which they pass parameters and
     children, the noise among them, but not the hook that applies it. Functions of this library that meet such noise
-    raise; this puts the hooks back. Parameters, masks and names stay as they are.
+    raise; this puts the hooks back. Parameters, masks and names stay as they are. Noise that is gone with its layer is
+    forgotten: those functions no longer miss it.
 
     Args:
         model: a model after `add_noise` and a conversion; nothing happens to one that lost nothing.
@@ -72,13 +90,14 @@ def restore_noise(model: nn.Module) -> list[str]:
     Returns:
         The qualified names of the layers whose noise acts again.
     """
-    lost = without_hook(model)
+    lost = without_hook(dict(inside_wrappers(model).named_modules()))
     for layer in lost.values():
         noise = layer._modules["noise"]
         assert isinstance(noise, NoiseLayer)
         add_noise_hook(layer, noise, at_input=noise.hooked == "input")
     if lost:
         forget_compiled_code()
+    note_what_was_added(inside_wrappers(model))
     return list(lost)
 
 

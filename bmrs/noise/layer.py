@@ -72,6 +72,8 @@ class NoiseLayer(nn.Module):
     generator: torch.Generator | None = None
     _born_without_values: bool = False
     was_looked_at_for_decay: bool = False
+    added: Any = None
+    """Where `add_noise` put it, an `Added`; None for a layer of the user's own."""
     hooked: Literal["output", "input"] | None = None
     """What of its layer a hook multiplies with the noise, if `add_noise` put it there; else None."""
 

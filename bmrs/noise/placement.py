@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bmrs.checks import check_choice, check_integer, check_module
+from bmrs.noise.added import note_what_was_added
 from bmrs.noise.hooks import add_noise_hook, added_noise, forget_compiled_code
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer
 from bmrs.noise.tensor_parallel import mesh_of, replicate
@@ -136,6 +137,7 @@ def add_noise(
         additions.append((layer, noise.train(layer.training)))
     for layer, noise in additions:
         add_noise_hook(layer, noise, at_input=num_heads is not None)
+    note_what_was_added(inside_wrappers(model))
     forget_compiled_code()
     return model
 

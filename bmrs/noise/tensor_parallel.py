@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +45,7 @@ def replicate(noise: NoiseLayer, mesh: DeviceMesh) -> None:
 
 def check_no_noise_is_left_out(model: nn.Module, layers: dict[str, NoiseLayer]) -> None:
     """Raise ValueError where noise of a model in tensor parallelism would differ between copies of one activation."""
-    if "torch.distributed.tensor" not in sys.modules or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not distributed.is_available() or not distributed.is_initialized():
         return
     plain = [
         name for name, layer in layers.items() if not layer.same_on_all_ranks and not is_sharded(layer.mu)

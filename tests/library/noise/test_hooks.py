@@ -123,3 +123,77 @@ def test_a_hook_without_its_noise_says_so(where):
     del model.get_submodule(where)._modules["noise"]
     with pytest.raises(RuntimeError, match="lost its child 'noise'"):
         model(EXAMPLE)
+
+
+def two_blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten()
+    ).eval()
+
+
+def fused_by_fx(model):
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(model)
+
+
+FUSIONS = {
+    "pairs": lambda model: torch.ao.quantization.fuse_modules(model, ["0", "1"]),
+    "triples": lambda model: torch.ao.quantization.fuse_modules(model, ["0", "1", "2"]),
+    "fx": fused_by_fx,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("fusion", FUSIONS)
+class TestFusing:
+    def test_behind_noise_is_noticed(self, fusion):
+        model = FUSIONS[fusion](bmrs.add_noise(two_blocks(), where="0"))
+        for outside in (model, nn.Sequential(nn.Identity(), model)):
+            with pytest.raises(
+                ValueError, match=r"batch normalisation '.*' is gone, folded .*before add_noise"
+            ):
+                bmrs.kl_divergence(outside, weight=1.0)
+
+    def test_away_from_noise_is_not(self, fusion):
+        model = FUSIONS[fusion](bmrs.add_noise(two_blocks(), where="3"))
+        bmrs.kl_divergence(model, weight=1.0)
+        bmrs.compact(model, EXAMPLE)
+
+    def test_that_takes_noise_away_is_noticed(self, fusion):
+        model = FUSIONS[fusion](bmrs.add_noise(two_blocks(), where="[13]"))
+        with pytest.raises(
+            ValueError, match=r"the noise '.*' is gone: its layer was replaced, removed or fused"
+        ):
+            bmrs.kl_divergence(model, weight=1.0)
+
+
+class TestLayersThatWereReplaced:
+    def test_are_missed_until_that_is_meant(self):
+        model = bmrs.add_noise(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), where=nn.Linear)
+        wrapped = nn.ModuleDict({"inner": model})
+        model[2] = nn.Linear(4, 7)
+        with pytest.raises(ValueError, match=r"the noise '2\.noise' is gone.*bmrs\.restore_noise"):
+            bmrs.prune(model, bmrs.SNR())
+        with pytest.raises(ValueError, match=r"the noise 'inner\.2\.noise' is gone"):
+            bmrs.prune(wrapped, bmrs.SNR())
+        assert bmrs.restore_noise(model) == []
+        bmrs.prune(model, bmrs.SNR())
+        bmrs.add_noise(model, where="2")
+        assert set(noise_layers(model)) == {"0.noise", "2.noise"}
+        bmrs.kl_divergence(copy.deepcopy(model), weight=1.0)
+
+    def test_a_part_of_a_model_misses_only_its_own(self):
+        inner = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        model = bmrs.add_noise(nn.ModuleDict({"inner": inner, "other": nn.Linear(2, 2)}), where=nn.Linear)
+        del model["other"]
+        bmrs.kl_divergence(inner, weight=1.0)
+        inner[2] = nn.Linear(4, 2)
+        with pytest.raises(ValueError, match=r"the noise '2\.noise' is gone"):
+            bmrs.kl_divergence(inner, weight=1.0)
+
+    def test_another_normalisation_may_take_its_place(self):
+        model = bmrs.add_noise(two_blocks(), where="0")
+        model[1] = nn.GroupNorm(2, 6)
+        bmrs.kl_divergence(model, weight=1.0)
