@@ -16,6 +16,7 @@ from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import layers_of_one_kind, settled_noise_layers
 from bmrs.noise.parameters import warn_of_weight_decay
+from bmrs.pruning.travel import travelled, way_to_go
 from bmrs.text_table import table_lines
 
 
@@ -51,12 +52,16 @@ class PruneReport:
         score_name: what its scores are.
         layers: one entry for each noise layer, in module order.
         tied: names of noise layers that were judged together, in groups.
+        times_longer: where nothing went because the posteriors have hardly left their start: how many times as many
+            steps bring a structure that the data say nothing about to where the criterion prunes, infinity if they have
+            not moved at all; else None.
     """
 
     criterion: str
     score_name: str
     layers: tuple[LayerReport, ...]
     tied: tuple[tuple[str, ...], ...] = ()
+    times_longer: float | None = None
 
     @property
     def before(self) -> int:
@@ -81,6 +86,7 @@ class PruneReport:
             "after": self.after,
             "layers": layers,
             "tied": [list(group) for group in self.tied],
+            "times_longer": None if self.times_longer == math.inf else self.times_longer,
         }
 
     def __str__(self) -> str:
@@ -105,6 +111,17 @@ class PruneReport:
             for layer in self.layers
             if layer.best_kept
         ]
+        if self.times_longer == math.inf:
+            notes.append(
+                "nothing went, because no posterior has left its start: are μ and log σ in the optimizer, which has to "
+                "be built after the noise was added?"
+            )
+        elif self.times_longer is not None:
+            notes.append(
+                "nothing went, because the posteriors are still near their start: about "
+                f"{self.times_longer:.2g} times as many steps at this rate bring one that the data say nothing about "
+                "to where this criterion prunes; bmrs.learn_posteriors goes on until they have settled"
+            )
         ties = [f"judged together: {', '.join(group)}" for group in self.tied]
         return "\n".join([f"pruned by {self.criterion}", *lines, *ties, *notes])
 
@@ -162,9 +179,27 @@ def prune(
         new_masks = torch.cat([masks[layer] for layer in group.layers]).to(group.layers[0].mask.device)
         for layer, mask in group.split(new_masks):
             layer.set_kept(mask)
+    reports = tuple(report for _, report in results)
     return PruneReport(
-        repr(criterion), criterion.score_name, tuple(report for _, report in results), tuple(map(tuple, tied))
+        repr(criterion),
+        criterion.score_name,
+        reports,
+        tuple(map(tuple, tied)),
+        _times_longer(layers, reports, criterion),
     )
+
+
+def _times_longer(
+    layers: dict[str, NoiseLayer], reports: tuple[LayerReport, ...], criterion: Criterion
+) -> float | None:
+    nothing_went = all(report.before == report.after == report.structures for report in reports)
+    if not nothing_went or not isinstance(criterion, PosteriorCriterion):
+        return None
+    fastest = max(layers.values(), key=travelled)
+    if (so_far := travelled(fastest)) == 0:
+        return math.inf
+    way = way_to_go(fastest, criterion)
+    return None if way is None or so_far >= way else way / so_far
 
 
 def _on_cpu(layers: dict[str, NoiseLayer], name: str) -> dict[NoiseLayer, Tensor]:

@@ -262,3 +262,47 @@ class TestReport:
             "best_kept": False,
         }
         assert found["layers"][1]["highest_score"] is None
+
+
+class TestPosteriorsThatHaveHardlyMoved:
+    def trained(self, steps, lr=0.05):
+        torch.manual_seed(0)
+        model = nn.Sequential(NoiseLayer(20), nn.Linear(20, 2))
+        optimizer = torch.optim.Adam(model[0].parameters(), lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            bmrs.kl_divergence(model, weight=1.0).backward()
+            optimizer.step()
+        return model
+
+    @pytest.mark.parametrize("criterion", [bmrs.SNR(), bmrs.BMRSNormal(tolerance=0.919), bmrs.BMRSOdds()])
+    def test_the_report_says_how_much_longer_it_takes(self, criterion):
+        steps = 20
+        report = bmrs.prune(self.trained(steps), criterion)
+        assert report.after == report.before == 20
+        assert "nothing went, because the posteriors are still near their start" in str(report)
+        assert report.to_dict()["times_longer"] == report.times_longer
+        # What it says is what happens.
+        needed = round(steps * report.times_longer)
+        assert bmrs.prune(self.trained(round(0.8 * needed)), criterion).after == 20
+        late = bmrs.prune(self.trained(round(1.2 * needed)), criterion)
+        assert late.after == 1
+        assert late.times_longer is None
+
+    def test_the_report_asks_for_the_optimizer_where_nothing_moved(self):
+        report = bmrs.prune(self.trained(0), bmrs.SNR())
+        assert "no posterior has left its start: are μ and log σ in the optimizer" in str(report)
+        assert report.times_longer == math.inf
+        assert report.to_dict()["times_longer"] is None
+
+    def test_nothing_is_said_where_that_is_not_the_reason(self):
+        settled = self.trained(0)
+        with torch.no_grad():  # as the data can hold them: far from the start and narrow
+            settled[0].mu.fill_(-9.0)
+            settled[0].log_sigma.fill_(-4.0)
+        moved = bmrs.prune(settled, bmrs.SNR())
+        by_norm = bmrs.prune(bmrs.add_noise(nn.Sequential(nn.Linear(2, 3)), where="0"), bmrs.L2(ratio=0.0))
+        for report in (moved, by_norm):
+            assert report.after == report.before
+            assert report.times_longer is None
+            assert "nothing went" not in str(report)
