@@ -165,5 +165,7 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LostProcessError(f"process {rank()} of {count()} lost another one: {reason}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise LostProcessError(
+            f"process {rank()} of {count()} lost another one, which was killed or failed: {reason}"
+        ) from error

@@ -1,0 +1,34 @@
+"""Runs a function in several processes at once, and makes a hang a failure."""
+
+import os
+import time
+
+import torch
+from torch import distributed, multiprocessing
+
+
+def run_together(function, *arguments, world, timeout=100):
+    """Call ``function(rank, *arguments)`` in several processes, with the environment that torchrun gives them."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.spawn(_call, (function, world, store.port, arguments), nprocs=world, join=False)
+    end = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < end, f"{function.__name__} hangs"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _call(rank, function, world, port, arguments):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    function(rank, *arguments)
