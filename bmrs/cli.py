@@ -67,14 +67,8 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
         arguments = _parser().parse_args(argv, defaults=False)
         if arguments.subcommand == "train":
             _train(arguments.train, console)
-        elif processes.is_first():
-            options = arguments.evaluate
-            evaluate(
-                Path(options.run),
-                data_dir=options.get("data_dir"),
-                device=options.get("device"),
-                console=console,
-            )
+        else:
+            processes.of_first(lambda: _evaluate(arguments.evaluate, console))
     except _UsageError as error:
         return _failure(error.args[0], code=2)
     except SystemExit as exit:  # the parser has written its help
@@ -106,6 +100,15 @@ def _train(options: Namespace, console: Console) -> None:
         if given.get(name, saved) != saved:
             raise ConfigError(f"{flag(name)} is {given[name]}, but the run to resume has {saved}")
     resume(Path(options.resume), console=console)
+
+
+def _evaluate(options: Namespace, console: Console) -> None:
+    evaluate(
+        Path(options.run),
+        data_dir=options.get("data_dir"),
+        device=options.get("device"),
+        console=console,
+    )
 
 
 class _UsageError(SystemExit):

@@ -73,6 +73,8 @@ def joined() -> Iterator[Team]:
         world_size=world,
         timeout=_PATIENCE,
     )
+    # None may leave, as it does at once after a bad option, while another is still connecting.
+    distributed.all_reduce(torch.zeros(1))
     team = Team(distributed.PrefixStore("bmrs", store))
     handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
