@@ -30,7 +30,7 @@ from bmrs.training import (
 )
 from bmrs.training.config import expected_value, flag
 from bmrs.training.run_folder import RunFolder
-from bmrs.training.torchrun import joined
+from bmrs.training.torchrun import joined, other_launcher
 
 _TRAIN_HELP = """\
 Train a network, learn which of its structures it needs, prune, compact and fine-tune it, save, reload and check it, and
@@ -90,6 +90,9 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
 def _train(options: Namespace, console: Console) -> None:
     given = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
     output = options.get("output")
+    note = other_launcher()
+    if note is not None:
+        console.print(note, soft_wrap=True)
     if "resume" not in options:
         train(TrainConfig(**given), output=None if output is None else Path(output), console=console)
         return

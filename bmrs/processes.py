@@ -18,7 +18,7 @@ ResultT = TypeVar("ResultT")
 
 
 class LostProcessError(RuntimeError):
-    """Another process is gone, so that nothing can be exchanged with it any more."""
+    """Nothing can be exchanged with the other processes any more, as a rule because one of them is gone."""
 
 
 def count() -> int:
@@ -46,7 +46,7 @@ def of_first(call: Callable[[], ResultT]) -> ResultT:
         return call()
     box: list[Any] = [call() if is_first() else None]
     with _exchange():
-        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -121,13 +121,15 @@ def same_on_all(tensors: Iterable[Tensor]) -> bool:
     """Return whether all processes hold the same tensors, to the last bit; every process gets the same answer."""
     if count() == 1:
         return True
+    tensors = list(tensors)
     digest = hashlib.blake2b(digest_size=7)
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     number = int.from_bytes(digest.digest(), "big")
-    extremes = torch.tensor([number, -number])
+    # Where they are, since a group of NCCL alone exchanges nothing that is on a CPU.
+    extremes = torch.tensor([number, -number], device=tensors[0].device if tensors else None)
     with _exchange():
         distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX)
     highest, negative_lowest = extremes.tolist()
@@ -167,5 +169,5 @@ def _exchange() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise LostProcessError(
-            f"process {rank()} of {count()} lost another one, which was killed or failed: {reason}"
+            f"process {rank()} of {count()} cannot reach the others, one of which may have been killed: {reason}"
         ) from error

@@ -105,6 +105,14 @@ def is_one_of_several() -> bool:
     )
 
 
+def other_launcher() -> str | None:
+    """Return what to say where a launcher that is not torchrun has set up several processes, which train apart."""
+    world = os.getenv("WORLD_SIZE", "1")
+    if world == "1" or distributed.is_torchelastic_launched():
+        return None
+    return f"WORLD_SIZE is {world}, but torchrun did not start this process, so that it trains alone"
+
+
 def _interrupt(number: int, frame: object) -> None:
     # One signal is enough; torchrun may send another on.
     for each in (signal.SIGINT, signal.SIGTERM):

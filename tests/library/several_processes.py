@@ -6,11 +6,13 @@ import time
 import torch
 from torch import distributed, multiprocessing
 
+SLOW_IMPORTS = ["bmrs.cli", "numba", "pytest", "torch._dynamo", "torch._functorch.partitioners"]
+
 
 def run_together(function, *arguments, world, timeout=100):
     """Call ``function(rank, *arguments)`` in several processes, with the environment that torchrun gives them."""
     # They are forked from a process that has nothing but imported what they need, which takes longest.
-    multiprocessing.set_forkserver_preload(["bmrs.cli", "torch.export", "torch.distributed.rendezvous"])
+    multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.start_processes(
         _call,

@@ -13,7 +13,7 @@ from bmrs import processes
 from bmrs.training import NonFiniteError, RunError
 from bmrs.training.finite import FiniteWatch
 from bmrs.training.sharing import check_same_state
-from bmrs.training.torchrun import is_one_of_several
+from bmrs.training.torchrun import is_one_of_several, other_launcher
 
 WORLD = 3
 INPUTS = torch.linspace(-1, 1, 7 * 4).view(7, 4).sin()
@@ -208,7 +208,12 @@ def test_a_world_of_another_launcher_is_not_waited_for(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert not is_one_of_several()
+    assert (
+        other_launcher()
+        == "WORLD_SIZE is 4, but torchrun did not start this process, so that it trains alone"
+    )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     assert is_one_of_several()
+    assert other_launcher() is None
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not is_one_of_several()

@@ -18,13 +18,15 @@ from torch import nn
 
 import bmrs
 from bmrs.cli import main
-from bmrs.training import run
+from bmrs.training import algorithm1, recipe, run
+from bmrs.training.fit import fit, fitting_state
 from bmrs.training.progress import TrainingProgress
+from bmrs.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 # 48 training images: batches of 13, 13, 13 and 9, of which no part is as large as another.
 NETWORK = "--device cpu --model mlp --num-blocks 1 --hidden 6 --batch-size 13"
-PAPER = "--recipe paper --epochs 3 --fine-tune-epochs 1 --criterion l2 --ratio 0.34"
+PAPER = "--recipe paper --epochs 2 --fine-tune-epochs 1 --criterion l2 --ratio 0.34"
 
 
 @pytest.fixture(scope="module")
@@ -63,36 +65,53 @@ def without_time(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
-def assert_same(first, second, name, *, rtol=0.0, atol=0.0):
+def assert_same(first, second, name):
     expected, found = (load_file(run / f"{name}.safetensors") for run in (first, second))
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+class Quiet:
+    def step(self, **values):
+        pass
+
+    def epoch(self, row):
+        pass
 
 
 def test_two_processes_train_what_one_does(options, tmp_path):
     schedule = ["--epochs", "2", "--noise-epochs", "1", "--fine-tune-epochs", "1"]
-    done = torchrun(*options, *schedule, "--output", str(tmp_path / "two"))
+    done = torchrun(*options, *schedule, "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert not own_lines(done.stderr)
     assert done.stdout.count("noise: epoch 1/1") == done.stdout.count("run folder: ") == 1
     assert done.stdout.count("test accuracy") == 1
-
-    summary = json.loads((tmp_path / "two/summary.json").read_text())
+    folder, config = RunFolder.open(tmp_path / "run")
+    summary = json.loads(folder.summary.read_text())
     assert set(summary["networks"]) == {"dense", "compacted", "scratch", "random"}
-    assert bmrs.load(tmp_path / "two/compacted.safetensors")(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main([*options, *schedule, "--output", str(tmp_path / "one")]) == 0
+    assert bmrs.load(folder.network("compacted"))(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+
+    cpu = torch.device("cpu")
+    data = run.load(config, cpu)
+    rest = {"save": lambda state: None, "progress": Quiet()}
+    states = {}
+    for name, epochs in (("trained", 2), ("dense", 4)):
+        states[name] = fitting_state(recipe.untrained(config, data, cpu), config, cpu)
+        fit(states[name], data, config, epochs=epochs, phase=name, **rest)
+        together = rows(folder.metrics(name))
+        for key in ("loss", "train_accuracy", "validation_accuracy"):
+            expected = [row[key] for row in states[name].history]
+            assert [row[key] for row in together] == pytest.approx(expected, rel=1e-5)
     # Without noise the steps are the same, to rounding.
-    for name in ("dense", "scratch", "random"):
-        assert_same(tmp_path / "one", tmp_path / "two", name, rtol=1e-4, atol=1e-6)
-    for name in ("trained", "dense"):
-        one, two = (rows(tmp_path / f"{folder}/{name}.metrics.jsonl") for folder in ("one", "two"))
-        assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
-        assert [row["train_accuracy"] for row in two] == pytest.approx([row["train_accuracy"] for row in one])
-    noise = [rows(tmp_path / f"{folder}/metrics.jsonl")[0] for folder in ("one", "two")]
-    # The KL counts once; the draws of noise differ, and with them the likelihood a little.
-    assert noise[1]["kl"] == pytest.approx(noise[0]["kl"], rel=1e-3)
-    assert noise[1]["nll"] == pytest.approx(noise[0]["nll"], rel=1e-2)
-    assert noise[1]["nll"] != noise[0]["nll"]
+    torch.testing.assert_close(
+        load_file(folder.dense), dict(states["dense"].model.state_dict()), rtol=1e-4, atol=1e-6
+    )
+    alone = recipe.noisy_state(states["trained"].model, config, data, cpu)
+    recipe.learn_noise(alone, data, config, **rest)
+    expected, found = alone.history[0], rows(folder.metrics("noisy"))[0]
+    # The KL counts once. The draws of noise differ, and with them the likelihood a little.
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+    assert found["nll"] == pytest.approx(expected["nll"], rel=1e-2)
+    assert found["nll"] != expected["nll"]
 
 
 def test_a_bad_option_gives_one_line_and_the_exit_code(options):
@@ -136,15 +155,18 @@ def command(rank, arguments, prepare, folder):
     (folder / f"{rank}.json").write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
 
 
-def no_picture(rank):
-    run.draw = lambda *arguments: None
+def without_measuring(rank):
+    """Leave out what takes long and is no matter of several processes."""
+    algorithm1.compression = lambda *arguments: 0.0
+    run._result = lambda *arguments: None
 
 
 def interrupt_the_second(rank):
+    without_measuring(rank)
     step = TrainingProgress.step
 
     def interrupted_step(self, **values):
-        if rank == 1 and values["epoch"] == 3:
+        if rank == 1 and values["epoch"] == 2:
             raise KeyboardInterrupt
         step(self, **values)
 
@@ -175,34 +197,32 @@ def fault_on_the_second(rank):
         nn.Linear.forward = fail
 
 
-def test_an_interrupted_run_resumes_to_the_same_end(options, together, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_end(options, together, tmp_path, monkeypatch):
     straight, broken, alone = (tmp_path / name for name in ("straight", "broken", "alone"))
     options = [*options, *PAPER.split(), "--output"]
-    assert together([*options, str(straight)], no_picture)[0] == (0, 0)
+    assert together([*options, str(straight)], without_measuring)[0] == (0, 0)
     codes, _, err = together([*options, str(broken)], interrupt_the_second)
     assert codes == (130, 130)
     assert err == f"bmrs: interrupted; continue with: bmrs train --resume {broken}\n"
 
     shutil.copytree(broken, alone)
-    assert together(["train", "--resume", str(broken)], no_picture)[0] == (0, 0)
-    for name in ("checkpoint", "dense.checkpoint", "dense", "compacted"):
+    assert together(["train", "--resume", str(broken)], without_measuring)[0] == (0, 0)
+    for name in ("checkpoint", "dense.checkpoint", "compacted"):
         assert_same(straight, broken, name)
     for name in ("metrics.jsonl", "dense.metrics.jsonl"):
         assert without_time(rows(broken / name)) == without_time(rows(straight / name))
 
     # Another number of processes goes on from the same state, but draws other noise.
     before = rows(alone / "metrics.jsonl")
-    assert len(before) == 2
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main(["train", "--resume", str(alone)]) == 0
+    assert len(before) == 1
+    monkeypatch.setattr(algorithm1, "compression", lambda *arguments: 0.0)
+    monkeypatch.setattr(run, "_result", lambda *arguments: None)
+    assert main(["train", "--resume", str(alone)]) == 0
     after = rows(alone / "metrics.jsonl")
-    assert len(after) == 4
-    assert after[:2] == before
-    assert_same(straight, alone, "dense", rtol=1e-4, atol=1e-6)
-
-    codes, out, _ = together(["evaluate", str(straight)])
-    assert codes == (0, 0)
-    assert out.count("test accuracy") == 1
+    assert len(after) == 3
+    assert after[:1] == before
+    dense = [rows(folder / "dense.metrics.jsonl")[-1]["loss"] for folder in (straight, alone)]
+    assert dense[0] == pytest.approx(dense[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -238,15 +258,21 @@ def test_what_fails_on_a_process_ends_all_with_one_line(
     options, together, tmp_path, prepare, extra, code, line
 ):
     output = ["--output", str(tmp_path / "run")]
-    codes, _, err = together([*options, *PAPER.split(), *extra, *output], prepare)
+    codes, _, err = together([*options, *extra, *output], prepare)
     assert codes == (code, code)
     assert re.fullmatch(f"bmrs: error: {line}\n", err)
     if prepare is not None:
-        assert not rows(tmp_path / "run/metrics.jsonl")
+        assert not rows(tmp_path / "run/trained.metrics.jsonl")
 
 
 def test_a_fault_of_the_program_is_raised_on_one_process(options, together, tmp_path):
     output = ["--output", str(tmp_path / "run")]
-    codes, _, err = together([*options, *PAPER.split(), *output], fault_on_the_second)
+    codes, _, err = together([*options, *output], fault_on_the_second)
     assert codes == (1, "ZeroDivisionError('a fault of the program')")
     assert not err
+
+
+def test_what_the_first_process_alone_does_ends_the_others_if_it_fails(together, tmp_path):
+    codes, _, err = together(["evaluate", str(tmp_path / "nothing")])
+    assert codes == (2, 2)
+    assert err == f"bmrs: error: {tmp_path / 'nothing'} is no run folder: config.json is missing\n"
