@@ -17,8 +17,9 @@ from several_processes import run_together
 from torch import nn
 
 import bmrs
+from bmrs import processes
 from bmrs.cli import main
-from bmrs.training import algorithm1, recipe, run
+from bmrs.training import RunError, TrainConfig, algorithm1, recipe, run
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import RunFolder
@@ -35,14 +36,14 @@ def options(tmp_path_factory):
     return ["train", "--data", "mnist", "--data-dir", str(images), *NETWORK.split()]
 
 
-def torchrun(*arguments, processes=2):
+def torchrun(*arguments):
     program = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        str(processes),
+        "2",
     ]
     return subprocess.run(
         [*program, "-m", "bmrs", *arguments],
@@ -189,6 +190,10 @@ def other_weights_on_the_second(rank):
     torch.optim.Adam.step = other_step
 
 
+def without_gpus(rank):
+    torch.cuda.device_count = lambda: 0
+
+
 def fault_on_the_second(rank):
     def fail(self, x):
         raise ZeroDivisionError("a fault of the program")
@@ -246,6 +251,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(options, together, tmp_path,
             2,
             r"--cuda-graph true goes with one process only, not with the 2 .*",
         ),
+        (without_gpus, ["--device", "cuda"], 2, r"--device cuda needs a GPU for each process, .* has 0 .*"),
         (
             None,
             ["--device", "cuda:1"],
@@ -261,7 +267,7 @@ def test_what_fails_on_a_process_ends_all_with_one_line(
     codes, _, err = together([*options, *extra, *output], prepare)
     assert codes == (code, code)
     assert re.fullmatch(f"bmrs: error: {line}\n", err)
-    if prepare is not None:
+    if (tmp_path / "run").exists():
         assert not rows(tmp_path / "run/trained.metrics.jsonl")
 
 
@@ -276,3 +282,16 @@ def test_what_the_first_process_alone_does_ends_the_others_if_it_fails(together,
     codes, _, err = together(["evaluate", str(tmp_path / "nothing")])
     assert codes == (2, 2)
     assert err == f"bmrs: error: {tmp_path / 'nothing'} is no run folder: config.json is missing\n"
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+    taken = []
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run._device_of_process("cuda", TrainConfig()) == "cuda:1"
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RunError, match="this machine has 2 and a process number 2"):
+        run._device_of_process("cuda", TrainConfig())
