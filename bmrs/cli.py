@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 import bmrs_kernels
+from bmrs import processes
 from bmrs.data import DataError
 from bmrs.training import (
     CollapseError,
@@ -29,6 +30,7 @@ from bmrs.training import (
 )
 from bmrs.training.config import expected_value, flag
 from bmrs.training.run_folder import RunFolder
+from bmrs.training.torchrun import joined, other_launcher
 
 _TRAIN_HELP = """\
 Train a network, learn which of its structures it needs, prune, compact and fine-tune it, save, reload and check it, and
@@ -45,8 +47,20 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code. 0: done. 1: training met a NaN, an infinity or a collapse. 2: an option, the data or the run
-        folder is bad. 130: interrupted.
+        folder is bad. 130: interrupted. Where torchrun started several processes they all have the code of the first
+        one that failed, which alone says why.
     """
+    with joined() as team:
+        code, line = _outcome(argv)
+        if line:
+            code, says_why = team.failure(code)
+            if says_why:
+                print(line, file=sys.stderr)
+    return code
+
+
+def _outcome(argv: list[str] | None) -> tuple[int, str]:
+    """Run the command line, and return the exit code and in one line what went wrong, if anything."""
     console = Console()
     try:
         # Without defaults, so that what was given can be compared with a run to resume.
@@ -54,42 +68,54 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.subcommand == "train":
             _train(arguments.train, console)
         else:
-            options = arguments.evaluate
-            evaluate(
-                Path(options.run),
-                data_dir=options.get("data_dir"),
-                device=options.get("device"),
-                console=console,
-            )
-    except SystemExit as exit:  # the parser has written its help or its error
-        return exit.code if isinstance(exit.code, int) else 0
+            processes.of_first(lambda: _evaluate(arguments.evaluate, console))
+    except _UsageError as error:
+        return _failure(error.args[0], code=2)
+    except SystemExit as exit:  # the parser has written its help
+        return exit.code if isinstance(exit.code, int) else 0, ""
     except (ConfigError, DataError, RunError, OSError) as error:
-        return _fail(error, code=2)
+        return _failure(error, code=2)
     except NonFiniteError as error:
         advice = "The checkpoint of the last good epoch is kept; a lower --lr may help"
-        return _fail(f"{error}. {advice}", code=1)
-    except CollapseError as error:
-        return _fail(error, code=1)
+        return _failure(f"{error}. {advice}", code=1)
+    except (CollapseError, processes.LostProcessError) as error:
+        return _failure(error, code=1)
     except InterruptedRunError as interruption:
-        return _fail(interruption, code=130)
+        return _failure(interruption, code=130)
     except KeyboardInterrupt:
-        return _fail("interrupted", code=130)
-    return 0
+        return _failure("interrupted", code=130)
+    return 0, ""
 
 
 def _train(options: Namespace, console: Console) -> None:
     given = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
     output = options.get("output")
+    note = other_launcher()
+    if note is not None:
+        console.print(note, soft_wrap=True)
     if "resume" not in options:
         train(TrainConfig(**given), output=None if output is None else Path(output), console=console)
         return
     if output is not None:
         raise ConfigError("--output does not go with --resume, which continues in the run's folder")
-    _, config = RunFolder.open(Path(options.resume))
+    _, config = processes.of_first(lambda: RunFolder.open(Path(options.resume)))
     for name, saved in config.to_dict().items():
         if given.get(name, saved) != saved:
             raise ConfigError(f"{flag(name)} is {given[name]}, but the run to resume has {saved}")
     resume(Path(options.resume), console=console)
+
+
+def _evaluate(options: Namespace, console: Console) -> None:
+    evaluate(
+        Path(options.run),
+        data_dir=options.get("data_dir"),
+        device=options.get("device"),
+        console=console,
+    )
+
+
+class _UsageError(SystemExit):
+    """An argument is bad; what the parser raises must not pass for one of its own errors."""
 
 
 class _Parser(ArgumentParser):
@@ -101,8 +127,7 @@ class _Parser(ArgumentParser):
         if bad_value:
             name, value = bad_value.groups()
             line = f"{flag(name)} must be {expected_value(name)}, got {value!r}"
-        self.exit(2, f"bmrs: error: {line}\n")
-        raise AssertionError("exit does not return")
+        raise _UsageError(line)
 
 
 class _ShowVersions(argparse.Action):
@@ -165,7 +190,6 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _fail(message: object, *, code: int) -> int:
+def _failure(message: object, *, code: int) -> tuple[int, str]:
     line = " ".join(str(message).split())
-    print(f"bmrs: {line}" if code == 130 else f"bmrs: error: {line}", file=sys.stderr)
-    return code
+    return code, f"bmrs: {line}" if code == 130 else f"bmrs: error: {line}"

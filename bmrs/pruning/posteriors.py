@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from bmrs import processes
 from bmrs.checks import check_number
 from bmrs.criteria import SNR, BMRSNormal, BMRSOdds, PosteriorCriterion
 from bmrs.criteria.evidence import PAPER_TOLERANCE
 from bmrs.noise.divergence import kl_divergence
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, NoiseLayer
-from bmrs.noise.lookup import noise_layers, required_noise_layers, settled_noise_layers
+from bmrs.noise.lookup import required_noise_layers, settled_noise_layers
 from bmrs.noise.wrappers import whole
 from bmrs_kernels.constants import LN2
 
@@ -123,7 +124,9 @@ class PosteriorLearner:
         prices: Mapping[str, float] | None = None,
         weight_lr: float | None = None,
         criterion: PosteriorCriterion | None = None,
+        across_processes: bool | None = None,
     ) -> None:
+        self._averages = _chosen(across_processes)
         check_number("temperature", temperature, above=0.0)
         check_number("dataset_size", dataset_size, above=0.0)
         check_number("learning_rate", learning_rate, above=0.0)
@@ -139,6 +142,8 @@ class PosteriorLearner:
             self._kl_weight = {name: weight * price for name, price in prices.items()}
         kl_divergence(model, weight=self._kl_weight)  # says what is wrong with the prices
         self._trains_weights = weight_lr is not None
+        if self._averages and self._trains_weights:
+            processes.check_statistics(model)
         of_noise = [p for layer in self._layers.values() for p in (layer.mu, layer.log_sigma)]
         groups: list[dict[str, Any]] = [{"params": of_noise, "lr": self.learning_rate}]
         if weight_lr is not None:
@@ -172,10 +177,16 @@ class PosteriorLearner:
             parameter.requires_grad_(flag)
 
     def step(self, loss: Tensor) -> Tensor:
-        """Add the KL term to a batch's mean loss, go one step down, and return the KL term, detached."""
+        """Add the KL term to a batch's mean loss, go one step down, and return the KL term, detached.
+
+        Across processes each passes the mean loss of its own batch, and the step is that of their average. Where the
+        batches are not equally large, multiply each loss by the number of its examples over the average number.
+        """
         divergence = kl_divergence(self.model, weight=self._kl_weight)
         self.optimizer.zero_grad()
         (loss + divergence).backward()
+        if self._averages:
+            processes.average_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         self.optimizer.step()
         self.steps += 1
         return divergence.detach()
@@ -196,11 +207,55 @@ class PosteriorLearner:
         kept = {name: int(on.sum()) for name, on in decided.items()}
         return PosteriorReport(self.temperature, self.steps, self.distance, share, changed, settled, kept)
 
+    def check_finite(self, loss: Tensor) -> None:
+        """Check the loss of the last step and the posteriors that it left, of all processes that learn together.
+
+        Raises:
+            FloatingPointError: one of them is NaN or infinite.
+        """
+        infinite = ~loss.detach().isfinite().all()
+        if bool(processes.any_of(infinite) if self._averages else infinite):
+            raise FloatingPointError(
+                f"the loss is {loss.detach().tolist()} at step {self.steps} of learning posteriors"
+                + (f", on process {processes.rank()} of {processes.count()}" if self._averages else "")
+            )
+        for name, layer in self._layers.items():
+            if not bool(whole(layer.mu.isfinite() & layer.log_sigma.isfinite()).all()):
+                raise FloatingPointError(
+                    f"mu or log_sigma of noise layer {name!r} is not finite at step {self.steps} of learning posteriors"
+                )
+
+    def check_same(self) -> None:
+        """Check that processes that learn together have come to the same parameters and masks.
+
+        Raises:
+            ValueError: they have not, because they did not start from the same model.
+        """
+        learned = [layer.mask for layer in self._layers.values()]
+        learned += [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if self._averages and not processes.same_on_all(learned):
+            raise ValueError(
+                f"after {self.steps} steps the {processes.count()} processes hold different parameters or masks: give "
+                "each the same model, with the same weights, masks and noise, before it learns with "
+                "across_processes=True"
+            )
+
     def _decisions(self) -> dict[str, Tensor]:
         return {
             name: layer.mask & ~(self._criterion or _rule(layer))(layer).prune
             for name, layer in self._layers.items()
         }
+
+
+def _chosen(across_processes: bool | None) -> bool:
+    """Return whether gradients are to be averaged, which nobody but the user can know."""
+    several = processes.count() > 1
+    if several and across_processes is None:
+        raise ValueError(
+            f"across_processes is missing: torch.distributed has {processes.count()} processes; give True if all of "
+            "them learn these posteriors together, each from its own batches, or False if this one learns alone"
+        )
+    return several and bool(across_processes)
 
 
 def _rule(layer: NoiseLayer) -> PosteriorCriterion:
@@ -221,6 +276,7 @@ def learn_posteriors(
     max_distance: float = MOST_DISTANCE,
     weight_lr: float | None = None,
     criterion: PosteriorCriterion | None = None,
+    across_processes: bool | None = None,
     on_check: Callable[[PosteriorReport], None] | None = None,
 ) -> PosteriorReport:
     """Learn which structures a trained network needs: its weights stay, its noise learns, until decisions settle.
@@ -245,6 +301,10 @@ def learn_posteriors(
         weight_lr: if given, the weights are trained as well, by the same optimizer at this learning rate, and the
             network is in training mode.
         criterion: whose decisions have to settle and are reported; `BMRSOdds` if None.
+        across_processes: where torch.distributed has several processes, it has to be said which of them learn. True:
+            all of them call this with the same model, each with its own batches; every step is that of the average of
+            their mean losses, so that the posteriors and the report are the same on all. False: this process learns
+            alone, whatever the others do. Without several processes it makes no difference.
         on_check: called with the state of things at every check, some 50 steps apart.
 
     Returns:
@@ -252,8 +312,10 @@ def learn_posteriors(
 
     Raises:
         ValueError: the model has no noise layer, ``dataset_size`` is neither given nor to be found, ``batches`` is
-            empty or can be gone through only once, or a number is out of range.
-        FloatingPointError: the loss or a posterior became NaN or infinite.
+            empty or can be gone through only once, or a number is out of range; with several processes,
+            ``across_processes`` is missing, the models differ, or a batch norm is trained that is none of all
+            processes.
+        FloatingPointError: the loss or a posterior became NaN or infinite, on any of the processes that learn together.
     """
     learner = PosteriorLearner(
         model,
@@ -263,6 +325,7 @@ def learn_posteriors(
         prices=prices,
         weight_lr=weight_lr,
         criterion=criterion,
+        across_processes=across_processes,
     )
     check_number("max_distance", max_distance, above=0.0)
     if not callable(loss):
@@ -278,7 +341,8 @@ def learn_posteriors(
                 learner.step(value)
                 if learner.steps % every and learner.distance < max_distance:
                     continue
-                _check_finite(model, value, learner.steps)
+                learner.check_finite(value)
+                learner.check_same()
                 report = learner.check()
                 if on_check is not None:
                     on_check(report)
@@ -308,15 +372,3 @@ def _dataset_size(batches: Iterable[Any], given: int | None) -> int:
             "give the number of training examples, of all processes together"
         )
     return size
-
-
-def _check_finite(model: nn.Module, loss: Tensor, steps: int) -> None:
-    if not bool(loss.isfinite().all()):
-        raise FloatingPointError(
-            f"the loss is {loss.detach().tolist()} at step {steps} of learning posteriors"
-        )
-    for name, layer in noise_layers(model).items():
-        if not bool(whole(layer.mu.isfinite() & layer.log_sigma.isfinite()).all()):
-            raise FloatingPointError(
-                f"mu or log_sigma of noise layer {name!r} is not finite at step {steps} of learning posteriors"
-            )

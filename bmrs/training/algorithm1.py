@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmrs import processes
 from bmrs.data import Dataset
 from bmrs.models import MLP, LeNet5
 from bmrs.noise.lookup import noise_layers
@@ -98,7 +99,7 @@ def train(
             )
         row["validation_accuracy"] = accuracy(state.model, data.validation)
         row["seconds"] = time.perf_counter() - start
-        state.history.append(row)
+        state.history.append(processes.of_first(row.copy))
         save(state)
         progress.epoch(row)
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bmrs import processes
 from bmrs.data import Split
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
@@ -37,7 +38,10 @@ def batches_of(state: TrainingState, split: Split, config: TrainConfig) -> Seque
 def train_epoch(
     step: Step, batches: Sequence[Tensor], epoch: int, watch: FiniteWatch, progress: Progress
 ) -> dict[str, float]:
-    """Train on all images once and return means over them; with noise, accuracy is that of the noisy network."""
+    """Train on all images once and return means over them; with noise, accuracy is that of the noisy network.
+
+    Several processes train together; batches and result are the same on all of them.
+    """
     totals = torch.zeros(3, dtype=torch.float64, device=batches[0].device)
     seen = 0
     for number, batch in enumerate(batches, start=1):
@@ -47,7 +51,7 @@ def train_epoch(
         totals += len(batch) * means
         if number % CHECK_EVERY == 0 or number == len(batches):
             watch.check(epoch)
-            nll, kl, train_accuracy = (totals / seen).tolist()
+            nll, kl, train_accuracy = processes.average(totals / seen).tolist()
             progress.step(epoch=epoch, step=number, steps=len(batches), loss=nll + kl, kl=kl)
     watch.check_parameters(epoch)
     return {"loss": nll + kl, "nll": nll, "kl": kl, "train_accuracy": train_accuracy}

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bmrs import processes
+
 
 class NonFiniteError(ArithmeticError):
     """Training met a NaN or an infinity; the message names the epoch, the step and the place."""
@@ -70,9 +72,9 @@ class FiniteWatch:
         """Look at the steps since the last check; synchronises once.
 
         Raises:
-            NonFiniteError: one of them had a NaN or an infinity.
+            NonFiniteError: one of them had a NaN or an infinity, on any process; it is raised on all.
         """
-        wrong = ~torch.stack(self._rows).isfinite()
+        wrong = processes.any_of(~torch.stack(self._rows).isfinite())
         if wrong.any():
             row, column = wrong.nonzero()[0].tolist()
             raise NonFiniteError(_message(epoch, self._steps + row + 1, self._places[column]))
@@ -85,7 +87,8 @@ class FiniteWatch:
         Raises:
             NonFiniteError: one of them holds a NaN or an infinity.
         """
-        wrong = ~torch.stack([_probe(parameter) for parameter in self._parameters.values()]).isfinite()
+        probes = torch.stack([_probe(parameter) for parameter in self._parameters.values()])
+        wrong = processes.any_of(~probes.isfinite())
         if wrong.any():
             name = list(self._parameters)[int(wrong.nonzero()[0])]
             raise NonFiniteError(_message(epoch, self._steps, f"parameter {name!r}"))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmrs import processes
 from bmrs.data import Dataset
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
@@ -78,6 +79,7 @@ def fit(
     def update(loss: Tensor) -> Tensor:
         state.optimizer.zero_grad()
         loss.backward()
+        processes.average_gradients(state.model.parameters())
         state.optimizer.step()
         return torch.zeros_like(loss.detach())
 
@@ -99,7 +101,7 @@ def fit(
             )
         row["validation_accuracy"] = accuracy(state.model, data.validation)
         row["seconds"] = time.perf_counter() - start
-        state.history.append(row)
+        state.history.append(processes.of_first(row.copy))
         save(state)
         progress.epoch(row)
     state.model.eval()

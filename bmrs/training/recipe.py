@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmrs import processes
 from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import structure_prices
 from bmrs.criteria import PosteriorCriterion
@@ -104,7 +105,8 @@ def learn_noise(
             "validation_accuracy": accuracy(state.model, data.validation),
             "seconds": time.perf_counter() - start,
         }
-        state.history.append(row)
+        # The first process's numbers decide on all of them about the temperature and the end.
+        state.history.append(processes.of_first(row.copy))
         save(state)
         progress.epoch(row)
     if state.history[-1]["emptied"]:
@@ -155,6 +157,7 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
         prices=structure_prices(model, data.train.images[:1], exponent=config.price_exponent),
         weight_lr=config.weight_lr or None,
         criterion=criterion if isinstance(criterion, PosteriorCriterion) else None,
+        across_processes=True,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import nn
 
+from bmrs import processes
 from bmrs.compaction.compact import compact
 from bmrs.data import Dataset, Split, load_dataset, preprocess
 from bmrs.files import save as save_model
@@ -31,6 +33,7 @@ from bmrs.training.run_folder import (
     write_json,
     write_json_lines,
 )
+from bmrs.training.sharing import check_same_data, check_same_state, share_random_state, share_state
 from bmrs.training.summary import RunSummary, show_seeds, summarise
 
 
@@ -47,6 +50,9 @@ def train(
 ) -> list[RunSummary]:
     """Start a run and bring it to its end.
 
+    Where torch.distributed has several processes, all of them call this and train together; the first one writes and
+    shows everything.
+
     Args:
         config: the options.
         output: the run's folder, empty or not there yet; None for a fresh numbered one in `runs`.
@@ -56,8 +62,9 @@ def train(
         The result of each of its seeds.
 
     Raises:
-        RunError: the folder or the device cannot be used.
+        RunError: the folder or the device cannot be used, or the processes differ.
         DataError, FileNotFoundError: the data cannot be read.
+        LostProcessError: another process is gone.
         NonFiniteError: a NaN or an infinity turned up.
         CollapseError: at this temperature nothing would be left.
         InterruptedRunError: the user pressed Ctrl-C; the run can be resumed.
@@ -65,12 +72,16 @@ def train(
     config = config.resolved()
     device = device_of(config)
     load(config, device)  # says what is wrong with the data before there is a folder
-    return _finish(RunFolder.create(config, output), config, device, console or Console())
+    folder = processes.of_first(lambda: RunFolder.create(config, output))
+    return _finish(folder, config, device, console or Console())
 
 
 def resume(path: Path, *, console: Console | None = None) -> list[RunSummary]:
-    """Bring an interrupted run to its end; on the CPU with bitwise the result that it would have had."""
-    folder, config = RunFolder.open(path)
+    """Bring an interrupted run to its end; on the CPU with bitwise the result that it would have had.
+
+    That takes as many processes as before; with another number the run goes on from the same state.
+    """
+    folder, config = processes.of_first(lambda: RunFolder.open(path))
     return _finish(folder, config, device_of(config), console or Console())
 
 
@@ -107,19 +118,25 @@ def evaluate(
 def _finish(
     folder: RunFolder, config: TrainConfig, device: torch.device, console: Console
 ) -> list[RunSummary]:
+    if not processes.is_first():
+        console = Console(quiet=True)
     console.print(f"run folder: {folder.path}", soft_wrap=True)
     summaries = []
     try:
         for seed, seed_folder in folder.of_seeds(config):
             own = replace(config, seed=seed, seeds=1)
-            seed_folder.path.mkdir(exist_ok=True)
+            if processes.is_first():
+                seed_folder.path.mkdir(exist_ok=True)
             if config.seeds > 1:
                 console.print(f"seed {seed}: {seed_folder.path}", soft_wrap=True)
-                write_json(seed_folder.config, own.to_dict())
-            summaries.append(_finish_seed(seed_folder, own, load(own, device), device, console))
+                if processes.is_first():
+                    write_json(seed_folder.config, own.to_dict())
+            data = load(own, device)
+            check_same_data(data)
+            summaries.append(_finish_seed(seed_folder, own, data, device, console))
     except KeyboardInterrupt:
         raise InterruptedRunError(folder.path) from None
-    if len(summaries) > 1:
+    if len(summaries) > 1 and processes.is_first():
         write_json(folder.summary, {"seeds": [summary.to_dict() for summary in summaries]})
     show_seeds(summaries, console, _title(config))
     return summaries
@@ -131,6 +148,18 @@ def _finish_seed(
     trainer = _Trainer(folder, config, console)
     run = _run_paper if config.recipe == "paper" else _run_recipe
     states = run(trainer, config, data, device)
+    return processes.of_first(lambda: _result(folder, config, data, device, console, states))
+
+
+def _result(
+    folder: RunFolder,
+    config: TrainConfig,
+    data: Dataset,
+    device: torch.device,
+    console: Console,
+    states: dict[NetworkName, TrainingState],
+) -> RunSummary:
+    """Measure, write and show what a run has come to."""
     write_atomically(folder.dense, serialize(states["dense"].model.state_dict()))
     summary = summarise(folder, config, data, device)
     write_json(folder.summary, summary.to_dict())
@@ -163,15 +192,23 @@ class _Trainer:
         """Train a fresh state, or go on from its checkpoint, by calling ``train(save, progress)``."""
 
         def save(state: TrainingState) -> None:
-            save_checkpoint(self.folder.checkpoint(network), state)
-            write_json_lines(self.folder.metrics(network), state.history)
+            self.save(network, state)
 
-        if self.folder.checkpoint(network).exists():
+        if processes.is_first() and self.folder.checkpoint(network).exists():
             load_checkpoint(self.folder.checkpoint(network), state)
+        share_state(state)
         save(state)
         with TrainingProgress(self.console, title, epochs=epochs, done=len(state.history)) as progress:
             train(save, progress)
         return state
+
+    def save(self, network: NetworkName, state: TrainingState) -> None:
+        """Write a state of training, the same one on all processes, and its metrics."""
+        check_same_state(state, network)
+        if processes.is_first():
+            save_checkpoint(self.folder.checkpoint(network), state)
+            write_json_lines(self.folder.metrics(network), state.history)
+        share_random_state(state.device)
 
     def fit(
         self,
@@ -222,7 +259,8 @@ def _run_paper(
         "dense": network("dense", "dense"),
     }
     compacted = compact(states["noisy"].model, data.validation.images[:8])
-    save_model(trainer.folder.network("compacted"), compacted)
+    if processes.is_first():
+        save_model(trainer.folder.network("compacted"), compacted)
     return states
 
 
@@ -248,8 +286,7 @@ def _run_recipe(
         report = prune(noisy.model, config.build_criterion())
         noisy.history[-1]["pruning"] = report.to_dict()
         noisy.history[-1]["kept"] = {layer.name: layer.after for layer in report.layers}
-        save_checkpoint(folder.checkpoint("noisy"), noisy)
-        write_json_lines(folder.metrics("noisy"), noisy.history)
+        trainer.save("noisy", noisy)
 
     examples = data.train.images[: recipe.EXAMPLES]
     pruned = compact(noisy.model, examples)
@@ -280,7 +317,8 @@ def _run_recipe(
         ("random", random.model),
         ("scratch", scratch.model),
     ):
-        save_model(folder.network(name), model)
+        if processes.is_first():
+            save_model(folder.network(name), model)
     return {
         "trained": trained,
         "noisy": noisy,
@@ -306,7 +344,7 @@ def load(config: TrainConfig, device: torch.device) -> Dataset:
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """Return the device that the options name.
+    """Return the device that the options name; of several processes on a machine, each takes a GPU of its own.
 
     Raises:
         RunError: it cannot be used, or not with the other options.
@@ -314,6 +352,8 @@ def device_of(config: TrainConfig) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.count() > 1:
+        name = _device_of_process(name, config)
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -322,6 +362,26 @@ def device_of(config: TrainConfig) -> torch.device:
     if config.cuda_graph and device.type != "cuda":
         raise RunError(f"--cuda-graph true needs a GPU, but --device is {device}")
     return device
+
+
+def _device_of_process(name: str, config: TrainConfig) -> str:
+    """Return the device of this one of several processes."""
+    together = f"the {processes.count()} processes of this run"
+    if config.cuda_graph:
+        raise RunError(f"--cuda-graph true goes with one process only, not with {together}")
+    if name == "cpu":
+        return name
+    if name != "cuda":
+        raise RunError(f"--device {name} does not go with {together}: expected auto, cpu or cuda")
+    # torchrun's number of this process on its machine.
+    index, available = int(os.getenv("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= available:
+        raise RunError(
+            f"--device cuda needs a GPU for each process, but this machine has {available} and a process number "
+            f"{index} (counted from 0): lower --nproc-per-node, or take --device cpu"
+        )
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
 
 
 def _title(config: TrainConfig) -> str:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmrs import processes
 from bmrs.data import Split
 from bmrs.noise.divergence import kl_divergence
 from bmrs.training.checkpoint import TrainingState
@@ -20,7 +21,10 @@ Step: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
 DataLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of the logits, the labels and the indices of a batch, to the mean loss in nats."""
 Update: TypeAlias = Callable[[Tensor], Tensor]
-"""Of the data loss: goes one step down and returns the KL term in nats, detached."""
+"""Of the data loss: goes one step down and returns the KL term in nats, detached.
+
+With several processes the step is that of their average loss; the gradients that are left are averages too.
+"""
 
 
 def new_step(
@@ -32,10 +36,11 @@ def new_step(
     data_loss: DataLoss,
     update: Update,
 ) -> Step:
-    """Return a function that trains on the images of given indices and waits for nothing.
+    """Return a function that trains on the images of given indices and waits for nothing on the device.
 
     It returns means over the batch, float64 of shape (3,): the data loss and the KL term in nats and the share of
-    images that were classified rightly, with noise by the noisy network; and what `watch` is to record.
+    images that were classified rightly, with noise by the noisy network; and what `watch` is to record. With several
+    processes each trains on its part of the batch, and the average over the processes is the mean over the batch.
 
     Args:
         model: the network.
@@ -44,16 +49,21 @@ def new_step(
         watch: is asked for the step's probes.
         data_loss: what is to become small.
         update: how.
+
+    Raises:
+        ValueError: with several processes, the model has a batch norm of each process's own.
     """
+    processes.check_statistics(model)
 
     def step(batch: Tensor) -> tuple[Tensor, ...]:
-        images, labels = split.images[batch], split.labels[batch]
+        own, weight = processes.part_of(batch)
+        images, labels = split.images[own], split.labels[own]
         logits = model(images)
-        loss = data_loss(logits, labels, batch)
-        kl = update(loss)
+        loss = data_loss(logits, labels, own)
+        kl = update(loss * weight)
         probes = watch.probes(loss + kl)
         correct = (logits.argmax(dim=1) == labels).double().mean()
-        return torch.stack([loss.detach().double(), kl.double(), correct]), probes
+        return weight * torch.stack([loss.detach().double(), kl.double(), correct]), probes
 
     return GraphedStep(step, config.settings.batch_size, split.labels.device) if config.cuda_graph else step
 
@@ -73,6 +83,7 @@ def update_of(state: TrainingState, config: TrainConfig, dataset_size: int, *, n
             kl = kl_divergence(state.model, weight=config.kl_weight, dataset_size=dataset_size)
         state.optimizer.zero_grad()
         (loss + kl).backward()
+        processes.average_gradients(state.model.parameters())
         state.optimizer.step()
         return kl.detach()
 

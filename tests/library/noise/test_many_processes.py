@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run_in_processes
+from several_processes import results_together
 from torch import distributed, nn
 
 import bmrs
@@ -305,7 +305,7 @@ def functions_of_dtensors():
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("checkpoint"))
-    return run_in_processes(on_two_processes, 2, folder), folder
+    return results_together(on_two_processes, folder, world=2), folder
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +507,7 @@ def on_four_processes(folder):
 def test_data_and_tensor_parallelism_at_once(tmp_path, expected):
     from torch.distributed import checkpoint
 
-    results = run_in_processes(on_four_processes, 4, str(tmp_path))
+    results = results_together(on_four_processes, str(tmp_path), world=4)
     pruned = network()
     _, masks = decisions(pruned)
     for result in results:
