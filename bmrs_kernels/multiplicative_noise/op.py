@@ -11,11 +11,13 @@ from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.dispatch.registration import (
     dispatcher_is_needed,
+    has_tangent,
     is_transformed,
     multiply_derivatives,
     once_differentiable_form,
-    refuse_forward_mode,
     register_vmap_by_example,
+    save_derivatives,
+    tangents_of_outputs,
     transformable_product,
 )
 from bmrs_kernels.dispatch.validation import (
@@ -26,7 +28,9 @@ from bmrs_kernels.dispatch.validation import (
     seed_tensor,
 )
 from bmrs_kernels.multiplicative_noise.call import NUM_TENSORS, NoiseBackend, NoiseCall
+from bmrs_kernels.multiplicative_noise.tangent import multiply_noise_tangent
 from bmrs_kernels.options import Activation, Backend, Granularity
+from bmrs_kernels.uniform.op import philox_uniform
 
 
 def _implementation(backend: str) -> NoiseBackend:
@@ -74,18 +78,14 @@ def _(
     return mu.new_empty(shape), mu.new_empty(grad_shape), mu.new_empty(grad_shape)
 
 
-def _save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.shape = inputs[0].shape
-
-
 def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_mu, grad_log_sigma = ctx.saved_tensors
-    products = multiply_derivatives(grad, grad_mu, grad_log_sigma)
+    product_of = transformable_product if has_tangent(grad) else multiply_derivatives
+    products = product_of(grad, grad_mu, grad_log_sigma)
     return (*(product.sum_to_size(ctx.shape) for product in products), *[None] * 5)
 
 
-_sample_noise.register_autograd(_sample_backward, setup_context=_save_sample)
+_sample_noise.register_autograd(_sample_backward, setup_context=save_derivatives)
 register_vmap_by_example(_sample_noise)
 
 
@@ -102,12 +102,16 @@ class _TransformableSample(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # Differentiable on paper, so that a second derivative meets the product's refusal instead of a zero.
-        _save_sample(ctx, inputs, output)
+        save_derivatives(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         products = transformable_product(grad, *ctx.saved_tensors)
         return (*(product.sum_to_size(ctx.shape) for product in products), *[None] * 5)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        return tangents_of_outputs(ctx, *tangents[:2])
 
 
 @torch.library.custom_op("bmrs_kernels::multiply_noise", mutates_args=())
@@ -159,13 +163,48 @@ def _(grad: Tensor, x: Tensor, mu: Tensor, log_sigma: Tensor, *_: Any) -> tuple[
     return torch.empty_like(x), torch.empty_like(mu), torch.empty_like(log_sigma)
 
 
+@torch.library.custom_op("bmrs_kernels::multiply_noise_tangent", mutates_args=())
+def _multiply_noise_tangent(
+    x_tangent: Tensor | None,
+    mu_tangent: Tensor | None,
+    log_sigma_tangent: Tensor | None,
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+    backend: str,
+) -> Tensor:
+    call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
+    uniform = philox_uniform(seed, call.draw_shape, device=x.device, backend=backend)  # type: ignore[arg-type]
+    sample = _implementation(backend).sample_noise
+    return multiply_noise_tangent(call, sample, uniform, x_tangent, mu_tangent, log_sigma_tangent)
+
+
+@_multiply_noise_tangent.register_fake
+def _(
+    x_tangent: Tensor | None,
+    mu_tangent: Tensor | None,
+    log_sigma_tangent: Tensor | None,
+    x: Tensor,
+    *_: Any,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:NUM_TENSORS])
     ctx.options = inputs[NUM_TENSORS:]
 
 
 def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _multiply_noise_backward(grad, *ctx.saved_tensors, *ctx.options)
+    gradients = _transformable_backward if has_tangent(grad) else _multiply_noise_backward
+    grads = gradients(grad, *ctx.saved_tensors, *ctx.options)
     # The mask, the seed and the options have no gradient.
     return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
 
@@ -173,7 +212,9 @@ def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs)
 register_vmap_by_example(_multiply_noise)
 register_vmap_by_example(_multiply_noise_backward)
+register_vmap_by_example(_multiply_noise_tangent)
 _transformable_backward = once_differentiable_form(_multiply_noise_backward)
+_transformable_tangent = once_differentiable_form(_multiply_noise_tangent)
 
 
 class _TransformableMultiply(torch.autograd.Function):
@@ -189,11 +230,17 @@ class _TransformableMultiply(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save_inputs(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:NUM_TENSORS])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = _transformable_backward(grad, *ctx.saved_tensors, *ctx.options)
         return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        tangent: Tensor = _transformable_tangent(*tangents[:3], *ctx.saved_tensors, *ctx.options)
+        return tangent
 
 
 class _MultiplyNoise(torch.autograd.Function):
@@ -211,7 +258,7 @@ class _MultiplyNoise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # With create_graph=True the result may be differentiated again: the operator raises there, where this function
         # would leave terms out. It also knows gradients that are no plain tensors.
-        if torch.is_grad_enabled() or dispatcher_is_needed(grad):
+        if torch.is_grad_enabled() or dispatcher_is_needed(grad) or has_tangent(grad):
             return _multiply_backward(ctx, grad)
         *options, backend = ctx.options
         call = NoiseCall(*ctx.saved_tensors, *options)
@@ -251,11 +298,10 @@ def sample_noise(
     check_parameters(mu, log_sigma)
     check_interval(lower, upper)
     check_uniform(uniform, mu)
-    refuse_forward_mode(mu, log_sigma)
     with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
     inputs = (mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu))
     theta: Tensor
-    if is_transformed():
+    if is_transformed() or has_tangent(mu, log_sigma):
         theta = _TransformableSample.apply(*inputs, True)[0]
     else:
         theta = _sample_noise(*inputs, with_gradients)[0]
@@ -312,11 +358,10 @@ def multiply_noise(
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
         seed = seed_tensor(seed, x.device)
-    refuse_forward_mode(x, mu, log_sigma)
     chosen = resolve_backend(backend, x)
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
     result: Tensor
-    if is_transformed():
+    if is_transformed() or has_tangent(x, mu, log_sigma):
         result = _TransformableMultiply.apply(*call, chosen)
     elif dispatcher_is_needed(x, mu, log_sigma, mask, seed):
         result = _multiply_noise(*call, chosen)
