@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.dispatch.recomputation import check_drawing, check_saved_seed, kept_seed
 from bmrs_kernels.dispatch.registration import (
     dispatcher_is_needed,
     has_tangent,
@@ -202,11 +204,15 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = inputs[NUM_TENSORS:]
 
 
-def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _transformable_backward if has_tangent(grad) else _multiply_noise_backward
-    grads = gradients(grad, *ctx.saved_tensors, *ctx.options)
+def _gradients(grad: Tensor, tensors: Sequence[Tensor], options: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    compute = _transformable_backward if has_tangent(grad) else _multiply_noise_backward
+    grads = compute(grad, *tensors, *options)
     # The mask, the seed and the options have no gradient.
-    return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
+    return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(options)))
+
+
+def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(grad, ctx.saved_tensors, ctx.options)
 
 
 _multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs)
@@ -251,6 +257,7 @@ class _MultiplyNoise(torch.autograd.Function):
         _save_inputs(ctx, inputs, inputs[0])
         *arguments, backend = inputs
         call, implementation = NoiseCall(*arguments), _implementation(backend)
+        ctx.seed = call.seed
         ctx.prepared = implementation.prepare(call)
         return implementation.multiply_noise(call, ctx.prepared)
 
@@ -258,10 +265,12 @@ class _MultiplyNoise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # With create_graph=True the result may be differentiated again: the operator raises there, where this function
         # would leave terms out. It also knows gradients that are no plain tensors.
+        tensors = ctx.saved_tensors
+        check_saved_seed(tensors[-1], ctx.seed)
         if torch.is_grad_enabled() or dispatcher_is_needed(grad) or has_tangent(grad):
-            return _multiply_backward(ctx, grad)
+            return _gradients(grad, tensors, ctx.options)
         *options, backend = ctx.options
-        call = NoiseCall(*ctx.saved_tensors, *options)
+        call = NoiseCall(*tensors, *options)
         grads = _implementation(backend).multiply_noise_backward(call, ctx.prepared, grad)
         return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
 
@@ -348,6 +357,8 @@ def multiply_noise(
     Raises:
         TypeError: a tensor has an unsuitable dtype.
         ValueError: shapes or devices do not fit, an option is unknown, or not lower < upper.
+        RuntimeError: activation checkpointing does not restore torch's generator, so that backward would meet other
+            noise than forward.
     """
     check_parameters(mu, log_sigma)
     check_interval(lower, upper)
@@ -355,6 +366,8 @@ def multiply_noise(
     if mask is not None:
         _check_mask(mask, mu)
     if seed is None:
+        if not torch.compiler.is_compiling():
+            check_drawing()
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
         seed = seed_tensor(seed, x.device)
@@ -364,10 +377,16 @@ def multiply_noise(
     if is_transformed() or has_tangent(x, mu, log_sigma):
         result = _TransformableMultiply.apply(*call, chosen)
     elif dispatcher_is_needed(x, mu, log_sigma, mask, seed):
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and _has_gradient(x, mu, log_sigma):
+            call = call._replace(seed=kept_seed(seed))
         result = _multiply_noise(*call, chosen)
     else:
         result = _MultiplyNoise.apply(*call, chosen)
     return result
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _check_activations(x: Tensor, mu: Tensor, dim: int, granularity: str, activation: str | None) -> int:
