@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bmrs_kernels.dispatch.backend import running_backend
+
 StructureFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -217,7 +219,11 @@ def structure_op(
         product = transformable_product if has_tangent(grad) else multiply_derivatives
         return (*product(grad, grad_mu, grad_log_sigma), *[None] * (ctx.num_arguments - 2))
 
-    operator = torch.library.custom_op(f"bmrs_kernels::{name}", body, mutates_args=(), schema=schema)
+    def operate(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *values, backend, with_gradients = arguments
+        return body(mu, log_sigma, *values, running_backend(backend, mu), with_gradients)
+
+    operator = torch.library.custom_op(f"bmrs_kernels::{name}", operate, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=save_derivatives)
     register_vmap_by_example(operator)
@@ -272,7 +278,8 @@ def structure_op(
         if is_transformed() or has_tangent(mu, log_sigma):
             value = Transformable.apply(mu, log_sigma, *arguments)[0]
         elif dispatcher_is_needed(mu, log_sigma):
-            value = operator(mu, log_sigma, *arguments, with_gradients)[0]
+            # torch.jit.trace runs once without gradients, to check, and what it returns may be asked for them.
+            value = operator(mu, log_sigma, *arguments, with_gradients or torch.jit.is_tracing())[0]
         elif with_gradients:
             value = Direct.apply(mu, log_sigma, *arguments)
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bmrs_kernels.constants import LOWER, UPPER
-from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.dispatch.backend import resolve_backend, running_backend
 from bmrs_kernels.dispatch.recomputation import check_drawing, check_saved_seed, kept_seed
 from bmrs_kernels.dispatch.registration import (
     dispatcher_is_needed,
@@ -60,7 +60,7 @@ def _sample_noise(
     backend: str,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).sample_noise(
+    return _implementation(running_backend(backend, mu)).sample_noise(
         mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients
     )
 
@@ -131,7 +131,7 @@ def _multiply_noise(
     backend: str,
 ) -> Tensor:
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
-    implementation = _implementation(backend)
+    implementation = _implementation(running_backend(backend, x))
     return implementation.multiply_noise(call, implementation.prepare(call))
 
 
@@ -156,7 +156,7 @@ def _multiply_noise_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
-    implementation = _implementation(backend)
+    implementation = _implementation(running_backend(backend, x))
     return implementation.multiply_noise_backward(call, implementation.prepare(call), grad)
 
 
@@ -184,7 +184,7 @@ def _multiply_noise_tangent(
 ) -> Tensor:
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
     uniform = philox_uniform(seed, call.draw_shape, device=x.device, backend=backend)  # type: ignore[arg-type]
-    sample = _implementation(backend).sample_noise
+    sample = _implementation(running_backend(backend, x)).sample_noise
     return multiply_noise_tangent(call, sample, uniform, x_tangent, mu_tangent, log_sigma_tangent)
 
 
@@ -313,7 +313,7 @@ def sample_noise(
     if is_transformed() or has_tangent(mu, log_sigma):
         theta = _TransformableSample.apply(*inputs, True)[0]
     else:
-        theta = _sample_noise(*inputs, with_gradients)[0]
+        theta = _sample_noise(*inputs, with_gradients or torch.jit.is_tracing())[0]
     return theta
 
 
