@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton", "numba"]
+BACKENDS = get_args(Backend)
 
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
@@ -37,8 +38,8 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> str:
 
 def running_backend(backend: str, tensor: Tensor) -> str:
     """Return what `resolve_backend` does, now: for the operators, which nothing traces."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     # torch's name for CUDA and ROCm devices alike.
     on_gpu = tensor.device.type == "cuda"
     on_cpu = tensor.device.type == "cpu"
