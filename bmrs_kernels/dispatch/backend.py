@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton", "numba"]
+BACKENDS = get_args(Backend)
 
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 NUMBA_IS_INSTALLED = importlib.util.find_spec("numba") is not None
@@ -23,14 +24,22 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 def resolve_backend(backend: Backend, tensor: Tensor) -> str:
     """Return the name of the implementation that serves ``tensor``: "torch", "triton" or "numba".
 
-    "auto" takes Triton for GPU tensors and numba for CPU tensors, where they are installed, and torch elsewhere.
+    "auto" takes Triton for GPU tensors and numba for CPU tensors, where they are installed, and torch elsewhere. While
+    torch.compile, torch.export or torch.jit trace, it stays "auto", and the operators decide where they run.
 
     Raises:
         ValueError: ``backend`` is not one of "auto", "torch", "triton" and "numba".
         RuntimeError: ``backend`` is "triton" or "numba" and cannot serve the tensor.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if backend == "auto" and (torch.compiler.is_compiling() or torch._C._is_tracing()):
+        return backend
+    return running_backend(backend, tensor)
+
+
+def running_backend(backend: str, tensor: Tensor) -> str:
+    """Return what `resolve_backend` does, now: for the operators, which nothing traces."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     # torch's name for CUDA and ROCm devices alike.
     on_gpu = tensor.device.type == "cuda"
     on_cpu = tensor.device.type == "cpu"
@@ -51,6 +60,11 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> str:
                 f'backend="numba" needs a CPU tensor, got one on {tensor.device}: move it with .to("cpu"), or use '
                 'backend="auto"'
             )
+        # An import cannot be traced: the operators look where they run.
+        if not torch.compiler.is_compiling() and (fault := _numba_fault()):
+            raise RuntimeError(
+                f'backend="numba" needs a numba that compiles, but {fault}: mend that, or use backend="torch"'
+            )
         return "numba"
     if not TRITON_IS_INSTALLED:
         raise RuntimeError(
@@ -67,22 +81,28 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> str:
 
 def numba_is_usable() -> bool:
     """Return whether numba is installed and can compile the loops."""
-    # An import cannot be traced: torch.compile takes what is installed.
-    return NUMBA_IS_INSTALLED and (torch.compiler.is_compiling() or _numba_compiles())
+    return NUMBA_IS_INSTALLED and _numba_compiles()
 
 
 @functools.cache
 def _numba_compiles() -> bool:
-    """Return whether the loops can be compiled, and warn if not: some versions of numba refuse a newer NumPy."""
+    """Return whether the loops can be compiled, and warn if not."""
+    fault = _numba_fault()
+    if fault is not None:
+        warnings.warn(
+            f"numba is installed but cannot be used, so that CPU tensors take torch: {fault}", stacklevel=2
+        )
+    return fault is None
+
+
+@functools.cache
+def _numba_fault() -> str | None:
+    """Return why the loops cannot be compiled, None if they can: some versions of numba refuse a newer NumPy."""
     try:
         importlib.import_module("bmrs_kernels.dispatch.numba_memory")
         if importlib.import_module("numba").config.DISABLE_JIT:
-            raise RuntimeError("NUMBA_DISABLE_JIT is set")
+            return "NUMBA_DISABLE_JIT is set"
     # A library that cannot be loaded raises OSError; other mismatches raise many kinds of errors.
     except Exception as error:
-        warnings.warn(
-            f"numba is installed but cannot be used, so that CPU tensors take torch: {error}",
-            stacklevel=2,
-        )
-        return False
-    return True
+        return str(error)
+    return None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from bmrs_kernels.constants import LOWER, UPPER
-from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.dispatch.backend import resolve_backend, running_backend
+from bmrs_kernels.dispatch.recomputation import check_drawing, check_saved_seed, kept_seed
 from bmrs_kernels.dispatch.registration import (
     dispatcher_is_needed,
+    has_tangent,
     is_transformed,
     multiply_derivatives,
     once_differentiable_form,
-    refuse_forward_mode,
     register_vmap_by_example,
+    save_derivatives,
+    tangents_of_outputs,
     transformable_product,
 )
 from bmrs_kernels.dispatch.shards import is_sharded, on_shards_elementwise, on_shards_of_activations
@@ -27,7 +31,9 @@ from bmrs_kernels.dispatch.validation import (
     seed_tensor,
 )
 from bmrs_kernels.multiplicative_noise.call import NUM_TENSORS, NoiseBackend, NoiseCall, drawn_axes
+from bmrs_kernels.multiplicative_noise.tangent import multiply_noise_tangent
 from bmrs_kernels.options import Activation, Backend, Granularity
+from bmrs_kernels.uniform.op import philox_uniform
 
 
 def _implementation(backend: str) -> NoiseBackend:
@@ -55,7 +61,7 @@ def _sample_noise(
     backend: str,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _implementation(backend).sample_noise(
+    return _implementation(running_backend(backend, mu)).sample_noise(
         mu, log_sigma, uniform, lower, upper, with_gradients=with_gradients
     )
 
@@ -75,18 +81,14 @@ def _(
     return mu.new_empty(shape), mu.new_empty(grad_shape), mu.new_empty(grad_shape)
 
 
-def _save_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.shape = inputs[0].shape
-
-
 def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad_mu, grad_log_sigma = ctx.saved_tensors
-    products = multiply_derivatives(grad, grad_mu, grad_log_sigma)
+    product_of = transformable_product if has_tangent(grad) else multiply_derivatives
+    products = product_of(grad, grad_mu, grad_log_sigma)
     return (*(product.sum_to_size(ctx.shape) for product in products), *[None] * 5)
 
 
-_sample_noise.register_autograd(_sample_backward, setup_context=_save_sample)
+_sample_noise.register_autograd(_sample_backward, setup_context=save_derivatives)
 register_vmap_by_example(_sample_noise)
 
 
@@ -103,12 +105,16 @@ class _TransformableSample(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # Differentiable on paper, so that a second derivative meets the product's refusal instead of a zero.
-        _save_sample(ctx, inputs, output)
+        save_derivatives(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         products = transformable_product(grad, *ctx.saved_tensors)
         return (*(product.sum_to_size(ctx.shape) for product in products), *[None] * 5)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        return tangents_of_outputs(ctx, *tangents[:2])
 
 
 @torch.library.custom_op("bmrs_kernels::multiply_noise", mutates_args=())
@@ -126,7 +132,7 @@ def _multiply_noise(
     backend: str,
 ) -> Tensor:
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
-    implementation = _implementation(backend)
+    implementation = _implementation(running_backend(backend, x))
     return implementation.multiply_noise(call, implementation.prepare(call))
 
 
@@ -151,7 +157,7 @@ def _multiply_noise_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
-    implementation = _implementation(backend)
+    implementation = _implementation(running_backend(backend, x))
     return implementation.multiply_noise_backward(call, implementation.prepare(call), grad)
 
 
@@ -160,21 +166,62 @@ def _(grad: Tensor, x: Tensor, mu: Tensor, log_sigma: Tensor, *_: Any) -> tuple[
     return torch.empty_like(x), torch.empty_like(mu), torch.empty_like(log_sigma)
 
 
+@torch.library.custom_op("bmrs_kernels::multiply_noise_tangent", mutates_args=())
+def _multiply_noise_tangent(
+    x_tangent: Tensor | None,
+    mu_tangent: Tensor | None,
+    log_sigma_tangent: Tensor | None,
+    x: Tensor,
+    mu: Tensor,
+    log_sigma: Tensor,
+    mask: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    granularity: str,
+    activation: str | None,
+    lower: float,
+    upper: float,
+    backend: str,
+) -> Tensor:
+    call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)  # type: ignore[arg-type]
+    uniform = philox_uniform(seed, call.draw_shape, device=x.device, backend=backend)  # type: ignore[arg-type]
+    sample = _implementation(running_backend(backend, x)).sample_noise
+    return multiply_noise_tangent(call, sample, uniform, x_tangent, mu_tangent, log_sigma_tangent)
+
+
+@_multiply_noise_tangent.register_fake
+def _(
+    x_tangent: Tensor | None,
+    mu_tangent: Tensor | None,
+    log_sigma_tangent: Tensor | None,
+    x: Tensor,
+    *_: Any,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:NUM_TENSORS])
     ctx.options = inputs[NUM_TENSORS:]
 
 
-def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _multiply_noise_backward(grad, *ctx.saved_tensors, *ctx.options)
+def _gradients(grad: Tensor, tensors: Sequence[Tensor], options: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    compute = _transformable_backward if has_tangent(grad) else _multiply_noise_backward
+    grads = compute(grad, *tensors, *options)
     # The mask, the seed and the options have no gradient.
-    return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
+    return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(options)))
+
+
+def _multiply_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(grad, ctx.saved_tensors, ctx.options)
 
 
 _multiply_noise.register_autograd(_multiply_backward, setup_context=_save_inputs)
 register_vmap_by_example(_multiply_noise)
 register_vmap_by_example(_multiply_noise_backward)
+register_vmap_by_example(_multiply_noise_tangent)
 _transformable_backward = once_differentiable_form(_multiply_noise_backward)
+_transformable_tangent = once_differentiable_form(_multiply_noise_tangent)
 
 
 class _TransformableMultiply(torch.autograd.Function):
@@ -190,11 +237,17 @@ class _TransformableMultiply(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _save_inputs(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:NUM_TENSORS])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = _transformable_backward(grad, *ctx.saved_tensors, *ctx.options)
         return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        tangent: Tensor = _transformable_tangent(*tangents[:3], *ctx.saved_tensors, *ctx.options)
+        return tangent
 
 
 class _MultiplyNoise(torch.autograd.Function):
@@ -205,6 +258,7 @@ class _MultiplyNoise(torch.autograd.Function):
         _save_inputs(ctx, inputs, inputs[0])
         *arguments, backend = inputs
         call, implementation = NoiseCall(*arguments), _implementation(backend)
+        ctx.seed = call.seed
         ctx.prepared = implementation.prepare(call)
         return implementation.multiply_noise(call, ctx.prepared)
 
@@ -212,10 +266,12 @@ class _MultiplyNoise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # With create_graph=True the result may be differentiated again: the operator raises there, where this function
         # would leave terms out. It also knows gradients that are no plain tensors.
-        if torch.is_grad_enabled() or dispatcher_is_needed(grad):
-            return _multiply_backward(ctx, grad)
+        tensors = ctx.saved_tensors
+        check_saved_seed(tensors[-1], ctx.seed)
+        if torch.is_grad_enabled() or dispatcher_is_needed(grad) or has_tangent(grad):
+            return _gradients(grad, tensors, ctx.options)
         *options, backend = ctx.options
-        call = NoiseCall(*ctx.saved_tensors, *options)
+        call = NoiseCall(*tensors, *options)
         grads = _implementation(backend).multiply_noise_backward(call, ctx.prepared, grad)
         return (*grads, *[None] * (NUM_TENSORS - len(grads) + len(ctx.options)))
 
@@ -259,14 +315,13 @@ def sample_noise(
             log_sigma,
             uniform,
         )
-    refuse_forward_mode(mu, log_sigma)
     with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
     inputs = (mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu))
     theta: Tensor
-    if is_transformed():
+    if is_transformed() or has_tangent(mu, log_sigma):
         theta = _TransformableSample.apply(*inputs, True)[0]
     else:
-        theta = _sample_noise(*inputs, with_gradients)[0]
+        theta = _sample_noise(*inputs, with_gradients or torch.jit.is_tracing())[0]
     return theta
 
 
@@ -310,6 +365,8 @@ def multiply_noise(
     Raises:
         TypeError: a tensor has an unsuitable dtype.
         ValueError: shapes or devices do not fit, an option is unknown, or not lower < upper.
+        RuntimeError: activation checkpointing does not restore torch's generator, so that backward would meet other
+            noise than forward.
     """
     check_parameters(mu, log_sigma)
     check_interval(lower, upper)
@@ -317,6 +374,8 @@ def multiply_noise(
     if mask is not None:
         _check_mask(mask, mu)
     if seed is None:
+        if not torch.compiler.is_compiling():
+            check_drawing()
         seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
         seed = seed_tensor(seed, x.device)
@@ -343,17 +402,22 @@ def multiply_noise(
             drawn=drawn_axes(x.dim(), dim, granularity),
             linear=activation is None,
         )
-    refuse_forward_mode(x, mu, log_sigma)
     chosen = resolve_backend(backend, x)
     call = NoiseCall(x, mu, log_sigma, mask, seed, dim, granularity, activation, lower, upper)
     result: Tensor
-    if is_transformed():
+    if is_transformed() or has_tangent(x, mu, log_sigma):
         result = _TransformableMultiply.apply(*call, chosen)
     elif dispatcher_is_needed(x, mu, log_sigma, mask, seed):
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and _has_gradient(x, mu, log_sigma):
+            call = call._replace(seed=kept_seed(seed))
         result = _multiply_noise(*call, chosen)
     else:
         result = _MultiplyNoise.apply(*call, chosen)
     return result
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _check_activations(x: Tensor, mu: Tensor, dim: int, granularity: str, activation: str | None) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bmrs_kernels.constants import LOWER, UPPER
-from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.dispatch.backend import resolve_backend, running_backend
 from bmrs_kernels.dispatch.registration import register_vmap_by_example, structure_op
 from bmrs_kernels.dispatch.shards import is_sharded, on_shards_elementwise
 from bmrs_kernels.dispatch.validation import check_interval, check_parameters
@@ -36,7 +36,7 @@ _noise_mean = structure_op(
 
 @torch.library.custom_op("bmrs_kernels::noise_snr", mutates_args=())
 def _noise_snr(mu: Tensor, log_sigma: Tensor, lower: float, upper: float, backend: str) -> Tensor:
-    return _implementation(backend).noise_snr(mu, log_sigma, lower, upper)
+    return _implementation(running_backend(backend, mu)).noise_snr(mu, log_sigma, lower, upper)
 
 
 @_noise_snr.register_fake

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bmrs_kernels.dispatch.backend import resolve_backend
+from bmrs_kernels.dispatch.backend import resolve_backend, running_backend
 from bmrs_kernels.dispatch.registration import dispatcher_is_needed
 from bmrs_kernels.dispatch.validation import seed_tensor
 from bmrs_kernels.options import Backend
@@ -39,7 +39,8 @@ def _implementation(backend: str) -> UniformBackend:
 
 @torch.library.custom_op("bmrs_kernels::philox_uniform", mutates_args=())
 def _philox_uniform(seed: Tensor, shape: Sequence[int], backend: str) -> Tensor:
-    return _implementation(backend).uniform_stream(seed, math.prod(shape)).reshape(tuple(shape))
+    implementation = _implementation(running_backend(backend, seed))
+    return implementation.uniform_stream(seed, math.prod(shape)).reshape(tuple(shape))
 
 
 @_philox_uniform.register_fake

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -17,6 +20,12 @@ from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.dispatch.registration import dispatcher_is_needed
 
 ON_CPU, ELSEWHERE = torch.empty(0), torch.empty(0, device="meta")
+
+
+def forget():
+    """Look at numba anew."""
+    backend._numba_compiles.cache_clear()
+    backend._numba_fault.cache_clear()
 
 
 def arguments():
@@ -45,7 +54,7 @@ class TestResolution:
         def refuse(name):
             raise ImportError("Numba needs NumPy 2.3 or less. Got NumPy 2.4.")
 
-        backend._numba_compiles.cache_clear()
+        forget()
         monkeypatch.setattr(importlib, "import_module", refuse)
         try:
             with pytest.warns(UserWarning, match=r"cannot be used.*Numba needs NumPy 2\.3 or less"):
@@ -53,8 +62,53 @@ class TestResolution:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 assert resolve_backend("auto", ON_CPU) == "torch"
+            with pytest.raises(
+                RuntimeError, match=r'backend="numba" needs a numba that compiles, but Numba needs'
+            ):
+                resolve_backend("numba", ON_CPU)
         finally:
-            backend._numba_compiles.cache_clear()
+            forget()
+
+    @pytest.mark.slow
+    def test_a_numba_that_cannot_compile_is_told_in_compiled_functions_too(self):
+        """Numba looks at its switch once a process."""
+        code = """
+import warnings, torch
+from bmrs_kernels import kl_divergence, multiply_noise, philox_uniform, sample_noise
+
+def all_of_them(mu, log_sigma, backend):
+    uniform = philox_uniform(torch.tensor(3), (2, 3), device="cpu", backend=backend)
+    theta = sample_noise(mu, log_sigma, uniform, backend=backend)
+    return multiply_noise(theta, mu, log_sigma, seed=3, backend=backend) * kl_divergence(mu, log_sigma, backend=backend)
+
+mu, log_sigma = torch.full((3,), -1.0, requires_grad=True), torch.zeros(3)
+compiled = torch.compile(all_of_them, backend="aot_eager", fullgraph=True)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    gradient, = torch.autograd.grad(compiled(mu, log_sigma, "auto").sum(), mu)
+assert any("NUMBA_DISABLE_JIT is set" in str(warning.message) for warning in told), told
+expected, = torch.autograd.grad(all_of_them(mu, log_sigma, "torch").sum(), mu)
+assert torch.equal(gradient, expected)
+for function in (compiled, all_of_them):
+    try:
+        function(mu, log_sigma, "numba")
+    except RuntimeError as error:
+        assert 'backend="numba" needs a numba that compiles' in str(error), error
+    else:
+        raise AssertionError("numba ran")
+"""
+        environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+    def test_exported_programs_decide_where_they_run(self, monkeypatch):
+        class Divergence(torch.nn.Module):
+            def forward(self, mu):
+                return kl_divergence(mu, torch.zeros_like(mu))
+
+        mu = torch.linspace(-2, 1, 4)
+        exported = torch.export.export(Divergence(), (mu,)).module()
+        monkeypatch.setattr(backend, "NUMBA_IS_INSTALLED", False)
+        assert torch.equal(exported(mu), kl_divergence(mu, torch.zeros(4), backend="torch"))
 
 
 class TestDispatcher:
@@ -70,7 +124,7 @@ class TestDispatcher:
     def test_second_derivatives_meet_the_operator_that_forbids_them(self):
         x, mu, log_sigma = arguments()
         (first,) = torch.autograd.grad(multiply_noise(x, mu, log_sigma).sum(), mu, create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        with pytest.raises(NotImplementedError, match="bmrs_kernels has no second derivatives"):
             torch.autograd.grad(first.sum(), mu)
 
     def test_fake_tensors_stay_fake(self):

@@ -338,12 +338,6 @@ class TestModelsOfUsers:
         bmrs.add_noise(compiled, where="*.0", initial_log_sigma=0.0)
         assert not torch.equal(compiled.train()(x), compiled(x))
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_forward_mode_derivatives_are_refused(self):
-        model = bmrs.add_noise(nn.Sequential(nn.Linear(6, 16), nn.Tanh()), where="0").train()
-        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
-            torch.func.jvp(model, (torch.randn(2, 6),), (torch.randn(2, 6),))
-
 
 class TestShuffles:
     """What takes channels in blocks loses blocks."""

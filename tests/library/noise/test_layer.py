@@ -488,3 +488,33 @@ def test_parameters_that_were_narrowed_are_refused():
             TypeError, match=r"mu and log_sigma must have 32 bits or more, got torch.bfloat16"
         ):
             layer(torch.ones(2, 3))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore:Converting a tensor",
+    "ignore:.*nondeterministic nodes",
+    "ignore:Output nr 1",
+)
+class TestTracing:
+    """torch.jit.trace, which runs a model with gradients and, to check, without."""
+
+    @staticmethod
+    def traced(layer):
+        return torch.jit.trace(layer, torch.randn(5, 4))
+
+    def test_traces_of_evaluation_mode_expect_the_noise(self):
+        layer = NoiseLayer(4, initial_log_sigma=0.0).eval()
+        x = torch.randn(3, 4)
+        assert torch.equal(self.traced(layer)(x), layer(x))
+
+    def test_traces_of_training_mode_draw_noise_and_have_gradients(self):
+        layer = NoiseLayer(4, initial_log_sigma=0.0)
+        traced, x = self.traced(layer), torch.randn(3, 4)
+        assert not torch.equal(traced(x), traced(x))
+        outcomes = []
+        for run in (traced, layer):
+            torch.manual_seed(3)
+            out = run(x)
+            outcomes.append((out, *torch.autograd.grad(out.square().sum(), list(run.parameters()))))
+        torch.testing.assert_close(*outcomes, rtol=0, atol=0)
