@@ -18,10 +18,22 @@ def seed_of(x: Tensor, *, generator: torch.Generator | None, same_on_all_ranks: 
     Training programs seed torch alike on every rank (Lightning's ``seed_everything``, transformers' and accelerate's
     ``set_seed``), so that the generator's next number is the same on all of them. Processes that share x as a DTensor
     get one seed, that of the first of them.
+
+    Raises:
+        RuntimeError: activation checkpointing computes the forward pass again, and would get another draw.
     """
     rank = 0 if same_on_all_ranks else _rank(x)
     if generator is None and rank == 0:
         return None
+    if (
+        generator is not None
+        and not torch.compiler.is_compiling()
+        and torch._C._current_graph_task_id() != -1
+    ):
+        raise RuntimeError(
+            "noise with a generator of its own cannot be drawn again in backward, as activation checkpointing does, "
+            "which restores torch's generator alone: leave generator out for layers inside a checkpoint"
+        )
     device = x.device if generator is None else generator.device
     drawn = torch.randint(0, _BITS, (), dtype=torch.int64, device=device, generator=generator).to(x.device)
     return drawn ^ (rank * _STRIDE & _BITS) if rank else drawn

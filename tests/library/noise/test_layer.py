@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import bmrs
@@ -472,6 +473,14 @@ class TestGenerator:
             expected = layer(x)
             layer.generator.set_state(state)
             assert torch.equal(again(x), expected)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_is_refused_where_checkpointing_would_draw_again(self, reentrant):
+        layer = NoiseLayer(3, generator=torch.Generator().manual_seed(0))
+        x = torch.ones(4, 3, requires_grad=True)
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match=r"leave generator out for layers inside a checkpoint"):
+            y.sum().backward()
 
     def test_must_be_one(self):
         with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got 3"):
