@@ -36,3 +36,14 @@ def check_module(value: object) -> None:
     """Raise TypeError unless a model is a module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {value!r}")
+
+
+def one_line(value: object, *, limit: int = 200) -> str:
+    """Return a value as text for a message: one line, cut where it is long, without the C++ frames of torch."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list within lists without end
+        return f"a {type(value).__name__} that is too long to show"
+    text = text.split("\nException raised from ")[0]
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit and len(text) <= 4 * limit else f"{line[:limit]}…"

@@ -54,6 +54,8 @@ _OWN_OPTIONS: dict[RecipeName, dict[str, Any]] = {
     },
     "paper": {"kl_weight": "mean", "mode": "continuous", "fine_tune_noise": False, "prune_every": 1},
 }
+# Options of which the result of one seed is independent, but for rounding.
+_NOT_DECIDING = ("data_dir", "device", "cuda_graph", "seeds")
 _DEFAULT_CRITERION: dict[RecipeName, CriterionName] = {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}
 
 
@@ -270,6 +272,11 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values, which `TrainConfig` and `bmrs train --config` take."""
         return asdict(self)
+
+    def deciding_options(self) -> dict[str, Any]:
+        """Return the options that decide what a run of one seed comes to: all but where its data lie and it runs."""
+        resolved = self.resolved().to_dict()
+        return {name: value for name, value in resolved.items() if name not in _NOT_DECIDING}
 
     def build_criterion(self) -> Criterion:
         """Return the criterion with its own options, as given or else their defaults."""

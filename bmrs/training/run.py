@@ -163,11 +163,11 @@ class _Trainer:
         """Train a fresh state, or go on from its checkpoint, by calling ``train(save, progress)``."""
 
         def save(state: TrainingState) -> None:
-            save_checkpoint(self.folder.checkpoint(network), state)
+            save_checkpoint(self.folder.checkpoint(network), state, self.config)
             write_json_lines(self.folder.metrics(network), state.history)
 
         if self.folder.checkpoint(network).exists():
-            load_checkpoint(self.folder.checkpoint(network), state)
+            load_checkpoint(self.folder.checkpoint(network), state, self.config)
         save(state)
         with TrainingProgress(self.console, title, epochs=epochs, done=len(state.history)) as progress:
             train(save, progress)
@@ -248,7 +248,7 @@ def _run_recipe(
         report = prune(noisy.model, config.build_criterion())
         noisy.history[-1]["pruning"] = report.to_dict()
         noisy.history[-1]["kept"] = {layer.name: layer.after for layer in report.layers}
-        save_checkpoint(folder.checkpoint("noisy"), noisy)
+        save_checkpoint(folder.checkpoint("noisy"), noisy, config)
         write_json_lines(folder.metrics("noisy"), noisy.history)
 
     examples = data.train.images[: recipe.EXAMPLES]

@@ -238,7 +238,7 @@ def _load_state(
         state = recipe.noisy_state(recipe.untrained(config, data, device), config, data, device)
     else:
         state = fitting_state(recipe.untrained(config, data, device), config, device)
-    load_checkpoint(folder.checkpoint(network), state)
+    load_checkpoint(folder.checkpoint(network), state, config)
     return state
 
 

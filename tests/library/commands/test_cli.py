@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from checkpoint_files import rewrite_checkpoint
 from idx_files import write_idx_folder
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -67,6 +68,11 @@ def rows(path):
 
 def without_time(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def rewrite_config(run, **options):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, **options}))
 
 
 def error_line(capsys):
@@ -150,6 +156,31 @@ def test_resuming_accepts_the_runs_own_options_only(options, run_copy, capsys):
     assert "--output does not go with --resume" in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda run: rewrite_checkpoint(
+                run / "checkpoint.safetensors",
+                lambda s, t: t.update({"optimizer.0.exp_avg": t["optimizer.0.exp_avg"][:1, 0]}),
+            ),
+            r"optimizer.0.exp_avg is float32 of shape \(1,\), expected float32 of shape \(6, 1024\)",
+        ),
+        (
+            lambda run: rewrite_config(run, seed=1),
+            "of a run with --seed 0, and this run's config.json says 1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train --resume", "evaluate"])
+def test_a_run_that_was_tampered_with_is_left_alone(run_copy, change, message, command, capsys):
+    change(run_copy)
+    before = {path.name: path.read_bytes() for path in run_copy.iterdir()}
+    assert main([*command.split(), str(run_copy)]) == 2
+    assert re.search(message, error_line(capsys))
+    assert {path.name: path.read_bytes() for path in run_copy.iterdir()} == before
+
+
 # NaN
 
 
@@ -163,9 +194,11 @@ def test_a_non_finite_loss_stops_with_the_place_and_keeps_the_last_good_checkpoi
         assert main([*options, "--output", str(run)]) == 130
     capsys.readouterr()
     good = (run / "checkpoint.safetensors").read_bytes()
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "noise_lr": 1e38}))
-
+    loss = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        "bmrs.training.algorithm1.cross_entropy",
+        lambda logits, labels, batch: loss(logits, labels) * torch.nan,
+    )
     assert main(["train", "--resume", str(run)]) == 1
     place = r"(the output of layer|the gradient of|parameter) '\w+(\.\w+)?'"
     line = rf"bmrs: error: NaN or infinity at epoch 2, step \d: first seen in {place}\. The checkpoint of the last good"
