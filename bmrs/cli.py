@@ -6,15 +6,18 @@ import argparse
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
 import bmrs_kernels
+from bmrs.checks import one_line, shown
 from bmrs.data import DataError
 from bmrs.training import (
     CollapseError,
@@ -27,9 +30,14 @@ from bmrs.training import (
     resume,
     train,
 )
-from bmrs.training.config import expected_value, flag
+from bmrs.training.config import check_text, expected_value, flag
+from bmrs.training.options_file import check_yaml
 from bmrs.training.run_folder import RunFolder
 
+_NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|-\.?inf", re.IGNORECASE)
+
+_LONGEST_LINE = 1000
+_OPTIONS = tuple(field.name for field in fields(TrainConfig))
 _TRAIN_HELP = """\
 Train a network, learn which of its structures it needs, prune, compact and fine-tune it, save, reload and check it, and
 measure what was gained; beside it, in as many epochs, what one would do instead: the dense network, the same widths
@@ -50,11 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         # Without defaults, so that what was given can be compared with a run to resume.
-        arguments = _parser().parse_args(argv, defaults=False)
+        arguments = _parser().parse_args(_joined(sys.argv[1:] if argv is None else argv), defaults=False)
         if arguments.subcommand == "train":
             _train(arguments.train, console)
         else:
             options = arguments.evaluate
+            for name, value in options.items():
+                check_text("RUN" if name == "run" else flag(name), value)
             evaluate(
                 Path(options.run),
                 data_dir=options.get("data_dir"),
@@ -74,12 +84,36 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(interruption, code=130)
     except KeyboardInterrupt:
         return _fail("interrupted", code=130)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory; a smaller --batch-size or --hidden may fit: {error}", code=2)
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch has no type of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Return arguments with negative numbers joined to their options, as argparse takes -1e-3 for an option."""
+    joined: list[str] = []
+    for argument in argv:
+        option = joined[-1] if joined else ""
+        if _NEGATIVE_NUMBER.fullmatch(argument) and option.startswith("--") and "=" not in option:
+            joined[-1] = f"{option}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _train(options: Namespace, console: Console) -> None:
     given = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
     output = options.get("output")
+    for name in ("output", "resume"):
+        if options.get(name) is not None:
+            check_text(flag(name), options[name])
     if "resume" not in options:
         train(TrainConfig(**given), output=None if output is None else Path(output), console=console)
         return
@@ -97,12 +131,25 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(message.split())
-        bad_value = re.search(r'Parser key "(\w+)": .*(?:Given|Got) value: (.*)$', line)
-        if bad_value:
-            name, value = bad_value.groups()
-            line = f"{flag(name)} must be {expected_value(name)}, got {value!r}"
-        self.exit(2, f"bmrs: error: {line}\n")
-        raise AssertionError("exit does not return")
+        named = re.match(r'Parser key "(\w+)": (.*)$', line)
+        if named and named[1] in _OPTIONS:
+            name, reason = named.groups()
+            bad_value = re.match(r".*(?:Given|Got) value: ?(.*)$", reason)
+            got = f", got {shown(bad_value[1])}" if bad_value else f": {one_line(reason)}"
+            line = f"{flag(name)} must be {expected_value(name)}{got}"
+        raise SystemExit(_fail(line, code=2))
+
+
+class _OptionsFile(ActionConfigFile):
+    """The option that names a file with options, which is checked before it is parsed."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = Path(values)
+        check_text("--config", values)
+        if not path.is_file():
+            raise ConfigError(f"--config {one_line(values)}: no such file")
+        check_yaml(path, (*_OPTIONS, "output"))
+        super().__call__(parser, cfg, values, option_string)
 
 
 class _ShowVersions(argparse.Action):
@@ -137,7 +184,7 @@ def _parser() -> ArgumentParser:
 
     training = _Parser(description=_TRAIN_HELP)
     training.add_argument(
-        "--config", action="config", help="YAML or JSON file with options, as in a run's folder"
+        "--config", action=_OptionsFile, help="YAML or JSON file with options, as in a run's folder"
     )
     hints = get_type_hints(TrainConfig)
     for option in fields(TrainConfig):
@@ -166,6 +213,8 @@ def _parser() -> ArgumentParser:
 
 
 def _fail(message: object, *, code: int) -> int:
-    line = " ".join(str(message).split())
+    line = one_line(message, limit=_LONGEST_LINE)
+    encoding = sys.stderr.encoding or "utf-8"
+    line = line.encode(encoding, "backslashreplace").decode(encoding)  # whatever a terminal can show
     print(f"bmrs: {line}" if code == 130 else f"bmrs: error: {line}", file=sys.stderr)
     return code

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from bmrs.checks import one_line
+from bmrs.checks import one_line, shown
 from bmrs.files.atomic import write_atomically
 from bmrs.training.checkpoint_checks import (
     check_history,
@@ -116,7 +116,7 @@ def _check_whole(scalars: Any, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the metadata have their keys and the file is what was written."""
     keys = tuple(sorted(scalars)) if isinstance(scalars, dict) else ()
     if keys not in (_KEYS, _KEYS_BEFORE_CHECKSUMS):
-        raise ValueError(f"its metadata have the keys {one_line(keys)}, expected {', '.join(_KEYS)}")
+        raise ValueError(f"its metadata have the keys {shown(keys)}, expected {', '.join(_KEYS)}")
     checksum = scalars.pop("checksum", None)
     if keys == _KEYS and checksum != _checksum(tensors, scalars):
         raise ValueError("the file is damaged, as its checksum is not that of what it holds")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmrs.checks import one_line
+from bmrs.checks import one_line, shown
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.config import TrainConfig, flag
 
@@ -35,7 +35,7 @@ def check_options(saved: Any, config: TrainConfig) -> None:
     for name, value in config.deciding_options().items():
         if saved.get(name, value) != value:
             raise ValueError(
-                f"it is of a run with {flag(name)} {one_line(saved[name])}, and this run's config.json says {value}; "
+                f"it is of a run with {flag(name)} {shown(saved[name])}, and this run's config.json says {value}; "
                 "put back the config or the checkpoint that belongs here, or start a new run"
             )
 
@@ -203,7 +203,7 @@ def check_history(history: Any, model: nn.Module, config: TrainConfig) -> None:
             raise ValueError(f"epoch {number} of its history lacks {missing[0]!r}{_and_more(missing)}")
         for key, fits in (_NOT_IN_ALL_ROWS | checks).items():
             if key in row and not fits(row[key]):
-                raise ValueError(f"epoch {number} of its history has {key!r} {one_line(row[key])}")
+                raise ValueError(f"epoch {number} of its history has {key!r} {shown(row[key])}")
         if row["epoch"] != number:
             raise ValueError(f"epoch {number} of its history says that it is epoch {row['epoch']}")
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import nn
 
+from bmrs.checks import one_line
 from bmrs.compaction.compact import compact
 from bmrs.data import Dataset, Split, load_dataset, preprocess
 from bmrs.files import save as save_model
@@ -22,6 +23,7 @@ from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkp
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress
 from bmrs.training.fit import fit, fitting_state
+from bmrs.training.memory import check_memory
 from bmrs.training.picture import draw
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import (
@@ -296,8 +298,10 @@ def load(config: TrainConfig, device: torch.device) -> Dataset:
 
     Raises:
         DataError, FileNotFoundError: the data cannot be read.
+        RunError: the network for them does not fit into memory.
     """
     data = load_dataset(config.data, config.data_dir, seed=config.seed)
+    check_memory(config, data, device)
 
     def ready(split: Split) -> Split:
         return Split(preprocess(split.images.to(device), name=config.data), split.labels.to(device))
@@ -315,10 +319,12 @@ def device_of(config: TrainConfig) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"--device {name} cannot be used: {reason}") from error
+        tried = torch.ones((), device=name)
+        tried.item()  # which a device without values, such as "meta", has not
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = one_line(str(error).splitlines()[0])
+        raise RunError(f"--device {one_line(name)} cannot be used: {reason}") from error
+    device = tried.device
     if config.cuda_graph and device.type != "cuda":
         raise RunError(f"--cuda-graph true needs a GPU, but --device is {device}")
     return device

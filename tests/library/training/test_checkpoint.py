@@ -167,7 +167,7 @@ def position(left, following):
         (lambda s, t: s.update(history=[]), "it holds optimizer.0.exp_avg and 29 more, which"),
         (lambda s, t: s["history"].append("x"), "epoch 2 of its history is a str, expected a mapping"),
         (lambda s, t: s["history"][0].update(epoch=3), "epoch 1 of its history says that it is epoch 3"),
-        (lambda s, t: s["history"][0].update(epoch="1"), "epoch 1 of its history has 'epoch' 1"),
+        (lambda s, t: s["history"][0].update(epoch="1"), "epoch 1 of its history has 'epoch' '1'"),
         (lambda s, t: s["history"][0].update(loss=None), "epoch 1 of its history has 'loss' None"),
         (lambda s, t: s["history"][0].update(seconds=True), "epoch 1 of its history has 'seconds' True"),
         (lambda s, t: s["history"][0].update(kept={}), "epoch 1 of its history has 'kept'"),
