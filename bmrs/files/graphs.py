@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
+from bmrs.checks import one_line
 from bmrs.compaction.description import (
     SCALAR_FUNCTIONS,
     Description,
@@ -26,6 +27,7 @@ from bmrs.compaction.description import (
     check_operator,
 )
 from bmrs.compaction.graph_network import build
+from bmrs.files.layer_arguments import check_arguments
 from bmrs.graph.stock_layers import BATCH_NORMS, argument_names
 
 GRAPH_VERSION = 3
@@ -114,7 +116,7 @@ def read_graph(
         TypeError,
         UnsupportedError,
     ) as error:
-        raise ValueError(f"its graph cannot be built: {type(error).__name__}: {str(error)[:200]}") from error
+        raise ValueError(f"its graph cannot be built: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _operation(entry: Any, known: set[str], device: Any) -> Operation:
@@ -178,6 +180,10 @@ def _check_layer(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str
         raise ValueError(f"its layer {name!r} is of unknown type {target[:100]!r} or has unknown arguments")
     if len(args) != 2 or not isinstance(args[1], str) or not all(map(_is_name_or_number, args[1].split("."))):
         raise ValueError(f"its layer {name!r} has no place")
+    try:
+        check_arguments(_LAYERS[target], kwargs)
+    except ValueError as error:
+        raise ValueError(f"its layer {name!r} ({target}) cannot be built: {error}") from error
 
 
 def _is_name(name: str) -> bool:

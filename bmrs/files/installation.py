@@ -98,6 +98,12 @@ def _set_tensors(
                 f"its {name!r} of shape {tuple(tensors[name].shape)} does not come from one of shape "
                 f"{tuple(own[name].shape)}, as model ({name_of_class}) has it"
             )
+        if tensors[name].dtype != own[name].dtype and not (
+            tensors[name].is_floating_point() and own[name].is_floating_point()
+        ):
+            raise ValueError(
+                f"its {name!r} is {tensors[name].dtype}, and model ({name_of_class}) has it as {own[name].dtype}"
+            )
     modules = dict(model.named_modules())
     scaled = {f"{name}.factors" for name in description.get("scales", {})}
     for name in tensors:
@@ -190,7 +196,13 @@ def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.M
     )
     factors = tensors.get(f"{name}.factors")
     known = activation is None or activation in ACTIVATION_LAYERS
-    if type(dim) is not int or not known or factors is None or factors.dim() != 1:
+    if (
+        type(dim) is not int
+        or not known
+        or factors is None
+        or factors.dim() != 1
+        or not factors.is_floating_point()
+    ):
         raise ValueError(f"its factors at {name[:100]!r} are not whole")
     return ChannelScale(factors.clone(), dim=dim, activation=activation), bool(at_input)
 

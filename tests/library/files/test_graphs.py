@@ -544,6 +544,11 @@ class TestBrokenFiles:
             (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features=10**12), "cannot be built"),
             (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features="a"), "cannot be built"),
             (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features=7), "cannot be built"),
+            (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features=2**31 - 1), "cannot be built"),
+            (
+                lambda d, t: op(d, "batch_norm")["kwargs"].update(momentum="a"),
+                r"'batch_norm' \(BatchNorm2d\) cannot be built: momentum must be a finite number or null",
+            ),
             (lambda d, t: op(d, "batch_norm").update(args=[]), "'batch_norm' has no place"),
             (lambda d, t: op(d, "batch_norm")["args"].__setitem__(1, "forward"), "'batch_norm' has no place"),
             (
