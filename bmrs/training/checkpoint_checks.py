@@ -6,7 +6,6 @@ which these are others would have them read and write beside their memory.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmrs.checks import one_line, shown
+from bmrs.checks import is_finite, one_line, shown
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.config import TrainConfig, flag
 
@@ -143,7 +142,7 @@ def _and_more(names: list[str]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, int | float) and is_finite(value)
 
 
 def _is_share(value: Any) -> bool:

@@ -27,27 +27,39 @@ def check_yaml(path: Path, known: Sequence[str]) -> None:
 
     text = _read(path)
     try:
-        events = list(yaml.parse(text, Loader=yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} is no YAML or JSON file: {one_line(error)}") from error
-    inside = events[2:-2]  # without the starts and ends of stream and document
-    if not inside or not isinstance(inside[0], yaml.MappingStartEvent):
-        raise ConfigError(f"{path} must hold options, as in 'lr: 1e-3', got {shown(text)}")
-    if not isinstance(inside[-1], yaml.MappingEndEvent):
-        raise ConfigError(f"{path} must hold one document of options, got several")
-    names: list[str] = []
-    for position, event in enumerate(inside[1:-1]):
-        place = f"{path}, line {event.start_mark.line + 1}"
-        if not isinstance(event, yaml.ScalarEvent) or event.tag is not None or event.anchor is not None:
-            after = f" of {shown(names[-1])}" if names else ""
-            raise ConfigError(f"{place}: the value{after} must be a plain number or text")
-        if len(event.value) > _LONGEST_VALUE:
-            raise ConfigError(f"{place}: {shown(event.value)} is too long")
-        if position % 2 == 0:
-            if event.value not in known:
+        # Event by event, as to parse lists within lists to their end takes PyYAML minutes.
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        next(events), next(events, None)  # the starts of stream and document
+        if not isinstance(next(events, None), yaml.MappingStartEvent):
+            raise ConfigError(f"{path} must hold options, as in 'lr: 1e-3', got {shown(text)}")
+        names: list[str] = []
+        is_name = True
+        for event in events:
+            place = f"{path}, line {event.start_mark.line + 1}"
+            if isinstance(event, yaml.MappingEndEvent):
+                break
+            _check_plain(event, place, names)
+            if is_name and event.value not in known:
                 raise ConfigError(f"{place}: there is no option {shown(event.value)}")
-            names.append(event.value)
-    _check_once(path, names)
+            if is_name and event.value in names:
+                raise ConfigError(f"{place}: {shown(event.value)} is given more than once")
+            if is_name:
+                names.append(event.value)
+            is_name = not is_name
+        next(events)  # the end of the document
+        if not isinstance(next(events), yaml.StreamEndEvent):
+            raise ConfigError(f"{path} must hold one document of options, got several")
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is no YAML or JSON file: {one_line(error)}") from error
+
+
+def _check_plain(event: Any, place: str, names: Sequence[str]) -> None:
+    """Raise ConfigError unless an event of YAML is a plain scalar, with neither tag nor reference."""
+    if getattr(event, "value", None) is None or event.tag is not None or event.anchor is not None:
+        after = f" of {shown(names[-1])}" if names else ""
+        raise ConfigError(f"{place}: the value{after} must be a plain number or text")
+    if len(event.value) > _LONGEST_VALUE:
+        raise ConfigError(f"{place}: {shown(event.value)} is too long")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,7 +71,9 @@ def read_json(path: Path) -> dict[str, Any]:
     text = _read(path)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _check_once(path, [name for name, _ in pairs])
+        names = [name for name, _ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{shown(twice[0])} is given more than once")
         return dict(pairs)
 
     try:
@@ -82,9 +96,3 @@ def _read(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} must be text in UTF-8: {error}") from error
-
-
-def _check_once(path: Path, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{path} gives {shown(name)} more than once")

@@ -169,6 +169,7 @@ def position(left, following):
         (lambda s, t: s["history"][0].update(epoch=3), "epoch 1 of its history says that it is epoch 3"),
         (lambda s, t: s["history"][0].update(epoch="1"), "epoch 1 of its history has 'epoch' '1'"),
         (lambda s, t: s["history"][0].update(loss=None), "epoch 1 of its history has 'loss' None"),
+        (lambda s, t: s["history"][0].update(kl=10**400), "epoch 1 of its history has 'kl' 1000"),
         (lambda s, t: s["history"][0].update(seconds=True), "epoch 1 of its history has 'seconds' True"),
         (lambda s, t: s["history"][0].update(kept={}), "epoch 1 of its history has 'kept'"),
         (lambda s, t: s["history"][0]["kept"].update(hidden0_tanh=7), "epoch 1 of its history has 'kept'"),
