@@ -90,10 +90,13 @@ def _set_tensors(
         )
         if name.rpartition(".")[0] not in noise
     }
+    recurrent = {n for n, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)}
     for name in sorted(name for name in model.state_dict(keep_vars=True) if name in own):
         if name not in tensors:
             raise ValueError(f"it has no {name!r}, which model ({name_of_class}) has")
-        if not _fits(tensors[name].shape, own[name].shape):
+        # The kernels of recurrent layers take the rows of their weights, one for each gate and unit, on trust.
+        rows = name.rpartition(".")[0] in recurrent and tensors[name].shape[:1] != own[name].shape[:1]
+        if rows or not _fits(tensors[name].shape, own[name].shape):
             raise ValueError(
                 f"its {name!r} of shape {tuple(tensors[name].shape)} does not come from one of shape "
                 f"{tuple(own[name].shape)}, as model ({name_of_class}) has it"

@@ -86,8 +86,8 @@ class Corpus:
             "threshold": 1.0,
         }
         self.run = folder / "run"
-        recipe = {**self.options, "recipe": "bmrs", "noise_epochs": 1, "fine_tune_epochs": 1}
-        for options, path in ((self.options, self.run), (recipe, folder / "recipe-run")):
+        self.recipe = {**self.options, "recipe": "bmrs", "noise_epochs": 1, "fine_tune_epochs": 1}
+        for options, path in ((self.options, self.run), (self.recipe, folder / "recipe-run")):
             assert command("train", *as_arguments(options), "--output", path) == (0, "")
         self.runs = (self.run, folder / "recipe-run")
         self.config = TrainConfig(**json.loads((self.run / "config.json").read_text()))
@@ -154,9 +154,14 @@ def model_files(folder):
     ).eval()
     bmrs.save(folder / "chain.safetensors", chain)
     bmrs.save(folder / "graph.safetensors", Residual().eval(), example_inputs=image)
+    words = torch.randn(3, 2, 4)
+    bmrs.save(
+        folder / "recurrent.safetensors", nn.LSTM(4, 3, bidirectional=True).eval(), example_inputs=words
+    )
     return [
         (folder / "chain.safetensors", image, None),
         (folder / "graph.safetensors", image, Residual),
+        (folder / "recurrent.safetensors", words, lambda: nn.LSTM(4, 3, bidirectional=True)),
     ]
 
 
@@ -221,7 +226,7 @@ def train_or_check(config, *, output, console):
 
 @target
 def options(random, corpus):
-    given = dict(corpus.options)
+    given = dict(random.choice((corpus.options, corpus.recipe)))
     for _ in range(random.choice((1, 1, 2, 3))):
         name = random.choice([*bmrs.cli._OPTIONS, "output", "config", "resume", "nothing"])
         value = (
@@ -403,8 +408,10 @@ def model_file(random, corpus):
         before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
         refused = True
         with may_raise(ValueError):
-            bmrs.load(path, model=fresh)
+            loaded = bmrs.load(path, model=fresh)
             refused = False
+            with contextlib.suppress(Exception), torch.no_grad():
+                loaded(example)
         if refused:
             after = fresh.state_dict()
             assert before.keys() == after.keys()

@@ -12,7 +12,7 @@ FUZZER = Path(__file__).with_name("fuzz.py")
 
 @pytest.mark.slow
 def test_nothing_that_is_changed_at_random_breaks_anything(tmp_path):
-    seconds = float(os.environ.get("BMRS_FUZZ_SECONDS", "6"))
+    seconds = float(os.environ.get("BMRS_FUZZ_SECONDS", "4"))
     last_case = tmp_path / "last"
     # In a process of its own, whose memory is bounded, and which may die.
     done = subprocess.run(
