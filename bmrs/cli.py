@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code. 0: done. 1: training met a NaN, an infinity or a collapse. 2: an option, the data or the run
-        folder is bad. 130: interrupted.
+        folder is bad, or memory does not suffice. 130: interrupted.
     """
     console = Console()
     try:
