@@ -6,16 +6,19 @@ import argparse
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
 import bmrs_kernels
 from bmrs import processes
+from bmrs.checks import one_line, shown
 from bmrs.data import DataError
 from bmrs.training import (
     CollapseError,
@@ -28,10 +31,15 @@ from bmrs.training import (
     resume,
     train,
 )
-from bmrs.training.config import expected_value, flag
+from bmrs.training.config import check_text, expected_value, flag
+from bmrs.training.options_file import check_yaml
 from bmrs.training.run_folder import RunFolder
 from bmrs.training.torchrun import joined, other_launcher
 
+_NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|-\.?inf", re.IGNORECASE)
+
+_LONGEST_LINE = 1000
+_OPTIONS = tuple(field.name for field in fields(TrainConfig))
 _TRAIN_HELP = """\
 Train a network, learn which of its structures it needs, prune, compact and fine-tune it, save, reload and check it, and
 measure what was gained; beside it, in as many epochs, what one would do instead: the dense network, the same widths
@@ -47,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code. 0: done. 1: training met a NaN, an infinity or a collapse. 2: an option, the data or the run
-        folder is bad. 130: interrupted. Where torchrun started several processes they all have the code of the first
-        one that failed, which alone says why.
+        folder is bad, or memory does not suffice. 130: interrupted. Where torchrun started several processes they all
+        have the code of the first one that failed, which alone says why.
     """
     with joined() as team:
         code, line = _outcome(argv)
@@ -64,7 +72,7 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
     console = Console()
     try:
         # Without defaults, so that what was given can be compared with a run to resume.
-        arguments = _parser().parse_args(argv, defaults=False)
+        arguments = _parser().parse_args(_with_numbers_joined(sys.argv[1:] if argv is None else argv), defaults=False)
         if arguments.subcommand == "train":
             _train(arguments.train, console)
         else:
@@ -84,7 +92,28 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
         return _failure(interruption, code=130)
     except KeyboardInterrupt:
         return _failure("interrupted", code=130)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failure(f"out of memory; a smaller --batch-size or --hidden may fit: {error}", code=2)
     return 0, ""
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch has no type of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _with_numbers_joined(argv: Sequence[str]) -> list[str]:
+    """Return arguments with negative numbers joined to their options, as argparse takes -1e-3 for an option."""
+    joined: list[str] = []
+    for argument in argv:
+        option = joined[-1] if joined else ""
+        if _NEGATIVE_NUMBER.fullmatch(argument) and option.startswith("--") and "=" not in option:
+            joined[-1] = f"{option}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _train(options: Namespace, console: Console) -> None:
@@ -93,6 +122,9 @@ def _train(options: Namespace, console: Console) -> None:
     note = other_launcher()
     if note is not None:
         console.print(note, soft_wrap=True)
+    for name in ("output", "resume"):
+        if options.get(name) is not None:
+            check_text(flag(name), options[name])
     if "resume" not in options:
         train(TrainConfig(**given), output=None if output is None else Path(output), console=console)
         return
@@ -106,6 +138,8 @@ def _train(options: Namespace, console: Console) -> None:
 
 
 def _evaluate(options: Namespace, console: Console) -> None:
+    for name, value in options.items():
+        check_text("RUN" if name == "run" else flag(name), value)
     evaluate(
         Path(options.run),
         data_dir=options.get("data_dir"),
@@ -123,11 +157,25 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(message.split())
-        bad_value = re.search(r'Parser key "(\w+)": .*(?:Given|Got) value: (.*)$', line)
-        if bad_value:
-            name, value = bad_value.groups()
-            line = f"{flag(name)} must be {expected_value(name)}, got {value!r}"
+        named = re.match(r'Parser key "(\w+)": (.*)$', line)
+        if named and named[1] in _OPTIONS:
+            name, reason = named.groups()
+            bad_value = re.match(r".*(?:Given|Got) value: ?(.*)$", reason)
+            got = f", got {shown(bad_value[1])}" if bad_value else f": {one_line(reason)}"
+            line = f"{flag(name)} must be {expected_value(name)}{got}"
         raise _UsageError(line)
+
+
+class _OptionsFile(ActionConfigFile):
+    """The option that names a file with options, which is checked before it is parsed."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = Path(values)
+        check_text("--config", values)
+        if not path.is_file():
+            raise ConfigError(f"--config {one_line(values)}: no such file")
+        check_yaml(path, (*_OPTIONS, "output"))
+        super().__call__(parser, cfg, values, option_string)
 
 
 class _ShowVersions(argparse.Action):
@@ -162,7 +210,7 @@ def _parser() -> ArgumentParser:
 
     training = _Parser(description=_TRAIN_HELP)
     training.add_argument(
-        "--config", action="config", help="YAML or JSON file with options, as in a run's folder"
+        "--config", action=_OptionsFile, help="YAML or JSON file with options, as in a run's folder"
     )
     hints = get_type_hints(TrainConfig)
     for option in fields(TrainConfig):
@@ -191,5 +239,7 @@ def _parser() -> ArgumentParser:
 
 
 def _failure(message: object, *, code: int) -> tuple[int, str]:
-    line = " ".join(str(message).split())
+    line = one_line(message, limit=_LONGEST_LINE)
+    encoding = sys.stderr.encoding or "utf-8"
+    line = line.encode(encoding, "backslashreplace").decode(encoding)  # whatever a terminal can show
     return code, f"bmrs: {line}" if code == 130 else f"bmrs: error: {line}"

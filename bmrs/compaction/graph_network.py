@@ -211,16 +211,19 @@ def _add_layer(
     parent, _, last = _without_keywords(path).rpartition(".")
     owner = _submodule(root, parent)
     if last not in owner._modules:
-        layer = getattr(nn, operation.target)(**operation.kwargs)
+        with torch.device("meta"):  # whatever sizes are described, nothing is allocated for them
+            layer = getattr(nn, operation.target)(**operation.kwargs)
         own = {
             key: tensors[f"{path}.{key}"].detach().clone()
             for key in layer.state_dict()
             if f"{path}.{key}" in tensors
         }
-        missing = [key for key in layer.state_dict() if key not in own and key != "num_batches_tracked"]
+        if "num_batches_tracked" in layer.state_dict():
+            own.setdefault("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+        missing = [key for key in layer.state_dict() if key not in own]
         if missing:
             raise KeyError(f"{path}.{missing[0]}")
-        layer.load_state_dict(own, assign=True, strict=False)
+        layer.load_state_dict(own, assign=True)
         for key, parameter in layer.named_parameters():
             parameter.requires_grad_(f"{path}.{key}" not in frozen)
         owner.add_module(last, layer.eval())

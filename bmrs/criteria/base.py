@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bmrs.checks import shown
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.wrappers import whole
 from bmrs_kernels.options import Backend
@@ -76,7 +77,9 @@ def check_criterion(criterion: object) -> None:
     if isinstance(criterion, type) and issubclass(criterion, Criterion):
         raise TypeError(f"criterion must be a criterion, got its class: write {criterion.__name__}()")
     if not isinstance(criterion, Criterion):
-        raise TypeError(f"criterion must be one of those of bmrs, such as bmrs.BMRSOdds(), got {criterion!r}")
+        raise TypeError(
+            f"criterion must be one of those of bmrs, such as bmrs.BMRSOdds(), got {shown(criterion)}"
+        )
 
 
 class PosteriorCriterion(Criterion):

@@ -9,6 +9,9 @@ from torch import Tensor
 NUM_CLASSES = 10
 """Classes of each data set that is read here."""
 
+MOST_BYTES = 2**30
+"""Bytes that a data file may hold, uncompressed: twenty times those of the largest one that is read here."""
+
 
 class DataError(ValueError):
     """A data file is not what its format says; the message names the file, what was found and expected."""

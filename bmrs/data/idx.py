@@ -6,15 +6,16 @@ import gzip
 import math
 import zlib
 from pathlib import Path
+from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bmrs.data.checks import DataError, check_images_and_labels
+from bmrs.data.checks import MOST_BYTES, DataError, check_images_and_labels
 
 _UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
+_PART = 2**20
 
 
 def read_idx(path: Path, *, dims: int) -> Tensor:
@@ -33,31 +34,51 @@ def read_idx(path: Path, *, dims: int) -> Tensor:
     Raises:
         DataError: the file is truncated, too long, no IDX file or of other dimensions.
     """
-    content = path.read_bytes()
-    if content.startswith(_GZIP_MAGIC):
+    with path.open("rb") as file:
+        compressed = file.read(2) == _GZIP_MAGIC
+        file.seek(0)
+        if not compressed:
+            return _read(file, path, dims)
         try:
-            content = gzip.decompress(content)
+            with gzip.GzipFile(fileobj=file) as content:
+                return _read(content, path, dims)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: broken or truncated gzip file ({error})") from error
 
+
+def _read(file: IO[bytes] | gzip.GzipFile, path: Path, dims: int) -> Tensor:
     expected_magic = bytes([0, 0, _UNSIGNED_BYTE, dims])
-    if content[:4] != expected_magic:
+    header_length = 4 + 4 * dims
+    header = _at_most(header_length, file)
+    if header[:4] != expected_magic:
         raise DataError(
-            f"{path}: magic number {content[:4].hex() or 'missing'}, expected {expected_magic.hex()} "
+            f"{path}: magic number {header[:4].hex() or 'missing'}, expected {expected_magic.hex()} "
             f"(IDX, unsigned bytes, {dims} dimension{'s' if dims > 1 else ''})"
         )
-    header_length = 4 + 4 * dims
-    if len(content) < header_length:
-        raise DataError(f"{path}: truncated header of {len(content)} bytes, expected {header_length}")
-    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header_length, 4))
-    found, expected = len(content) - header_length, math.prod(shape)
-    if found != expected:
-        raise DataError(
-            f"{path}: {'truncated' if found < expected else 'too long'}: {found} bytes of data, "
-            f"expected {expected} for shape {shape}"
-        )
-    values = np.frombuffer(content, dtype=np.uint8, offset=header_length)
-    return torch.from_numpy(values.reshape(shape).copy())
+    if len(header) < header_length:
+        raise DataError(f"{path}: truncated header of {len(header)} bytes, expected {header_length}")
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(4, header_length, 4))
+    expected = math.prod(shape)
+    if expected > MOST_BYTES:
+        raise DataError(f"{path}: {expected} bytes of data for shape {shape}, expected at most {MOST_BYTES}")
+    # Not the whole file, as a few bytes of gzip can stand for more than memory holds.
+    content = _at_most(expected + 1, file)
+    if len(content) != expected:
+        found = f"truncated: {len(content)}" if len(content) < expected else f"too long: more than {expected}"
+        raise DataError(f"{path}: {found} bytes of data, expected {expected} for shape {shape}")
+    return (
+        torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
+        if content
+        else torch.empty(shape, dtype=torch.uint8)
+    )
+
+
+def _at_most(size: int, file: IO[bytes] | gzip.GzipFile) -> bytearray:
+    """Read a number of bytes, or what there is, and take no more memory than that."""
+    content = bytearray()
+    while len(content) < size and (part := file.read(min(size - len(content), _PART))):
+        content += part
+    return content
 
 
 def write_idx(path: Path, values: Tensor) -> None:

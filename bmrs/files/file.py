@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
-from bmrs.checks import check_module
+from bmrs.checks import check_module, one_line, shown
 from bmrs.compaction.describing import describe
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.record import record_of
@@ -34,6 +34,7 @@ from bmrs.graph.copies import evaluation_copy
 from bmrs.noise.lookup import noise_layers
 
 _METADATA_KEY = "bmrs"
+_LONGEST_REASON = 500
 
 
 def save(
@@ -95,12 +96,13 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError: ``model`` is not a module.
-        ValueError: the file is broken, of another version, or not such a file, or ``model`` is not the network that it
-            was made from; what is wrong is said.
+        TypeError: ``model`` is not a module, or ``device`` is neither text nor a ``torch.device``.
+        ValueError: the file is broken, of another version, or not such a file, ``model`` is not the network that it
+            was made from, or ``device`` is none that this machine has; what is wrong is said.
     """
     if model is not None:
         check_module(model)
+    _check_device(device)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")
@@ -110,12 +112,27 @@ def load(
             # Cloned, so that nothing refers to the file once it is closed.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {one_line(error)}") from error
     try:
         with torch.inference_mode(False):
             return _loaded(model, _parse(metadata), tensors, device)
     except ValueError as error:
-        raise ValueError(f"{path} does not hold a model that bmrs.save wrote: {error}") from error
+        raise ValueError(
+            f"{path} does not hold a model that bmrs.save wrote: {one_line(error, limit=_LONGEST_REASON)}"
+        ) from error
+
+
+def _check_device(device: object) -> None:
+    if not isinstance(device, torch.device | str):
+        raise TypeError(
+            f"device must be a torch.device or text such as 'cpu' or 'cuda:0', got {shown(device)}"
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"device must be one that can be used here, got {shown(device)}: {one_line(error)}"
+        ) from error
 
 
 def _loaded(
@@ -185,10 +202,12 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
         description = json.loads(metadata[_METADATA_KEY])
         version = description["version"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"it has no readable description ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"it has no readable description ({type(error).__name__}: {one_line(error)})"
+        ) from error
     if version not in (CHAIN_VERSION, LAYER_GRAPH_VERSION, GRAPH_VERSION):
         raise ValueError(
-            f"it has format version {version!r}, and this version of bmrs reads {CHAIN_VERSION} to {GRAPH_VERSION}"
+            f"it has format version {shown(version)}, and this version of bmrs reads {CHAIN_VERSION} to {GRAPH_VERSION}"
         )
     assert isinstance(description, dict)
     return description
@@ -227,9 +246,9 @@ def _laid_out(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> dic
     names = description.get("channels_last", [])
     if not isinstance(names, list):
         raise ValueError("its names of tensors in channels_last format are not a list")
-    last = torch.channels_last
+    last, named = torch.channels_last, {name for name in names if isinstance(name, str)}
     return {
-        n: t.contiguous(memory_format=last) if n in names and t.dim() == 4 else t for n, t in tensors.items()
+        n: t.contiguous(memory_format=last) if n in named and t.dim() == 4 else t for n, t in tensors.items()
     }
 
 

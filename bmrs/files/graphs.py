@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
+from bmrs.checks import one_line
 from bmrs.compaction.description import (
     SCALAR_FUNCTIONS,
     Description,
@@ -26,6 +27,7 @@ from bmrs.compaction.description import (
     check_operator,
 )
 from bmrs.compaction.graph_network import build
+from bmrs.files.layer_arguments import check_arguments
 from bmrs.graph.stock_layers import BATCH_NORMS, argument_names
 
 GRAPH_VERSION = 3
@@ -36,6 +38,7 @@ _LAYERS = {
 }
 _KINDS = ("input", "tensor", "call", "scalar", "item", "layer", "scale")
 _KEYS = {"name", "kind", "target", "args", "kwargs"}
+_GATES = {"lstm": 4, "lstm_cell": 4, "gru": 3, "gru_cell": 3}
 _SPECIAL: dict[type, str] = {
     torch.dtype: "dtype",
     torch.memory_format: "memory_format",
@@ -83,11 +86,16 @@ def read_graph(
     if not isinstance(operations, list):
         raise ValueError("its operations are not a list")
     known: set[str] = set()
+    named: dict[str, Tensor] = {}
     read = []
     for entry in operations:
         operation = _operation(entry, known, device)
-        if operation.kind == "tensor" and operation.target not in tensors:
-            raise ValueError(f"its tensor {operation.target!r} is missing")
+        if operation.kind == "tensor":
+            if operation.target not in tensors:
+                raise ValueError(f"its tensor {operation.target!r} is missing")
+            named[operation.name] = tensors[operation.target]
+        if operation.kind == "call":
+            _check_gates(operation, named)
         known.add(operation.name)
         read.append(operation)
     description = Description(
@@ -114,7 +122,7 @@ def read_graph(
         TypeError,
         UnsupportedError,
     ) as error:
-        raise ValueError(f"its graph cannot be built: {type(error).__name__}: {str(error)[:200]}") from error
+        raise ValueError(f"its graph cannot be built: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _operation(entry: Any, known: set[str], device: Any) -> Operation:
@@ -155,6 +163,32 @@ def _operation(entry: Any, known: set[str], device: Any) -> Operation:
     return Operation(name, kind, target, args, kwargs)
 
 
+def _check_gates(operation: Operation, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the weights of a recurrent layer have rows for all its gates.
+
+    Its kernels do not look, and read beside their memory.
+    """
+    gates = _GATES.get(operation.target.split(".")[1])
+    if gates is None:
+        return
+    arguments = check_operator(operation.target, operation.name)._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), operation.args, strict=False))
+    given |= operation.kwargs
+    weights = given.get("params", [given.get(key) for key in ("w_ih", "w_hh", "b_ih", "b_hh")])
+    layers, directions = given.get("num_layers"), 2 if given.get("bidirectional") else 1
+    if isinstance(weights, list) and type(layers) is int and layers > 0:
+        of_layer = len(weights) // (layers * directions)
+        if of_layer % 2:  # the last one is the projection, which has no gates
+            weights = [weight for i, weight in enumerate(weights) if (i + 1) % of_layer]
+    for weight in weights if isinstance(weights, list) else ():
+        tensor = tensors.get(weight.name) if isinstance(weight, Reference) else None
+        if tensor is not None and (not tensor.numel() or not tensor.dim() or len(tensor) % gates):
+            raise ValueError(
+                f"its operation {operation.name!r}, {operation.target}, has a weight of shape {tuple(tensor.shape)}, "
+                f"expected rows for {gates} gates"
+            )
+
+
 def _check_expected(name: str, args: tuple[Any, ...]) -> None:
     """Raise ValueError unless this is what an input has to be, see `bmrs.compaction.graph_network.check_inputs`."""
     kind, wanted = args if len(args) == 2 else ("", None)
@@ -178,6 +212,10 @@ def _check_layer(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str
         raise ValueError(f"its layer {name!r} is of unknown type {target[:100]!r} or has unknown arguments")
     if len(args) != 2 or not isinstance(args[1], str) or not all(map(_is_name_or_number, args[1].split("."))):
         raise ValueError(f"its layer {name!r} has no place")
+    try:
+        check_arguments(_LAYERS[target], kwargs)
+    except ValueError as error:
+        raise ValueError(f"its layer {name!r} ({target}) cannot be built: {error}") from error
 
 
 def _is_name(name: str) -> bool:

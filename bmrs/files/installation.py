@@ -90,13 +90,22 @@ def _set_tensors(
         )
         if name.rpartition(".")[0] not in noise
     }
+    recurrent = {n for n, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)}
     for name in sorted(name for name in model.state_dict(keep_vars=True) if name in own):
         if name not in tensors:
             raise ValueError(f"it has no {name!r}, which model ({name_of_class}) has")
-        if not _fits(tensors[name].shape, own[name].shape):
+        # The kernels of recurrent layers take the rows of their weights, one for each gate and unit, on trust.
+        rows = name.rpartition(".")[0] in recurrent and tensors[name].shape[:1] != own[name].shape[:1]
+        if rows or not _fits(tensors[name].shape, own[name].shape):
             raise ValueError(
                 f"its {name!r} of shape {tuple(tensors[name].shape)} does not come from one of shape "
                 f"{tuple(own[name].shape)}, as model ({name_of_class}) has it"
+            )
+        if tensors[name].dtype != own[name].dtype and not (
+            tensors[name].is_floating_point() and own[name].is_floating_point()
+        ):
+            raise ValueError(
+                f"its {name!r} is {tensors[name].dtype}, and model ({name_of_class}) has it as {own[name].dtype}"
             )
     modules = dict(model.named_modules())
     scaled = {f"{name}.factors" for name in description.get("scales", {})}
@@ -190,7 +199,13 @@ def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.M
     )
     factors = tensors.get(f"{name}.factors")
     known = activation is None or activation in ACTIVATION_LAYERS
-    if type(dim) is not int or not known or factors is None or factors.dim() != 1:
+    if (
+        type(dim) is not int
+        or not known
+        or factors is None
+        or factors.dim() != 1
+        or not factors.is_floating_point()
+    ):
         raise ValueError(f"its factors at {name[:100]!r} are not whole")
     return ChannelScale(factors.clone(), dim=dim, activation=activation), bool(at_input)
 

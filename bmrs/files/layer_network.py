@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from bmrs.checks import shown
 from bmrs.graph.stock_layers import STOCK_LAYERS, Addition
 
 
@@ -116,7 +117,7 @@ def _check_inputs(nodes: Sequence[Node]) -> None:
         expected = 2 if isinstance(node.layer, Addition) else 1
         if len(node.inputs) != expected or not known.issuperset(node.inputs):
             raise _unusable(
-                node, f"its inputs {list(node.inputs)} are not {expected} of the layers before it"
+                node, f"its inputs {shown(list(node.inputs))} are not {expected} of the layers before it"
             )
         known.add(node.name)
 
@@ -140,4 +141,4 @@ def _container_attributes() -> frozenset[str]:
 
 
 def _unusable(node: Node, reason: str) -> ValueError:
-    return ValueError(f"its layer {node.name!r} ({type(node.layer).__name__}) cannot be built: {reason}")
+    return ValueError(f"its layer {shown(node.name)} ({type(node.layer).__name__}) cannot be built: {reason}")

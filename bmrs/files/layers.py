@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bmrs.checks import one_line, shown
+from bmrs.files.layer_arguments import check_arguments
 from bmrs.files.layer_network import Node
 from bmrs.graph.stock_layers import (
     STOCK_LAYERS,
@@ -67,20 +69,20 @@ def _parse(description: dict[str, Any]) -> list[dict[str, Any]]:
     before = None
     for entry in layers:
         if not isinstance(entry, dict) or entry.keys() != _KEYS[version]:
-            raise ValueError(f"its layer {entry!r} lacks or adds a key")
+            raise ValueError(f"its layer {shown(entry)} lacks or adds a key")
         name, type_name, arguments = entry["name"], entry["type"], entry["arguments"]
         if not isinstance(name, str) or not isinstance(type_name, str) or not isinstance(arguments, dict):
-            raise ValueError(f"its layer {name!r} is not described by a name, a type name and arguments")
+            raise ValueError(f"its layer {shown(name)} is not described by a name, a type name and arguments")
         if type_name not in _LAYER_TYPES:
-            raise ValueError(f"its layer {name!r} is of unknown type {type_name!r}")
+            raise ValueError(f"its layer {shown(name)} is of unknown type {shown(type_name)}")
         known = arguments.keys() <= set(argument_names(_LAYER_TYPES[type_name]))
         if not known or not all(map(_is_plain, arguments.values())):
             raise ValueError(
-                f"its layer {name!r} ({type_name}) has unknown or unsuitable arguments {arguments}"
+                f"its layer {shown(name)} ({type_name}) has unknown or unsuitable arguments {shown(arguments)}"
             )
         inputs = entry.setdefault("inputs", [before])
         if not isinstance(inputs, list) or not all(x is None or isinstance(x, str) for x in inputs):
-            raise ValueError(f"its layer {name!r} ({type_name}) has unsuitable inputs {inputs!r}")
+            raise ValueError(f"its layer {shown(name)} ({type_name}) has unsuitable inputs {shown(inputs)}")
         before = name
     return layers
 
@@ -102,14 +104,17 @@ def _nodes(entries: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[No
             for key, value in entry["arguments"].items()
         }
         try:
+            check_arguments(_LAYER_TYPES[entry["type"]], arguments)
             layer = build_layer(_LAYER_TYPES[entry["type"]], arguments, own)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"its layer {name!r} ({entry['type']}) cannot be built: {error}") from error
+            raise ValueError(
+                f"its layer {shown(name)} ({entry['type']}) cannot be built: {one_line(error)}"
+            ) from error
         if _dtype_name(layer) != entry["dtype"]:
             raise ValueError(
-                f"its layer {name!r} is {_dtype_name(layer)}, but described as {entry['dtype']!r}"
+                f"its layer {shown(name)} is {_dtype_name(layer)}, but described as {shown(entry['dtype'])}"
             )
         nodes.append(Node(name, layer, tuple(entry["inputs"])))
     if tensors:
-        raise ValueError(f"its tensors {sorted(tensors)} belong to no layer")
+        raise ValueError(f"its tensors {shown(sorted(tensors))} belong to no layer")
     return nodes

@@ -123,6 +123,7 @@ def is_depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
 
 
-def number_of_spatial_dimensions(layer: nn.Module) -> int:
-    """Return 1, 2 or 3 for a convolution or pooling layer, as in its name."""
-    return int(type(layer).__name__[-2])
+def number_of_spatial_dimensions(layer: nn.Module | type[nn.Module]) -> int:
+    """Return 1, 2 or 3 for a convolution or pooling layer or its type, as in its name."""
+    layer_type = layer if isinstance(layer, type) else type(layer)
+    return int(layer_type.__name__[-2])

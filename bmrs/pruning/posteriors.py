@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bmrs import processes
-from bmrs.checks import check_number
+from bmrs.checks import check_number, shown
 from bmrs.criteria import SNR, BMRSNormal, BMRSOdds, PosteriorCriterion
 from bmrs.criteria.evidence import PAPER_TOLERANCE
 from bmrs.noise.divergence import kl_divergence
@@ -329,9 +329,9 @@ def learn_posteriors(
     )
     check_number("max_distance", max_distance, above=0.0)
     if not callable(loss):
-        raise TypeError(f"loss must be a function of (model, batch), got {loss!r}")
+        raise TypeError(f"loss must be a function of (model, batch), got {shown(loss)}")
     if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches, such as a DataLoader, got {batches!r}")
+        raise TypeError(f"batches must be an iterable of batches, such as a DataLoader, got {shown(batches)}")
     every = max(1, round(_CHECK_EVERY / learning_rate))
     with learner:
         while True:

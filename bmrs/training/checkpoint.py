@@ -1,13 +1,15 @@
 """State of training in one safetensors file, without pickle.
 
-The tensors are the model's, the optimizer's and the random number generators' state; the history of the
-epochs is JSON in the file's metadata, so that one rename replaces everything at once. Options such as the learning
-rate are the run's config's.
+The tensors are the model's, the optimizer's and the random number generators' state. The history of the epochs, the
+options of the run and a checksum are JSON in the file's metadata, so that one rename replaces everything at once. A
+file is checked as a whole before anything of it is taken over.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from bmrs.checks import one_line, shown
 from bmrs.files.atomic import write_atomically
+from bmrs.training.checkpoint_checks import (
+    check_history,
+    check_masks,
+    check_options,
+    check_tensors,
+    split_optimizer_state,
+)
+from bmrs.training.config import TrainConfig
 from bmrs.training.run_folder import RunError
 
 _METADATA_KEY = "bmrs_training"
+_KEYS = ("checksum", "history", "options")
+_KEYS_BEFORE_CHECKSUMS = ("history",)
 
 
 @dataclass
@@ -45,8 +58,8 @@ class TrainingState:
         return next(self.model.parameters()).device
 
 
-def save_checkpoint(path: Path, state: TrainingState) -> None:
-    """Write the state and the global random number generators' as one file, atomically."""
+def save_checkpoint(path: Path, state: TrainingState, config: TrainConfig) -> None:
+    """Write the state, the global random number generators' and the run's options as one file, atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
@@ -54,38 +67,71 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
     tensors["random.cpu"] = torch.get_rng_state()
     if state.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(state.device)
-    content = serialize(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        metadata={_METADATA_KEY: json.dumps({"history": state.history})},
-    )
-    write_atomically(path, content)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    scalars = {"history": state.history, "options": config.deciding_options()}
+    scalars["checksum"] = _checksum(tensors, scalars)
+    write_atomically(path, serialize(tensors, metadata={_METADATA_KEY: json.dumps(scalars)}))
 
 
-def load_checkpoint(path: Path, state: TrainingState) -> None:
+def load_checkpoint(path: Path, state: TrainingState, config: TrainConfig) -> None:
     """Bring a freshly built state, and the global random number generators, to what was saved.
 
+    Files from before there were checksums and options in them are read without comparing these.
+
     Raises:
-        RunError: the file is broken or of another network.
+        RunError: the file is broken, of another network or of a run with other options. Nothing has been changed then.
     """
     try:
         with safe_open(path, framework="pt") as file:
             scalars = json.loads((file.metadata() or {})[_METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state.model.load_state_dict(_below(tensors, "model."))
-        optimizer: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below(tensors, "optimizer.").items():
-            index, key = name.split(".")
-            optimizer.setdefault(int(index), {})[key] = tensor
-        param_groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": optimizer, "param_groups": param_groups})
-        state.order.set_state(tensors["random.order"])
-        torch.set_rng_state(tensors["random.cpu"])
-        if state.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], state.device)
-        state.history[:] = scalars["history"]
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise RunError(f"{path} is broken: {type(error).__name__}: {one_line(error)}") from error
+    try:
+        _check_whole(scalars, tensors)
+        check_options(scalars.get("options"), config)
+        check_history(scalars["history"], state.model, config)
+        check_tensors(
+            tensors,
+            model=state.model,
+            optimizer=state.optimizer,
+            order=state.order,
+            finished=len(scalars["history"]),
+        )
+        check_masks(tensors, state.model)
+    except ValueError as error:
         raise RunError(f"{path} is broken or of another network: {error}") from error
+    state.model.load_state_dict(_below(tensors, "model."))
+    param_groups = state.optimizer.state_dict()["param_groups"]
+    optimizer = split_optimizer_state(_below(tensors, "optimizer."))
+    state.optimizer.load_state_dict({"state": optimizer, "param_groups": param_groups})
+    state.order.set_state(tensors["random.order"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if state.device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], state.device)
+    state.history[:] = scalars["history"]
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _check_whole(scalars: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the metadata have their keys and the file is what was written."""
+    keys = tuple(sorted(scalars)) if isinstance(scalars, dict) else ()
+    if keys not in (_KEYS, _KEYS_BEFORE_CHECKSUMS):
+        raise ValueError(f"its metadata have the keys {shown(keys)}, expected {', '.join(_KEYS)}")
+    checksum = scalars.pop("checksum", None)
+    if keys == _KEYS and checksum != _checksum(tensors, scalars):
+        raise ValueError("the file is damaged, as its checksum is not that of what it holds")
+
+
+def _checksum(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> str:
+    """Return a hash of names, dtypes, shapes and values, and of the JSON beside them."""
+    digest = hashlib.sha256(json.dumps(scalars, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        values = tensor.detach().cpu().contiguous()
+        # A contiguous tensor of one element can have any stride.
+        digest.update(values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+from bmrs.checks import is_finite, one_line, shown
 from bmrs.criteria import (
     L2,
     PAPER_TOLERANCE,
@@ -54,6 +54,22 @@ _OWN_OPTIONS: dict[RecipeName, dict[str, Any]] = {
     },
     "paper": {"kl_weight": "mean", "mode": "continuous", "fine_tune_noise": False, "prune_every": 1},
 }
+_LARGEST_SEED = 2**64 - 1  # of torch's generators
+_MOST = 10**6  # epochs: a typing error, not a wish
+# The least and the largest value.
+_WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
+    "epochs": (1, _MOST),
+    "noise_epochs": (1, _MOST),
+    "prune_every": (1, _MOST),
+    "fine_tune_epochs": (0, _MOST),
+    "seeds": (1, _MOST),
+    "batch_size": (1, 10**9),
+    "hidden": (1, 10**9),
+    "num_blocks": (0, 1000),
+    "seed": (0, _LARGEST_SEED),
+}
+# Options of which the result of one seed is independent, but for rounding.
+_NOT_DECIDING = ("data_dir", "device", "cuda_graph", "seeds")
 _DEFAULT_CRITERION: dict[RecipeName, CriterionName] = {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}
 
 
@@ -216,24 +232,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            if not _fits(getattr(self, name), kind):
-                raise ConfigError(f"{flag(name)} must be {expected_value(name)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "noise_epochs", "prune_every", "batch_size", "hidden", "seeds"):
-            self._check_number(name, minimum=1)
-        for name in (
-            "fine_tune_epochs",
-            "num_blocks",
-            "seed",
-            "kl_weight",
-            "weight_lr",
-            "price_exponent",
-            "distillation",
-        ):
+            value = getattr(self, name)
+            if not _fits(value, kind):
+                raise ConfigError(f"{flag(name)} must be {expected_value(name)}, got {shown(value)}")
+            if isinstance(value, str):
+                check_text(flag(name), value)
+        for name, (minimum, maximum) in _WHOLE_NUMBERS.items():
+            self._check_number(name, minimum=minimum, maximum=maximum)
+        for name in ("kl_weight", "weight_lr", "price_exponent", "distillation"):
             self._check_number(name, minimum=0)
         for name in ("lr", "noise_lr", "temperature"):
             self._check_number(name, minimum=0, or_equal=False)
+        if self.seed + self.seeds - 1 > _LARGEST_SEED:
+            raise ConfigError(f"--seed {self.seed} with --seeds {self.seeds} goes beyond {_LARGEST_SEED}")
         if self.distillation is not None and self.distillation > 1:
-            raise ConfigError(f"--distillation must be a number from 0 to 1, got {self.distillation}")
+            raise ConfigError(f"--distillation must be a number from 0 to 1, got {shown(self.distillation)}")
         for recipe, options in _OWN_OPTIONS.items():
             for name, default in options.items():
                 if recipe != self.recipe:
@@ -271,6 +284,11 @@ class TrainConfig:
         """Return the options as JSON values, which `TrainConfig` and `bmrs train --config` take."""
         return asdict(self)
 
+    def deciding_options(self) -> dict[str, Any]:
+        """Return the options that decide what a run of one seed comes to: all but where its data lie and it runs."""
+        resolved = self.resolved().to_dict()
+        return {name: value for name, value in resolved.items() if name not in _NOT_DECIDING}
+
     def build_criterion(self) -> Criterion:
         """Return the criterion with its own options, as given or else their defaults."""
         assert self.criterion is not None, "filled in"
@@ -287,24 +305,29 @@ class TrainConfig:
             if not criterion.needs_producer:
                 criterion(NoiseLayer(1))  # some limits are those of the layer's interval
         except ValueError as error:
-            raise ConfigError(f"--criterion {self.criterion}: {error}") from error
+            raise ConfigError(f"--criterion {self.criterion}: {one_line(error)}") from error
         return criterion
 
     def _fill_in(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everybody else
 
-    def _check_number(self, name: str, *, minimum: float, or_equal: bool = True) -> None:
+    def _check_number(
+        self, name: str, *, minimum: float, or_equal: bool = True, maximum: int | None = None
+    ) -> None:
         value: Any = getattr(self, name)
         if value is None or isinstance(value, str):
             return
-        if not math.isfinite(value) or value < minimum or (value == minimum and not or_equal):
+        finite = isinstance(value, int) or is_finite(value)
+        if not finite or value < minimum or (value == minimum and not or_equal):
             expected = f"of at least {minimum}" if or_equal else f"greater than {minimum}"
-            raise ConfigError(f"{flag(name)} must be a number {expected}, got {value}")
+            raise ConfigError(f"{flag(name)} must be a number {expected}, got {shown(value)}")
+        if maximum is not None and value > maximum:
+            raise ConfigError(f"{flag(name)} must be a number of at most {maximum}, got {shown(value)}")
 
     def _check_unused(self, name: str, owner: str) -> None:
         value = getattr(self, name)
         if value is not None:
-            raise ConfigError(f"{flag(name)} {value} goes with {owner} only")
+            raise ConfigError(f"{flag(name)} {one_line(value)} goes with {owner} only")
 
 
 def flag(name: str) -> str:
@@ -328,6 +351,12 @@ def _describe(kind: Any) -> list[str]:
     )
 
 
+def check_text(name: str, value: str) -> None:
+    """Raise ConfigError unless a text, such as a path, can be written into a file and given to the system."""
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"{name} must be text in UTF-8 without NUL characters, got {shown(value)}")
+
+
 def _fits(value: object, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
@@ -335,4 +364,6 @@ def _fits(value: object, kind: Any) -> bool:
         return any(_fits(value, each) for each in get_args(kind))
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
+    if kind is float:
+        return isinstance(value, float) or (isinstance(value, int) and is_finite(value))
+    return isinstance(value, kind)

@@ -14,6 +14,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from bmrs import processes
+from bmrs.checks import one_line
 from bmrs.compaction.compact import compact
 from bmrs.data import Dataset, Split, load_dataset, preprocess
 from bmrs.files import save as save_model
@@ -24,6 +25,7 @@ from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkp
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress
 from bmrs.training.fit import fit, fitting_state
+from bmrs.training.memory import check_memory
 from bmrs.training.picture import draw
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import (
@@ -195,7 +197,7 @@ class _Trainer:
             self.save(network, state)
 
         if processes.is_first() and self.folder.checkpoint(network).exists():
-            load_checkpoint(self.folder.checkpoint(network), state)
+            load_checkpoint(self.folder.checkpoint(network), state, self.config)
         share_state(state)
         save(state)
         with TrainingProgress(self.console, title, epochs=epochs, done=len(state.history)) as progress:
@@ -206,7 +208,7 @@ class _Trainer:
         """Write a state of training, the same one on all processes, and its metrics."""
         check_same_state(state, network)
         if processes.is_first():
-            save_checkpoint(self.folder.checkpoint(network), state)
+            save_checkpoint(self.folder.checkpoint(network), state, self.config)
             write_json_lines(self.folder.metrics(network), state.history)
         share_random_state(state.device)
 
@@ -334,8 +336,10 @@ def load(config: TrainConfig, device: torch.device) -> Dataset:
 
     Raises:
         DataError, FileNotFoundError: the data cannot be read.
+        RunError: the network for them does not fit into memory.
     """
     data = load_dataset(config.data, config.data_dir, seed=config.seed)
+    check_memory(config, data, device)
 
     def ready(split: Split) -> Split:
         return Split(preprocess(split.images.to(device), name=config.data), split.labels.to(device))
@@ -355,10 +359,12 @@ def device_of(config: TrainConfig) -> torch.device:
     if processes.count() > 1:
         name = _device_of_process(name, config)
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"--device {name} cannot be used: {reason}") from error
+        tried = torch.ones((), device=name)
+        tried.item()  # which a device without values, such as "meta", has not
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = one_line(str(error).splitlines()[0])
+        raise RunError(f"--device {one_line(name)} cannot be used: {reason}") from error
+    device = tried.device
     if config.cuda_graph and device.type != "cuda":
         raise RunError(f"--cuda-graph true needs a GPU, but --device is {device}")
     return device

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from bmrs.checks import one_line
 from bmrs.files.atomic import write_atomically
 from bmrs.training.config import TrainConfig
+from bmrs.training.options_file import read_json
 
 NetworkName: TypeAlias = Literal["trained", "noisy", "fine-tuned", "dense", "random", "scratch"]
 """What a checkpoint is of; a run of the recipe paper has "noisy" and "dense" alone."""
@@ -103,11 +105,10 @@ class RunFolder:
         if not folder.config.is_file():
             raise RunError(f"{path} is no run folder: {folder.config.name} is missing")
         try:
-            options = json.loads(folder.config.read_text(encoding="utf-8"))
             # Before there were recipes, all runs were of what is now called "paper".
-            return folder, TrainConfig(**{"recipe": "paper", **options})
+            return folder, TrainConfig(**{"recipe": "paper", **read_json(folder.config)})
         except (ValueError, TypeError) as error:
-            raise RunError(f"{folder.config} is broken: {error}") from error
+            raise RunError(f"{folder.config} is broken: {one_line(error)}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from bmrs.checks import one_line
 from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import Dataset, Split
 from bmrs.files import load as load_model
@@ -196,6 +197,8 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     for name in names:
         path = folder.network(name)
         networks[name] = _load(path.name, lambda path=path: load_model(path, device=device))  # type: ignore[misc]
+    for name, network in networks.items():
+        _check_suits(network, data, folder.network(name).name)
 
     compaction = "compacted" if config.recipe == "paper" else "pruned"
     error = _difference(noisy.model, networks[compaction], data.test.images, folder.network(compaction).name)
@@ -238,15 +241,36 @@ def _load_state(
         state = recipe.noisy_state(recipe.untrained(config, data, device), config, data, device)
     else:
         state = fitting_state(recipe.untrained(config, data, device), config, device)
-    load_checkpoint(folder.checkpoint(network), state)
+    load_checkpoint(folder.checkpoint(network), state, config)
     return state
+
+
+def _check_suits(network: nn.Module, data: Dataset, name: str) -> None:
+    """Raise RunError unless a network has finite parameters and takes the data's images to their classes."""
+    for parameter, values in network.state_dict().items():
+        if isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all():
+            raise RunError(f"{name} is broken: {parameter} holds NaN or infinity")
+    images = data.test.images[:2]
+    try:
+        outputs = in_batches(network, images)
+        shape = tuple(outputs.shape)
+    except Exception as error:  # it runs whatever the file describes
+        raise RunError(
+            f"{name} is broken or of another run: it does not take the images of {data.name}, of shape "
+            f"{tuple(images.shape[1:])}: {one_line(error)}"
+        ) from error
+    if shape != (len(images), data.num_classes) or not outputs.isfinite().all():
+        raise RunError(
+            f"{name} is broken or of another run: its outputs for {len(images)} images of {data.name} have the shape "
+            f"{shape}, expected {(len(images), data.num_classes)} and finite values"
+        )
 
 
 def _load(name: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (SafetensorError, RuntimeError, ValueError) as error:
-        raise RunError(f"{name} is broken: {error}") from error
+        raise RunError(f"{name} is broken: {one_line(error)}") from error
 
 
 def _difference(masked: nn.Module, compacted: nn.Module, images: Tensor, name: str) -> float:

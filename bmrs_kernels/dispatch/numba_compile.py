@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,35 @@ def loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Cache(FunctionCache):
-    """numba's cache on disk, which would not notice a change in a function that a loop calls."""
+    """numba's cache on disk, which would not notice a change in a function that a loop calls.
+
+    A disk that is full or damaged costs the time to compile anew, not the run.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # unpickling damaged bytes can raise almost anything
+            self._warn("read", error)
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            self._warn("written", error)
+
+    def _warn(self, done: str, error: Exception) -> None:
+        # The same words for every loop, so that Python shows them once.
+        reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
+        warnings.warn(
+            f"compiled loops in {self.cache_path} cannot be {done} ({reason}) and are compiled anew; "
+            "make room on the disk or delete that folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _index_key(self, signature: Any, code_generator: Any) -> tuple[Any, ...]:
         return (*super()._index_key(signature, code_generator), _fingerprint())

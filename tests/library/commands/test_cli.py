@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from checkpoint_files import rewrite_checkpoint
 from idx_files import write_idx_folder
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -67,6 +68,11 @@ def rows(path):
 
 def without_time(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def rewrite_config(run, **options):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, **options}))
 
 
 def error_line(capsys):
@@ -150,6 +156,31 @@ def test_resuming_accepts_the_runs_own_options_only(options, run_copy, capsys):
     assert "--output does not go with --resume" in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda run: rewrite_checkpoint(
+                run / "checkpoint.safetensors",
+                lambda s, t: t.update({"optimizer.0.exp_avg": t["optimizer.0.exp_avg"][:1, 0]}),
+            ),
+            r"optimizer.0.exp_avg is float32 of shape \(1,\), expected float32 of shape \(6, 1024\)",
+        ),
+        (
+            lambda run: rewrite_config(run, seed=1),
+            "of a run with --seed 0, and this run's config.json says 1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train --resume", "evaluate"])
+def test_a_run_that_was_tampered_with_is_left_alone(run_copy, change, message, command, capsys):
+    change(run_copy)
+    before = {path.name: path.read_bytes() for path in run_copy.iterdir()}
+    assert main([*command.split(), str(run_copy)]) == 2
+    assert re.search(message, error_line(capsys))
+    assert {path.name: path.read_bytes() for path in run_copy.iterdir()} == before
+
+
 # NaN
 
 
@@ -163,9 +194,11 @@ def test_a_non_finite_loss_stops_with_the_place_and_keeps_the_last_good_checkpoi
         assert main([*options, "--output", str(run)]) == 130
     capsys.readouterr()
     good = (run / "checkpoint.safetensors").read_bytes()
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "noise_lr": 1e38}))
-
+    loss = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        "bmrs.training.algorithm1.cross_entropy",
+        lambda logits, labels, batch: loss(logits, labels) * torch.nan,
+    )
     assert main(["train", "--resume", str(run)]) == 1
     place = r"(the output of layer|the gradient of|parameter) '\w+(\.\w+)?'"
     line = rf"bmrs: error: NaN or infinity at epoch 2, step \d: first seen in {place}\. The checkpoint of the last good"
@@ -216,6 +249,41 @@ def test_evaluation_notices_a_network_that_differs(run_copy, capsys):
     bmrs.save(path, model)
     assert main(["evaluate", str(run_copy)]) == 2
     assert "compacted.safetensors: its outputs differ from the masked network's by" in error_line(capsys)
+
+
+def with_nan(weight):
+    return torch.full_like(weight, torch.nan)
+
+
+@pytest.mark.parametrize("name", ["dense", "compacted"])
+def test_evaluation_names_a_network_with_nan(run_copy, name, capsys):
+    path = run_copy / f"{name}.safetensors"
+    if name == "dense":
+        save_file({key: with_nan(tensor) for key, tensor in load_file(path).items()}, path)
+    else:
+        model = bmrs.load(path)
+        torch.nn.init.constant_(model.hidden0.weight, torch.nan)
+        bmrs.save(path, model)
+    assert main(["evaluate", str(run_copy)]) == 2
+    assert re.search(rf"{name}.safetensors is broken: hidden0.\w+ holds NaN or infinity", error_line(capsys))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            (torch.nn.Flatten(), torch.nn.Linear(3072, 10)),
+            "it does not take the images of mnist, of shape (1, 32, 32)",
+        ),
+        ((torch.nn.Flatten(), torch.nn.Linear(1024, 3)), "have the shape (2, 3), expected (2, 10)"),
+    ],
+)
+def test_evaluation_names_a_network_for_other_data(run_copy, layers, message, capsys):
+    bmrs.save(run_copy / "compacted.safetensors", torch.nn.Sequential(*layers))
+    assert main(["evaluate", str(run_copy)]) == 2
+    line = error_line(capsys)
+    assert "compacted.safetensors is broken or of another run" in line
+    assert message in line
 
 
 @pytest.mark.parametrize("name", ["dense.safetensors", "compacted.safetensors", "checkpoint.safetensors"])
@@ -274,16 +342,82 @@ def test_options_come_from_a_file_and_flags_win(options, images, tmp_path):
         ("evaluate nowhere", "nowhere is no run folder: config.json is missing"),
         ("evaluate", "run"),
         ("", "train,evaluate"),
+        ("train --seed 18446744073709551616", "--seed must be a number of at most 18446744073709551615, got"),
+        (f"train --seed {10**400}", "--seed must be a number of at most 18446744073709551615, got 1000"),
+        (f"train --lr {10**400}", "--lr must be a number, got '1000"),
+        (f"train --seed 1{'0' * 5000}", "--seed must be a whole number: Exceeds the limit"),
+        ("train --batch-size 1e30", "--batch-size must be a whole number, got '1e30'"),
+        ("train --recipe paper --tolerance -1e30", "tolerance must be finite and at least 0, got -1e+30"),
+        ("train --recipe paper --tolerance=-1e30", "tolerance must be finite and at least 0, got -1e+30"),
+        ("train --lr -.5e-1", "--lr must be a number greater than 0, got -0.05"),
+        ("train --lr -.inf", "--lr must be a number greater than 0, got -inf"),
+        (
+            "train --model mlp --hidden 1000000000",
+            "--hidden 1000000000 with --num-blocks 1 needs at least 16,",
+        ),
+        ("train --device meta", "--device meta cannot be used: "),
+        ("train --device privateuseone", "--device privateuseone cannot be used: "),
+        ("train --output \0", "--output must be text in UTF-8 without NUL characters, got '\\x00'"),
+        ("evaluate \ud800", "RUN must be text in UTF-8 without NUL characters, got '\\ud800'"),
+        (f"train --colour {'red' * 10**5}", "unrecognized arguments: --colour redred"),
         ("prune", "invalid choice: 'prune'"),
     ],
 )
 def test_a_bad_command_is_one_line_and_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments.split()) == 2
+    assert main(arguments.split(" ") if arguments else []) == 2
     line = error_line(capsys)
     assert line.startswith("bmrs: error: ")
     assert message in line
+    assert len(line) < 1100
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lr: 1e-3\n".encode("utf-16"), "must be text in UTF-8"),
+        (bytes(range(256)), "must be text in UTF-8"),
+        (b"\0", "is no YAML or JSON file"),
+        (b"", "must hold options, as in 'lr: 1e-3', got ''"),
+        (b"- 1", "must hold options"),
+        (b"{", "is no YAML or JSON file"),
+        (b"[" * 5 * 10**4, "must hold options"),
+        (b"lr: " + b"[" * 5 * 10**4, "line 1: the value of 'lr' must be a plain number or text"),
+        (b"lr: 1\n}", "is no YAML or JSON file"),
+        (b'{"lr":' * 10**3 + b"1" + b"}" * 10**3, "line 1: the value of 'lr' must be a plain number or text"),
+        (b"#" * 10**5, "is no file with options: it has more than 65536 bytes"),
+        (b"seed: 1" + b"0" * 5000, "line 1: '10000"),
+        (b"lr: 1e-3\nseed: 1\nlr: 1e-2", "line 3: 'lr' is given more than once"),
+        (b'{"lr": 1e-3, "lr": 1e-2}', "line 1: 'lr' is given more than once"),
+        (b"lr: !!int x", "line 1: the value of 'lr' must be a plain number or text"),
+        (b"lr: &a 1\nnoise_lr: *a", "line 1: the value of 'lr' must be a plain number or text"),
+        (b"lr: 1\n---\nlr: 2", "must hold one document of options, got several"),
+        (b"lr: 1\n\ncolour: red", "line 3: there is no option 'colour'"),
+        (b"config: settings.yaml", "line 1: there is no option 'config'"),
+        (b"lr: fast", "--lr must be a number, got 'fast'"),
+    ],
+)
+def test_a_bad_file_with_options_is_one_line(content, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yaml").write_bytes(content)
+    assert main(["train", "--config", "settings.yaml"]) == 2
+    assert message in error_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("bmrs.cli.train", lambda *arguments, **options: torch.empty(10**13))
+    assert main(["train"]) == 2
+    assert error_line(capsys).startswith(
+        "bmrs: error: out of memory; a smaller --batch-size or --hidden may fit"
+    )
+
+
+def test_other_errors_of_torch_are_not_hidden(monkeypatch):
+    monkeypatch.setattr("bmrs.cli.train", lambda *arguments, **options: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["train"])
 
 
 def test_a_used_output_folder_is_refused(options, tmp_path, capsys):

@@ -2,6 +2,7 @@ import gzip
 import pickle
 import struct
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_written_idx_reads_back_and_has_the_same_bytes_each_time(tmp_path):
             lambda content: content[:-1],
             "truncated: 7839 bytes of data, expected 7840 for shape \\(10, 28, 28\\)",
         ),
-        (lambda content: content + b"\0", "too long: 7841 bytes of data, expected 7840"),
+        (lambda content: content + b"\0", "too long: more than 7840 bytes of data, expected 7840"),
         (lambda content: content[:10], "truncated header of 10 bytes, expected 16"),
         (lambda content: b"", "magic number missing, expected 00000803"),
         (lambda content: b"\0\0\x0d\x03" + content[4:], "magic number 00000d03, expected 00000803"),
@@ -110,6 +111,23 @@ def test_broken_idx_file_is_named_with_what_was_expected(tmp_path, change, messa
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DataError, match=f"t10k-images-idx3-ubyte: {message}"):
         load_dataset("mnist", path.parent)
+
+
+@pytest.mark.parametrize("shape", [(10, 28, 28), (2**32 - 1,) * 3])
+def test_no_more_is_read_than_the_header_states(tmp_path, shape):
+    """Half a gigabyte of zeros in half a megabyte of gzip."""
+    path = write_idx_folder(tmp_path / "data") / "t10k-images-idx3-ubyte"
+    bomb = gzip.compress(bytes(2**24), compresslevel=1) * 32
+    path.write_bytes(gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, *shape)) + bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            DataError, match=r"t10k-images-idx3-ubyte: (truncated|too long|\d+ bytes of data for)"
+        ):
+            read_idx(path, dims=3)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -210,7 +228,7 @@ def python_batch(**change):
         (python_batch(data=[1, 2]), "b'data' is list, expected uint8"),
         (
             python_batch(data=np.zeros((4, 3072), np.int16)),
-            "b'data' is int16 of shape \\(4, 3072\\), expected uint8",
+            "b'data' is i2 of shape \\(4, 3072\\), expected uint8",
         ),
         (
             python_batch(data=np.zeros((4, 100), np.uint8)),
@@ -218,6 +236,13 @@ def python_batch(**change):
         ),
         (python_batch(labels=[1, 2, 3]), "3 labels for 4 images"),
         (python_batch(labels=[1, 2, 3, -1]), "label -1, expected labels from 0 to 9"),
+        (
+            python_batch(labels=[1, 2, 3, 10**30]),
+            "label 1000000000000000000000000000000, expected labels from",
+        ),
+        (python_batch(labels=[1, 2, 3, -(10**5000)]), "label a value of type int that is too long to show"),
+        (python_batch(data=np.array([[None] * 3072] * 4)), "b'data' is O8 of shape"),
+        (python_batch(data=np.zeros((4, 32, 96), np.uint8)), "b'data' is uint8 of shape \\(4, 32, 96\\)"),
         (python_batch(labels=["a", 1, 2, 3]), "b'labels' is no list of integers"),
     ],
 )
@@ -225,6 +250,63 @@ def test_broken_python_cifar10_batch_is_named(tmp_path, content, message):
     path = write_cifar_python(tmp_path / "data") / "data_batch_2"
     write_python2_pickle(path, content)
     with pytest.raises(DataError, match=f"data_batch_2: {message}"):
+        load_dataset("cifar10", path.parent)
+
+
+def test_cifar10_pixels_are_read_in_fortran_order_too(tmp_path):
+    path = write_cifar_python(tmp_path / "data") / "data_batch_2"
+    expected = read_cifar10(path.parent)[0][0]
+    write_python2_pickle(path, python_batch(data=np.asfortranarray(cifar_batch(1)[0])))
+    assert torch.equal(read_cifar10(path.parent)[0][0], expected)
+
+
+class ForgedDType:
+    def __init__(self, forged):
+        self.forged = forged
+
+    def __reduce__(self):
+        return np.dtype, self.forged.dtype, self.forged.dtype_state
+
+
+class Forged:
+    """Pickled as an array whose shape, dtype and bytes do not belong together."""
+
+    def __init__(self, state, dtype=("u1", False, True), dtype_state=(3, "|", None, None, None, -1, -1, 0)):
+        self.state, self.dtype, self.dtype_state = state, dtype, dtype_state
+
+    def __reduce__(self):
+        version, shape, order, content = self.state
+        function, _, _ = np.zeros(1, np.uint8).__reduce__()
+        return function, (np.ndarray, (0,), b"b"), (version, shape, ForgedDType(self), order, content)
+
+
+@pytest.mark.parametrize(
+    ("forged", "message"),
+    [
+        (Forged((1, (4, 3072), False, b"")), "b'data' has not the 12288 bytes of its shape"),
+        (Forged((1, (-1, 3072), False, b"")), "b'data' is uint8 of shape"),
+        (Forged((1, (10**30, 3072), False, b"")), "b'data' has not the"),
+        (Forged((1, (4, 3072), False, [1])), "b'data' has not the 12288 bytes"),
+        (Forged((1, "x", False, b"")), "b'data' is u1 of shape 'x'"),
+        # NumPy takes these eight bytes for an address, and goes there.
+        (
+            Forged((1, (1,), False, b"\x41" * 8), ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)),
+            "b'data' is O8 of shape",
+        ),
+    ],
+)
+def test_forged_arrays_are_refused(tmp_path, forged, message):
+    path = write_cifar_python(tmp_path / "data") / "data_batch_2"
+    write_python2_pickle(path, {b"data": forged, b"labels": [1, 2, 3, 4]})
+    with pytest.raises(DataError, match=f"data_batch_2: {message}"):
+        load_dataset("cifar10", path.parent)
+
+
+def test_a_cifar10_file_of_any_size_is_not_read(tmp_path):
+    path = write_cifar_binary(tmp_path / "data") / "data_batch_2.bin"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # takes no space
+    with pytest.raises(DataError, match=r"data_batch_2.bin: 1099511627776 bytes, expected at most"):
         load_dataset("cifar10", path.parent)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from collections import OrderedDict
 
 import pytest
@@ -330,3 +331,83 @@ class TestBrokenFiles:
         rewrite(path, change)
         with pytest.raises(ValueError, match=message):
             bmrs.load(path)
+
+    @pytest.mark.parametrize(
+        ("layer", "argument", "value", "expected"),
+        [
+            (nn.Softmax(1), "dim", "a", "a whole number or null, got 'a'"),
+            (nn.Dropout(), "p", float("nan"), "a number from 0 to 1, got nan"),
+            (nn.Dropout(), "p", True, "a number from 0 to 1, got True"),
+            (nn.ReLU(), "inplace", 3, "true or false, got 3"),
+            (nn.LeakyReLU(), "negative_slope", "a", "a finite number, got 'a'"),
+            (nn.LeakyReLU(), "negative_slope", float("inf"), "a finite number, got inf"),
+            (nn.LeakyReLU(), "negative_slope", 10**400, "a finite number, got 1000"),
+            (nn.Hardtanh(), "min_val", float("nan"), "a number, got nan"),
+            (nn.GELU(), "approximate", "x", "one of 'none', 'tanh', got 'x'"),
+            (nn.Flatten(), "start_dim", None, "a whole number, got None"),
+            (nn.Flatten(), "end_dim", 10**30, "a whole number, got 1000"),
+            (nn.BatchNorm1d(2), "eps", -1.0, "a finite number of at least 0, got -1.0"),
+            (nn.BatchNorm1d(2), "momentum", "a", "a finite number or null, got 'a'"),
+            (nn.BatchNorm1d(2), "num_features", 2.0, "a whole number of at least 0, got 2.0"),
+            (nn.Linear(2, 2), "in_features", True, "a whole number of at least 0, got True"),
+            (nn.Conv2d(1, 1, 1), "kernel_size", [1], "a whole number of at least 1 or 2 of them, got (1,)"),
+            (nn.Conv2d(1, 1, 1), "stride", [0, 1], "a whole number of at least 1 or 2 of them, got (0, 1)"),
+            (nn.Conv2d(1, 1, 1), "padding", "more", "or 2 of them, 'same' or 'valid', got 'more'"),
+            (
+                nn.Conv2d(1, 1, 1),
+                "padding_mode",
+                "x",
+                "one of 'zeros', 'reflect', 'replicate', 'circular', got",
+            ),
+            (nn.MaxPool2d(2), "kernel_size", None, "a whole number of at least 1 or 2 of them, got None"),
+            (nn.MaxPool2d(2), "padding", 2, "at most half of kernel_size, got 2 and 2"),
+            (nn.AvgPool1d(2), "ceil_mode", "no", "true or false, got 'no'"),
+            (nn.AvgPool2d(2), "divisor_override", 0, "a whole number other than 0 or null, got 0"),
+            (
+                nn.AdaptiveAvgPool1d(1),
+                "output_size",
+                None,
+                "a whole number of at least 0 or 1 of them, got None",
+            ),
+            (nn.AdaptiveAvgPool2d(1), "output_size", [1, -1], "or 2 of them, got (1, -1)"),
+        ],
+        ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+    )
+    def test_arguments_of_layers(self, layer, argument, value, expected, path):
+        bmrs.save(path, nn.Sequential(layer))
+        rewrite(path, lambda d, t: d["layers"][0]["arguments"].update({argument: value}))
+        message = f"layer '0' ({type(layer).__name__}) cannot be built: {argument} must be "
+        with pytest.raises(ValueError, match=re.escape(message) + ".*" + re.escape(expected)):
+            bmrs.load(path)
+
+    def test_messages_are_one_line_of_reasonable_length(self, path):
+        bmrs.save(path, nn.Sequential(nn.Linear(2, 2)))
+        rewrite(path, lambda d, t: d["layers"][0].update(name="x\n" * 10**6))
+        with pytest.raises(ValueError, match="does not hold a model") as caught:
+            bmrs.load(path)
+        assert len(str(caught.value)) < 1000
+        assert len(str(caught.value).splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        ("device", "error", "message"),
+        [
+            ("foo", ValueError, "device must be one that can be used here, got 'foo': "),
+            ("cuda:99", ValueError, "device must be one that can be used here, got 'cuda:99': "),
+            (3, TypeError, "device must be a torch.device or text such as 'cpu' or 'cuda:0', got 3"),
+        ],
+    )
+    def test_devices(self, device, error, message, path):
+        bmrs.save(path, nn.Sequential(nn.Linear(2, 2)))
+        with pytest.raises(error, match=message) as caught:
+            bmrs.load(path, device=device)
+        assert len(str(caught.value).splitlines()) == 1
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+    def test_weights_of_another_kind_for_a_network_of_the_class(self, model, path, dtype):
+        bmrs.save(path, model)
+        rewrite(path, lambda d, t: t.update({"conv1.bias": t["conv1.bias"].to(dtype)}))
+        fresh = bmrs.models.LeNet5(noise=False)
+        before = copy.deepcopy(fresh.state_dict())
+        with pytest.raises(ValueError, match=f"its 'conv1.bias' is {dtype}, and model"):
+            bmrs.load(path, model=fresh)
+        assert all(torch.equal(before[name], value) for name, value in fresh.state_dict().items())

@@ -544,6 +544,11 @@ class TestBrokenFiles:
             (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features=10**12), "cannot be built"),
             (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features="a"), "cannot be built"),
             (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features=7), "cannot be built"),
+            (lambda d, t: op(d, "batch_norm")["kwargs"].update(num_features=2**31 - 1), "cannot be built"),
+            (
+                lambda d, t: op(d, "batch_norm")["kwargs"].update(momentum="a"),
+                r"'batch_norm' \(BatchNorm2d\) cannot be built: momentum must be a finite number or null",
+            ),
             (lambda d, t: op(d, "batch_norm").update(args=[]), "'batch_norm' has no place"),
             (lambda d, t: op(d, "batch_norm")["args"].__setitem__(1, "forward"), "'batch_norm' has no place"),
             (
@@ -728,3 +733,39 @@ class TestVersion2:
         rewrite(saved, lambda d, t: d["layers"].append(entry))
         with pytest.raises(ValueError, match=r"\(ReLU\) cannot be built: its name cannot be that of a layer"):
             bmrs.load(saved)
+
+
+class TestRecurrentLayers:
+    """Their kernels look for gates where the weights have no rows, and read beside their memory."""
+
+    @pytest.mark.parametrize(
+        ("network", "rows"), [(nn.LSTM(4, 3), 2), (nn.LSTM(4, 3, proj_size=2), 2), (nn.GRU(4, 3), 1)]
+    )
+    @pytest.mark.parametrize("alone", [True, False])
+    def test_weights_without_rows_for_all_gates(self, path, network, rows, alone):
+        bmrs.save(path, network.eval(), example_inputs=torch.randn(5, 2, 4))
+        assert torch.equal(bmrs.load(path)(torch.ones(5, 2, 4))[0], network(torch.ones(5, 2, 4))[0])
+        rewrite(path, silently(lambda d, t: t.update(weight_hh_l0=t["weight_hh_l0"][:rows].clone())))
+        message = (
+            "expected rows for . gates"
+            if alone
+            else f"'weight_hh_l0' of shape .{rows}, .* does not come from"
+        )
+        with pytest.raises(ValueError, match=message):
+            bmrs.load(path, model=None if alone else copy.deepcopy(network))
+
+    def test_cells(self, path):
+        class Cell(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.cell = nn.LSTMCell(4, 3)
+
+            def forward(self, x):
+                return self.cell(x)[0]
+
+        bmrs.save(path, Cell().eval(), example_inputs=torch.randn(2, 4))
+        rewrite(path, silently(lambda d, t: t.update({"cell.weight_hh": t["cell.weight_hh"][:2].clone()})))
+        with pytest.raises(
+            ValueError, match=r"lstm_cell.*has a weight of shape \(2, 3\), expected rows for 4 gates"
+        ):
+            bmrs.load(path)

@@ -134,6 +134,15 @@ def test_given_options_win_over_defaults():
             "--criterion bmrs-normal: tolerance must be finite and at least 0",
         ),
         ({"criterion": "l2"}, "--criterion l2 needs --ratio"),
+        (
+            {"seed": 2**64},
+            "--seed must be a number of at most 18446744073709551615, got 18446744073709551616",
+        ),
+        ({"seed": 2**64 - 1, "seeds": 2}, "--seed 18446744073709551615 with --seeds 2 goes beyond"),
+        ({"epochs": 10**5000}, "--epochs must be a number of at most 1000000, got a value of type int"),
+        ({"lr": 10**400}, "--lr must be a number, got 1000"),
+        ({"model": "mlp", "num_blocks": 1001}, "--num-blocks must be a number of at most 1000, got 1001"),
+        ({"data": "mnist", "data_dir": "a\0"}, "--data-dir must be text in UTF-8 without NUL characters"),
         ({"criterion": "l2", "ratio": 1.5}, "--criterion l2: ratio must be less than 1"),
         ({"criterion": "bmrs-uniform", "p1": -3.0}, "--criterion bmrs-uniform: the reduced interval"),
         (
@@ -210,10 +219,22 @@ def test_opening_what_is_no_run_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", json.dumps({"lr": -1}), json.dumps({"colour": "red"}), json.dumps({"lr": "fast"}), "3"]
+    "content",
+    [
+        "{",
+        json.dumps({"lr": -1}),
+        json.dumps({"colour": "red"}),
+        json.dumps({"lr": "fast"}),
+        "3",
+        "[" * 10**4,
+        '{"lr": 1, "lr": 2}',
+        "1" + "0" * 5000,
+        '{"data_dir": "\\ud800"}',
+        "\ufeff\ufeff",
+    ],
 )
 def test_a_broken_config_is_named(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(RunError, match=r"config.json is broken: ."):
         RunFolder.open(tmp_path)
 
