@@ -1,7 +1,17 @@
-"""``python -m bmrs``: the same as the command ``bmrs``."""
+"""The command ``bmrs``, and ``python -m bmrs``."""
 
 import sys
 
-from bmrs.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line, and return its exit code."""
+    try:
+        from bmrs.cli import main as run  # which takes seconds, as torch does
+    except KeyboardInterrupt:
+        print("bmrs: interrupted", file=sys.stderr)
+        return 130
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 
 import bmrs_kernels
 from bmrs import processes
 from bmrs.checks import one_line, shown
 from bmrs.data import DataError
+from bmrs.terminal import any_encoding
 from bmrs.training import (
     CollapseError,
     ConfigError,
@@ -31,7 +33,7 @@ from bmrs.training import (
     resume,
     train,
 )
-from bmrs.training.config import check_text, expected_value, flag
+from bmrs.training.config import check_text, choices_of, expected_value, flag
 from bmrs.training.options_file import check_yaml
 from bmrs.training.run_folder import RunFolder
 from bmrs.training.torchrun import joined, other_launcher
@@ -40,6 +42,14 @@ _NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|-\.?inf", re
 
 _LONGEST_LINE = 1000
 _OPTIONS = tuple(field.name for field in fields(TrainConfig))
+_EXAMPLES = """\
+examples:
+  bmrs train                                              the whole of it on images that come with bmrs, a minute or two
+  bmrs train --temperature 30                             more goes
+  bmrs train --data mnist --data-dir ~/mnist --seeds 5    the official files, means of five seeds
+  bmrs train --model mlp --print-config                   all options with their values, for --config
+  bmrs train --resume runs/lenet5-fashion-mnist-subset-1  go on with what was interrupted
+"""
 _TRAIN_HELP = """\
 Train a network, learn which of its structures it needs, prune, compact and fine-tune it, save, reload and check it, and
 measure what was gained; beside it, in as many epochs, what one would do instead: the dense network, the same widths
@@ -58,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         folder is bad, or memory does not suffice. 130: interrupted. Where torchrun started several processes they all
         have the code of the first one that failed, which alone says why.
     """
-    with joined() as team:
+    with any_encoding(), joined() as team:
         code, line = _outcome(argv)
         if line:
             code, says_why = team.failure(code)
@@ -69,10 +79,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _outcome(argv: list[str] | None) -> tuple[int, str]:
     """Run the command line, and return the exit code and in one line what went wrong, if anything."""
-    console = Console()
+    console = Console(highlight=False)
     try:
         # Without defaults, so that what was given can be compared with a run to resume.
-        arguments = _parser().parse_args(_with_numbers_joined(sys.argv[1:] if argv is None else argv), defaults=False)
+        arguments = _parser().parse_args(
+            _with_numbers_joined(sys.argv[1:] if argv is None else argv), defaults=False
+        )
         if arguments.subcommand == "train":
             _train(arguments.train, console)
         else:
@@ -84,8 +96,8 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
     except (ConfigError, DataError, RunError, OSError) as error:
         return _failure(error, code=2)
     except NonFiniteError as error:
-        advice = "The checkpoint of the last good epoch is kept; a lower --lr may help"
-        return _failure(f"{error}. {advice}", code=1)
+        advice = "start a new run with a lower --lr, or --noise-lr if the noise was learning"
+        return _failure(f"{error}. The checkpoint of the last good epoch is kept; {advice}", code=1)
     except (CollapseError, processes.LostProcessError) as error:
         return _failure(error, code=1)
     except InterruptedRunError as interruption:
@@ -118,23 +130,30 @@ def _with_numbers_joined(argv: Sequence[str]) -> list[str]:
 
 def _train(options: Namespace, console: Console) -> None:
     given = {field.name: options[field.name] for field in fields(TrainConfig) if field.name in options}
-    output = options.get("output")
+    output, run = options.get("output"), options.get("resume")
     note = other_launcher()
     if note is not None:
         console.print(note, soft_wrap=True)
     for name in ("output", "resume"):
         if options.get(name) is not None:
             check_text(flag(name), options[name])
-    if "resume" not in options:
-        train(TrainConfig(**given), output=None if output is None else Path(output), console=console)
-        return
-    if output is not None:
-        raise ConfigError("--output does not go with --resume, which continues in the run's folder")
-    _, config = processes.of_first(lambda: RunFolder.open(Path(options.resume)))
-    for name, saved in config.to_dict().items():
-        if given.get(name, saved) != saved:
-            raise ConfigError(f"{flag(name)} is {given[name]}, but the run to resume has {saved}")
-    resume(Path(options.resume), console=console)
+    if run is None:
+        config = TrainConfig(**given)
+    else:
+        if output is not None:
+            raise ConfigError("--output does not go with --resume, which continues in the run's folder")
+        _, config = processes.of_first(lambda: RunFolder.open(Path(run)))
+        for name, saved in config.to_dict().items():
+            if name != "data_dir" and given.get(name, saved) != saved:
+                raise ConfigError(
+                    f"{flag(name)} is {shown(given[name])}, but the run to resume has {shown(saved)}"
+                )
+    if options.get("print_config"):
+        print(yaml.safe_dump(config.resolved().to_dict(), sort_keys=False, allow_unicode=True), end="")
+    elif run is None:
+        train(config, output=None if output is None else Path(output), console=console)
+    else:
+        resume(Path(run), data_dir=given.get("data_dir"), console=console)
 
 
 def _evaluate(options: Namespace, console: Console) -> None:
@@ -164,6 +183,18 @@ class _Parser(ArgumentParser):
             got = f", got {shown(bad_value[1])}" if bad_value else f": {one_line(reason)}"
             line = f"{flag(name)} must be {expected_value(name)}{got}"
         raise _UsageError(line)
+
+
+class _Help(DefaultHelpFormatter):
+    """Help texts as they are written: they state defaults where these do not depend on other options."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
 
 
 class _OptionsFile(ActionConfigFile):
@@ -198,7 +229,11 @@ def _versions() -> str:
 
 
 def _parser() -> ArgumentParser:
-    parser = _Parser(prog="bmrs", description="Threshold-free Bayesian structured pruning.")
+    parser = _Parser(
+        prog="bmrs",
+        description="Threshold-free Bayesian structured pruning.",
+        formatter_class=_Help,  # of the commands' parsers too
+    )
     parser.add_argument(
         "--version",
         action=_ShowVersions,
@@ -208,32 +243,52 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(metavar="{train,evaluate}")
 
-    training = _Parser(description=_TRAIN_HELP)
+    training = _Parser(description=_TRAIN_HELP, epilog=_EXAMPLES, print_config=None)
     training.add_argument(
-        "--config", action=_OptionsFile, help="YAML or JSON file with options, as in a run's folder"
+        "--config",
+        action=_OptionsFile,
+        metavar="FILE",
+        help="YAML or JSON file with options, as in a run's folder",
     )
-    hints = get_type_hints(TrainConfig)
-    for option in fields(TrainConfig):
-        training.add_argument(
-            flag(option.name),
-            type=hints[option.name],
-            default=option.default,
-            help=option.metadata["help"],
-        )
+    training.add_argument(
+        "--print-config", action="store_true", help="print all options with their values as YAML, and end"
+    )
     training.add_argument(
         "--output",
         type=str,
+        metavar="DIR",
         help="run folder, empty or not there yet; default: a fresh numbered one in runs/",
     )
     training.add_argument(
-        "--resume", type=str, help="folder of an interrupted run to continue, with its options"
+        "--resume",
+        type=str,
+        metavar="RUN",
+        help="folder of an interrupted run to continue, with its options; --data-dir may say where its data are now",
     )
+    hints = get_type_hints(TrainConfig)
+    groups: dict[str, Any] = {}
+    for option in fields(TrainConfig):
+        group = option.metadata["group"]
+        if group not in groups:
+            groups[group] = training.add_argument_group(group)
+        choices = f"{{{','.join(choices_of(option.name))}}}" if choices_of(option.name) else None
+        groups[group].add_argument(
+            flag(option.name),
+            type=hints[option.name],
+            default=option.default,
+            metavar=option.metadata["metavar"] or choices,
+            help=option.metadata["help"],
+        )
     commands.add_subcommand("train", training, help="train, prune, compact and measure a network")
 
     evaluation = _Parser(description="Reload a finished run's networks and measure them again.")
-    evaluation.add_argument("run", type=str, help="the run's folder")
-    evaluation.add_argument("--data-dir", type=str, help="folder of the data, if they have moved")
-    evaluation.add_argument("--device", type=str, help="where to measure; default: the run's --device")
+    evaluation.add_argument("run", type=str, metavar="RUN", help="the run's folder")
+    evaluation.add_argument(
+        "--data-dir", type=str, metavar="DIR", help="folder of the data, if they have moved"
+    )
+    evaluation.add_argument(
+        "--device", type=str, metavar="DEVICE", help="where to measure; default: the run's --device"
+    )
     commands.add_subcommand("evaluate", evaluation, help="reload a run's networks and measure them again")
     return parser
 

@@ -73,8 +73,8 @@ _NOT_DECIDING = ("data_dir", "device", "cuda_graph", "seeds")
 _DEFAULT_CRITERION: dict[RecipeName, CriterionName] = {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _help(text: str, *, group: str, metavar: str | None = None) -> dict[str, str | None]:
+    return {"help": text, "group": group, "metavar": metavar}
 
 
 @dataclass(frozen=True)
@@ -89,144 +89,235 @@ class TrainConfig:
     """
 
     data: DataName = field(
-        default=EMBEDDED, metadata=_help("images; all but the subset, which comes with bmrs, need --data-dir")
+        default=EMBEDDED,
+        metadata=_help(
+            "images; all but the subset, which comes with bmrs and is the default, need --data-dir",
+            group="images and network",
+        ),
     )
-    data_dir: str | None = field(default=None, metadata=_help("folder with the official files of --data"))
-    model: ModelName = field(default="lenet5", metadata=_help("network"))
+    data_dir: str | None = field(
+        default=None,
+        metadata=_help("folder with the official files of --data", group="images and network", metavar="DIR"),
+    )
+    model: ModelName = field(
+        default="lenet5", metadata=_help("network; default: lenet5", group="images and network")
+    )
     num_blocks: int | None = field(
-        default=None, metadata=_help("mlp: hidden layers after the first; default: the paper's")
+        default=None,
+        metadata=_help(
+            "mlp: hidden layers after the first; default: 7 on mnist, 5 on cifar10, 1 elsewhere",
+            group="images and network",
+            metavar="N",
+        ),
     )
     hidden: int | None = field(
-        default=None, metadata=_help("mlp: units of each hidden layer; default: the paper's")
+        default=None,
+        metadata=_help(
+            "mlp: units of each hidden layer; default: 100 on mnist, 150 elsewhere",
+            group="images and network",
+            metavar="N",
+        ),
     )
     recipe: RecipeName = field(
         default="bmrs",
         metadata=_help(
             "bmrs: train, learn the noise with the weights frozen, prune, compact, fine-tune the smaller network; "
-            "paper: Algorithm 1 of the paper, which trains with noise and prunes on the way"
+            "paper: Algorithm 1 of the paper, which trains with noise and prunes on the way",
+            group="training",
         ),
     )
-    criterion: CriterionName | None = field(
-        default=None,
-        metadata=_help("what decides which structures go; default: bmrs-odds (recipe paper: bmrs-normal)"),
-    )
-    prior_mean: float | None = field(
-        default=None, metadata=_help("bmrs-normal: log θ where the reduced prior sits; default: -20")
-    )
-    p1: float | None = field(
-        default=None,
-        metadata=_help("bmrs-odds, bmrs-uniform: bits; below 2^-p1 a structure counts as off; default: 8"),
-    )
-    tolerance: float | None = field(
+    epochs: int | None = field(
         default=None,
         metadata=_help(
-            "bmrs-normal, bmrs-uniform: nats of log evidence that a structure may be worth and still go; default: 0, "
-            "but for bmrs-normal 0.919, half of log 2π, which the paper's own code left out"
+            "epochs of training; default: 8 (recipe paper: 50, subset: 11)", group="training", metavar="N"
         ),
     )
-    threshold: float | None = field(
-        default=None, metadata=_help("snr, mean: prune below it; default: 1 and 0.1")
-    )
-    ratio: float | None = field(
-        default=None, metadata=_help("l2, gradient-norm: share of each layer's structures to prune each time")
-    )
-    granularity: Granularity | None = field(
+    noise_epochs: int | None = field(
         default=None,
         metadata=_help(
-            "draw noise per activation, per example and structure, or per batch and structure; default: sample "
-            "(recipe paper: the paper's element, subset: sample)"
+            "bmrs: epochs at most in which the noise learns; those left when decisions have settled go to fine-tuning; "
+            "default: 2 (subset: 4)",
+            group="training",
+            metavar="N",
         ),
     )
-    temperature: float | None = field(
+    fine_tune_epochs: int | None = field(
         default=None,
         metadata=_help(
-            "bmrs: T, the posterior is that of the likelihood to the power 1/T; 1 is the evidence bound, the larger "
-            "the more goes; default: 10 on the subset, 100 elsewhere (mlp: 30)"
+            "epochs after the last pruning; default: 10 (subset: 12)", group="training", metavar="N"
+        ),
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "images of a step; default: 64, subset: 32 (recipe paper: 32 to 128, see --print-config)",
+            group="training",
+            metavar="N",
+        ),
+    )
+    lr: float | None = field(
+        default=None,
+        metadata=_help(
+            "Adam's learning rate; in recipe bmrs it starts at twice that and falls to 0 in each phase, as a cosine; "
+            "default: 3e-3 (recipe paper: 6.8e-4 to 1.5e-3, see --print-config)",
+            group="training",
+            metavar="RATE",
+        ),
+    )
+    noise_lr: float | None = field(
+        default=None,
+        metadata=_help(
+            "Adam's learning rate of mu and log sigma; default: 0.05 (recipe paper: the same as --lr, subset: 6e-3)",
+            group="training",
+            metavar="RATE",
         ),
     )
     weight_lr: float | None = field(
         default=None,
         metadata=_help(
             "bmrs: Adam's learning rate of the weights while the noise learns; 0 freezes them, which is best where "
-            "half of the network stays; a tenth of --lr is better for much smaller ones; default: 0"
+            "half of the network stays; a tenth of --lr is better for much smaller ones; default: 0",
+            group="training",
+            metavar="RATE",
+        ),
+    )
+    distillation: float | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs: weight, from 0 to 1, of the trained network's softened answers in the loss of fine-tuning; "
+            "default: 0",
+            group="training",
+            metavar="WEIGHT",
+        ),
+    )
+    granularity: Granularity | None = field(
+        default=None,
+        metadata=_help(
+            "draw noise per activation, per example and structure, or per batch and structure; default: sample "
+            "(recipe paper: element, subset: sample)",
+            group="training",
+        ),
+    )
+    criterion: CriterionName | None = field(
+        default=None,
+        metadata=_help(
+            "what decides which structures go; default: bmrs-odds (recipe paper: bmrs-normal)",
+            group="what goes",
+        ),
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs: T, the posterior is that of the likelihood to the power 1/T; 1 is the evidence bound, the larger "
+            "the more goes; default: 10 on the subset, 100 elsewhere (mlp: 30)",
+            group="what goes",
+            metavar="T",
         ),
     )
     price_exponent: float | None = field(
         default=None,
         metadata=_help(
             "bmrs: how much more an expensive structure has to be worth: its share of parameters and FLOPs to this "
-            "power is a factor on the temperature; 0: all pay alike; default: 0.5"
+            "power is a factor on the temperature; 0: all pay alike; default: 0.5",
+            group="what goes",
+            metavar="EXPONENT",
+        ),
+    )
+    p1: float | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs-odds, bmrs-uniform: bits; below 2^-p1 a structure counts as off; default: 8",
+            group="what goes",
+            metavar="BITS",
+        ),
+    )
+    prior_mean: float | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs-normal: log θ where the reduced prior sits; default: -20", group="what goes", metavar="NATS"
+        ),
+    )
+    tolerance: float | None = field(
+        default=None,
+        metadata=_help(
+            "bmrs-normal, bmrs-uniform: nats of log evidence that a structure may be worth and still go; default: 0, "
+            "but for bmrs-normal 0.919, half of log 2π, which the paper's own code left out",
+            group="what goes",
+            metavar="NATS",
+        ),
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata=_help(
+            "snr, mean: prune below it; default: 1 for snr, 0.1 for mean", group="what goes", metavar="NUMBER"
+        ),
+    )
+    ratio: float | None = field(
+        default=None,
+        metadata=_help(
+            "l2, gradient-norm: share of each layer's structures to prune each time",
+            group="what goes",
+            metavar="SHARE",
         ),
     )
     kl_weight: Literal["elbo", "mean"] | float | None = field(
         default=None,
         metadata=_help(
             "paper: elbo: sum / training images; mean: mean over structures, then layers; or a factor on the sum; "
-            "default: mean"
+            "default: mean",
+            group="recipe paper",
+            metavar="{elbo,mean,NUMBER}",
         ),
     )
     mode: Literal["continuous", "post-training"] | None = field(
         default=None,
         metadata=_help(
-            "paper: prune every --prune-every epochs of training, or once after it; default: continuous"
+            "paper: prune every --prune-every epochs of training, or once after it; default: continuous",
+            group="recipe paper",
         ),
     )
-    epochs: int | None = field(
-        default=None,
-        metadata=_help("epochs of training; default: 8 (recipe paper: the paper's 50, subset: fewer)"),
-    )
-    noise_epochs: int | None = field(
+    prune_every: int | None = field(
         default=None,
         metadata=_help(
-            "bmrs: epochs at most in which the noise learns; those left when decisions have settled go to fine-tuning; "
-            "default: 2 (subset: 4)"
-        ),
-    )
-    fine_tune_epochs: int | None = field(
-        default=None,
-        metadata=_help("epochs after the last pruning; default: 10 (subset: 12)"),
-    )
-    distillation: float | None = field(
-        default=None,
-        metadata=_help(
-            "bmrs: weight, from 0 to 1, of the trained network's softened answers in the loss of fine-tuning; "
-            "default: 0"
+            "paper: epochs from one pruning to the next; default: 1", group="recipe paper", metavar="N"
         ),
     )
     fine_tune_noise: bool | None = field(
         default=None,
         metadata=_help(
-            "paper: fine-tune with noise and KL, as the paper does, and not with E[θ] in place of noise; default: false"
+            "paper: fine-tune with noise and KL, as the paper does, not with E[θ] in place of noise; default: false",
+            group="recipe paper",
         ),
     )
-    prune_every: int | None = field(
-        default=None, metadata=_help("paper: epochs from one pruning to the next; default: 1")
-    )
-    batch_size: int | None = field(
-        default=None, metadata=_help("images of a step; default: 64, subset: 32 (recipe paper: the paper's)")
-    )
-    lr: float | None = field(
-        default=None,
+    seed: int = field(
+        default=0,
         metadata=_help(
-            "Adam's learning rate; in recipe bmrs it starts at twice that and falls to 0 in each phase, as a cosine; "
-            "default: 3e-3 (recipe paper: the paper's)"
+            "seed of the split, the weights, the batches and the noise; default: 0",
+            group="seeds and device",
+            metavar="SEED",
         ),
     )
-    noise_lr: float | None = field(
-        default=None,
-        metadata=_help(
-            "Adam's learning rate of mu and log sigma; default: 0.05 (recipe paper: the same as --lr; subset: larger)"
-        ),
-    )
-    seed: int = field(default=0, metadata=_help("seed of the split, the weights, the batches and the noise"))
     seeds: int = field(
-        default=1, metadata=_help("number of runs, with seeds from --seed on; the table shows mean ± sd")
+        default=1,
+        metadata=_help(
+            "number of runs, with seeds from --seed on; the table shows mean ± sd; default: 1",
+            group="seeds and device",
+            metavar="N",
+        ),
     )
-    device: str = field(default="auto", metadata=_help("cpu, cuda, cuda:1, ...; auto: a GPU if there is one"))
+    device: str = field(
+        default="auto",
+        metadata=_help(
+            "cpu, cuda, cuda:1, ...; auto: a GPU if there is one; default: auto",
+            group="seeds and device",
+            metavar="DEVICE",
+        ),
+    )
     cuda_graph: bool = field(
         default=False,
         metadata=_help(
-            "on a GPU, record a training step once and replay it, instead of launching its kernels"
+            "on a GPU, record a training step once and replay it, instead of launching its kernels; default: false",
+            group="seeds and device",
         ),
     )
 
@@ -339,6 +430,15 @@ def expected_value(name: str) -> str:
     """Return in words what kind of value an option of `TrainConfig` takes."""
     *others, last = _describe(get_type_hints(TrainConfig)[name])
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """Return the words that an option of `TrainConfig` takes; empty for one that takes other values."""
+    kind = get_type_hints(TrainConfig)[name]
+    literals = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
+    if kind is bool or bool in get_args(kind):
+        return ("true", "false")
+    return get_args(literals[0]) if literals else ()
 
 
 def _describe(kind: Any) -> list[str]:

@@ -6,35 +6,56 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+_WIDE = 100  # columns from which on there is room for a bar
 
 
 class TrainingProgress:
     """Shows one network's training; a context manager.
+
+    Where there is little room, what a step came to is cut off first; what is trained, the epoch and the time left stay.
 
     Args:
         console: where to show it.
         title: what is trained.
         epochs: number of epochs.
         done: epochs that were finished before.
+        before_the_first_step: what to say until the first step is done, if that takes long.
     """
 
-    def __init__(self, console: Console, title: str, *, epochs: int, done: int) -> None:
+    def __init__(
+        self, console: Console, title: str, *, epochs: int, done: int, before_the_first_step: str = ""
+    ) -> None:
         self._console = console
         self.title = title
         self._epochs = epochs
         self._kept = self._accuracy = ""
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("epoch"),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=epochs, completed=done, status="")
+        # A dumb terminal cannot move its cursor back.
+        self._is_live = console.is_terminal and not console.is_dumb_terminal
+        columns: list[ProgressColumn] = [
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("epoch", table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn(
+                "{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
+        ]
+        if console.width >= _WIDE:
+            columns.insert(1, BarColumn(bar_width=24))
+        self._bar = Progress(*columns, console=console, disable=not self._is_live, expand=True)
+        self._task = self._bar.add_task(title, total=epochs, completed=done, status=before_the_first_step)
+        if before_the_first_step and not self._is_live and done < epochs:
+            console.print(f"{title}: {before_the_first_step}", soft_wrap=True, markup=False)
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -57,9 +78,10 @@ class TrainingProgress:
             self._kept = f" kept {'/'.join(map(str, row['kept'].values()))}"
             if "unsettled" in row:
                 self._kept += f" unsettled {row['unsettled']:.1%}"
-        if not self._console.is_terminal:
+        if not self._is_live:
             self._console.print(
                 f"{self.title}: epoch {row['epoch']}/{self._epochs} ({row['phase']}) loss {row['loss']:.3f} "
                 f"KL {row['kl']:.3f}{self._kept}{self._accuracy} {row['seconds']:.1f} s",
                 soft_wrap=True,
+                markup=False,
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +25,11 @@ from bmrs.pruning.prune import prune
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from bmrs.training.config import TrainConfig
+from bmrs.training.environment import environment, what_differs
 from bmrs.training.epoch import Progress
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.memory import check_memory
+from bmrs.training.options_file import read_json
 from bmrs.training.picture import draw
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import (
@@ -38,12 +42,14 @@ from bmrs.training.run_folder import (
 from bmrs.training.sharing import check_same_data, check_same_state, share_random_state, share_state
 from bmrs.training.summary import RunSummary, show_seeds, summarise
 
+_COMPILING = "compiling what draws the noise; up to a minute, the first time on this machine"
+
 
 class InterruptedRunError(Exception):
     """Training was interrupted by the user; `path` is the run's folder, from which it can be resumed."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"interrupted; continue with: bmrs train --resume {path}")
+        super().__init__(f"interrupted; continue with: bmrs train --resume {shlex.quote(str(path))}")
         self.path = path
 
 
@@ -72,18 +78,32 @@ def train(
         InterruptedRunError: the user pressed Ctrl-C; the run can be resumed.
     """
     config = config.resolved()
+    if config.data_dir is not None:
+        # So that the run can be resumed from any folder.
+        config = replace(config, data_dir=str(Path(config.data_dir).expanduser().absolute()))
     device = device_of(config)
     load(config, device)  # says what is wrong with the data before there is a folder
     folder = processes.of_first(lambda: RunFolder.create(config, output))
     return _finish(folder, config, device, console or Console())
 
 
-def resume(path: Path, *, console: Console | None = None) -> list[RunSummary]:
+def resume(path: Path, *, data_dir: str | None = None, console: Console | None = None) -> list[RunSummary]:
     """Bring an interrupted run to its end; on the CPU with bitwise the result that it would have had.
 
-    That takes as many processes as before; with another number the run goes on from the same state.
+    That takes as many processes and threads as before; with another number the run goes on from the same state.
+
+    Args:
+        path: the run's folder.
+        data_dir: where the data lie now, if not where they were.
+        console: where progress and result are shown.
+
+    Raises:
+        RunError: there is no run in the folder, or another process is at work there.
+        Exception: what `train` raises.
     """
     folder, config = processes.of_first(lambda: RunFolder.open(path))
+    if data_dir is not None:
+        config = replace(config, data_dir=str(Path(data_dir).expanduser().absolute()))
     return _finish(folder, config, device_of(config), console or Console())
 
 
@@ -122,7 +142,23 @@ def _finish(
 ) -> list[RunSummary]:
     if not processes.is_first():
         console = Console(quiet=True)
-    console.print(f"run folder: {folder.path}", soft_wrap=True)
+    console.print(f"run folder: {folder.path}", soft_wrap=True, markup=False)
+    with folder.occupied() if processes.is_first() else nullcontext():
+        processes.of_first(lambda: _note_environment(folder, device, console))
+        return _all_seeds(folder, config, device, console)
+
+
+def _note_environment(folder: RunFolder, device: torch.device, console: Console) -> None:
+    now = environment(device)
+    if not folder.environment.exists():
+        write_json(folder.environment, now)
+    elif note := what_differs(read_json(folder.environment), now):
+        console.print(note, soft_wrap=True, markup=False)
+
+
+def _all_seeds(
+    folder: RunFolder, config: TrainConfig, device: torch.device, console: Console
+) -> list[RunSummary]:
     summaries = []
     try:
         for seed, seed_folder in folder.of_seeds(config):
@@ -130,7 +166,7 @@ def _finish(
             if processes.is_first():
                 seed_folder.path.mkdir(exist_ok=True)
             if config.seeds > 1:
-                console.print(f"seed {seed}: {seed_folder.path}", soft_wrap=True)
+                console.print(f"seed {seed}: {seed_folder.path}", soft_wrap=True, markup=False)
                 if processes.is_first():
                     write_json(seed_folder.config, own.to_dict())
             data = load(own, device)
@@ -162,16 +198,17 @@ def _result(
     states: dict[NetworkName, TrainingState],
 ) -> RunSummary:
     """Measure, write and show what a run has come to."""
+    console.print("measuring the networks; some ten seconds", soft_wrap=True)
     write_atomically(folder.dense, serialize(states["dense"].model.state_dict()))
     summary = summarise(folder, config, data, device)
     write_json(folder.summary, summary.to_dict())
     try:
         draw(folder.picture, states, config)
         picture = f"picture: {folder.picture}"
-    except ModuleNotFoundError as error:
-        picture = f"no picture, as {error.name} is missing: pip install 'bmrs-kernels\\[plot]'"
+    except ModuleNotFoundError:
+        picture = "no picture, as matplotlib is missing: pip install matplotlib"
     summary.show(console, _title(config))
-    console.print(picture, soft_wrap=True)
+    console.print(picture, soft_wrap=True, markup=False)
     return summary
 
 
@@ -200,7 +237,13 @@ class _Trainer:
             load_checkpoint(self.folder.checkpoint(network), state, self.config)
         share_state(state)
         save(state)
-        with TrainingProgress(self.console, title, epochs=epochs, done=len(state.history)) as progress:
+        with TrainingProgress(
+            self.console,
+            title,
+            epochs=epochs,
+            done=len(state.history),
+            before_the_first_step=_COMPILING if network == "noisy" else "",
+        ) as progress:
             train(save, progress)
         return state
 

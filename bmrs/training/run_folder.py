@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from filelock import FileLock, Timeout
 
 from bmrs.checks import one_line
 from bmrs.files.atomic import write_atomically
@@ -54,6 +59,11 @@ class RunFolder:
     def network(self, name: str) -> Path:
         """Return the path of a model that `bmrs.load` reads: "compacted", or what recipe bmrs compares it with."""
         return self.path / f"{name}.safetensors"
+
+    @property
+    def environment(self) -> Path:
+        """What the run was begun with, beside its options."""
+        return self.path / "environment.json"
 
     @property
     def summary(self) -> Path:
@@ -109,6 +119,39 @@ class RunFolder:
             return folder, TrainConfig(**{"recipe": "paper", **read_json(folder.config)})
         except (ValueError, TypeError) as error:
             raise RunError(f"{folder.config} is broken: {one_line(error)}") from error
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Keep other processes from working in the folder meanwhile.
+
+        Raises:
+            RunError: another one is at work there.
+        """
+        lock, note = FileLock(self.path / ".lock"), self.path / ".process.json"
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunError(
+                f"{self.path} is in use by {_named(note)}: wait until it has ended, or stop it"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            yield
+            return
+        try:
+            write_json(note, {"pid": os.getpid(), "host": platform.node()})
+            yield
+        finally:
+            note.unlink(missing_ok=True)
+            lock.release()
+
+
+def _named(note: Path) -> str:
+    """Return which process occupies a folder, as far as its note says."""
+    try:
+        who = read_json(note)
+        return f"process {who['pid']} on {who['host']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
 
 
 def write_json(path: Path, value: Any) -> None:

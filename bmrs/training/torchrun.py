@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
@@ -58,11 +59,12 @@ def joined() -> Iterator[Team]:
     """Join the other processes if torchrun started several, and leave them at the end, also where that is an error.
 
     Tensors on GPUs are exchanged by NCCL, all others by gloo. All but the first process write nothing to stdout.
-    SIGTERM is taken as Ctrl-C, since torchrun sends it on. If several processes fail, only the first one to do so
+    SIGTERM is taken as Ctrl-C. If several processes fail, only the first one to do so
     raises what went wrong; the others end in silence with its exit code.
     """
     if not is_one_of_several() or distributed.is_initialized():
-        yield Team()
+        with _on_signals(_interrupt, signal.SIGTERM):
+            yield Team()
         return
     store, rank, world = next(rendezvous("env://"))
     on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
@@ -76,9 +78,8 @@ def joined() -> Iterator[Team]:
     # None may leave, as it does at once after a bad option, while another is still connecting.
     distributed.all_reduce(torch.zeros(1))
     team = Team(distributed.PrefixStore("bmrs", store))
-    handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with open(os.devnull, "w") as nowhere:
+        with _on_signals(_interrupt_once, signal.SIGINT, signal.SIGTERM), open(os.devnull, "w") as nowhere:
             if rank == 0:
                 yield team
             else:
@@ -91,8 +92,19 @@ def joined() -> Iterator[Team]:
         raise SystemExit(code) from None
     finally:
         distributed.destroy_process_group()
-        if signal.getsignal(signal.SIGTERM) is _interrupt:
-            for number, handler in handlers.items():
+
+
+@contextmanager
+def _on_signals(handle: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone can have handlers
+        yield
+        return
+    handlers = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is handle:
                 signal.signal(number, handler)
 
 
@@ -114,6 +126,10 @@ def other_launcher() -> str | None:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupt_once(number: int, frame: object) -> None:
     # One signal is enough; torchrun may send another on.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
