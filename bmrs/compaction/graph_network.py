@@ -25,6 +25,7 @@ from bmrs.compaction.description import (
     check_operator,
 )
 from bmrs.compaction.surgery import Cut
+from bmrs.compaction.trusting_operators import check_sizes, takes_sizes_on_trust
 from bmrs.graph.analysis import Analysis
 
 
@@ -100,7 +101,12 @@ def build(
         elif operation.kind == "call":
             target = check_operator(operation.target, name)
             kwargs = {key: argument(value) for key, value in operation.kwargs.items()}
-            nodes[name] = graph.call_function(target, tuple(map(argument, args)), kwargs)
+            given = tuple(map(argument, args))
+            if takes_sizes_on_trust(operation.target):
+                checked = graph.call_function(check_sizes, given, {**kwargs, "operator": operation.target})
+                checked.meta["is_wrapped"] = True
+                given = (checked, *given[1:])
+            nodes[name] = graph.call_function(target, given, kwargs)
         elif operation.kind == "scalar":
             nodes[name] = graph.call_function(SCALAR_FUNCTIONS[operation.target], tuple(map(argument, args)))
         elif operation.kind == "item":

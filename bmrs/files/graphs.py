@@ -38,7 +38,6 @@ _LAYERS = {
 }
 _KINDS = ("input", "tensor", "call", "scalar", "item", "layer", "scale")
 _KEYS = {"name", "kind", "target", "args", "kwargs"}
-_GATES = {"lstm": 4, "lstm_cell": 4, "gru": 3, "gru_cell": 3}
 _SPECIAL: dict[type, str] = {
     torch.dtype: "dtype",
     torch.memory_format: "memory_format",
@@ -86,16 +85,11 @@ def read_graph(
     if not isinstance(operations, list):
         raise ValueError("its operations are not a list")
     known: set[str] = set()
-    named: dict[str, Tensor] = {}
     read = []
     for entry in operations:
         operation = _operation(entry, known, device)
-        if operation.kind == "tensor":
-            if operation.target not in tensors:
-                raise ValueError(f"its tensor {operation.target!r} is missing")
-            named[operation.name] = tensors[operation.target]
-        if operation.kind == "call":
-            _check_gates(operation, named)
+        if operation.kind == "tensor" and operation.target not in tensors:
+            raise ValueError(f"its tensor {operation.target!r} is missing")
         known.add(operation.name)
         read.append(operation)
     description = Description(
@@ -161,32 +155,6 @@ def _operation(entry: Any, known: set[str], device: Any) -> Operation:
     if kind == "scale" and (len(args) != 3 or not isinstance(args[2], int)):
         raise ValueError(f"its operation {name!r} scales along no dimension")
     return Operation(name, kind, target, args, kwargs)
-
-
-def _check_gates(operation: Operation, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the weights of a recurrent layer have rows for all its gates.
-
-    Its kernels do not look, and read beside their memory.
-    """
-    gates = _GATES.get(operation.target.split(".")[1])
-    if gates is None:
-        return
-    arguments = check_operator(operation.target, operation.name)._schema.arguments
-    given = dict(zip((argument.name for argument in arguments), operation.args, strict=False))
-    given |= operation.kwargs
-    weights = given.get("params", [given.get(key) for key in ("w_ih", "w_hh", "b_ih", "b_hh")])
-    layers, directions = given.get("num_layers"), 2 if given.get("bidirectional") else 1
-    if isinstance(weights, list) and type(layers) is int and layers > 0:
-        of_layer = len(weights) // (layers * directions)
-        if of_layer % 2:  # the last one is the projection, which has no gates
-            weights = [weight for i, weight in enumerate(weights) if (i + 1) % of_layer]
-    for weight in weights if isinstance(weights, list) else ():
-        tensor = tensors.get(weight.name) if isinstance(weight, Reference) else None
-        if tensor is not None and (not tensor.numel() or not tensor.dim() or len(tensor) % gates):
-            raise ValueError(
-                f"its operation {operation.name!r}, {operation.target}, has a weight of shape {tuple(tensor.shape)}, "
-                f"expected rows for {gates} gates"
-            )
 
 
 def _check_expected(name: str, args: tuple[Any, ...]) -> None:

@@ -735,37 +735,84 @@ class TestVersion2:
             bmrs.load(saved)
 
 
-class TestRecurrentLayers:
-    """Their kernels look for gates where the weights have no rows, and read beside their memory."""
+class TestTrustingOperators:
+    """Their kernels take sizes on trust, and read and write beside their memory where these are others."""
 
     @pytest.mark.parametrize(
-        ("network", "rows"), [(nn.LSTM(4, 3), 2), (nn.LSTM(4, 3, proj_size=2), 2), (nn.GRU(4, 3), 1)]
+        "network",
+        [
+            nn.LSTM(4, 3),
+            nn.LSTM(4, 3, proj_size=2, num_layers=2, bidirectional=True),
+            nn.GRU(4, 3, bias=False, bidirectional=True, batch_first=True),
+            nn.RNN(4, 3),
+        ],
+        ids=repr,
     )
-    @pytest.mark.parametrize("alone", [True, False])
-    def test_weights_without_rows_for_all_gates(self, path, network, rows, alone):
-        bmrs.save(path, network.eval(), example_inputs=torch.randn(5, 2, 4))
-        assert torch.equal(bmrs.load(path)(torch.ones(5, 2, 4))[0], network(torch.ones(5, 2, 4))[0])
-        rewrite(path, silently(lambda d, t: t.update(weight_hh_l0=t["weight_hh_l0"][:rows].clone())))
-        message = (
-            "expected rows for . gates"
-            if alone
-            else f"'weight_hh_l0' of shape .{rows}, .* does not come from"
-        )
-        with pytest.raises(ValueError, match=message):
-            bmrs.load(path, model=None if alone else copy.deepcopy(network))
+    def test_weights_of_other_sizes(self, path, network):
+        x = torch.randn(5, 2, 4)
+        bmrs.save(path, network.eval(), example_inputs=x)
+        assert torch.equal(bmrs.load(path)(x)[0], network(x)[0])
+        rewrite(path, silently(lambda d, t: t.update(weight_hh_l0=t["weight_hh_l0"][:2].clone())))
+        with pytest.raises(ValueError, match="must have states and weights of shapes"):
+            bmrs.load(path)(x)
+        with pytest.raises(ValueError, match=r"'weight_hh_l0' of shape \(2, .* does not come from"):
+            bmrs.load(path, model=copy.deepcopy(network))
 
-    def test_cells(self, path):
+    @pytest.mark.parametrize(("position", "value"), [(8, True), (8, -1), (7, True), (4, 2), (3, False)])
+    def test_options_that_do_not_suit_the_states(self, path, position, value):
+        x = torch.randn(5, 2, 4)
+        bmrs.save(path, nn.LSTM(4, 3).eval(), example_inputs=x)
+        name = next(o["name"] for o in description_of(path)["graph"]["operations"] if "lstm" in o["target"])
+        rewrite(path, silently(lambda d, t: op(d, name)["args"].__setitem__(position, value)))
+        with pytest.raises(ValueError, match=r"aten.lstm.input must have"):
+            bmrs.load(path)(x)
+
+    def test_dtypes(self, path):
+        network, x = nn.LSTM(4, 3).eval(), torch.randn(5, 2, 4)
+        bmrs.save(path, network, example_inputs=x)
+        loaded = bmrs.load(path)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loaded(x.bfloat16())[0], network(x.bfloat16())[0])
+        rewrite(path, silently(lambda d, t: t.update(bias_hh_l0=t["bias_hh_l0"].double())))
+        with pytest.raises(ValueError, match="and one dtype"):
+            bmrs.load(path)(x)
+
+    @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+    def test_cells(self, path, kind):
         class Cell(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.cell = nn.LSTMCell(4, 3)
+                self.cell = kind(4, 3)
 
             def forward(self, x):
-                return self.cell(x)[0]
+                result = self.cell(x)
+                return result if isinstance(result, torch.Tensor) else result[0]
 
-        bmrs.save(path, Cell().eval(), example_inputs=torch.randn(2, 4))
+        network, x = Cell().eval(), torch.randn(2, 4)
+        bmrs.save(path, network, example_inputs=x)
+        assert torch.equal(bmrs.load(path)(x), network(x))
         rewrite(path, silently(lambda d, t: t.update({"cell.weight_hh": t["cell.weight_hh"][:2].clone()})))
+        with pytest.raises(ValueError, match=r"_cell.* must have states and weights of shapes"):
+            bmrs.load(path)(x)
+
+    def test_batch_norm_of_the_inside(self, path):
+        class Norm(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("scale", torch.ones(6))
+
+            def forward(self, x):
+                ones = self.scale
+                norm = torch.ops.aten._native_batch_norm_legit_no_training(
+                    x, ones, ones, ones, ones, 0.1, 1e-5
+                )
+                return norm[0]
+
+        network, x = Norm().eval(), torch.randn(2, 6)
+        bmrs.save(path, network, example_inputs=x)
+        assert torch.equal(bmrs.load(path)(x), network(x))
+        rewrite(path, silently(lambda d, t: t.update(scale=t["scale"][:1].clone())))
         with pytest.raises(
-            ValueError, match=r"lstm_cell.*has a weight of shape \(2, 3\), expected rows for 4 gates"
+            ValueError, match=r"must have tensors of shape \(6,\) beside its input, got \(1,\)"
         ):
-            bmrs.load(path)
+            bmrs.load(path)(x)
