@@ -16,6 +16,7 @@ from bmrs.models import MLP, LeNet5
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import unsettled
 from bmrs.pruning.prune import prune
+from bmrs.schedules import PruningSchedule
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, batches_of, train_epoch
@@ -67,7 +68,7 @@ def train(
         NonFiniteError: a NaN or an infinity turned up; its epoch is not saved.
     """
     settings = config.settings
-    criterion = config.build_criterion()
+    criterion, schedule = config.build_criterion(), _schedule(config)
     layers = noise_layers(state.model)
     watch = FiniteWatch(state.model)
     steps: dict[bool, Step] = {}  # with noise and without: each can be a CUDA graph of its own
@@ -87,7 +88,7 @@ def train(
             batches = batches_of(state, data.train, config)
             row |= train_epoch(steps[noise], batches, epoch, watch, progress)
         if layers:
-            if _prunes_after(epoch, config):
+            if schedule.is_due(epoch):
                 row["pruning"] = prune(state.model, criterion).to_dict()
             row["kept"] = {name: int(layer.mask.sum()) for name, layer in layers.items()}
             row["unsettled"] = unsettled(state.model)
@@ -125,10 +126,11 @@ def build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module
     )
 
 
-def _prunes_after(epoch: int, config: TrainConfig) -> bool:
-    last = config.settings.epochs
-    assert config.prune_every is not None, "filled in for this recipe"
-    return epoch == last or (config.mode == "continuous" and epoch < last and epoch % config.prune_every == 0)
+def _schedule(config: TrainConfig) -> PruningSchedule:
+    last, every = config.settings.epochs, config.prune_every
+    assert every is not None, "filled in for this recipe"
+    first = last if config.mode == "post-training" else min(every, last)
+    return PruningSchedule(every=every, first=first, last=last)
 
 
 @contextmanager
