@@ -87,6 +87,7 @@ def test_first_example(tmp_path, monkeypatch, capsys):
     assert torch.equal(loaded(inputs), small(inputs))
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")  # Lightning's
 def test_guide(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = run_blocks("bmrs/README.md")
