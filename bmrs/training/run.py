@@ -166,10 +166,10 @@ def _result(
     summary = summarise(folder, config, data, device)
     write_json(folder.summary, summary.to_dict())
     try:
-        draw(folder.picture, states, config)
+        draw(folder.picture, states, summary, config)
         picture = f"picture: {folder.picture}"
     except ModuleNotFoundError as error:
-        picture = f"no picture, as {error.name} is missing: pip install 'bmrs-kernels\\[plot]'"
+        picture = f"no picture, as {error.name} is missing: pip install matplotlib"
     summary.show(console, _title(config))
     console.print(picture, soft_wrap=True)
     return summary
