@@ -127,6 +127,19 @@ def test_the_first_commands_stand_on_one_line():
     ]
 
 
+def test_hints_to_install_work_from_a_checkout():
+    """The distribution is on no index, so that its extras have no name but the checkout's."""
+    sources = [
+        path for name in ("bmrs", "bmrs_kernels", "benchmarks") for path in (ROOT / name).rglob("*.py")
+    ]
+    hints = {
+        path.relative_to(ROOT).as_posix(): re.findall(r"pip install ([^`\n]+)", path.read_text("utf-8"))
+        for path in (*sources, *DOCUMENTS.values())
+    }
+    assert len([hint for of in hints.values() for hint in of]) > 5
+    assert not {path: of for path, of in hints.items() if any("bmrs-kernels" in hint for hint in of)}
+
+
 def test_options_of_bmrs_train_exist(capsys):
     from bmrs.cli import main
 

@@ -182,7 +182,7 @@ _WITH_NOISE: dict[str, dict[str, _Check]] = {
 # Only in rows after a pruning, or of this version.
 _NOT_IN_ALL_ROWS: dict[str, _Check] = {
     "unsettled": _is_share,
-    "pruning": lambda value: isinstance(value, dict),
+    "pruning": lambda value: isinstance(value, dict) and _are_layers(value.get("layers", [])),
 }
 
 
@@ -205,6 +205,15 @@ def check_history(history: Any, model: nn.Module, config: TrainConfig) -> None:
                 raise ValueError(f"epoch {number} of its history has {key!r} {shown(row[key])}")
         if row["epoch"] != number:
             raise ValueError(f"epoch {number} of its history says that it is epoch {row['epoch']}")
+
+
+def _are_layers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(layer, dict)
+        and isinstance(layer.get("name"), str)
+        and isinstance(layer.get("best_kept"), bool)
+        for layer in value
+    )
 
 
 def _is_kept(value: Any, sizes: Mapping[str, int]) -> bool:

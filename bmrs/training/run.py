@@ -203,7 +203,7 @@ def _result(
     summary = summarise(folder, config, data, device)
     write_json(folder.summary, summary.to_dict())
     try:
-        draw(folder.picture, states, config)
+        draw(folder.picture, states, summary, config)
         picture = f"picture: {folder.picture}"
     except ModuleNotFoundError:
         picture = "no picture, as matplotlib is missing: pip install matplotlib"

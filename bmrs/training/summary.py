@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -24,10 +24,12 @@ from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import unsettled
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint
+from bmrs.training.comparison_table import Row, Section, show_table, spread
 from bmrs.training.config import TrainConfig
 from bmrs.training.evaluation import accuracy, compression, in_batches, latency
 from bmrs.training.fit import fitting_state
 from bmrs.training.run_folder import NetworkName, RunError, RunFolder
+from bmrs.training.shortfalls import shortfalls
 
 LATENCY_BATCHES = (1, 64)
 """Numbers of images that latency is measured with."""
@@ -81,6 +83,8 @@ class RunSummary:
         settled: False if the noise was cut off before decisions stopped changing; of the recipe bmrs.
         temperature: that of the posteriors; of the recipe bmrs.
         device: where it was measured.
+        warnings: what went wrong and what to do about it, a sentence or two each: a layer that a criterion wanted
+            to empty, a test accuracy near chance or far below the dense network's, nothing pruned.
     """
 
     recipe: str
@@ -93,16 +97,19 @@ class RunSummary:
     settled: bool | None
     temperature: float | None
     device: str
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers as JSON values."""
         return {**asdict(self), "latency_batches": LATENCY_BATCHES}
 
     def show(self, console: Console, title: str) -> None:
-        """Print the numbers as a table."""
+        """Print the numbers as a table, with notes and warnings below it."""
         _show([self], console, title)
         for line in self._notes():
-            console.print(line, soft_wrap=True, highlight=False)
+            _print_line(console, line)
+        for line in self.warnings:
+            _print_line(console, f"Warning: {line}", style="bold yellow")
 
     def _notes(self) -> list[str]:
         notes = []
@@ -127,47 +134,48 @@ def show_seeds(summaries: Sequence[RunSummary], console: Console, title: str) ->
     """Print means and standard deviations of several seeds' results; nothing for one."""
     if len(summaries) > 1:
         _show(summaries, console, title)
-        console.print(f"Means ± standard deviations of {len(summaries)} seeds.", soft_wrap=True)
+        _print_line(console, f"Means ± standard deviations of {len(summaries)} seeds.")
+        if warned := sum(bool(summary.warnings) for summary in summaries):
+            line = f"Warning: {warned} of {len(summaries)} seeds have warnings, which stand below their own tables."
+            _print_line(console, line, style="bold yellow")
+
+
+def _print_line(console: Console, line: str, style: str = "") -> None:
+    # A terminal's lines break between words; a file or pipe gets whole ones.
+    console.print(Text(line, style=style), soft_wrap=not console.is_terminal)
 
 
 def _show(summaries: Sequence[RunSummary], console: Console, title: str) -> None:
     names = _COLUMNS[summaries[0].recipe]
-    table = Table(title=title, title_justify="left")
-    for column in ("", *(_HEADINGS.get(name, name) for name in names), "dense /\ncompacted"):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
 
     def values(name: str, value: Callable[[NetworkMeasurement], float]) -> list[float]:
         return [value(summary.networks[name]) for summary in summaries]
 
-    def add(row: str, value: Callable[[NetworkMeasurement], float], form: Callable[[float], str]) -> None:
+    def row(label: str, value: Callable[[NetworkMeasurement], float], form: Callable[[float], str]) -> Row:
         ratio = statistics.mean(values("dense", value)) / statistics.mean(values("compacted", value))
-        table.add_row(row, *(_spread(values(name, value), form) for name in names), f"{ratio:.2f}×")
+        return Row(label, [*(spread(values(name, value), form) for name in names), (f"{ratio:.2f}×",)])
 
-    table.add_row(
-        "test accuracy, %",
-        *(_spread(values(name, lambda m: 100 * m.accuracy), "{:.2f}".format) for name in names),
-        "",
-    )
-    add("parameters", lambda m: m.parameters, "{:,.0f}".format)
-    add("FLOPs per image", lambda m: m.flops, "{:,.0f}".format)
-    add("bytes on disk", lambda m: m.file_size, "{:,.0f}".format)
-    for position, size in enumerate(LATENCY_BATCHES):
-        add(
-            f"ms for {size} image{'s' * (size > 1)}",
-            lambda m, position=position: 1e3 * m.latency[position],  # type: ignore[misc]
-            "{:.3f}".format,
-        )
-    table.add_section()
+    def time_row(position: int, size: int) -> Row:
+        label = f"ms for {size} image{'s' * (size > 1)}"
+        return row(label, lambda network: 1e3 * network.latency[position], "{:.3f}".format)
+
+    accuracies = [
+        spread(values(name, lambda network: 100 * network.accuracy), "{:.2f}".format) for name in names
+    ]
+    measured = [
+        Row("test accuracy, %", [*accuracies, ()]),
+        row("parameters", lambda network: network.parameters, "{:,.0f}".format),
+        row("FLOPs per image", lambda network: network.flops, "{:,.0f}".format),
+        row("bytes on disk", lambda network: network.file_size, "{:,.0f}".format),
+        *(time_row(position, size) for position, size in enumerate(LATENCY_BATCHES)),
+    ]
+    layers = []
     for name, (_, structures) in summaries[0].kept.items():
         kept = [float(summary.kept[name][0]) for summary in summaries]
-        counts = [str(structures)] + [_spread(kept, "{:.0f}".format)] * (len(names) - 1)
-        table.add_row(f"structures, {name}", *counts, f"{structures / statistics.mean(kept):.2f}×")
-    console.print(table)
-
-
-def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    mean = form(statistics.mean(values))
-    return mean if len(set(values)) == 1 else f"{mean} ± {form(statistics.stdev(values))}"
+        counts = [(str(structures),)] + [spread(kept, "{:.0f}".format)] * (len(names) - 1)
+        layers.append(Row(name, [*counts, (f"{structures / statistics.mean(kept):.2f}×",)]))
+    columns = [*(_HEADINGS.get(name, name) for name in names), "dense /\ncompacted"]
+    show_table(console, title, columns, [Section(measured), Section(layers, title="structures of")])
 
 
 def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device) -> RunSummary:
@@ -207,6 +215,11 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         networks["masked"] = noisy.model
         sizes["masked"] = len(serialize(noisy.model.state_dict()))
     compared = {name: networks[name] for name in _COLUMNS[config.recipe]}
+    measured = _measure(compared, sizes, data.test)
+    kept = {
+        name: (int(layer.mask.sum()), layer.num_structures)
+        for name, layer in noise_layers(noisy.model).items()
+    }
     last = noisy.history[-1] if noisy.history else {}
     on_the_way = {}
     if config.recipe == "bmrs":
@@ -217,18 +230,23 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         }
     return RunSummary(
         recipe=config.recipe,
-        networks=_measure(compared, sizes, data.test),
+        networks=measured,
         on_the_way=on_the_way,
-        kept={
-            name: (int(layer.mask.sum()), layer.num_structures)
-            for name, layer in noise_layers(noisy.model).items()
-        },
+        kept=kept,
         compression_percent=compression(noisy.model, data.test.images[:1]),
         reload_error=error,
         unsettled=last.get("unsettled", unsettled(noisy.model)),
         settled=last.get("settled"),
         temperature=last.get("temperature"),
         device=str(device),
+        warnings=shortfalls(
+            config,
+            noisy.history,
+            kept=kept,
+            dense=measured["dense"].accuracy,
+            compacted=measured["compacted"].accuracy,
+            num_classes=data.num_classes,
+        ),
     )
 
 

@@ -52,7 +52,7 @@ def running_backend(backend: str, tensor: Tensor) -> str:
     if backend == "numba":
         if not NUMBA_IS_INSTALLED:
             raise RuntimeError(
-                'backend="numba" needs numba, which is not installed: pip install "bmrs-kernels[cpu]", or use '
+                'backend="numba" needs numba, which is not installed: pip install numba, or use '
                 'backend="torch"'
             )
         if not on_cpu:
@@ -68,7 +68,7 @@ def running_backend(backend: str, tensor: Tensor) -> str:
         return "numba"
     if not TRITON_IS_INSTALLED:
         raise RuntimeError(
-            'backend="triton" needs Triton, which is not installed: pip install "bmrs-kernels[triton]", or use '
+            'backend="triton" needs Triton, which is not installed: pip install triton, or use '
             'backend="torch"'
         )
     if not on_gpu and not INTERPRETING:

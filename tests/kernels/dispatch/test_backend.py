@@ -43,7 +43,7 @@ class TestResolution:
     def test_auto_without_numba_takes_torch(self, monkeypatch):
         monkeypatch.setattr(backend, "NUMBA_IS_INSTALLED", False)
         assert resolve_backend("auto", ON_CPU) == "torch"
-        with pytest.raises(RuntimeError, match=r'backend="numba" needs numba.*bmrs-kernels\[cpu\]'):
+        with pytest.raises(RuntimeError, match="needs numba, which is not installed: pip install numba"):
             resolve_backend("numba", ON_CPU)
 
     def test_numba_serves_cpu_tensors_alone(self):

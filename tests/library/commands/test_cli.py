@@ -16,6 +16,7 @@ import bmrs
 from bmrs.cli import main
 from bmrs.training.progress import TrainingProgress
 
+BEST_KEPT = "the best one of a layer was kept only because a layer cannot be empty. To prune less, take"
 FILES = {
     ".lock",
     "environment.json",
@@ -106,6 +107,18 @@ def test_a_run_leaves_its_files_and_a_table(finished):
     assert bmrs.load(run / "compacted.safetensors")(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
     assert (run / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert [row["epoch"] for row in rows(run / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_criterion_that_empties_a_network_is_told(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = [*options[: options.index("--criterion")], "--criterion", "snr", "--threshold", "1e6"]
+    assert main([*arguments, "--output", str(run)]) == 0
+    said = f"snr asked for every structure of hidden0_tanh (6), hidden1_tanh (6); {BEST_KEPT}"
+    assert f"Warning: {said}" in capsys.readouterr().out
+    assert said in json.loads((run / "summary.json").read_text())["warnings"][0]
+    assert main(["evaluate", str(run)]) == 0
+    assert f"Warning: {said}" in capsys.readouterr().out
 
 
 # Interruption

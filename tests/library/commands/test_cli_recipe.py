@@ -64,7 +64,13 @@ def test_a_run_leaves_its_files_and_a_table_of_what_one_would_do_instead(finishe
     }
     for title, epochs in zip(TITLES, (2, 2, 1, 5, 3, 5), strict=True):
         assert text.count(f"{title}: epoch") == epochs, title
-    for part in ("from scratch", "random", "structures, hidden0_tanh", "Posteriors at temperature 1: rules"):
+    for part in (
+        "from scratch",
+        "random",
+        "structures of",
+        "hidden0_tanh",
+        "Posteriors at temperature 1: rules",
+    ):
         assert part in text
     assert "cut off before they settled (--noise-epochs)" in text
     assert "without training a weight after pruning: trained" in text
@@ -153,6 +159,18 @@ def test_a_collapse_is_never_delivered(options, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_picture")
+def test_a_criterion_that_all_but_empties_a_network_is_told(options, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = [*options[: options.index("--ratio")], "--ratio", "0.9", "--noise-epochs", "1"]
+    assert main([*arguments, "--output", str(run)]) == 0
+    (said, *_) = json.loads((run / "summary.json").read_text())["warnings"]
+    assert said.startswith(
+        "One structure alone is left of hidden0_tanh (of 6), hidden1_tanh (of 6). To prune less"
+    )
+    assert f"Warning: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_without_fine_tuning_the_refitted_network_is_the_result(options, tmp_path):
     run = tmp_path / "run"
     assert main([*options, "--fine-tune-epochs", "0", "--noise-epochs", "1", "--output", str(run)]) == 0
@@ -173,7 +191,8 @@ def test_weights_can_go_on_training_with_the_noise(options, tmp_path):
 
 
 @pytest.mark.usefixtures("no_picture")
-def test_several_seeds_have_a_folder_each_and_a_table_of_means(options, tmp_path, capsys):
+def test_several_seeds_have_a_folder_each_and_a_table_of_means(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
     run = tmp_path / "run"
     assert main([*options, "--seed", "3", "--seeds", "2", "--distillation", "0.5", "--output", str(run)]) == 0
     text = capsys.readouterr().out

@@ -174,6 +174,10 @@ def position(left, following):
         (lambda s, t: s["history"][0].update(kept={}), "epoch 1 of its history has 'kept'"),
         (lambda s, t: s["history"][0]["kept"].update(hidden0_tanh=7), "epoch 1 of its history has 'kept'"),
         (lambda s, t: s["history"][0].update(pruning=3), "epoch 1 of its history has 'pruning' 3"),
+        (
+            lambda s, t: s["history"][0].update(pruning={"layers": [{}]}),
+            "epoch 1 of its history has 'pruning'",
+        ),
         (lambda s, t: s["history"][0].pop("kept"), "epoch 1 of its history lacks 'kept'"),
     ],
 )
