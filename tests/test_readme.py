@@ -94,6 +94,11 @@ def test_guide(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     # Each step shows what the text says of it.
     assert "stem.1 and block.1" in printed
+    assert "'hidden.noise': StructureCost(parameters=" in printed
+    assert re.search(r"stem\.1\.noise +16 +8 +8 +0\n", printed)  # of the trial before any training
+    accuracies = [float(value) for value in re.findall(r" network: (\d+\.\d)%", printed)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 90
     assert "posteriors settled after" in printed
     assert "judged together: stem.1.noise, block.1.noise" in printed
     assert "nothing is left of" not in printed
