@@ -15,7 +15,7 @@ from bmrs.noise.activations import activated
 from bmrs.noise.nested import for_each_example
 from bmrs.noise.seeds import seed_of
 from bmrs.noise.transformers_loading import initialise_what_was_not_loaded
-from bmrs.noise.wrappers import is_sharded, laid_out_like, whole
+from bmrs.noise.wrappers import has_no_values, is_sharded, laid_out_like, whole
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
 
@@ -162,8 +162,10 @@ class NoiseLayer(nn.Module):
 
         Warns where ``mask`` alone would have kept a pruned structure; ``name`` is the layer's in that warning.
         """
-        again = self.mask & self.pruned
-        if not again.is_meta and (count := int(whole(again).sum())):
+        # Nothing is written where nothing changes: others may read these tensors, or forbid writing.
+        if has_no_values(self.mask) or bool(whole(self.mask ^ self.pruned).all()):
+            return
+        if count := int(whole(self.mask & self.pruned).sum()):
             warnings.warn(
                 f"noise layer {name!r}: {count} structures that are pruned came back in its mask, as averages over "
                 "buffers make them; they stay pruned. To bring structures back, call the layer's set_kept",

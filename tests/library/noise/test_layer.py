@@ -527,3 +527,26 @@ class TestTracing:
             out = run(x)
             outcomes.append((out, *torch.autograd.grad(out.square().sum(), list(run.parameters()))))
         torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+class TestStatesOfLayersThatMustNotBeWritten:
+    def test_born_in_inference_mode(self):
+        with torch.inference_mode():
+            layer = NoiseLayer(3)
+            layer.set_kept(torch.tensor([True, False, True]))
+        assert layer.state_dict()["pruned"].tolist() == [False, True, False]
+
+    def test_nothing_is_written_where_nothing_changes(self):
+        layer = NoiseLayer(3)
+        layer.set_kept(torch.tensor([True, False, True]))
+        versions = layer.mask._version, layer.pruned._version
+        layer.state_dict()
+        assert versions == (layer.mask._version, layer.pruned._version)
+
+    @pytest.mark.parametrize("born_outside", [False, True])
+    def test_without_values(self, born_outside):
+        layer = NoiseLayer(3)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            layer = layer if born_outside else NoiseLayer(3)
+            assert layer.state_dict()["mask"].shape == (3,)
+        assert layer.state_dict()["mask"].shape == (3,)
