@@ -53,6 +53,21 @@ def check_no_noise_is_left_out(model: nn.Module, layers: dict[str, NoiseLayer]) 
     # Data parallelism on shards has DTensors too, but no copies of an activation.
     if plain and any(map(is_sharded, model.parameters())) and data_parallel_part(model) is None:
         raise ValueError(_no_part(plain[0]))
+    meshes = {parameter.device_mesh for parameter in model.parameters() if is_sharded(parameter)}  # type: ignore[attr-defined]
+    if len(meshes) == 1:
+        return
+    for name, layer in layers.items():
+        if layer.same_on_all_ranks or not is_sharded(layer.mu):
+            continue
+        # Cut by data parallelism alone, where others are cut by tensor parallelism as well.
+        is_cut = any(placement.is_shard() for placement in layer.mu.placements)  # type: ignore[attr-defined]
+        own = _ranks(layer.mu.device_mesh)  # type: ignore[attr-defined]
+        if is_cut and any(own < _ranks(mesh) for mesh in meshes):
+            raise ValueError(_no_part(name))
+
+
+def _ranks(mesh: DeviceMesh) -> set[int]:
+    return set(mesh.mesh.flatten().tolist())
 
 
 def _no_part(name: str) -> str:
