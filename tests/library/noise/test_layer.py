@@ -550,3 +550,25 @@ class TestStatesOfLayersThatMustNotBeWritten:
             layer = layer if born_outside else NoiseLayer(3)
             assert layer.state_dict()["mask"].shape == (3,)
         assert layer.state_dict()["mask"].shape == (3,)
+
+
+WAYS_TO_AVERAGE = {
+    "bools added": lambda first, second: (first + second) / 2,
+    "numbers": lambda first, second: (first.float() + second.float()) / 2,
+    "half precision": lambda first, second: (first.half() + second.half()) / 2,
+    "stacked": lambda first, second: torch.stack([first, second]).float().mean(0),
+    "whole numbers": lambda first, second: (first.to(torch.uint8) + second.to(torch.uint8)) // 2,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_AVERAGE)
+def test_an_average_of_two_states_prunes_what_either_prunes(way):
+    states = []
+    for kept in ([True, False, True], [True, True, False]):
+        layer = NoiseLayer(3)
+        layer.set_kept(torch.tensor(kept))
+        states.append(layer.state_dict())
+    layer.load_state_dict(
+        {name: WAYS_TO_AVERAGE[way](value, states[1][name]) for name, value in states[0].items()}
+    )
+    assert layer.kept.tolist() == [True, False, False]
