@@ -319,8 +319,12 @@ def with_tensor_parallelism(folder):
     bmrs.add_noise(partly, where="norm", same_on_all_ranks=True)
     partly.norm.noise.same_on_all_ranks = False
     found["refusals"].append(refusal(bmrs.kl_divergence, partly, weight=1.0))
+    own, alike = (torch.Generator().manual_seed(seed) for seed in (distributed.get_rank(), 7))
+    spread = in_tensor_parallel(mesh)(Network())
+    found["refusals"].append(refusal(bmrs.add_noise, spread, where="hidden", generator=own))
     torch.manual_seed(distributed.get_rank())
-    found["refusals"].append(refusal(bmrs.add_noise, in_tensor_parallel(mesh)(Network()), where="hidden"))
+    found["refusals"].append(refusal(bmrs.add_noise, spread, where="hidden"))
+    bmrs.add_noise(spread, where="hidden", generator=alike)
     return found
 
 
@@ -511,7 +515,7 @@ class TestTensorParallelism:
 
     def test_what_would_differ_between_processes_is_refused(self, two):
         for result in two[0]:
-            left_out, plain, whole_x, left_out_later, seeds = result["tensor"]["refusals"]
+            left_out, plain, whole_x, left_out_later, own_seeds, seeds = result["tensor"]["refusals"]
             assert "'norm' is not, so that each process would multiply its copy" in left_out
             assert (
                 "x is a DTensor and the noise layer is not: call add_noise after parallelize_module" in plain
@@ -519,6 +523,7 @@ class TestTensorParallelism:
             assert "the noise layer is a DTensor and x is not" in whole_x
             assert "'norm.noise' is not" in left_out_later
             assert "torch.initial_seed() is [0, 1]" in seeds
+            assert "generator.initial_seed() is [0, 1]" in own_seeds
 
     def test_compiles(self, two):
         for result in two[0]:
