@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.wrappers import data_parallel_part, is_sharded
@@ -17,7 +17,9 @@ def check_gradients_arrive(divergence: Tensor, model: nn.Module, layers: Mapping
     Between forward and backward, parameters may be whole. What backward of the loss has cut again takes gradients on
     its shards only; those of the whole parameters, with which the KL term was computed, would go nowhere.
     """
-    if torch.compiler.is_compiling() or data_parallel_part(model) != "fully_shard":
+    if torch.compiler.is_compiling() or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if data_parallel_part(model) != "fully_shard":
         return
     cuts = {name: _cuts(layer.mu) for name, layer in layers.items()}
 
