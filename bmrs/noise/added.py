@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,40 +49,57 @@ def lost_noise(model: nn.Module) -> tuple[list[str], list[str]]:
         if isinstance(module, NoiseLayer) and module.added is not None:
             names[module].append(name)
     missed: dict[tuple[str, tuple[str, ...], str], None] = {}
-    renamed: Counter[tuple[tuple[str, ...], str]] = Counter()
+    renamed: defaultdict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     folded: dict[str, None] = {}
-    checked = set()
+
+    found: dict[tuple[int, str, str], list[tuple[str, tuple[str, ...], str]]] = {}
+
+    def missing(
+        all_names: tuple[str, ...], prefix: str, inner: str
+    ) -> list[tuple[str, tuple[str, ...], str]]:
+        # By identity, since all layers of a model have one such tuple, which may be long.
+        if (key := (id(all_names), prefix, inner)) not in found:
+            expected = ((prefix + name[len(inner) :], name) for name in all_names if name.startswith(inner))
+            found[key] = [
+                (now, all_names, name)
+                for now, name in expected
+                if not isinstance(modules.get(now), NoiseLayer)
+            ]
+        return found[key]
+
     for layer, its_names in names.items():
         added: Added = layer.added
         # Names may have got a prefix since, or lost one.
         shifts = [shift for name in its_names if (shift := _shift(name, added.name))]
         if not shifts:
-            renamed[added.all_names, added.name] += 1
-        for prefix, inner in shifts:
-            if (key := (id(added.all_names), prefix, inner)) not in checked:
-                checked.add(key)
-                for other in added.all_names:
-                    now = prefix + other[len(inner) :]
-                    if other.startswith(inner) and not isinstance(modules.get(now), NoiseLayer):
-                        missed[now, added.all_names, other] = None
-            if added.normalisation is not None and added.normalisation.startswith(inner):
-                behind = prefix + added.normalisation[len(inner) :]
-                # Fused layers are called otherwise, and another one may stand there.
-                if "norm" not in type(modules.get(behind)).__name__.lower():
-                    folded[behind] = None
-    gone: dict[str, None] = {}
-    for now, all_names, other in missed:
-        # A layer that was put into another module, as adapters do, has another name and is there.
-        if renamed[all_names, other]:
-            renamed[all_names, other] -= 1
-        else:
-            gone[now] = None
+            renamed[added.all_names, added.name] += its_names
+            continue
+        # Of several names, that of the whole: the layer may also stand alone somewhere.
+        prefix, inner = min(shifts, key=lambda shift: len(missing(added.all_names, *shift)))
+        missed |= dict.fromkeys(missing(added.all_names, prefix, inner))
+        if added.normalisation is not None and added.normalisation.startswith(inner):
+            behind = prefix + added.normalisation[len(inner) :]
+            # Fused layers are called otherwise, and another one may stand there.
+            if "norm" not in type(modules.get(behind)).__name__.lower():
+                folded[behind] = None
+    # A layer that was put into another module in its place, as adapters do, has a longer name and is there.
+    gone = dict.fromkeys(
+        now
+        for now, all_names, other in missed
+        if not any(_has_parts(name, now) for name in renamed[all_names, other])
+    )
     return list(gone), list(folded)
 
 
 def _without_wrappers(name: str) -> str:
     """Return a name without the parts that torch.compile, activation checkpointing and FSDP put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def _has_parts(name: str, of: str) -> bool:
+    """Return whether a name has all parts of another, in order."""
+    parts = iter(name.split("."))
+    return all(part in parts for part in of.split("."))
 
 
 def _shift(now: str, then: str) -> tuple[str, str] | None:

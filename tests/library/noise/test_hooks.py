@@ -225,6 +225,12 @@ def with_alias(name):
     return nn.ModuleDict({"alias": model.get_submodule(name), "model": model})
 
 
+def part_and_whole(first):
+    model = noisy()
+    both = {"part": nn.Sequential(model[0]), "model": model}
+    return nn.ModuleDict({name: both[name] for name in (first, *both)})
+
+
 def shared_normalisation():
     norm = nn.BatchNorm1d(4)
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), norm), nn.Sequential(nn.Linear(4, 4), norm))
@@ -234,6 +240,8 @@ def shared_normalisation():
 PRESENT = {
     "alias of a layer": lambda: with_alias("0.0"),
     "alias of a normalisation": lambda: with_alias("0.1"),
+    "part before the whole": lambda: part_and_whole("part"),
+    "part behind the whole": lambda: part_and_whole("model"),
     "shared normalisation": shared_normalisation,
     "compiled layer": lambda: wrapped(["2"], torch.compile),
     "compiled block": lambda: wrapped(["0"], torch.compile),
@@ -269,3 +277,11 @@ def test_a_renamed_layer_stands_for_itself_alone():
     lost[2] = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"the noise '1\.2\.noise' is gone"):
         bmrs.kl_divergence(nn.Sequential(adapted, lost), weight=1.0)
+
+
+def test_a_layer_that_was_replaced_is_missed_where_something_else_still_holds_it():
+    model = noisy()
+    both = nn.ModuleDict({"old": model[2], "model": model})
+    model[2] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"the noise 'model\.2\.noise' is gone"):
+        bmrs.kl_divergence(both, weight=1.0)
