@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bmrs.noise.layer import NoiseLayer
 
-_WRAPPED = ("", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def lost_noise(model: nn.Module) -> tuple[list[str], list[str]]:
 
 def _without_wrappers(name: str) -> str:
     """Return a name without the parts that torch.compile, activation checkpointing and FSDP put into it."""
+    if not any(part in name for part in _WRAPPED):  # as a rule
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
@@ -123,7 +125,7 @@ def _normalisation_behind(model: nn.Module, name: str) -> str | None:
     following = siblings[[key for key, _ in siblings].index(own) + 1 :]
     for key, module in following:
         if isinstance(module, _BatchNorm):
-            return _without_wrappers(f"{parent}.{key}")
+            return _without_wrappers(f"{parent}.{key}" if parent else key)
         if isinstance(module, _ConvNd | _ConvTransposeNd | nn.Linear):
             return None
     return None
