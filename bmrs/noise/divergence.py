@@ -13,6 +13,7 @@ import bmrs_kernels
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import LayerGroup, layers_of_one_kind, required_noise_layers
 from bmrs.noise.parameters import warn_of_weight_decay
+from bmrs.noise.sharded import check_gradients_arrive
 
 KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 
@@ -35,7 +36,8 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
         dataset_size: number of training examples; required by ``"elbo"``, unused otherwise.
 
     Returns:
-        A scalar tensor in nats, on the first noise layer's device.
+        A scalar tensor in nats, on the first noise layer's device. Its backward raises RuntimeError where `fully_shard`
+        has already taken the gradients of a step away, and would lose its own.
 
     Raises:
         ValueError: the model has no noise layer, ``weight`` is unknown, negative or not finite or not of the model's
@@ -53,7 +55,10 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
             shares = {layer: 1.0 / layer.num_structures for layer in layers.values()}
     groups = layers_of_one_kind(layers.values())
     terms = [_group_divergence(group, shares) for group in groups]
-    return scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
+    divergence = scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
+    if divergence.requires_grad:
+        check_gradients_arrive(divergence, model, layers)
+    return divergence
 
 
 def _group_divergence(group: LayerGroup, shares: dict[NoiseLayer, float] | None) -> Tensor:

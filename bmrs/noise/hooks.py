@@ -52,14 +52,14 @@ def check_noise_acts(model: nn.Module) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    modules = dict(inside_wrappers(model).named_modules())
-    if lost := without_hook(modules):
+    model = inside_wrappers(model)
+    if lost := without_hook(dict(model.named_modules())):
         raise ValueError(
             f"the noise of {_listed(list(lost))} does not act any more: the layer was replaced, or its hooks were "
             "cleared, after add_noise (nn.SyncBatchNorm.convert_sync_batchnorm does that): call "
             "bmrs.restore_noise(model), or convert the model before add_noise"
         )
-    gone, folded = lost_noise(modules)
+    gone, folded = lost_noise(model)
     if gone:
         raise ValueError(
             f"the noise {_listed(gone)} is gone: its layer was replaced, removed or fused after add_noise; convert the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from bmrs.noise.activations import activated
 from bmrs.noise.nested import for_each_example
 from bmrs.noise.seeds import seed_of
 from bmrs.noise.transformers_loading import initialise_what_was_not_loaded
-from bmrs.noise.wrappers import is_sharded, laid_out_like, whole
+from bmrs.noise.wrappers import has_no_values, is_sharded, laid_out_like, whole
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 INITIAL_MU, INITIAL_LOG_SIGMA = 0.0, -5.0
 """Where posteriors start: θ near 1, with a standard deviation below 1 %."""
@@ -162,8 +165,10 @@ class NoiseLayer(nn.Module):
 
         Warns where ``mask`` alone would have kept a pruned structure; ``name`` is the layer's in that warning.
         """
-        again = self.mask & self.pruned
-        if not again.is_meta and (count := int(whole(again).sum())):
+        # Nothing is written where nothing changes: others may read these tensors, or forbid writing.
+        if has_no_values(self.mask) or bool(whole(self.mask ^ self.pruned).all()):
+            return
+        if count := int(whole(self.mask & self.pruned).sum()):
             warnings.warn(
                 f"noise layer {name!r}: {count} structures that are pruned came back in its mask, as averages over "
                 "buffers make them; they stay pruned. To bring structures back, call the layer's set_kept",
@@ -280,16 +285,16 @@ class NoiseLayer(nn.Module):
 
         In averages of states a structure is pruned that is pruned in any of them.
         """
-        for name in ("mu", "log_sigma", "mask", "pruned"):
-            value = state_dict.get(prefix + name)
-            if not isinstance(value, Tensor):
-                continue
-            if name in ("mu", "log_sigma"):
-                state_dict[prefix + name] = value.to(_at_least_float32(value.dtype))
-            elif value.dtype != torch.bool:
+        values = {name: state_dict.get(prefix + name) for name in ("mu", "log_sigma", "mask", "pruned")}
+        # Bools add up to True, not to 2: the half of such a sum tells only in `pruned` what was kept in all states.
+        lowest = _ROUNDING_OF_AVERAGES if _is_averaged(values["pruned"]) else 1 - _ROUNDING_OF_AVERAGES
+        borders = {"mask": lowest, "pruned": _ROUNDING_OF_AVERAGES}
+        for name, value in values.items():
+            if name in borders and _is_averaged(value):
                 # In double precision: in 16 bits the border itself would round to 1, and all be pruned.
-                border = 1 - _ROUNDING_OF_AVERAGES if name == "mask" else _ROUNDING_OF_AVERAGES
-                state_dict[prefix + name] = value.double() > border
+                state_dict[prefix + name] = value.double() > borders[name]
+            elif name not in borders and isinstance(value, Tensor):
+                state_dict[prefix + name] = value.to(_at_least_float32(value.dtype))
         mask, pruned = (state_dict.get(prefix + name) for name in ("mask", "pruned"))
         if isinstance(mask, Tensor):
             if isinstance(pruned, Tensor) and pruned.shape == mask.shape:
@@ -338,3 +343,8 @@ class NoiseLayer(nn.Module):
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def _is_averaged(value: Any) -> TypeIs[Tensor]:
+    """Return whether a state has numbers where a layer has a bool buffer."""
+    return isinstance(value, Tensor) and value.dtype != torch.bool

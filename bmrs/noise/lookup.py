@@ -28,6 +28,15 @@ def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     """Return what `noise_layers` does, but raise ValueError if there is none, or one that does not act any more."""
     layers = noise_layers(model)
     check_noise_acts(model)
+    for name, layer in layers.items():
+        # Without use_orig_params it is a view of memory that may be gone. Replicas of DataParallel look alike.
+        is_view = "mu" in layer.__dict__ and "_former_parameters" not in layer.__dict__
+        if layer.mu.shape != layer.mask.shape or is_view:
+            raise ValueError(
+                f"mu of noise layer {name!r} must be whole, and FullyShardedDataParallel has cut it: shard the model "
+                "with torch.distributed.fsdp.fully_shard, or give FullyShardedDataParallel use_orig_params=True and "
+                "call this within its summon_full_params"
+            )
     check_no_noise_is_left_out(model, layers)
     if not layers:
         raise ValueError(

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bmrs.checks import check_number
 from bmrs.noise.layer import NoiseLayer
@@ -40,9 +40,7 @@ def parameter_groups(
     if noise_lr is not None:
         check_number("noise_lr", noise_lr, minimum=0.0)
     noise = {
-        id(parameter)
-        for layer in required_noise_layers(model).values()
-        for parameter in (layer.mu, layer.log_sigma)
+        id(parameter) for layer in required_noise_layers(model).values() for parameter in layer.parameters()
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
@@ -65,20 +63,32 @@ def warn_of_weight_decay(layers: dict[str, NoiseLayer]) -> None:
     Nothing leads from a parameter to its optimizer, so that Python's garbage collector is asked what refers to it. That
     takes a tenth of a second in a large program, and is done once there are gradients: an optimizer is at work then.
     """
-    name, layer = next(iter(layers.items()))
-    if layer.was_looked_at_for_decay or torch.compiler.is_compiling() or layer.mu.grad is None:
+    if torch.compiler.is_compiling():
         return
-    layer.was_looked_at_for_decay = True
-    lists = [found for found in gc.get_referrers(layer.mu) if isinstance(found, list)]
-    groups = [found for found in gc.get_referrers(*lists) if isinstance(found, dict)] if lists else []
-    decays = [
-        group.get("weight_decay", 0.0)
-        for group in groups
-        if any(group.get("params") is each for each in lists)
+    new = {
+        name: layer
+        for name, layer in layers.items()
+        # Asked of a tensor that is no leaf, `grad` warns.
+        if not layer.was_looked_at_for_decay and layer.mu.is_leaf and layer.mu.grad is not None
+    }
+    if not new:
+        return
+    for layer in new.values():
+        layer.was_looked_at_for_decay = True
+    lists = [
+        found for found in gc.get_referrers(*(layer.mu for layer in new.values())) if isinstance(found, list)
     ]
-    if any(decays):
+    groups = [found for found in gc.get_referrers(*lists) if isinstance(found, dict)] if lists else []
+    for group in groups:
+        params = next((each for each in lists if group.get("params") is each), None)
+        decay = group.get("weight_decay")
+        if params is None or not isinstance(decay, int | float | Tensor) or not decay:
+            continue
+        reached = {id(parameter) for parameter in params}
+        name = next(name for name, layer in new.items() if id(layer.mu) in reached)
         warnings.warn(
-            f"an optimizer applies weight decay {max(decays):g} to the noise of {name!r}, which moves it whatever the "
+            f"an optimizer applies weight decay {float(decay):g} to the noise of {name!r}, which moves it whatever the "
             "data say: build the optimizer from bmrs.parameter_groups(model, lr=..., weight_decay=...)",
             stacklevel=4,
         )
+        return

@@ -132,7 +132,7 @@ def add_noise(
             device=like.device,
             dtype=like.dtype,
         )
-        if mesh := mesh_of(model, name, layer, plain_is_right=same_on_all_ranks):
+        if mesh := mesh_of(model, name, layer, plain_is_right=same_on_all_ranks, generator=generator):
             replicate(noise, mesh)
         additions.append((layer, noise.train(layer.training)))
     for layer, noise in additions:

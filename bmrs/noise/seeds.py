@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, distributed
 
 from bmrs.noise.wrappers import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # An odd number, so that ranks give different multiples of it in 63 bits.
 _STRIDE = 0x1E3779B97F4A7C15
@@ -43,4 +48,12 @@ def _rank(x: Tensor) -> int:
     if not distributed.is_available() or not distributed.is_initialized():
         return 0
     # The mesh of a DTensor are the processes of one copy of the model.
-    return int(x.device_mesh.mesh.min()) if is_sharded(x) else distributed.get_rank()  # type: ignore[attr-defined]
+    return _first_of(x.device_mesh) if is_sharded(x) else distributed.get_rank()  # type: ignore[attr-defined]
+
+
+def _first_of(mesh: DeviceMesh) -> int:
+    return int(mesh.mesh.min())
+
+
+# torch.compile cannot follow it. What `torch.compiler.assume_constant_result` does, which would load the compiler.
+_first_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

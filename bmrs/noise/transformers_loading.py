@@ -18,12 +18,13 @@ def initialise_what_was_not_loaded(layer: Any) -> None:
         return
     loaded = {
         name: tensor.clone()
-        for name in ("mu", "log_sigma", "mask")
+        for name in ("mu", "log_sigma", "mask", "pruned")
         if getattr(tensor := getattr(layer, name), "_is_hf_initialized", False)
     }
     layer.reset_parameters()
+    pruned = loaded.pop("pruned", layer.pruned)
     if "mask" in loaded:
-        layer.set_kept(loaded.pop("mask"))
+        layer.set_kept(loaded.pop("mask") > pruned)
     with torch.no_grad():
         for name, values in loaded.items():
             getattr(layer, name).copy_(values)

@@ -6,6 +6,8 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bmrs.checks import check_module
 
@@ -44,6 +46,11 @@ def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, which several processes share."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Return whether a tensor is on the meta device, or one of torch's FakeTensorMode, or made so by that."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or active_fake_mode() is not None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from bmrs.criteria.evidence import PAPER_TOLERANCE
 from bmrs.noise.divergence import kl_divergence
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, NoiseLayer
 from bmrs.noise.lookup import required_noise_layers, settled_noise_layers
-from bmrs.noise.wrappers import whole
+from bmrs.noise.wrappers import data_parallel_part, is_sharded, whole
 from bmrs_kernels.constants import LN2
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -127,6 +127,7 @@ class PosteriorLearner:
         across_processes: bool | None = None,
     ) -> None:
         self._averages = _chosen(across_processes)
+        _check_wrapper(model, averages=self._averages, trains_weights=weight_lr is not None)
         check_number("temperature", temperature, above=0.0)
         check_number("dataset_size", dataset_size, above=0.0)
         check_number("learning_rate", learning_rate, above=0.0)
@@ -154,7 +155,7 @@ class PosteriorLearner:
         self.steps = 0
         self._criterion = criterion
         # Sharper posteriors than those that `NoiseLayer` starts from have farther to go.
-        start = min(float(layer.log_sigma.detach().min()) for layer in self._layers.values())
+        start = min(float(whole(layer.log_sigma.detach()).min()) for layer in self._layers.values())
         self._least_distance = LEAST_DISTANCE + max(0.0, INITIAL_LOG_SIGMA - start)
         self._decided = self._decisions()
 
@@ -199,7 +200,7 @@ class PosteriorLearner:
     def check(self) -> PosteriorReport:
         """Compare the decisions with those at the last check."""
         decided = self._decisions()
-        structures = max(sum(int(layer.mask.sum()) for layer in self._layers.values()), 1)
+        structures = max(sum(int(whole(layer.kept).sum()) for layer in self._layers.values()), 1)
         changed = sum(int((decided[name] != self._decided[name]).sum()) for name in decided) / structures
         self._decided = decided
         share = unsettled(self.model)
@@ -242,7 +243,7 @@ class PosteriorLearner:
 
     def _decisions(self) -> dict[str, Tensor]:
         return {
-            name: layer.mask & ~(self._criterion or _rule(layer))(layer).prune
+            name: whole(layer.kept) & ~(self._criterion or _rule(layer))(layer).prune
             for name, layer in self._layers.items()
         }
 
@@ -256,6 +257,19 @@ def _chosen(across_processes: bool | None) -> bool:
             "them learn these posteriors together, each from its own batches, or False if this one learns alone"
         )
     return several and bool(across_processes)
+
+
+def _check_wrapper(model: nn.Module, *, averages: bool, trains_weights: bool) -> None:
+    if data_parallel_part(model) == "DistributedDataParallel" and not trains_weights:
+        raise ValueError(
+            "learn_posteriors freezes the weights, for whose gradients DistributedDataParallel would wait: give it the "
+            "module inside, with across_processes=True where all processes learn together, or give weight_lr"
+        )
+    if averages and any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "across_processes=True averages gradients between copies of a model, and the parameters of this one are "
+            "sharded, so that torch does what there is to average: give across_processes=False in all processes"
+        )
 
 
 def _rule(layer: NoiseLayer) -> PosteriorCriterion:
@@ -304,7 +318,8 @@ def learn_posteriors(
         across_processes: where torch.distributed has several processes, it has to be said which of them learn. True:
             all of them call this with the same model, each with its own batches; every step is that of the average of
             their mean losses, so that the posteriors and the report are the same on all. False: this process learns
-            alone, whatever the others do. Without several processes it makes no difference.
+            alone, whatever the others do; or the model is sharded and torch averages, and all processes call this.
+            Without several processes it makes no difference.
         on_check: called with the state of things at every check, some 50 steps apart.
 
     Returns:
@@ -313,8 +328,8 @@ def learn_posteriors(
     Raises:
         ValueError: the model has no noise layer, ``dataset_size`` is neither given nor to be found, ``batches`` is
             empty or can be gone through only once, or a number is out of range; with several processes,
-            ``across_processes`` is missing, the models differ, or a batch norm is trained that is none of all
-            processes.
+            ``across_processes`` is missing or does not suit a sharded model, the models differ, or a batch norm is
+            trained that is none of all processes; DistributedDataParallel wraps weights that are to be frozen.
         FloatingPointError: the loss or a posterior became NaN or infinite, on any of the processes that learn together.
     """
     learner = PosteriorLearner(

@@ -137,3 +137,13 @@ def test_a_weight_for_each_layer():
         bmrs.kl_divergence(model, weight={"0": 1.0, "1": "mean", "2": 1.0})
     with pytest.raises(ValueError, match="weight must be 'elbo', 'mean' or a finite number >= 0, got -1"):
         bmrs.kl_divergence(model, weight={"0": 1.0, "1": 1.0, "2": -1.0})
+
+
+def test_replicas_of_data_parallel_have_whole_parameters():
+    layer = NoiseLayer(3)
+    replica = layer._replicate_for_data_parallel()  # as nn.parallel.replicate does on each GPU
+    replica._former_parameters = dict(layer.named_parameters())
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter * 1.0)
+    expected = bmrs.kl_divergence(layer, weight=1.0)
+    torch.testing.assert_close(bmrs.kl_divergence(replica, weight=1.0), expected)

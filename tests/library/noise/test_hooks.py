@@ -197,3 +197,91 @@ class TestLayersThatWereReplaced:
         model = bmrs.add_noise(two_blocks(), where="0")
         model[1] = nn.GroupNorm(2, 6)
         bmrs.kl_divergence(model, weight=1.0)
+
+
+def three_layers():
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.ReLU(), nn.Linear(4, 4))
+
+
+def noisy():
+    return bmrs.add_noise(three_layers(), where=nn.Linear)
+
+
+def wrapped(names, wrap):
+    model = noisy()
+    for name in names:
+        model.set_submodule(name, wrap(model.get_submodule(name)))
+    return model
+
+
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+
+def with_alias(name):
+    model = noisy()
+    return nn.ModuleDict({"alias": model.get_submodule(name), "model": model})
+
+
+def part_and_whole(first):
+    model = noisy()
+    both = {"part": nn.Sequential(model[0]), "model": model}
+    return nn.ModuleDict({name: both[name] for name in (first, *both)})
+
+
+def shared_normalisation():
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), norm), nn.Sequential(nn.Linear(4, 4), norm))
+    return bmrs.add_noise(model, where=nn.Linear)
+
+
+PRESENT = {
+    "alias of a layer": lambda: with_alias("0.0"),
+    "alias of a normalisation": lambda: with_alias("0.1"),
+    "part before the whole": lambda: part_and_whole("part"),
+    "part behind the whole": lambda: part_and_whole("model"),
+    "shared normalisation": shared_normalisation,
+    "compiled layer": lambda: wrapped(["2"], torch.compile),
+    "compiled block": lambda: wrapped(["0"], torch.compile),
+    "checkpointed layers": lambda: wrapped(["0", "2"], checkpoint_wrapper),
+    "adapter": lambda: wrapped(["2"], Adapter),
+    "adapters": lambda: wrapped(["0.0", "2"], Adapter),
+}
+
+
+def checkpoint_wrapper(layer):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(layer)
+
+
+@pytest.mark.parametrize("case", PRESENT)
+def test_noise_under_another_name_is_not_missed(case):
+    for model in (PRESENT[case](), copy.deepcopy(PRESENT[case]()), nn.Sequential(PRESENT[case]())):
+        bmrs.kl_divergence(model, weight=1.0)
+
+
+@pytest.mark.parametrize("case", ["compiled block", "checkpointed layers"])
+def test_noise_that_is_gone_beside_wrappers_is_missed(case):
+    model = PRESENT[case]()
+    model[2] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"the noise '2\.noise' is gone"):
+        bmrs.kl_divergence(model, weight=1.0)
+
+
+def test_a_renamed_layer_stands_for_itself_alone():
+    adapted = wrapped(["2"], Adapter)
+    lost = noisy()
+    lost[2] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"the noise '1\.2\.noise' is gone"):
+        bmrs.kl_divergence(nn.Sequential(adapted, lost), weight=1.0)
+
+
+def test_a_layer_that_was_replaced_is_missed_where_something_else_still_holds_it():
+    model = noisy()
+    both = nn.ModuleDict({"old": model[2], "model": model})
+    model[2] = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"the noise 'model\.2\.noise' is gone"):
+        bmrs.kl_divergence(both, weight=1.0)

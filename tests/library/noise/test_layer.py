@@ -441,6 +441,17 @@ class TestTensorsWithoutValues:
             (again,) = noise_layers(Noisy.from_pretrained(tmp_path / "noisy", dtype=dtype)).values()
             for name, value in layer.state_dict().items():
                 assert torch.equal(getattr(again, name), value), name
+        # An average with a state that prunes nothing: what transformers loads into a bool is True for any other number.
+        from safetensors.torch import load_file, save_file
+
+        path = tmp_path / "noisy" / "model.safetensors"
+        halves = {
+            name: (value.float() + name.endswith("mask")) / 2 if value.dtype == torch.bool else value
+            for name, value in load_file(path).items()
+        }
+        save_file(halves, path, metadata={"format": "pt"})
+        (average,) = noise_layers(Noisy.from_pretrained(tmp_path / "noisy")).values()
+        assert torch.equal(average.kept, layer.kept)
 
 
 class TestGenerator:
@@ -527,3 +538,48 @@ class TestTracing:
             out = run(x)
             outcomes.append((out, *torch.autograd.grad(out.square().sum(), list(run.parameters()))))
         torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+class TestStatesOfLayersThatMustNotBeWritten:
+    def test_born_in_inference_mode(self):
+        with torch.inference_mode():
+            layer = NoiseLayer(3)
+            layer.set_kept(torch.tensor([True, False, True]))
+        assert layer.state_dict()["pruned"].tolist() == [False, True, False]
+
+    def test_nothing_is_written_where_nothing_changes(self):
+        layer = NoiseLayer(3)
+        layer.set_kept(torch.tensor([True, False, True]))
+        versions = layer.mask._version, layer.pruned._version
+        layer.state_dict()
+        assert versions == (layer.mask._version, layer.pruned._version)
+
+    @pytest.mark.parametrize("born_outside", [False, True])
+    def test_without_values(self, born_outside):
+        layer = NoiseLayer(3)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            layer = layer if born_outside else NoiseLayer(3)
+            assert layer.state_dict()["mask"].shape == (3,)
+        assert layer.state_dict()["mask"].shape == (3,)
+
+
+WAYS_TO_AVERAGE = {
+    "bools added": lambda first, second: (first + second) / 2,
+    "numbers": lambda first, second: (first.float() + second.float()) / 2,
+    "half precision": lambda first, second: (first.half() + second.half()) / 2,
+    "stacked": lambda first, second: torch.stack([first, second]).float().mean(0),
+    "whole numbers": lambda first, second: (first.to(torch.uint8) + second.to(torch.uint8)) // 2,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_AVERAGE)
+def test_an_average_of_two_states_prunes_what_either_prunes(way):
+    states = []
+    for kept in ([True, False, True], [True, True, False]):
+        layer = NoiseLayer(3)
+        layer.set_kept(torch.tensor(kept))
+        states.append(layer.state_dict())
+    layer.load_state_dict(
+        {name: WAYS_TO_AVERAGE[way](value, states[1][name]) for name, value in states[0].items()}
+    )
+    assert layer.kept.tolist() == [True, False, False]

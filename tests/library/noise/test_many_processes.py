@@ -103,6 +103,9 @@ def refusal(function, *arguments, **options):
 
 def on_two_processes(folder):
     return {
+        "late": late_kl(),
+        "learned": learned(),
+        "refused": refusals_of_wrappers(),
         "ddp": with_ddp(),
         "fsdp": with_fsdp(folder),
         "tensor": with_tensor_parallelism(folder),
@@ -174,6 +177,97 @@ def with_fsdp(folder):
     return found
 
 
+LATE = {
+    "KL after the loss": (False, False),
+    "KL before forward, with whole parameters": (True, True),
+}
+
+
+def late_kl():
+    """Return the error, or else the gradients, where backward of KL comes after that of the loss."""
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    inputs, labels = (tensor.chunk(world)[rank] for tensor in data())
+    found = {}
+    for case, (kl_first, at_once) in LATE.items():
+        model = network().train()
+        fully_shard(
+            [layer for layer in model.modules() if isinstance(layer, bmrs.NoiseLayer)],
+            reshard_after_forward=False,
+        )
+        fully_shard(model)
+        if kl_first:
+            model.set_requires_gradient_sync(False)
+            model.set_reshard_after_backward(False)
+            (0 * F.cross_entropy(model(inputs), labels)).backward()
+            model.set_requires_gradient_sync(True)
+            model.set_reshard_after_backward(True)
+            divergence = bmrs.kl_divergence(model, weight=0.01)
+        loss = F.cross_entropy(model(inputs), labels)
+        if not kl_first:
+            divergence = bmrs.kl_divergence(model, weight=0.01)
+        try:
+            if at_once:
+                (loss + divergence).backward()
+            else:
+                loss.backward()
+                divergence.backward()
+        except RuntimeError as error:
+            found[case] = str(error)
+        else:
+            found[case] = whole(model.hidden.noise.mu.grad)
+    return found
+
+
+def learned():
+    """Return posteriors that processes learned together on sharded parameters, and what one learned alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def posteriors(model, batch):
+        options = {"dataset_size": 8, "max_distance": 0.2, "across_processes": False}
+        report = bmrs.learn_posteriors(model, [batch], loss, **options)
+        return str(report), [whole(layer.mu.detach()) for layer in noise_layers(model).values()]
+
+    mesh = init_device_mesh("cpu", (world,))
+    return {
+        "alone": posteriors(network(), data()),
+        "fsdp": posteriors(fully_shard(network()), tuple(tensor.chunk(world)[rank] for tensor in data())),
+        "tensor": posteriors(network(in_tensor_parallel(mesh)), data()),
+    }
+
+
+def refusals_of_wrappers():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def learn(model, across_processes):
+        bmrs.learn_posteriors(model, [], None, dataset_size=1, across_processes=across_processes)
+
+    found = {
+        "frozen in DDP": refusal(learn, nn.parallel.DistributedDataParallel(network()), False),
+        "averaged twice": refusal(learn, fully_shard(network()), True),
+    }
+    for original in (True, False):
+        cut = FullyShardedDataParallel(network(), use_orig_params=original, device_id=torch.device("cpu"))
+        found[f"cut {original}"] = refusal(bmrs.kl_divergence, cut, weight=1.0)
+        found[f"cut {original} before pruning"] = refusal(bmrs.prune, cut, bmrs.SNR())
+    mesh = init_device_mesh("cpu", (1, distributed.get_world_size()), mesh_dim_names=("data", "tensor"))
+    model = in_tensor_parallel(mesh["tensor"])(Network())
+    model.own = bmrs.NoiseLayer(3)
+    fully_shard(model, mesh=mesh["data"])
+    found["left out"] = refusal(bmrs.parameter_groups, model, lr=0.1)
+    model.own.same_on_all_ranks = True
+    bmrs.parameter_groups(model, lr=0.1)
+    return found
+
+
 def in_tensor_parallel(mesh):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -208,6 +302,7 @@ def with_tensor_parallelism(folder):
     found["hidden"] = (hidden["y"] / hidden["x"]).full_tensor().detach()
     found["placements"] = str(hidden["y"].placements)
 
+    found["compiled"] = torch.compile(model, backend="eager")(inputs).detach(), model(inputs).detach()
     model.eval()
     found["outputs"] = model(inputs).detach()
     found["decisions"] = decisions(model)
@@ -224,8 +319,12 @@ def with_tensor_parallelism(folder):
     bmrs.add_noise(partly, where="norm", same_on_all_ranks=True)
     partly.norm.noise.same_on_all_ranks = False
     found["refusals"].append(refusal(bmrs.kl_divergence, partly, weight=1.0))
+    own, alike = (torch.Generator().manual_seed(seed) for seed in (distributed.get_rank(), 7))
+    spread = in_tensor_parallel(mesh)(Network())
+    found["refusals"].append(refusal(bmrs.add_noise, spread, where="hidden", generator=own))
     torch.manual_seed(distributed.get_rank())
-    found["refusals"].append(refusal(bmrs.add_noise, in_tensor_parallel(mesh)(Network()), where="hidden"))
+    found["refusals"].append(refusal(bmrs.add_noise, spread, where="hidden"))
+    bmrs.add_noise(spread, where="hidden", generator=alike)
     return found
 
 
@@ -416,7 +515,7 @@ class TestTensorParallelism:
 
     def test_what_would_differ_between_processes_is_refused(self, two):
         for result in two[0]:
-            left_out, plain, whole_x, left_out_later, seeds = result["tensor"]["refusals"]
+            left_out, plain, whole_x, left_out_later, own_seeds, seeds = result["tensor"]["refusals"]
             assert "'norm' is not, so that each process would multiply its copy" in left_out
             assert (
                 "x is a DTensor and the noise layer is not: call add_noise after parallelize_module" in plain
@@ -424,6 +523,37 @@ class TestTensorParallelism:
             assert "the noise layer is a DTensor and x is not" in whole_x
             assert "'norm.noise' is not" in left_out_later
             assert "torch.initial_seed() is [0, 1]" in seeds
+            assert "generator.initial_seed() is [0, 1]" in own_seeds
+
+    def test_compiles(self, two):
+        for result in two[0]:
+            torch.testing.assert_close(*result["tensor"]["compiled"])
+
+
+class TestSharded:
+    @pytest.mark.parametrize("case", LATE)
+    def test_a_gradient_of_kl_that_would_be_lost_raises(self, two, case):
+        for result in two[0]:
+            assert "KL gradient of noise layer" in str(result["late"][case])
+            assert "call kl_divergence after the forward pass" in result["late"][case]
+
+    @pytest.mark.parametrize("way", ["fsdp", "tensor"])
+    def test_posteriors_are_learned_as_by_one_process(self, two, way):
+        for result in two[0]:
+            report, values = result["learned"][way]
+            assert report == result["learned"]["alone"][0]
+            for found, value in zip(values, result["learned"]["alone"][1], strict=True):
+                torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-6)
+
+    def test_wrappers_that_do_not_suit_are_refused(self, two):
+        for result in two[0]:
+            refused = dict(result["refused"])
+            assert "give it the module inside" in refused.pop("frozen in DDP")
+            assert "give across_processes=False in all processes" in refused.pop("averaged twice")
+            assert "'own' is not, so that each process would multiply" in refused.pop("left out")
+            assert len(refused) == 4
+            for message in refused.values():
+                assert "must be whole, and FullyShardedDataParallel has cut it" in message
 
 
 class TestFunctions:

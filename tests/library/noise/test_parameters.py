@@ -100,3 +100,50 @@ class TestWarningOfWeightDecay:
             for _ in range(3):
                 self.step(model, optimizer)
             bmrs.prune(model, bmrs.SNR())
+
+    def test_where_it_reaches_one_of_several_layers(self):
+        model = bmrs.add_noise(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), where=nn.Linear)
+        groups = [{"params": model[0].parameters(), "weight_decay": 0.0}, {"params": model[1].parameters()}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+        self.step(model, optimizer)
+        with pytest.warns(UserWarning, match=r"weight decay 0\.1 to the noise of '1\.noise'"):
+            bmrs.prune(model, bmrs.SNR())
+
+    def test_not_for_what_only_looks_like_a_group(self):
+        model, optimizer = self.model_and_optimizer(lambda model: model.parameters(), weight_decay=0.0)
+        mine = {"params": [model[0].noise.mu], "weight_decay": "0.1"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                self.step(model, optimizer)
+        assert mine["params"]
+
+    def test_noise_whose_tensors_are_computed_can_be_asked(self):
+        model, _ = self.model_and_optimizer(lambda model: model.parameters())
+        computed = {name: 1.0 * value for name, value in model.named_parameters()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.func.functional_call(
+                Divergence(model), {f"model.{name}": v for name, v in computed.items()}, ()
+            )
+
+
+class Divergence(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        return bmrs.kl_divergence(self.model, weight=1.0)
+
+
+class Doubled(nn.Module):
+    def forward(self, values):
+        return 2.0 * values
+
+
+def test_parametrized_noise_is_noise():
+    model = bmrs.add_noise(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), where="0")
+    nn.utils.parametrize.register_parametrization(model[0].noise, "mu", Doubled())
+    _, noise = bmrs.parameter_groups(model, lr=1e-3, weight_decay=0.1)
+    assert {id(parameter) for parameter in noise["params"]} == {id(p) for p in model[0].noise.parameters()}
