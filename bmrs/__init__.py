@@ -1,7 +1,7 @@
 """Threshold-free Bayesian structured pruning (BMRS) for PyTorch."""
 
 import bmrs_kernels
-from bmrs import models
+from bmrs import compat, models
 from bmrs.compaction import (
     CompactReport,
     StructureCost,
@@ -41,6 +41,7 @@ __all__ = [
     "compact",
     "compact_optimizer",
     "compact_report",
+    "compat",
     "fold",
     "kl_divergence",
     "learn_posteriors",

@@ -169,9 +169,9 @@ def test_commands_of_the_benchmarks_exist_and_are_all_described():
     assert named["benchmarks/README.md"] == set(COMMANDS)
 
 
-@pytest.mark.parametrize("package", [bmrs, bmrs_kernels], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [bmrs, bmrs.compat, bmrs_kernels], ids=lambda package: package.__name__)
 def test_every_public_name_is_described(package):
-    text = DOCUMENTS[f"{package.__name__}/README.md"].read_text("utf-8")
+    text = DOCUMENTS[f"{package.__name__.replace('.', '/')}/README.md"].read_text("utf-8")
     code = "\n".join([*(block for _, block in FENCE.findall(text)), *re.findall(r"`([^`\n]+)`", text)])
     assert not [name for name in package.__all__ if not re.search(rf"\b{name}\b", code)]
 
@@ -181,7 +181,7 @@ def test_tables_are_those_of_the_committed_results(tmp_path, monkeypatch, capsys
     # The same READMEs elsewhere, one with a wrong figure: named, and put right where it lies.
     for path in readme.readmes():
         copied = tmp_path / path.relative_to(ROOT)
-        copied.parent.mkdir(exist_ok=True)
+        copied.parent.mkdir(parents=True, exist_ok=True)
         (copied.parent / "__init__.py").touch()
         copied.write_text(path.read_text("utf-8"), "utf-8")
     changed = tmp_path / "benchmarks" / "README.md"

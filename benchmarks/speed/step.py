@@ -26,9 +26,11 @@ from benchmarks.granularities import GRANULARITIES, distinct
 from benchmarks.markdown import table
 from benchmarks.options import add_device_and_record, positive
 from benchmarks.rivals import plain_layer
+from benchmarks.speed.authors_layers import use_authors_layers
 from benchmarks.speed.function_cases import DTYPES
 from benchmarks.speed.networks import TimedNetwork, trained_networks
 from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, kept, ratio, summary
+from bmrs import compat
 from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.options import Backend, Granularity
 
@@ -53,6 +55,7 @@ class Way(NamedTuple):
 
 
 NO_NOISE = Way("no noise")
+AUTHORS_LAYERS = "project, authors' layers"
 Key = tuple[Way, str]  # with the mode
 
 
@@ -103,7 +106,8 @@ def ways_of(granularities: Sequence[Granularity], mode: str, device: torch.devic
     """Return the ways that compete in a mode on a device, the one without noise first.
 
     Since compilations take long, only the first granularity is compiled. The torch path is not, as torch.compile does
-    not look into it, and it is not captured in a CUDA graph, as it computes other things for other values of σ.
+    not look into it, and it is not captured in a CUDA graph, as it computes other things for other values of σ. The
+    authors' layers of `bmrs.compat` draw at every element.
     """
     if mode == "compiled":
         return [NO_NOISE, Way("project", granularities[0]), Way("plain", granularities[0])]
@@ -113,6 +117,8 @@ def ways_of(granularities: Sequence[Granularity], mode: str, device: torch.devic
         ways.append(Way("project", granularity))
         if with_torch_path:
             ways.append(Way("project, torch path", granularity, "torch"))
+        if mode == "eager" and granularity == "element":
+            ways.append(Way(AUTHORS_LAYERS, granularity))
         ways.append(Way("plain", granularity))
     return ways
 
@@ -135,6 +141,9 @@ def step_of(network: TimedNetwork, way: Way, device: torch.device, **options: An
     elif way.name == "plain":
         plain_layer.use_plain_formulas(model, uniforms="torch")
         divergence = functools.partial(plain_layer.kl_divergence, weight="mean", dataset_size=1)
+    elif way.name == AUTHORS_LAYERS:
+        use_authors_layers(model, batch[0].cpu())
+        divergence = functools.partial(compat.calculate_model_kl, averaging="mean")
     model = model.to(device).to(memory_format=network.memory_format)  # type: ignore[call-overload]
     return TimedStep(model, divergence, batch, **options)
 

@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def readmes() -> list[Path]:
-    """Return the README of the project and those of its packages."""
+    """Return the README of the project and those of its packages, also of packages inside these."""
     root = README.parent
-    beside = sorted(path for path in root.glob("*/README.md") if (path.parent / "__init__.py").exists())
+    found = [*root.glob("*/README.md"), *root.glob("*/*/README.md")]
+    beside = sorted(path for path in found if (path.parent / "__init__.py").exists())
     return [README, *beside]
 
 

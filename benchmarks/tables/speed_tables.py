@@ -10,6 +10,7 @@ from benchmarks import records
 from benchmarks.markdown import table
 from benchmarks.speed.activation_shapes import LARGE
 from benchmarks.speed.function_cases import LENET5_MAPS, OF_STRUCTURES, STRUCTURES, TINY_LINEAR, VIT_TOKENS
+from benchmarks.speed.step import AUTHORS_LAYERS
 from benchmarks.tables import plots
 
 Row = Mapping[str, Any]
@@ -20,6 +21,13 @@ TELLING_SHAPES = {
     "multiply_noise": tuple(each.shape for each in (TINY_LINEAR, LENET5_MAPS, VIT_TOKENS, LARGE)),
     **dict.fromkeys(("sample_noise", "philox_uniform"), (LENET5_MAPS.shape,)),
     **dict.fromkeys(OF_STRUCTURES, ((STRUCTURES["ResNet-50"],),)),
+}
+
+# Of those ways of a training step that have been measured.
+STEP_COLUMNS = {
+    "project": "with noise: project",
+    AUTHORS_LAYERS: "`bmrs.compat`",
+    "plain": "plain formulas",
 }
 
 
@@ -114,6 +122,7 @@ def _step_table(rows: Sequence[Row]) -> str:
             base[setting] = row
         elif row["granularity"] == "element" or row["mode"] == "eager":
             groups.setdefault((*setting, row["granularity"]), {})[row["way"]] = row
+    shown = [way for way in STEP_COLUMNS if any(way in ways for ways in groups.values())]
     lines = []
     for (network, mode, dtype, granularity), ways in groups.items():
         (any_way, *_) = ways.values()
@@ -129,13 +138,14 @@ def _step_table(rows: Sequence[Row]) -> str:
                 mode + ("" if dtype == "float32" else f", {dtype}"),
                 granularity,
                 _milliseconds(without),
-                *(_spread(ways[way]["ratio"]) if way in ways else "" for way in ("project", "plain")),
+                *(_spread(ways[way]["ratio"]) if way in ways else "" for way in shown),
                 of_paper + (" (the whole network)" if of_paper and any_way["stand_in"] else ""),
             )
         )
     columns = (
         *("network", "mode", "granularity", "without noise, ms"),
-        *("with noise: project", "plain formulas", "the paper's code (a GPU)"),
+        *(STEP_COLUMNS[way] for way in shown),
+        "the paper's code (a GPU)",
     )
     return table(columns, lines)
 

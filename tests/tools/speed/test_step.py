@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from bmrs.noise.lookup import noise_layers
 
 CPU = torch.device("cpu")
 PROJECT, PLAIN = Way("project", "element"), Way("plain", "element")
+AUTHORS = Way(step.AUTHORS_LAYERS, "element")
 KEYS = {
     *("network", "stand_in", "batch", "input", "granularity", "way", "backend", "mode", "dtype"),
     *("milliseconds", "ratio", "paper_ratio", "peak_memory", "channels_last"),
@@ -110,7 +112,7 @@ def test_stand_ins_are_named_and_only_for_a_cpu():
         assert str(network.batch) in network.name or not network.stand_in
 
 
-@pytest.mark.parametrize("way", [NO_NOISE, PROJECT, PLAIN], ids=lambda way: way.name)
+@pytest.mark.parametrize("way", [NO_NOISE, PROJECT, PLAIN, AUTHORS], ids=lambda way: way.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_changes_every_parameter(way, dtype):
     one = step.step_of(TINY, way, CPU, dtype=dtype)
@@ -138,14 +140,33 @@ def test_each_way_has_the_noise_layers_of_its_name():
 
 
 def test_ways_differ_by_noise_and_kl_alone():
-    without, project, plain = (step.step_of(TINY, way, CPU) for way in (NO_NOISE, PROJECT, PLAIN))
+    without, *noisy = (step.step_of(TINY, way, CPU) for way in (NO_NOISE, PROJECT, PLAIN, AUTHORS))
+    project = noisy[0]
     divergence = bmrs.kl_divergence(project.model, weight="mean").item()
     assert divergence > 1
     # θ starts within a percent of 1.
     expected = without().item()
-    assert project().item() - divergence == pytest.approx(expected, rel=0.02)
-    assert plain().item() - divergence == pytest.approx(expected, rel=0.02)
+    for each in noisy:
+        assert each().item() - divergence == pytest.approx(expected, rel=0.02)
     assert not without().requires_grad
+
+
+def test_authors_layers_draw_what_the_projects_draw():
+    behind = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    build = networks.with_noise_behind(lambda: copy.deepcopy(behind), (nn.Conv2d, nn.Linear))
+    inside = with_noise_inside(functools.partial(bmrs.models.MLP, in_features=16, num_blocks=1, hidden=6))
+    for network in (replace(TINY, build=build), replace(TINY, build=inside)):
+        ours, theirs = (step.step_of(network, way, CPU).model for way in (PROJECT, AUTHORS))
+        assert not noise_layers(theirs)
+        found = bmrs.compat.gather_pruning_layers(theirs)
+        assert [layer.mu.numel() for layer in found] == [
+            layer.num_structures for layer in noise_layers(ours).values()
+        ]
+        x = torch.randn(2, 1, 4, 4)
+        torch.manual_seed(0)
+        drawn = ours(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(theirs(x), drawn)
 
 
 @pytest.mark.parametrize(("granularity", "draws"), [("element", 120), ("sample", 10), ("batch", 5)])
@@ -161,10 +182,11 @@ def test_plain_layer_with_torchs_uniforms_draws_anew_at_the_granularity(granular
 
 def test_torch_path_competes_where_another_implementation_serves(monkeypatch):
     monkeypatch.setattr(step, "resolve_backend", lambda backend, tensor: "torch")
-    assert step.ways_of(["element"], "eager", CPU) == [NO_NOISE, PROJECT, PLAIN]
+    assert step.ways_of(["element"], "eager", CPU) == [NO_NOISE, PROJECT, AUTHORS, PLAIN]
     monkeypatch.setattr(step, "resolve_backend", lambda backend, tensor: "fast")
     torch_path = Way("project, torch path", "element", "torch")
-    assert step.ways_of(["element"], "eager", CPU) == [NO_NOISE, PROJECT, torch_path, PLAIN]
+    assert step.ways_of(["element"], "eager", CPU) == [NO_NOISE, PROJECT, torch_path, AUTHORS, PLAIN]
+    assert AUTHORS not in step.ways_of(["sample", "batch"], "eager", CPU)
     assert step.ways_of(["element", "batch"], "compiled", CPU) == [NO_NOISE, PROJECT, PLAIN]
     # Its operations depend on values, which a graph cannot.
     assert step.ways_of(["element"], "cuda graph", CPU) == [NO_NOISE, PROJECT, PLAIN]

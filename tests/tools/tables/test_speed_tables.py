@@ -7,6 +7,7 @@ from speed_rows import ABOUT, GPU, all_rows, function_rows, pruning_rows, step_r
 
 from benchmarks import records
 from benchmarks.__main__ import main
+from benchmarks.speed.step import AUTHORS_LAYERS
 from benchmarks.tables import plots, readme
 
 SUITES = ("functions", "step", "pruning", "scaling")
@@ -75,6 +76,16 @@ def test_steps_show_losses_and_stand_ins(results):
         ["LeNet-5", "eager", "element", "4", *ratios, "4.9"],
         ["small ResNet-50 (stand-in)", "eager", "element", "4", *ratios, "6.9 (the whole network)"],
     ]
+
+
+def test_the_authors_layers_have_a_column_once_they_are_measured(tmp_path):
+    rows = step_rows()
+    rows.append(rows[1] | {"way": AUTHORS_LAYERS, "ratio": {"value": 1.75, "low": 1.5, "high": 2.0}})
+    records.save("step", rows, GPU, tmp_path)
+    header, _, first, second = cells(readme.BLOCKS["step"](tmp_path))
+    assert header[4:7] == ["with noise: project", "`bmrs.compat`", "plain formulas"]
+    assert first[4:7] == ["1.5 (1.4–1.8)", "1.8 (1.5–2)", "2.5 (2.2–3)"]
+    assert second[5] == ""
 
 
 def test_other_granularities_in_one_mode_only(tmp_path):
