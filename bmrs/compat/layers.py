@@ -60,6 +60,8 @@ class PruningLayer(nn.Module):
     logsigma: nn.Parameter
     mask: Tensor
 
+    needs_upgrade: ClassVar[bool] = True
+    """Tells functions of the library that look for noise layers that they would miss this one."""
     default_thresh: ClassVar[float]
     prunes_high_scores: ClassVar[bool] = False
 
@@ -76,9 +78,7 @@ class PruningLayer(nn.Module):
         axis: int = PER_ELEMENT,
     ) -> None:
         super().__init__()
-        sizes = (d,) if isinstance(d, int) else tuple(d)
-        for size in sizes:
-            check_integer("d", size, minimum=1)
+        sizes = _sizes(d)
         check_number("a", a)
         check_number("b", b)
         if not a < b:
@@ -217,6 +217,7 @@ class PruningLayer(nn.Module):
             x: of shape (N, *d); with an ``axis`` only the size along it counts.
 
         Raises:
+            TypeError: x is not a floating tensor.
             ValueError: x has another shape.
         """
         if not self.enabled:
@@ -248,6 +249,9 @@ class PruningLayer(nn.Module):
         return function(self.mu, self.logsigma, lower=self.a, upper=self.b)
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating tensor for {type(self).__name__}, got {got}")
         fits = x.dim() == len(self.d) + 1
         if fits and self.axis == PER_ELEMENT:
             fits = x.shape[1:] == self.d
@@ -427,11 +431,14 @@ class LogUniformApproximateDiracBMRPruningLayer(_EvidenceLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         std = state_dict.pop(prefix + "pruning_eps", None)
-        if std is not None and (std.numel() != 1 or not 0.0 < std.item() < math.inf):
-            errors: list[str] = rest[-1]
-            errors.append(f"{prefix}pruning_eps must be one positive number, got {shown(std)}")
-        elif std is not None:
-            self.pruning_eps = std.item()
+        if std is not None:
+            number = torch.as_tensor(std)
+            value = float(number.item()) if number.numel() == 1 else math.nan
+            if 0.0 < value < math.inf:
+                self.pruning_eps = value
+            else:
+                errors: list[str] = rest[-1]
+                errors.append(f"{prefix}pruning_eps must be one positive number, got {shown(std)}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -468,6 +475,15 @@ def _delta_f_loguniform(layer: PruningLayer, convention: Convention, bits: float
         lower=layer.a,
         upper=layer.b,
     )
+
+
+def _sizes(d: Sequence[int] | int) -> tuple[int, ...]:
+    sizes = (d,) if isinstance(d, int) else d
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise TypeError(f"d must be the sizes of an example, such as [6, 28, 28], got {shown(d)}")
+    for size in sizes:
+        check_integer("d", size, minimum=1)
+    return tuple(sizes)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

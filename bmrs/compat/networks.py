@@ -45,9 +45,13 @@ def calculate_model_kl(
             the layers' ``kl_averaging`` say if None. Neither divides by the number of training examples.
 
     Raises:
+        TypeError: something is neither a module nor a pruning layer.
         ValueError: there is no pruning layer, or the layers disagree and ``averaging`` is None.
     """
     layers = gather_pruning_layers(model) if isinstance(model, nn.Module) else list(model)
+    for layer in layers:
+        if not isinstance(layer, PruningLayer):
+            raise TypeError(f"the layers must be pruning layers of bmrs.compat, got {type(layer).__name__}")
     if not layers:
         raise ValueError("the model has no pruning layer: put those of bmrs.compat into it")
     if averaging is None:
@@ -186,7 +190,10 @@ def _norms_by_name(
         return dict.fromkeys(names)
     if not isinstance(norms, Mapping):
         if len(norms) != len(names):
-            raise ValueError(f"l2_norm must have norms for {len(names)} pruning layers, got {len(norms)}")
+            raise ValueError(
+                f"l2_norm must be a list of the norms of {len(names)} pruning layers, as get_weight_l2 returns it, got "
+                f"{len(norms)}"
+            )
         return dict(zip(names, norms, strict=True))
     if norms.keys() != set(names):
         raise ValueError(f"l2_norm must name the pruning layers {names}, got {list(norms)}")

@@ -46,14 +46,19 @@ def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def check_noise_acts(model: nn.Module) -> None:
-    """Raise ValueError where noise of `add_noise` no longer acts, which nothing else would show.
+    """Raise ValueError where noise of `add_noise` no longer acts, or of `bmrs.compat` would be passed over.
 
-    Not while torch compiles, which cannot follow hooks being looked for.
+    Nothing else would show it. Not while torch compiles, which cannot follow hooks being looked for.
     """
     if torch.compiler.is_compiling():
         return
     model = inside_wrappers(model)
-    if lost := without_hook(dict(model.named_modules())):
+    modules = dict(model.named_modules())
+    if waiting := [name for name, module in modules.items() if getattr(module, "needs_upgrade", False)]:
+        raise ValueError(
+            f"the noise of {_listed(waiting)} is that of bmrs.compat: call bmrs.compat.upgrade(model) first"
+        )
+    if lost := without_hook(modules):
         raise ValueError(
             f"the noise of {_listed(list(lost))} does not act any more: the layer was replaced, or its hooks were "
             "cleared, after add_noise (nn.SyncBatchNorm.convert_sync_batchnorm does that): call "

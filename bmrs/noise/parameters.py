@@ -89,6 +89,6 @@ def warn_of_weight_decay(layers: dict[str, NoiseLayer]) -> None:
         warnings.warn(
             f"an optimizer applies weight decay {float(decay):g} to the noise of {name!r}, which moves it whatever the "
             "data say: build the optimizer from bmrs.parameter_groups(model, lr=..., weight_decay=...)",
-            stacklevel=4,
+            stacklevel=3,
         )
         return

@@ -130,6 +130,15 @@ def test_another_shape_is_refused(shape, training):
         layer(torch.ones(shape))
 
 
+@pytest.mark.parametrize("x", [None, torch.ones(2, 5, dtype=torch.int64)], ids=["none", "int64"])
+@pytest.mark.parametrize("training", [True, False])
+def test_another_kind_of_input_is_refused(x, training):
+    with pytest.raises(
+        TypeError, match=r"x must be a floating tensor for LogUniformPruningLayer, got (NoneType|.*int64)"
+    ):
+        LogUniformPruningLayer([5]).train(training)(x)
+
+
 WRONG = {
     "n_samples": ({"n_samples": 3}, ValueError, "n_samples must be 1, got 3"),
     "interval": ({"a": 0, "b": 0}, ValueError, "a must be less than b"),
@@ -137,6 +146,8 @@ WRONG = {
     "axis": ({"axis": 1}, ValueError, r"axis must be -1 .* d=\[5\], got 1"),
     "threshold": ({"thresh": math.nan}, ValueError, "thresh must be finite"),
     "size": ({"d": [5.0]}, TypeError, "d must be an int, got 5.0"),
+    "no sizes": ({"d": []}, TypeError, r"d must be the sizes of an example, such as \[6, 28, 28\], got \[\]"),
+    "sizes": ({"d": 5.5}, TypeError, "d must be the sizes of an example.*got 5.5"),
 }
 
 

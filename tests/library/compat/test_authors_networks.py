@@ -116,6 +116,28 @@ class TestKL:
             call(nn.Linear(2, 2))
 
 
+def test_layers_of_another_kind_are_named():
+    with pytest.raises(TypeError, match=r"must be pruning layers of bmrs.compat, got Linear"):
+        compat.calculate_model_kl([nn.Linear(1, 1)])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: bmrs.prune(model, bmrs.SNR()),
+        lambda model: bmrs.compact(model, IMAGES),
+        lambda model: bmrs.kl_divergence(model, weight="mean"),
+        bmrs.fold,
+    ],
+    ids=["prune", "compact", "kl_divergence", "fold"],
+)
+def test_the_library_does_not_pass_these_layers_over(call):
+    with pytest.raises(
+        ValueError, match=r"'3', '8' is that of bmrs.compat: call bmrs.compat.upgrade\(model\) first"
+    ):
+        call(prunes(chain(), *MASKS))
+
+
 class TestCompress:
     def test_all_layers(self):
         model = chain()
@@ -140,7 +162,7 @@ class TestCompress:
         for given in ([norms], {"1": norms}):
             (mask,) = compat.compress(model, l2_norm=given)
             assert mask.flatten().tolist() == [1, 0, 1, 1]
-        with pytest.raises(ValueError, match="norms for 1 pruning layers, got 2"):
+        with pytest.raises(ValueError, match=r"norms of 1 pruning layers, .* got 2"):
             compat.compress(model, l2_norm=[norms, norms])
         with pytest.raises(ValueError, match=r"must name the pruning layers \['1'\], got \['0'\]"):
             compat.compress(model, l2_norm={"0": norms})
