@@ -98,7 +98,9 @@ def _prunes_less(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> s
 
 def _weaker_prior(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> str:
     if config.recipe == "bmrs":
-        return f"a lower --temperature (it was {history[-1]['temperature']:g})"
+        return (
+            f"a lower --temperature (it was {_last(history, 'temperature', config.settings.temperature):g})"
+        )
     return "--kl-weight elbo" if config.kl_weight != "elbo" else "a smaller --kl-weight"
 
 
@@ -107,6 +109,10 @@ def _prunes_more(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> s
         return "Take a larger --ratio."
     if config.recipe == "paper":
         return "Train longer (--epochs) or with a larger --noise-lr or --kl-weight."
-    if not history[-1]["settled"]:
+    if not _last(history, "settled", False):
         return "The noise was cut off before it settled: take more --noise-epochs."
-    return f"Take a higher --temperature (it was {history[-1]['temperature']:g})."
+    return f"Take a higher --temperature (it was {_last(history, 'temperature', None):g})."
+
+
+def _last(history: Sequence[Mapping[str, Any]], name: str, default: Any) -> Any:
+    return history[-1][name] if history else default

@@ -83,6 +83,8 @@ def test_lines_of_a_terminal_break_between_words():
 
 # Warnings
 
+CUT_OFF = "The noise was cut off before it settled: take more --noise-epochs."
+
 
 def found(kept=((4, 6), (60, 120)), *, dense=0.86, compacted=0.85, best_kept=(), settled=True, **options):
     config = TrainConfig(**options)
@@ -161,6 +163,17 @@ def test_that_nothing_was_pruned_is_told(options, advice):
     (line,) = found(((6, 6), (120, 120)), **options)
     assert line.startswith("Nothing was pruned")
     assert line.endswith(advice)
+
+
+def test_a_run_without_an_epoch_of_noise_is_told_as_well():
+    kept = {"conv1_relu": (6, 6), "hidden1_relu": (1, 120)}
+    lines = shortfalls(TrainConfig(), [], kept=kept, dense=0.86, compacted=0.08, num_classes=10)
+    assert len(lines) == 2
+    assert all("a lower --temperature (it was 10)" in line for line in lines)
+    lines = shortfalls(
+        TrainConfig(), [], kept={"conv1_relu": (6, 6)}, dense=0.86, compacted=0.86, num_classes=10
+    )
+    assert lines == ("Nothing was pruned, so that nothing became smaller. " + CUT_OFF,)
 
 
 def test_warnings_stand_below_the_table_and_in_the_json():
