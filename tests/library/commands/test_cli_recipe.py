@@ -58,7 +58,7 @@ def without_time(history):
 def test_a_run_leaves_its_files_and_a_table_of_what_one_would_do_instead(finished):
     run, text = finished
     assert {path.name for path in run.iterdir()} == {
-        *("config.json", "summary.json", "picture.png", "dense.safetensors"),
+        *(".lock", "environment.json", "config.json", "summary.json", "picture.png", "dense.safetensors"),
         *(f"{name}.safetensors" for name in NETWORKS),
         *(f"{stage}{name}" for stage in STAGES for name in ("checkpoint.safetensors", "metrics.jsonl")),
     }
