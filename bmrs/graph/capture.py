@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
+import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -179,13 +183,28 @@ def capture(
             shapes = None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example))
             # A copy: what a forward keeps in attributes would be symbols.
             exported = copied(model, share=True)
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with _quiet_export(), torch.no_grad():
                 program = torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
             return _captured(model, program)
         except Exception as error:
             failure = error
     raise ValueError(_why_not(model, inputs, purpose, failure)) from failure
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Keep torch.export from printing the graph that it had come to when it failed; the error says what matters."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    printed = io.StringIO()
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(printed):
+            warnings.simplefilter("ignore")
+            yield
+        sys.stderr.write(printed.getvalue())  # the model's own
+    finally:
+        log.setLevel(level)
 
 
 def has_autocast(graph: fx.Graph) -> bool:

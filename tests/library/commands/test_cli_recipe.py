@@ -193,6 +193,7 @@ def test_weights_can_go_on_training_with_the_noise(options, tmp_path):
 @pytest.mark.usefixtures("no_picture")
 def test_several_seeds_have_a_folder_each_and_a_table_of_means(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("bmrs.training.run.draw", lambda *arguments: None)  # saves the time of drawing
     run = tmp_path / "run"
     assert main([*options, "--seed", "3", "--seeds", "2", "--distillation", "0.5", "--output", str(run)]) == 0
     text = capsys.readouterr().out

@@ -247,3 +247,25 @@ class TestFold:
         assert_equal_outputs(bmrs.compact(folded, x), model, x)
         with pytest.raises(TypeError, match=r"needs a network that bmrs\.compact returned"):
             bmrs.compact_report(folded)
+
+
+class Depending(nn.Module):
+    """Does what depends on the data, which a graph cannot say."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        hidden = self.hidden(x)
+        return self.out(hidden * 2 if hidden.sum() > 0 else hidden)
+
+
+def test_a_network_that_cannot_be_captured_is_refused_without_its_graph(capfd):
+    model = bmrs.add_noise(Depending(), where="hidden")
+    with pytest.raises(
+        ValueError, match=r"compact follows the model with torch.export, which failed on Depending"
+    ):
+        bmrs.compact(model, torch.randn(3, 4))
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
