@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.compaction import compact
-from bmrs.criteria import BMRSOdds, Criterion
-from bmrs.criteria.base import check_criterion
+from bmrs.criteria import Criterion
 from bmrs.files import save
-from bmrs.noise.divergence import KLWeight, kl_divergence
+from bmrs.noise.divergence import KLWeight
 from bmrs.noise.lookup import required_noise_layers
-from bmrs.pruning.prune import PruneReport, prune
+from bmrs.pruning.prune import PruneReport
 from bmrs.schedules import PruningSchedule, WarmUp
+from bmrs.trainers import TrainedNoise
 
 
 class Pruning(pl.Callback):
@@ -41,7 +41,6 @@ class Pruning(pl.Callback):
         output: file for the compacted network, see `bmrs.save`; none is written if None.
 
     Attributes:
-        reports: what pruning did, one entry for each time.
         compacted: the compacted network after training; None before.
     """
 
@@ -56,17 +55,21 @@ class Pruning(pl.Callback):
         output: str | Path | None = None,
     ) -> None:
         super().__init__()
-        self.criterion = criterion or BMRSOdds()
-        check_criterion(self.criterion)
-        self.kl_weight = kl_weight
-        self.schedule = schedule or PruningSchedule()
-        self.warm_up = warm_up or WarmUp()
-        self.example_inputs = example_inputs
+        self._noise = TrainedNoise(
+            criterion=criterion,
+            kl_weight=kl_weight,
+            schedule=schedule,
+            warm_up=warm_up,
+            example_inputs=example_inputs,
+        )
         self.output = output
-        self.reports: list[PruneReport] = []
         self.compacted: nn.Module | None = None
-        self._dataset_size: int | None = None
         self._random_state: Tensor | None = None
+
+    @property
+    def reports(self) -> list[PruneReport]:
+        """What pruning did, one entry for each time."""
+        return self._noise.reports
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the random numbers of the run that is resumed, before the first batch is chosen."""
@@ -89,35 +92,24 @@ class Pruning(pl.Callback):
                 f"the noise of {lost[0]!r} is in no optimizer: call add_noise before configure_optimizers, and build "
                 "the optimizer from bmrs.parameter_groups(self, lr=...)"
             )
-        if self.kl_weight == "elbo":
-            self._dataset_size = _dataset_size(trainer)
+        self._noise.begin(trainer.train_dataloader)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the gradient of the KL term to that of the loss."""
-        layers = required_noise_layers(pl_module).values()
-        parameters = [p for layer in layers for p in (layer.mu, layer.log_sigma) if p.requires_grad]
-        if not parameters:
-            return
-        with torch.enable_grad():
-            divergence = kl_divergence(pl_module, weight=self.kl_weight, dataset_size=self._dataset_size)
-            divergence = divergence * self.warm_up(_epochs_over(trainer))
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+
+        def scaled(divergence: Tensor) -> Tensor:
             # As Lightning does with the loss: each batch adds its share, and a scaler scales all gradients.
             share = divergence / trainer.accumulate_grad_batches
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            # Not by backward, whose hooks data parallelism takes for a second backward pass.
-            gradients = torch.autograd.grad(share if scaler is None else scaler.scale(share), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        pl_module.log("bmrs/kl", divergence.detach())
+            return share if scaler is None else scaler.scale(share)
+
+        over = trainer.current_epoch + trainer.fit_loop.batch_idx / max(trainer.num_training_batches, 1)
+        pl_module.log("bmrs/kl", self._noise.add_gradient(pl_module, epochs_over=over, scaled=scaled))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, if the schedule says so, and log what is left."""
-        if self.schedule.is_due(trainer.current_epoch + 1):
-            self.reports.append(prune(pl_module, self.criterion, example_inputs=self._examples(pl_module)))
-        layers = required_noise_layers(pl_module)
-        kept = {name: float(layer.kept.sum()) for name, layer in layers.items()}
-        pl_module.log("bmrs/kept", sum(kept.values()))
-        pl_module.log_dict({f"bmrs/kept/{name}": count for name, count in kept.items()})
+        kept = self._noise.end_epoch(pl_module, trainer.current_epoch + 1, examples=self._examples(pl_module))
+        pl_module.log_dict({name: float(count) for name, count in kept.items()})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compact the network, and write it."""
@@ -141,18 +133,5 @@ class Pruning(pl.Callback):
         self._random_state = state_dict["random"]
 
     def _examples(self, pl_module: pl.LightningModule) -> Any:
-        return pl_module.example_input_array if self.example_inputs is None else self.example_inputs
-
-
-def _epochs_over(trainer: pl.Trainer) -> float:
-    return trainer.current_epoch + trainer.fit_loop.batch_idx / max(trainer.num_training_batches, 1)
-
-
-def _dataset_size(trainer: pl.Trainer) -> int:
-    try:
-        return len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-    except (AttributeError, TypeError):
-        raise ValueError(
-            'kl_weight="elbo" needs the number of training examples, and the training data have no length: give '
-            "kl_weight a number, such as 1 / examples"
-        ) from None
+        given = self._noise.example_inputs
+        return pl_module.example_input_array if given is None else given

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bmrs.compaction import compact
-from bmrs.criteria import BMRSOdds, Criterion
-from bmrs.criteria.base import check_criterion
-from bmrs.noise.divergence import KLWeight, kl_divergence
+from bmrs.criteria import Criterion
+from bmrs.noise.divergence import KLWeight
 from bmrs.noise.lookup import required_noise_layers
-from bmrs.pruning.prune import PruneReport, prune
+from bmrs.pruning.prune import PruneReport
 from bmrs.schedules import PruningSchedule, WarmUp
+from bmrs.trainers import TrainedNoise
 
 
 class PruningCallback(TrainerCallback):
@@ -35,7 +34,6 @@ class PruningCallback(TrainerCallback):
             transformers; nothing is compacted if None. Layers that are added decide together where there are some.
 
     Attributes:
-        reports: what pruning did, one entry for each time; the trainer's ``state.log_history`` has the numbers.
         compacted: the compacted network after training; None before.
     """
 
@@ -48,15 +46,19 @@ class PruningCallback(TrainerCallback):
         warm_up: WarmUp | None = None,
         example_inputs: Any = None,
     ) -> None:
-        self.criterion = criterion or BMRSOdds()
-        check_criterion(self.criterion)
-        self.kl_weight = kl_weight
-        self.schedule = schedule or PruningSchedule()
-        self.warm_up = warm_up or WarmUp()
-        self.example_inputs = example_inputs
-        self.reports: list[PruneReport] = []
+        self._noise = TrainedNoise(
+            criterion=criterion,
+            kl_weight=kl_weight,
+            schedule=schedule,
+            warm_up=warm_up,
+            example_inputs=example_inputs,
+        )
         self.compacted: nn.Module | None = None
-        self._dataset_size: int | None = None
+
+    @property
+    def reports(self) -> list[PruneReport]:
+        """What pruning did, one entry for each time; the trainer's ``state.log_history`` has the numbers."""
+        return self._noise.reports
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -80,47 +82,25 @@ class PruningCallback(TrainerCallback):
                     f"the noise of {name!r} {fault}: add noise before the Trainer is made, and give that "
                     "optimizers=(torch.optim.AdamW(bmrs.parameter_groups(model, lr=..., weight_decay=...)), None)"
                 )
-        if self.kl_weight == "elbo":
-            self._dataset_size = _dataset_size(given.get("train_dataloader"))
+        self._noise.begin(given.get("train_dataloader"))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Add the gradient of the KL term to that of the loss."""
-        model = given["model"]
-        layers = required_noise_layers(model).values()
-        parameters = [p for layer in layers for p in (layer.mu, layer.log_sigma) if p.requires_grad]
-        if not parameters:
-            return
-        divergence = kl_divergence(model, weight=self.kl_weight, dataset_size=self._dataset_size)
-        share = divergence * self.warm_up(state.epoch or 0.0)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(share, parameters), strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._noise.add_gradient(given["model"], epochs_over=state.epoch or 0.0)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Prune, if the schedule says so, and log what is left."""
-        model = given["model"]
-        if self.schedule.is_due(round(state.epoch or 0.0)):
-            self.reports.append(prune(model, self.criterion, example_inputs=self.example_inputs))
-        kept = {name: int(layer.kept.sum()) for name, layer in required_noise_layers(model).items()}
-        numbers = {"bmrs/kept": sum(kept.values()), **{f"bmrs/kept/{name}": n for name, n in kept.items()}}
-        state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
+        epoch, examples = round(state.epoch or 0.0), self._noise.example_inputs
+        kept = self._noise.end_epoch(given["model"], epoch, examples=examples)
+        state.log_history.append({**kept, "epoch": state.epoch, "step": state.global_step})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Compact the network."""
-        if self.example_inputs is not None:
-            self.compacted = compact(given["model"], self.example_inputs)
-
-
-def _dataset_size(loader: Any) -> int:
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError):
-        raise ValueError(
-            'kl_weight="elbo" needs the number of training examples, and the training data have no length: give '
-            "kl_weight a number, such as 1 / examples"
-        ) from None
+        if self._noise.example_inputs is not None:
+            self.compacted = compact(given["model"], self._noise.example_inputs)
