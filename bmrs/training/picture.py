@@ -89,7 +89,7 @@ def figure_of(
     for of, place in (("epochs", "networks"), ("kept", "layers"), ("scores", "decisions")):
         _put_legend(axes[of], axes[place])
     for axis in axes.values():
-        axis.set_title(axis.get_title(), fontsize=11)
+        axis.set_title(axis.get_title(), fontsize=10)
     return figure
 
 
@@ -309,6 +309,8 @@ def _put_legend(axis: Axes, place: Axes) -> None:
         loc="center",
         ncols=4 if len(labels) <= 4 else 3,
         fontsize=9,
+        columnspacing=1.2,
+        handletextpad=0.5,
         frameon=False,
     )
     legend.set_in_layout(False)  # a wide one would take the panels' room

@@ -48,7 +48,7 @@ def _mark(seed: Tensor) -> Tensor:
                 "torch._functorch.config.activation_memory_budget must be above 0 for noise, got 0: torch.compile "
                 "would draw other noise in backward than in forward; 1e-9 saves little but the seeds"
             )
-        next(reversed(mode.tracer.graph.nodes)).meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        next(iter(reversed(mode.tracer.graph.nodes))).meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return kept
 
 

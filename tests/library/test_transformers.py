@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, SequentialSampler
 
 import bmrs
 from bmrs.noise.lookup import noise_layers
@@ -52,6 +52,13 @@ def classifier(log_sigma=-15.0, noise=True):
     return model
 
 
+class InOrder(transformers.Trainer):
+    def _get_train_sampler(self, *_):
+        return (
+            None if isinstance(self.train_dataset, IterableDataset) else SequentialSampler(self.train_dataset)
+        )
+
+
 def fitted(model, callback, folder, *, data=None, optimizer=None, lr=0.05, **options):
     arguments = {
         "output_dir": str(folder),
@@ -63,11 +70,10 @@ def fitted(model, callback, folder, *, data=None, optimizer=None, lr=0.05, **opt
         "save_strategy": "no",
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
     }
     if optimizer is None:
         optimizer = torch.optim.SGD(bmrs.parameter_groups(model, lr=lr))
-    trainer = transformers.Trainer(
+    trainer = InOrder(
         model=model,
         args=transformers.TrainingArguments(**{**arguments, **options}),
         train_dataset=data or Sentences(),
@@ -75,7 +81,7 @@ def fitted(model, callback, folder, *, data=None, optimizer=None, lr=0.05, **opt
         optimizers=(optimizer, None),
     )
     # This class of theirs takes num_items_in_batch and ignores it, so that its loss would count once for each batch.
-    trainer.loss_is_scaled_for_ga = False
+    trainer.model_accepts_loss_kwargs = False
     trainer.train()
     return trainer
 

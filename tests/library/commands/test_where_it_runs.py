@@ -102,7 +102,7 @@ def test_what_takes_long_before_the_first_step_is_said():
     options = {"epochs": 3, "before_the_first_step": "compiling [for a while]"}
     with TrainingProgress(Console(file=text), "noise", done=0, **options):
         pass
-    assert text.getvalue() == "noise: compiling [for a while]\n"
+    assert text.getvalue().rstrip() == "noise: compiling [for a while]"
 
 
 # Help and options
