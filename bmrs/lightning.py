@@ -79,6 +79,15 @@ class Pruning(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is noise to train, and that it is trained."""
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "the KL term would count once for each manual_backward: leave automatic_optimization at True, or add "
+                "bmrs.kl_divergence(self, ...) to one of the losses and prune in the model"
+            )
+        if "DeepSpeed" in type(trainer.strategy).__name__:
+            raise ValueError(
+                "DeepSpeed takes no gradient beside its own backward pass: choose another strategy"
+            )
         layers = required_noise_layers(pl_module)
         optimized = {
             id(p)
@@ -133,5 +142,4 @@ class Pruning(pl.Callback):
         self._random_state = state_dict["random"]
 
     def _examples(self, pl_module: pl.LightningModule) -> Any:
-        given = self._noise.example_inputs
-        return pl_module.example_input_array if given is None else given
+        return self._noise.examples_for(pl_module, otherwise=pl_module.example_input_array)

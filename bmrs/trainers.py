@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bmrs.criteria import BMRSOdds, Criterion
 from bmrs.criteria.base import check_criterion
@@ -77,6 +78,12 @@ class TrainedNoise:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return divergence.detach()
+
+    def examples_for(self, model: nn.Module, otherwise: Any = None) -> Any:
+        """Return the example inputs, or others in their place, where the model is by now."""
+        given = otherwise if self.example_inputs is None else self.example_inputs
+        device = next(model.parameters()).device
+        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, given)
 
     def end_epoch(self, model: nn.Module, epoch: int, *, examples: Any) -> dict[str, int]:
         """Prune if it is due after an epoch, counted from 1, and return how many structures are kept, to be logged."""

@@ -68,6 +68,8 @@ class PruningCallback(TrainerCallback):
             raise ValueError(
                 "the KL term cannot be scaled as fp16 scales losses: train with bf16=True, or in float32"
             )
+        if args.deepspeed:
+            raise ValueError("DeepSpeed takes no gradient beside its own backward pass: train without it")
         layers = required_noise_layers(given["model"])
         decays = {
             id(parameter): group.get("weight_decay", 0.0)
@@ -94,13 +96,14 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Prune, if the schedule says so, and log what is left."""
-        epoch, examples = round(state.epoch or 0.0), self._noise.example_inputs
-        kept = self._noise.end_epoch(given["model"], epoch, examples=examples)
+        examples = self._noise.examples_for(given["model"])
+        kept = self._noise.end_epoch(given["model"], round(state.epoch or 0.0), examples=examples)
         state.log_history.append({**kept, "epoch": state.epoch, "step": state.global_step})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Compact the network."""
-        if self._noise.example_inputs is not None:
-            self.compacted = compact(given["model"], self._noise.example_inputs)
+        examples = self._noise.examples_for(given["model"])
+        if examples is not None:
+            self.compacted = compact(given["model"], examples)

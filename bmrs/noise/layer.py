@@ -198,7 +198,7 @@ class NoiseLayer(nn.Module):
             A tensor of x's shape and dtype.
 
         Raises:
-            TypeError: x is not a floating tensor.
+            TypeError: x is not a floating tensor, ``mu`` was narrowed to 16 bits, or one of the two is a DTensor alone.
             ValueError: x lacks dimension ``dim``, has another size along it, or lies on another device.
         """
         if isinstance(x, Tensor) and x.is_nested:

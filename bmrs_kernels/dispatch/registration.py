@@ -274,7 +274,7 @@ def structure_op(
 
     def call(mu: Tensor, log_sigma: Tensor, *arguments: Any) -> Tensor:
         if is_sharded(mu) or is_sharded(log_sigma):
-            return on_shards_elementwise(lambda *local: call(*local, *arguments), mu, log_sigma)
+            return on_shards_elementwise(lambda *local: call(*local, *arguments), mu=mu, log_sigma=log_sigma)
         with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
         value: Tensor
         if is_transformed() or has_tangent(mu, log_sigma):

@@ -32,13 +32,16 @@ def is_sharded(tensor: object) -> TypeIs[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def on_shards_elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Return an elementwise function of tensors of one shape, laid out as the first DTensor among them is.
+def on_shards_elementwise(function: Callable[..., Tensor], **named: Tensor) -> Tensor:
+    """Return an elementwise function of tensors in their order, laid out as the first one is.
+
+    Tensors of several shapes, which broadcast, are gathered first.
 
     Raises:
         TypeError: some of the tensors are DTensors and others are not.
     """
-    _check_all_sharded({f"argument {number}": tensor for number, tensor in enumerate(tensors, start=1)})
+    _check_all_sharded(dict(named))
+    tensors = tuple(named.values())
     first = cast("DTensor", tensors[0])
     placements = [_replicated_if_partial(placement) for placement in first.placements]
     if any(tensor.shape != first.shape for tensor in tensors):

@@ -311,9 +311,9 @@ def sample_noise(
     if is_sharded(mu) or is_sharded(log_sigma) or is_sharded(uniform):
         return on_shards_elementwise(
             lambda *local: sample_noise(*local, lower=lower, upper=upper, backend=backend),
-            mu,
-            log_sigma,
-            uniform,
+            mu=mu,
+            log_sigma=log_sigma,
+            uniform=uniform,
         )
     with_gradients = torch.is_grad_enabled() and (mu.requires_grad or log_sigma.requires_grad)
     inputs = (mu, log_sigma, uniform.detach(), lower, upper, resolve_backend(backend, mu))

@@ -97,7 +97,7 @@ def noise_snr(
     arguments = (lower, upper, resolve_backend(backend, mu))
     if is_sharded(mu) or is_sharded(log_sigma):
         return on_shards_elementwise(
-            lambda *local: _noise_snr(*local, *arguments), mu.detach(), log_sigma.detach()
+            lambda *local: _noise_snr(*local, *arguments), mu=mu.detach(), log_sigma=log_sigma.detach()
         )
     snr: Tensor = _noise_snr(mu.detach(), log_sigma.detach(), *arguments)
     return snr

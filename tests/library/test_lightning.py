@@ -99,6 +99,16 @@ def test_kl_counts_once_for_each_step(accumulate, warm_up):
     same(model.named_parameters(), written_out(accumulate=accumulate, warm_up=warm_up, epochs=2))
 
 
+def test_kl_is_scaled_as_a_gradient_scaler_scales_the_loss():
+    model = Classifier()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    precision = pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    # Autocast leaves double precision as it is.
+    trainer(Pruning(schedule=NEVER), plugins=[precision]).fit(model, DataLoader(data(), batch_size=4))
+    assert scaler.state_dict()["_growth_tracker"] == EXAMPLES // 4  # it was at work in every step
+    same(model.named_parameters(), written_out(accumulate=1))
+
+
 class Losses(pl.loggers.logger.DummyLogger):
     def __init__(self):
         super().__init__()
@@ -185,6 +195,22 @@ def test_what_cannot_be_trained_is_said_before_training(model, loader, options, 
 class LateNoise(Classifier):
     def on_fit_start(self):
         bmrs.add_noise(self.net, where="2")
+
+
+def test_manual_optimization_is_refused():
+    model = Classifier()
+    model.automatic_optimization = False
+    with pytest.raises(ValueError, match="the KL term would count once for each manual_backward"):
+        trainer(Pruning()).fit(model, DataLoader(data(), batch_size=4))
+
+
+def test_deepspeed_is_refused():
+    class DeepSpeedLike(pl.strategies.SingleDeviceStrategy):
+        pass
+
+    run = trainer(Pruning(), strategy=DeepSpeedLike(device=torch.device("cpu")))
+    with pytest.raises(ValueError, match="DeepSpeed takes no gradient beside its own backward pass"):
+        run.fit(Classifier(), DataLoader(data(), batch_size=4))
 
 
 def test_arguments_are_checked_at_once():

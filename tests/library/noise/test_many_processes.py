@@ -364,6 +364,8 @@ def functions_of_dtensors():
     found["noise_snr"] = [
         (whole(bmrs_kernels.noise_snr(*spread[:2])), bmrs_kernels.noise_snr(-4 * mu, -log_sigma))
     ]
+    message = refusal(bmrs_kernels.kl_divergence, spread[0], -log_sigma)
+    assert "log_sigma must be a DTensor as mu is one, got a plain tensor" in message, message
     row = torch.rand(2, 1, dtype=torch.float64)
     found["sample_noise, broadcast"] = [
         (
