@@ -32,7 +32,7 @@ from benchmarks.markdown import table
 from benchmarks.options import positive
 from benchmarks.rivals import plain_layer
 from benchmarks.rivals.plain_layer import KLWeight
-from bmrs.data import EMBEDDED, Split, load_dataset, preprocess
+from bmrs.data import EMBEDDED, TensorSplit, load_dataset, preprocess
 from bmrs_kernels.options import Granularity
 
 NETWORKS = ("mlp", "lenet5")
@@ -222,13 +222,14 @@ def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def training_split() -> Split:
+def training_split() -> TensorSplit:
     """Return the training images of the embedded data, preprocessed to float32 (4800, 1, 32, 32), and labels."""
     split = load_dataset(EMBEDDED).train
-    return Split(preprocess(split.images, name=EMBEDDED), split.labels)
+    images, labels = next(split.in_order(len(split)))
+    return TensorSplit(preprocess(images, name=EMBEDDED), labels)
 
 
-def batches(split: Split, settings: FiniteSettings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(split: TensorSplit, settings: FiniteSettings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the images and labels of every step: epochs in random order, each without its incomplete last batch."""
     generator = torch.Generator().manual_seed(seed)
     per_epoch = len(split) // settings.batch_size

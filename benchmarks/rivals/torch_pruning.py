@@ -24,9 +24,9 @@ def scores(model: nn.Module, names: Sequence[str], split: Split, *, seed: int) -
     import torch_pruning as tp
 
     model = copy.deepcopy(model).eval()
-    examples = split.images[:CALIBRATION]
+    examples, labels = next(split.in_order(CALIBRATION))
     model.zero_grad()
-    F.cross_entropy(model(examples), split.labels[:CALIBRATION]).backward()
+    F.cross_entropy(model(examples), labels).backward()
     graph = tp.DependencyGraph().build_dependency(model, examples[:2])
     torch.manual_seed(seed)
     importances = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from bmrs.data.checks import NUM_CLASSES, DataError
 from bmrs.data.cifar10 import read_cifar10
 from bmrs.data.idx import read_idx_images
+from bmrs.data.split import Split, TensorSplit
 
 EMBEDDED: Final = "fashion-mnist-subset"
 """The name of the data that come with the package."""
@@ -25,22 +26,6 @@ DATASETS: tuple[DataName, ...] = get_args(DataName)
 
 IMAGE_SIZE = 32
 """Height and width of a network's input."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images and their labels.
-
-    Attributes:
-        images: shape (N, C, H, W); uint8 as read, float32 once preprocessed.
-        labels: int64 of shape (N,), each in [0, number of classes).
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class Dataset:
     @property
     def channels(self) -> int:
         """Number of colour channels of every image."""
-        return self.train.images.shape[1]
+        return self.train.image_shape[0]
 
 
 def load_dataset(
@@ -120,17 +105,17 @@ def preprocess(images: Tensor, *, name: str) -> Tensor:
     return (pixels / 255 - 0.5) / 0.5 if name == "cifar10" else (pixels - 127) / 255
 
 
-def _read(name: str, folder: Path) -> tuple[Split, Split]:
+def _read(name: str, folder: Path) -> tuple[TensorSplit, TensorSplit]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected the official files of {name}")
     if name == "cifar10":
         train, test = read_cifar10(folder)
     else:
         train, test = read_idx_images(folder, "train"), read_idx_images(folder, "t10k")
-    return Split(*train), Split(*test)
+    return TensorSplit(*train), TensorSplit(*test)
 
 
-def _split(train: Split, validation_fraction: float, seed: int) -> tuple[Split, Split]:
+def _split(train: TensorSplit, validation_fraction: float, seed: int) -> tuple[TensorSplit, TensorSplit]:
     num_validation = round(len(train) * validation_fraction)
     if not 0 < num_validation < len(train):
         raise DataError(
@@ -139,6 +124,6 @@ def _split(train: Split, validation_fraction: float, seed: int) -> tuple[Split, 
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     validation, rest = order[:num_validation], order[num_validation:]
-    return Split(train.images[rest], train.labels[rest]), Split(
+    return TensorSplit(train.images[rest], train.labels[rest]), TensorSplit(
         train.images[validation], train.labels[validation]
     )

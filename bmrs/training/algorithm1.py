@@ -79,14 +79,11 @@ def train(
         state.model.train()
         if noise not in steps:
             update = update_of(state, config, len(data.train), noise=noise)
-            steps = {
-                noise: new_step(
-                    state.model, data.train, config, watch, data_loss=cross_entropy, update=update
-                )
-            }
+            step = new_step(state.model, config, watch, data_loss=cross_entropy, update=update)
+            steps = {noise: step}
         with nullcontext() if noise else _without_noise(state.model), watch:
-            batches = batches_of(state, data.train, config)
-            row |= train_epoch(steps[noise], batches, epoch, watch, progress)
+            indices = batches_of(state, data.train, config)
+            row |= train_epoch(steps[noise], data.train, indices, epoch, watch, progress)
         if layers:
             if schedule.is_due(epoch):
                 row["pruning"] = prune(state.model, criterion).to_dict()
@@ -96,7 +93,7 @@ def train(
             row["compression_percent"] = (
                 before["compression_percent"]
                 if before.get("kept") == row["kept"]
-                else compression(state.model, data.validation.images[:1])
+                else compression(state.model, data.validation.examples(1))
             )
         row["validation_accuracy"] = accuracy(state.model, data.validation)
         row["seconds"] = time.perf_counter() - start
@@ -107,7 +104,7 @@ def train(
 
 def build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module:
     """Return the untrained network that the options name."""
-    channels, height, width = data.train.images.shape[1:]
+    channels, height, width = data.train.image_shape
     granularity = config.settings.granularity
     if config.model == "lenet5":
         return LeNet5(

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bmrs.data import Batch
+
 ResultT = TypeVar("ResultT")
 
 WARM_UPS = 3
@@ -67,26 +69,28 @@ class GraphedStep:
     capture: the learning rate, for one, stays.
 
     Args:
-        step: trains on the images of these indices and returns tensors.
-        batch_size: number of indices that the graph is for.
-        device: where the indices are.
+        step: trains on a batch and returns tensors.
+        batch_size: number of images that the graph is for.
     """
 
-    def __init__(
-        self, step: Callable[[Tensor], tuple[Tensor, ...]], batch_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, step: Callable[[Batch, float], tuple[Tensor, ...]], batch_size: int) -> None:
         self._step = step
-        self._batch = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._stream: Any = torch.cuda.Stream(device)
+        self._batch_size = batch_size
+        self._batch: Batch | None = None
+        self._stream: Any = None
         self._warm_ups = 0
         self._results: tuple[Tensor, ...] = ()
         self._replay: Callable[[], None] | None = None
 
-    def __call__(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Train on the images of these indices; waits for nothing."""
-        if batch.shape != self._batch.shape:
-            return self._step(batch)
-        self._batch.copy_(batch)
+    def __call__(self, batch: Batch, weight: float) -> tuple[Tensor, ...]:
+        """Train on a batch; waits for nothing. The weight is 1, as graphs go with one process only."""
+        if len(batch.labels) != self._batch_size:
+            return self._step(batch, weight)
+        if self._batch is None:
+            self._batch = Batch(batch.images.clone(), batch.labels.clone())
+            self._stream = torch.cuda.Stream(batch.labels.device)
+        self._batch.images.copy_(batch.images)
+        self._batch.labels.copy_(batch.labels)
         if self._replay is None:
             if self._warm_ups < WARM_UPS:
                 self._warm_ups += 1
@@ -97,4 +101,5 @@ class GraphedStep:
         return tuple(result.clone() for result in self._results)
 
     def _step_on_buffer(self) -> tuple[Tensor, ...]:
-        return self._step(self._batch)
+        assert self._batch is not None, "copied from the first batch"
+        return self._step(self._batch, 1.0)

@@ -31,27 +31,41 @@ class Progress(Protocol):
 
 def batches_of(state: TrainingState, split: Split, config: TrainConfig) -> Sequence[Tensor]:
     """Return the indices of an epoch's batches, in random order; the last one may be smaller."""
-    order = torch.randperm(len(split), generator=state.order).to(split.labels.device)
-    return order.split(config.settings.batch_size)
+    return torch.randperm(len(split), generator=state.order).split(config.settings.batch_size)
 
 
 def train_epoch(
-    step: Step, batches: Sequence[Tensor], epoch: int, watch: FiniteWatch, progress: Progress
+    step: Step,
+    split: Split,
+    indices: Sequence[Tensor],
+    epoch: int,
+    watch: FiniteWatch,
+    progress: Progress,
 ) -> dict[str, float]:
     """Train on all images once and return means over them; with noise, accuracy is that of the noisy network.
 
-    Several processes train together; batches and result are the same on all of them.
+    Several processes train together; indices and result are the same on all of them.
+
+    Args:
+        step: trains on a batch.
+        split: the images.
+        indices: those of each batch, as `batches_of` gives them.
+        epoch: the epoch's number, from 1 on.
+        watch: looks for NaN.
+        progress: told about steps.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=batches[0].device)
+    totals = torch.zeros(3, dtype=torch.float64, device=split.device)
     seen = 0
-    for number, batch in enumerate(batches, start=1):
-        means, probes = step(batch)
+    parts = [processes.part_of(batch) for batch in indices]
+    batches = split.batches(own for own, _ in parts)
+    for number, (batch, (_, weight), whole) in enumerate(zip(batches, parts, indices, strict=True), start=1):
+        means, probes = step(batch, weight)
         watch.record(probes)
-        seen += len(batch)
-        totals += len(batch) * means
-        if number % CHECK_EVERY == 0 or number == len(batches):
+        seen += len(whole)
+        totals += len(whole) * means
+        if number % CHECK_EVERY == 0 or number == len(indices):
             watch.check(epoch)
             nll, kl, train_accuracy = processes.average(totals / seen).tolist()
-            progress.step(epoch=epoch, step=number, steps=len(batches), loss=nll + kl, kl=kl)
+            progress.step(epoch=epoch, step=number, steps=len(indices), loss=nll + kl, kl=kl)
     watch.check_parameters(epoch)
     return {"loss": nll + kl, "nll": nll, "kl": kl, "train_accuracy": train_accuracy}

@@ -14,19 +14,19 @@ from bmrs.compaction.costs import num_parameters
 from bmrs.data import Split
 from bmrs.noise.lookup import noise_layers
 
-_EVALUATION_BATCH = 500
+EVALUATION_BATCH = 500
+"""Images that are evaluated at a time."""
 
 
-def in_batches(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits of a model in evaluation mode, of shape (N, classes)."""
-    model.eval()
-    with torch.inference_mode():
-        return torch.cat([model(batch) for batch in images.split(_EVALUATION_BATCH)])
-
-
+@torch.inference_mode()
 def accuracy(model: nn.Module, split: Split) -> float:
     """Return the share of images, in [0, 1], that a model in evaluation mode classifies rightly."""
-    return (in_batches(model, split.images).argmax(dim=1) == split.labels).double().mean().item()
+    model.eval()
+    right = [
+        (model(batch.images).argmax(dim=1) == batch.labels).sum()
+        for batch in split.in_order(EVALUATION_BATCH)
+    ]
+    return torch.stack(right).sum().item() / len(split)
 
 
 def compression(model: nn.Module, example: Tensor) -> float:

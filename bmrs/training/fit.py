@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmrs import processes
-from bmrs.data import Dataset
+from bmrs.data import Batch, Dataset
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, batches_of, train_epoch
-from bmrs.training.evaluation import accuracy, in_batches
+from bmrs.training.evaluation import accuracy
 from bmrs.training.finite import FiniteWatch
 from bmrs.training.training_step import DataLoss, cross_entropy, new_step
 
@@ -67,7 +67,7 @@ def fit(
         phase: what the rows of metrics say that this is.
         save: called with the state after each epoch.
         progress: told about steps and epochs.
-        teacher: a network whose answers on the training images are imitated, with the weight `config.distillation`.
+        teacher: a network whose answers to the same images are imitated, with the weight `config.distillation`.
 
     Raises:
         NonFiniteError: a NaN or an infinity turned up; its epoch is not saved.
@@ -83,21 +83,22 @@ def fit(
         state.optimizer.step()
         return torch.zeros_like(loss.detach())
 
-    data_loss = cross_entropy if teacher is None else _distillation(teacher, data, config)
-    step = new_step(state.model, data.train, config, watch, data_loss=data_loss, update=update)
+    data_loss = cross_entropy if teacher is None else _distillation(teacher, config)
+    step = new_step(state.model, config, watch, data_loss=data_loss, update=update)
 
-    def scheduled_step(batch: Tensor) -> tuple[Tensor, ...]:
+    def scheduled_step(batch: Batch, weight: float) -> tuple[Tensor, ...]:
         nonlocal taken
         taken += 1
         _set_learning_rate(state, config.settings.lr * cosine((taken - 0.5) / (epochs * steps_an_epoch)))
-        return step(batch)
+        return step(batch, weight)
 
     for epoch in range(len(state.history) + 1, epochs + 1):
         start = time.perf_counter()
         state.model.train()
         with watch:
+            indices = batches_of(state, data.train, config)
             row = {"epoch": epoch, "phase": phase} | train_epoch(
-                scheduled_step, batches_of(state, data.train, config), epoch, watch, progress
+                scheduled_step, data.train, indices, epoch, watch, progress
             )
         row["validation_accuracy"] = accuracy(state.model, data.validation)
         row["seconds"] = time.perf_counter() - start
@@ -107,16 +108,18 @@ def fit(
     state.model.eval()
 
 
-def _distillation(teacher: nn.Module, data: Dataset, config: TrainConfig) -> DataLoss:
+def _distillation(teacher: nn.Module, config: TrainConfig) -> DataLoss:
     """Return the mean of the losses against labels and teacher (Hinton et al. 2015, arXiv 1503.02531)."""
     weight = config.distillation
     assert weight is not None, "filled in for the recipe that has it"
-    answers = (in_batches(teacher, data.train.images) / SOFTENING).softmax(dim=1).clone()
+    teacher.eval()
 
-    def loss(logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:
+    def loss(logits: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            answers = (teacher(batch.images) / SOFTENING).softmax(dim=1)
         softened = F.log_softmax(logits / SOFTENING, dim=1)
-        imitation = F.kl_div(softened, answers[batch], reduction="batchmean") * SOFTENING**2
-        return (1 - weight) * F.cross_entropy(logits, labels) + weight * imitation
+        imitation = F.kl_div(softened, answers, reduction="batchmean") * SOFTENING**2
+        return (1 - weight) * F.cross_entropy(logits, batch.labels) + weight * imitation
 
     return loss
 

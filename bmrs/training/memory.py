@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -23,7 +24,7 @@ def check_memory(config: TrainConfig, data: Dataset, device: torch.device) -> No
     hidden, blocks = config.settings.hidden, config.settings.num_blocks
     assert hidden is not None, "settings have it for every MLP"
     assert blocks is not None, "settings have it for every MLP"
-    inputs = data.train.images[0].numel()
+    inputs = math.prod(data.train.image_shape)
     parameters = (inputs + data.num_classes + 1 + blocks * (hidden + 1)) * hidden + data.num_classes
     activations = min(config.settings.batch_size, len(data.train)) * (blocks + 1) * hidden
     needed = _BYTES_OF_PARAMETER * parameters + _BYTES_OF_ACTIVATION * activations

@@ -88,14 +88,13 @@ def learn_noise(
             learner = _started(state, config, data, temperature, afresh=collapsed or not state.history)
             # Not as a CUDA graph, in whose replays the learner would not count its steps.
             eager = replace(config, cuda_graph=False)
-            step = new_step(
-                state.model, data.train, eager, watch, data_loss=cross_entropy, update=learner.step
-            )
+            step = new_step(state.model, eager, watch, data_loss=cross_entropy, update=learner.step)
         epoch = len(state.history) + 1
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "phase": "noise"}
         with learner, watch:
-            row |= train_epoch(step, batches_of(state, data.train, config), epoch, watch, progress)
+            indices = batches_of(state, data.train, config)
+            row |= train_epoch(step, data.train, indices, epoch, watch, progress)
         report = learner.check()
         row |= {
             **{name: getattr(report, name) for name in ("temperature", "steps", "unsettled", "changed")},
@@ -154,7 +153,7 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
         temperature=temperature,
         dataset_size=len(data.train),
         learning_rate=config.settings.noise_lr,
-        prices=structure_prices(model, data.train.images[:1], exponent=config.price_exponent),
+        prices=structure_prices(model, data.train.examples(1), exponent=config.price_exponent),
         weight_lr=config.weight_lr or None,
         criterion=criterion if isinstance(criterion, PosteriorCriterion) else None,
         across_processes=True,
@@ -185,7 +184,7 @@ def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig,
         kept = int(noise_layers(noisy)[name].mask.sum())
         chosen = torch.randperm(layer.num_structures, generator=generator)[:kept]
         layer.set_kept(torch.zeros(layer.num_structures, dtype=torch.bool).index_fill_(0, chosen, True))
-    return compact(model, data.train.images[:1], expected_noise=False)
+    return compact(model, data.train.examples(1), expected_noise=False)
 
 
 def untrained_copy(network: nn.Module, config: TrainConfig) -> nn.Module:

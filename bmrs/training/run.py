@@ -18,7 +18,7 @@ from torch import nn
 from bmrs import processes
 from bmrs.checks import one_line
 from bmrs.compaction.compact import compact
-from bmrs.data import Dataset, Split, load_dataset, preprocess
+from bmrs.data import Dataset, Split, TensorSplit, load_dataset, preprocess
 from bmrs.files import save as save_model
 from bmrs.files.atomic import write_atomically
 from bmrs.pruning.prune import prune
@@ -265,7 +265,7 @@ class _Trainer:
         teacher: nn.Module | None = None,
     ) -> TrainingState:
         """Train a network's weights."""
-        state = fitting_state(model, self.config, data.train.labels.device)
+        state = fitting_state(model, self.config, data.train.device)
         return self(
             network,
             title,
@@ -303,7 +303,7 @@ def _run_paper(
         "noisy": network("noisy", "with noise"),
         "dense": network("dense", "dense"),
     }
-    compacted = compact(states["noisy"].model, data.validation.images[:8])
+    compacted = compact(states["noisy"].model, data.validation.examples(8))
     if processes.is_first():
         save_model(trainer.folder.network("compacted"), compacted)
     return states
@@ -333,7 +333,7 @@ def _run_recipe(
         noisy.history[-1]["kept"] = {layer.name: layer.after for layer in report.layers}
         trainer.save("noisy", noisy)
 
-    examples = data.train.images[: recipe.EXAMPLES]
+    examples = data.train.examples(recipe.EXAMPLES)
     pruned = compact(noisy.model, examples)
     # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
     frozen = not config.weight_lr
@@ -385,7 +385,8 @@ def load(config: TrainConfig, device: torch.device) -> Dataset:
     check_memory(config, data, device)
 
     def ready(split: Split) -> Split:
-        return Split(preprocess(split.images.to(device), name=config.data), split.labels.to(device))
+        assert isinstance(split, TensorSplit), "which all named data sets have"
+        return TensorSplit(preprocess(split.images.to(device), name=config.data), split.labels.to(device))
 
     return replace(data, train=ready(data.train), validation=ready(data.validation), test=ready(data.test))
 

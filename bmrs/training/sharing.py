@@ -78,9 +78,8 @@ def check_same_data(data: Dataset) -> None:
     Raises:
         RunError: they have not.
     """
-    # Images are preprocessed, which may round otherwise on another device; the labels tell files apart as well.
-    labels = [split.labels for split in (data.train, data.validation, data.test)]
-    if not processes.same_on_all(labels):
+    splits = (data.train, data.validation, data.test)
+    if not processes.same_on_all(each for split in splits for each in split.fingerprint()):
         raise RunError(
             f"the {processes.count()} processes have read different images of {data.name}: --data-dir must hold the "
             "same files on every machine"

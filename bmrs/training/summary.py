@@ -26,7 +26,7 @@ from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.comparison_table import Row, Section, show_table, spread
 from bmrs.training.config import TrainConfig
-from bmrs.training.evaluation import accuracy, compression, in_batches, latency
+from bmrs.training.evaluation import EVALUATION_BATCH, accuracy, compression, latency
 from bmrs.training.fit import fitting_state
 from bmrs.training.run_folder import NetworkName, RunError, RunFolder
 from bmrs.training.shortfalls import shortfalls
@@ -209,7 +209,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         _check_suits(network, data, folder.network(name).name)
 
     compaction = "compacted" if config.recipe == "paper" else "pruned"
-    error = _difference(noisy.model, networks[compaction], data.test.images, folder.network(compaction).name)
+    error = _difference(noisy.model, networks[compaction], data.test, folder.network(compaction).name)
     sizes = {name: folder.network(name).stat().st_size for name in networks}
     if config.recipe == "paper":
         networks["masked"] = noisy.model
@@ -233,7 +233,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         networks=measured,
         on_the_way=on_the_way,
         kept=kept,
-        compression_percent=compression(noisy.model, data.test.images[:1]),
+        compression_percent=compression(noisy.model, data.test.examples(1)),
         reload_error=error,
         unsettled=last.get("unsettled", unsettled(noisy.model)),
         settled=last.get("settled"),
@@ -268,9 +268,10 @@ def _check_suits(network: nn.Module, data: Dataset, name: str) -> None:
     for parameter, values in network.state_dict().items():
         if isinstance(values, Tensor) and values.is_floating_point() and not values.isfinite().all():
             raise RunError(f"{name} is broken: {parameter} holds NaN or infinity")
-    images = data.test.images[:2]
+    images = data.test.examples(2)
     try:
-        outputs = in_batches(network, images)
+        with torch.inference_mode():
+            outputs = network.eval()(images)
         shape = tuple(outputs.shape)
     except Exception as error:  # it runs whatever the file describes
         raise RunError(
@@ -291,13 +292,17 @@ def _load(name: str, read: Callable[[], Any]) -> Any:
         raise RunError(f"{name} is broken: {one_line(error)}") from error
 
 
-def _difference(masked: nn.Module, compacted: nn.Module, images: Tensor, name: str) -> float:
+@torch.inference_mode()
+def _difference(masked: nn.Module, compacted: nn.Module, split: Split, name: str) -> float:
     """Return the largest difference of the outputs, relative to the largest output."""
     # In float64, since TF32 and the like would differ by more than the tolerance.
-    expected, found = (
-        in_batches(copy.deepcopy(model).double(), images.double()) for model in (masked, compacted)
-    )
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    masked, compacted = (copy.deepcopy(model).double().eval() for model in (masked, compacted))
+    largest = farthest = torch.zeros((), dtype=torch.float64, device=split.device)
+    for batch in split.in_order(EVALUATION_BATCH):
+        expected, found = (model(batch.images.double()) for model in (masked, compacted))
+        largest = torch.maximum(largest, expected.abs().max())
+        farthest = torch.maximum(farthest, (found - expected).abs().max())
+    difference = (farthest / largest).item()
     if not difference <= TOLERANCE:
         raise RunError(
             f"{name}: its outputs differ from the masked network's by {difference:.1e} of the "
@@ -310,12 +315,12 @@ def _measure(
     models: Mapping[str, nn.Module], file_sizes: Mapping[str, int], test: Split
 ) -> dict[str, NetworkMeasurement]:
     # Each batch size gives one time for each model; the table wants it the other way round.
-    turns = [latency(list(models.values()), test.images[:size]) for size in LATENCY_BATCHES]
+    turns = [latency(list(models.values()), test.examples(size)) for size in LATENCY_BATCHES]
     return {
         name: NetworkMeasurement(
             accuracy(model, test),
             num_parameters(model),
-            flops(model, test.images[:1]),
+            flops(model, test.examples(1)),
             file_sizes[name],
             times,
         )

@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmrs import processes
-from bmrs.data import Split
+from bmrs.data import Batch
 from bmrs.noise.divergence import kl_divergence
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.cuda_graph import GraphedStep
 from bmrs.training.finite import FiniteWatch
 
-Step: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
-DataLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of the logits, the labels and the indices of a batch, to the mean loss in nats."""
+Step: TypeAlias = Callable[[Batch, float], tuple[Tensor, ...]]
+"""Of this process's part of a batch and the weight of its mean; see `bmrs.processes.part_of`."""
+DataLoss: TypeAlias = Callable[[Tensor, Batch], Tensor]
+"""Of the logits of a batch and the batch, to the mean loss in nats."""
 Update: TypeAlias = Callable[[Tensor], Tensor]
 """Of the data loss: goes one step down and returns the KL term in nats, detached.
 
@@ -29,14 +30,13 @@ With several processes the step is that of their average loss; the gradients tha
 
 def new_step(
     model: nn.Module,
-    split: Split,
     config: TrainConfig,
     watch: FiniteWatch,
     *,
     data_loss: DataLoss,
     update: Update,
 ) -> Step:
-    """Return a function that trains on the images of given indices and waits for nothing on the device.
+    """Return a function that trains on a batch and waits for nothing on the device.
 
     It returns means over the batch, float64 of shape (3,): the data loss and the KL term in nats and the share of
     images that were classified rightly, with noise by the noisy network; and what `watch` is to record. With several
@@ -44,7 +44,6 @@ def new_step(
 
     Args:
         model: the network.
-        split: preprocessed images.
         config: the options; with `cuda_graph` the step is captured and replayed.
         watch: is asked for the step's probes.
         data_loss: what is to become small.
@@ -55,22 +54,20 @@ def new_step(
     """
     processes.check_statistics(model)
 
-    def step(batch: Tensor) -> tuple[Tensor, ...]:
-        own, weight = processes.part_of(batch)
-        images, labels = split.images[own], split.labels[own]
-        logits = model(images)
-        loss = data_loss(logits, labels, own)
+    def step(batch: Batch, weight: float) -> tuple[Tensor, ...]:
+        logits = model(batch.images)
+        loss = data_loss(logits, batch)
         kl = update(loss * weight)
         probes = watch.probes(loss + kl)
-        correct = (logits.argmax(dim=1) == labels).double().mean()
+        correct = (logits.argmax(dim=1) == batch.labels).double().mean()
         return weight * torch.stack([loss.detach().double(), kl.double(), correct]), probes
 
-    return GraphedStep(step, config.settings.batch_size, split.labels.device) if config.cuda_graph else step
+    return GraphedStep(step, config.settings.batch_size) if config.cuda_graph else step
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Return the data loss of plain training."""
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, batch.labels)
 
 
 def update_of(state: TrainingState, config: TrainConfig, dataset_size: int, *, noise: bool) -> Update:

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _rows(subject: Subject, data_dir: str) -> list[Row]:
     config = config_of(subject, data_dir, epochs=3)
     comparison = PeerComparison(subject, config, load_data(config, CPU), Deadline())
-    images, labels = comparison.data.train.images, comparison.data.train.labels
+    train = comparison.data.train
+    images, labels = next(train.in_order(len(train)))
     rate = config.settings.noise_lr
     size = config.settings.batch_size
     rows = []

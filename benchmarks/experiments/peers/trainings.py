@@ -134,7 +134,7 @@ class PeerComparison:
                 "epochs": built.epochs,
                 "widths": [len(built.model.get_submodule(name).weight) for name in self.chain.names],  # type: ignore[arg-type]
                 "parameters": num_parameters(built.model),
-                "flops": flops(built.model, self.data.test.images[:1]),
+                "flops": flops(built.model, self.data.test.examples(1)),
                 **{f"{name}_accuracy": value for name, value in built.before.items()},
                 "accuracy": accuracy(built.model, self.data.test),
                 "validation_accuracy": accuracy(built.model, self.data.validation),
@@ -163,7 +163,7 @@ class PeerComparison:
     @functools.cached_property
     def chain(self) -> Chain:
         """The dense network's layers."""
-        return Chain.of(recipe.untrained(self.config, self.data, CPU), self.data.test.images[:1])
+        return Chain.of(recipe.untrained(self.config, self.data, CPU), self.data.test.examples(1))
 
     @functools.cached_property
     def trained(self) -> nn.Module:
@@ -182,7 +182,7 @@ class PeerComparison:
         """How much the likelihood loses without each structure of a layer, to second order: T/2·SNR² nats."""
         prices = bmrs.structure_prices(
             recipe.noisy_state(self.trained, self.config, self.data, CPU).model,
-            self.data.train.images[:1],
+            self.data.train.examples(1),
             exponent=self.config.price_exponent or 0.0,
         )
         return [
@@ -230,7 +230,7 @@ class PeerComparison:
         if widths is None:
             return None
         model = _masked(self.noisy, self.evidence, widths)
-        examples = self.data.train.images[: recipe.EXAMPLES]
+        examples = self.data.train.examples(recipe.EXAMPLES)
         before = {
             "pruned": accuracy(bmrs.compact(model, examples), self.data.test),
             "refitted": accuracy(bmrs.compact(model, examples, refit_to=self.trained), self.data.test),
@@ -242,7 +242,7 @@ class PeerComparison:
         widths = self._own_widths(size)
         if widths is None:
             return None
-        examples = self.data.train.images[:2]
+        examples = self.data.train.examples(2)
         same = bmrs.compact(_masked(self.noisy, self.evidence, widths), examples)
         epochs = recipe.total_epochs(self.config)
         return Built(self._fit(recipe.untrained_copy(same, self.config), epochs), {}, epochs)
@@ -259,7 +259,7 @@ class PeerComparison:
             name: _best(each, width)
             for name, each, width in zip(self.chain.names, scores, widths, strict=True)
         }
-        start = torch_pruning.pruned(self.trained, kept, self.data.train.images[:2])
+        start = torch_pruning.pruned(self.trained, kept, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config) - self.config.settings.epochs
         return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))
@@ -268,7 +268,7 @@ class PeerComparison:
         layers = noise_layers(self.paper_noisy).values()
         scores = [-bmrs.BMRSNormal()(layer).scores.cpu() for layer in layers]
         model = _masked(self.paper_noisy, scores, self._uniform(size))
-        start = bmrs.compact(model, self.data.train.images[:2])
+        start = bmrs.compact(model, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = self.config.settings.fine_tune_epochs
         return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))
@@ -277,7 +277,7 @@ class PeerComparison:
         model = self._noisy_with_weights(WEIGHT_RATES[method])
         scores = [bmrs.SNR()(layer).scores.cpu() for layer in noise_layers(model).values()]
         start = bmrs.compact(
-            _masked(model, scores, self._uniform(size)), self.data.train.images[: recipe.EXAMPLES]
+            _masked(model, scores, self._uniform(size)), self.data.train.examples(recipe.EXAMPLES)
         )
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config)
@@ -290,7 +290,7 @@ class PeerComparison:
         assert settings.noise_epochs is not None, "settings have it for this recipe"
         state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
         prices = bmrs.structure_prices(
-            state.model, train.images[:1], exponent=self.config.price_exponent or 0.0
+            state.model, train.examples(1), exponent=self.config.price_exponent or 0.0
         )
         learner = PosteriorLearner(
             state.model,
@@ -302,9 +302,9 @@ class PeerComparison:
         )
         with learner:
             for _ in range(settings.noise_epochs):
-                for batch in batches_of(state, train, self.config):
+                for images, labels in train.batches(batches_of(state, train, self.config)):
                     self.deadline.check()
-                    learner.step(F.cross_entropy(state.model(train.images[batch]), train.labels[batch]))
+                    learner.step(F.cross_entropy(state.model(images), labels))
         return state.model
 
     def _own_widths(self, size: str) -> tuple[int, ...] | None:

@@ -7,6 +7,7 @@ import torch
 from idx_files import write_idx_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bmrs.data import Batch
 from bmrs.noise.lookup import noise_layers
 from bmrs.training import NonFiniteError, RunError, TrainConfig, algorithm1, cuda_graph, run
 from bmrs.training.cuda_graph import WARM_UPS, GraphedStep
@@ -70,14 +71,18 @@ def without_time(history):
 def test_each_batch_is_stepped_on_once_in_its_turn(stand_in):
     seen = []
 
-    def step(batch):
-        seen.append(batch.tolist())
-        return (batch.sum().double(), batch.double())
+    def step(batch, weight):
+        assert weight == 1.0
+        assert batch.images.tolist() == [[label] for label in batch.labels.tolist()]
+        seen.append(batch.labels.tolist())
+        return (batch.labels.sum().double(), batch.labels.double())
 
-    graphed = GraphedStep(step, 2, CPU)
+    graphed = GraphedStep(step, 2)
     batches = [torch.tensor([number, number + 1]) for number in range(WARM_UPS + 2)]
     batches.insert(1, torch.tensor([7]))  # of another size
-    results = [graphed(batch) for batch in [*batches, torch.tensor([8])]]
+    results = [
+        graphed(Batch(labels[:, None].double(), labels), 1.0) for labels in [*batches, torch.tensor([8])]
+    ]
     assert seen == [*(batch.tolist() for batch in batches), [8]]
     # Looked at only now: a later replay must not have changed them.
     assert [total.item() for total, _ in results] == [sum(batch) for batch in seen]
@@ -154,9 +159,9 @@ def test_a_step_waits_for_no_value_and_copies_nothing_to_a_device(tiny_config, m
     state.optimizer.step = lambda: None  # on a CPU it does ask for values
     watch = FiniteWatch(state.model)
     update = update_of(state, config, len(data.train), noise=noise)
-    step = new_step(state.model, data.train, config, watch, data_loss=cross_entropy, update=update)
+    step = new_step(state.model, config, watch, data_loss=cross_entropy, update=update)
     with watch, Operations() as operations:
-        step(torch.arange(16))
+        step(next(data.train.in_order(16)), 1.0)
     assert ("bmrs_kernels::multiply_noise" in operations.names) == noise
     assert "aten::aminmax" in operations.names
     waiting = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero", "lift_fresh", "masked_select")

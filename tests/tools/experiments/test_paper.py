@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.experiments import paper, paper_table
 from benchmarks.experiments.paper import Conditions, PaperRun
 from benchmarks.tables import readme
-from bmrs.data import EMBEDDED, Split
+from bmrs.data import EMBEDDED, TensorSplit
 from bmrs.training import ConfigError, NonFiniteError, RunError, algorithm1
 from bmrs.training.run import load
 
@@ -35,7 +35,7 @@ def few_images(monkeypatch):
     def load_few(config, device):
         data = load(config, device)
         parts = {name: getattr(data, name) for name in ("train", "validation", "test")}
-        few = {name: Split(split.images[:64], split.labels[:64]) for name, split in parts.items()}
+        few = {name: TensorSplit(split.images[:64], split.labels[:64]) for name, split in parts.items()}
         return replace(data, **few)
 
     monkeypatch.setattr(paper, "load", load_few)

@@ -14,7 +14,7 @@ from benchmarks.experiments.peers import command, picture, rules, table, trainin
 from benchmarks.experiments.peers.budget import Chain, Cost
 from benchmarks.rivals import torch_pruning
 from bmrs.compaction.costs import flops, num_parameters
-from bmrs.data import EMBEDDED, Split
+from bmrs.data import EMBEDDED, TensorSplit
 from bmrs.models import MLP, LeNet5
 
 IMAGES = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,7 @@ class TestRivals:
         torch.manual_seed(0)
         model = LeNet5(noise=False)
         names = ("conv1", "conv2", "hidden1", "hidden2")
-        split = Split(IMAGES, torch.arange(8))
+        split = TensorSplit(IMAGES, torch.arange(8))
         scores = torch_pruning.scores(model, names, split, seed=1)
         assert set(scores) == {"random", "L2", "Taylor"}
         for each in scores.values():
@@ -117,7 +117,7 @@ def quick(monkeypatch):
             data.name,
             data.num_classes,
             *(
-                Split(part.images[:480], part.labels[:480])
+                TensorSplit(part.images[:480], part.labels[:480])
                 for part in (data.train, data.validation, data.test)
             ),
         )
@@ -271,7 +271,7 @@ def test_rules_are_compared_structure_by_structure(tmp_path, monkeypatch, capsys
         return type(data)(
             data.name,
             10,
-            *(Split(p.images[:256], p.labels[:256]) for p in (data.train, data.validation, data.test)),
+            *(TensorSplit(p.images[:256], p.labels[:256]) for p in (data.train, data.validation, data.test)),
         )
 
     monkeypatch.setattr(rules, "load_data", few)
