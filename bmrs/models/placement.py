@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from bmrs.checks import check_module, shown
+from bmrs.checks import shown
 from bmrs.graph.stock_layers import DROPOUTS, HOMOGENEOUS_ACTIVATIONS, OTHER_ACTIVATIONS
 from bmrs.graph.suggestions import suggest
 from bmrs.noise.added import note_what_was_added
@@ -77,8 +77,8 @@ def place_noise(
         ValueError: as `bmrs.add_noise`; the placement is empty or another word, or ``"suggest"`` has no example or
             finds no place. The model is then unchanged.
     """
-    check_module(model)
-    calls = [call for place in _places(model, placement, example_inputs) for call in _calls(model, place)]
+    inner = inside_wrappers(model)
+    calls = [call for place in _places(model, placement, example_inputs) for call in _calls(inner, place)]
     before = {module for module in model.modules() if isinstance(module, NoiseLayer)}
     try:
         for call in calls:
