@@ -176,6 +176,12 @@ def test_every_public_name_is_described(package):
     assert not [name for name in package.__all__ if not re.search(rf"\b{name}\b", code)]
 
 
+def test_every_network_is_described():
+    code = " ".join(re.findall(r"`([^`\n]+)`", DOCUMENTS["bmrs/README.md"].read_text("utf-8")))
+    names = {*bmrs.models.NETWORKS, *bmrs.models.__all__}
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
+
+
 def test_tables_are_those_of_the_committed_results(tmp_path, monkeypatch, capsys):
     assert benchmarks(["readme", "--check"]) == 0
     # The same READMEs elsewhere, one with a wrong figure: named, and put right where it lies.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import bmrs
 from bmrs.noise.placement import Where
@@ -59,63 +57,6 @@ class TimedNetwork:
     def labels(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return random classes of shape (batch,)."""
         return torch.randint(self.classes, (batch,), device=device)
-
-
-class Bottleneck(nn.Module):
-    """A residual block of ResNet-50, version 1.5: its stride is in the 3×3 convolution.
-
-    Args:
-        channels: channels of the input.
-        width: channels of the 3×3 convolution; the output has four times as many.
-        stride: 2 halves the image.
-    """
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels != 4 * width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output for images of shape (N, channels, height, width)."""
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x), inplace=True)
-
-
-class ResNet50(nn.Sequential):
-    """ResNet-50, version 1.5 (arXiv 1512.03385), for images of shape (N, 3, height, width).
-
-    Args:
-        num_classes: number of outputs (logits).
-    """
-
-    def __init__(self, num_classes: int = IMAGENET_CLASSES) -> None:
-        layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv=nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
-            bn=nn.BatchNorm2d(64),
-            relu=nn.ReLU(inplace=True),
-            pool=nn.MaxPool2d(3, 2, padding=1),
-        )
-        channels = 64
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            width = 64 * 2**stage
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                layers[f"stage{stage + 1}_block{block + 1}"] = Bottleneck(channels, width, stride)
-                channels = 4 * width
-        layers |= OrderedDict(
-            average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classes=nn.Linear(channels, num_classes)
-        )
-        super().__init__(layers)
 
 
 class VisionTransformer(nn.Module):
@@ -211,7 +152,7 @@ RESNET50 = TimedNetwork(
     name="ResNet-50",
     batch=32,
     input_shape=(3, 224, 224),
-    build=with_noise_behind(ResNet50, nn.BatchNorm2d),
+    build=with_noise_behind(functools.partial(bmrs.models.resnet50, stem="7x7"), nn.BatchNorm2d),
     classes=IMAGENET_CLASSES,
     paper_ratio=6.9,
     channels_last=True,

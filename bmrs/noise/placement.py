@@ -100,7 +100,7 @@ def add_noise(
             "leave both out to infer them"
         )
     # By the model's own names, or else by those that torch.compile gives it.
-    chosen = _chosen_layers(inside_wrappers(model), where) or _chosen_layers(model, where)
+    chosen = chosen_layers(inside_wrappers(model), where) or chosen_layers(model, where)
     if not chosen:
         raise ValueError(f"where={where!r} matches no layer of the model ({type(model).__name__})")
     fallback = next(model.parameters(), torch.empty(0))
@@ -111,7 +111,7 @@ def add_noise(
         if num_heads is not None:
             count, axis, size = num_heads, -1, _head_size(name, layer, num_heads)
         elif num_structures is None or dim is None:
-            count, axis = _output_structures(name, layer)
+            count, axis = output_structures(name, layer)
         else:
             count, axis = num_structures, dim
         tensors = chain(layer.parameters(), layer.buffers())
@@ -142,7 +142,8 @@ def add_noise(
     return model
 
 
-def _chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    """Return the layers of a model that ``where`` of `add_noise` chooses, by name; a shared one by its first name."""
     chosen: Callable[[str, nn.Module], bool]
     if isinstance(where, str):
         pattern = where
@@ -179,12 +180,12 @@ def can_get_noise(layer: nn.Module) -> bool:
     """Return whether `add_noise` takes a layer without being told its structures."""
     try:
         _check_can_get_noise("", layer)
-        return _output_structures("", layer)[0] > 1
+        return output_structures("", layer)[0] > 1
     except ValueError:
         return False
 
 
-def _output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
+def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
     """Return the number of structures in a layer's output and the dimension that they lie along."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, -1

@@ -7,7 +7,6 @@ from residual_cases import BasicBlock, RandomResidual, SmallResNet, Sum
 from torch import nn
 
 import bmrs
-from benchmarks.speed.networks import ResNet50
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
@@ -331,7 +330,7 @@ class TestNetworks:
 
     def test_bottlenecks_pruned_together_lose_channels_everywhere(self):
         torch.manual_seed(0)
-        model = bmrs.add_noise(ResNet50(num_classes=10), where=nn.BatchNorm2d)
+        model = bmrs.add_noise(bmrs.models.resnet50(num_classes=10, stem="7x7"), where=nn.BatchNorm2d)
         randomise(model, pruned=0.0)
         for noise in noise_layers(model).values():
             noise.mask[::2] = False

@@ -7,8 +7,8 @@ from residual_cases import RandomResidual, SmallResNet, Sum
 from torch import nn
 
 import bmrs
-from benchmarks.speed.networks import Bottleneck
 from bmrs.graph.ties import tied_noise_layers
+from bmrs.models.resnet import Bottleneck
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
@@ -48,8 +48,8 @@ class TestTies:
         bmrs.add_noise(model, where=nn.BatchNorm2d)
         groups = tied_noise_layers(model, IMAGES)
         assert [set(group) for group in groups] == [
-            {"0.bn3.noise", "0.shortcut.1.noise", "1.bn3.noise"},
-            {"2.bn3.noise", "2.shortcut.1.noise", "3.bn3.noise"},
+            {"0.bn3.noise", "0.downsample.1.noise", "1.bn3.noise"},
+            {"2.bn3.noise", "2.downsample.1.noise", "3.bn3.noise"},
         ]
 
     @pytest.mark.parametrize("where", ["*.bn2", "layer*.bn1"])
