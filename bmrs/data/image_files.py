@@ -1,0 +1,110 @@
+"""One image file, read with Pillow."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from bmrs.checks import one_line
+
+# Formats of pixels alone. Pillow has others that start programs, such as EPS, or only stand for a plug-in.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_GREY = ("1", "L", "LA", "La")
+
+
+class UnreadableImageError(ValueError):
+    """A file is no image that can be read; the message says why, in one line."""
+
+
+def pillow() -> ModuleType:
+    """Return Pillow's module of images.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("image files are read with Pillow, which is missing: pip install pillow") from error
+    return Image
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the ends of the names of files that are read, in lower case and with the dot."""
+    image = pillow()
+    kinds = image.registered_extensions()
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in _FORMATS and kind in image.OPEN)
+
+
+def is_grey(path: Path) -> bool | None:
+    """Return whether an image file holds shades of grey alone, by its header; None where it cannot be read."""
+    try:
+        with _opened(path) as image:
+            return image.mode in _GREY or image.mode.startswith("I")
+    except Exception:  # said by the one that reads the pixels
+        return None
+
+
+def read_image(path: Path, *, image_size: int, channels: int) -> tuple[np.ndarray, bool]:
+    """Return an image as a square of a given size, and whether colours were made grey or grey made coloured.
+
+    The image is turned as its EXIF data say, cut to the square in its centre and resized (bilinear, antialiased).
+    Transparency is dropped, 16-bit shades are cut to 8 bits, of an animation the first picture is taken.
+
+    Args:
+        path: the file; its format is recognised by content, not by name.
+        image_size: height and width of the result, in pixels.
+        channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        uint8 of shape (channels, image_size, image_size), and the flag.
+
+    Raises:
+        UnreadableImageError: the file is no image, cut off, broken, or of more pixels than Pillow takes for harmless.
+    """
+    from PIL import ImageOps
+
+    try:
+        with warnings.catch_warnings(), _opened(path) as opened:
+            # A picture of a few kilobytes can be one of gigabytes.
+            warnings.simplefilter("error", pillow().DecompressionBombWarning)
+            opened.draft("RGB" if channels == 3 else "L", (2 * image_size, 2 * image_size))
+            was_grey = opened.mode in _GREY or opened.mode.startswith("I")
+            upright = ImageOps.exif_transpose(opened)
+            image = _in_mode(upright, "RGB" if channels == 3 else "L")
+            side = min(image.size)
+            left, top = ((length - side) // 2 for length in image.size)
+            square = image.crop((left, top, left + side, top + side))
+            resized = square.resize((image_size, image_size), pillow().Resampling.BILINEAR)
+            pixels = np.array(resized, dtype=np.uint8)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise almost anything
+        reason = one_line(error) or type(error).__name__
+        raise UnreadableImageError(reason.replace(f"{str(path)!r}", "the file")) from error
+    pixels = pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels), was_grey != (channels == 1)
+
+
+def _opened(path: Path):  # type: ignore[no-untyped-def]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pillow().DecompressionBombWarning)
+        return pillow().open(path, formats=_FORMATS)
+
+
+def _in_mode(image, mode: str):  # type: ignore[no-untyped-def]
+    """Return an image in mode RGB or L."""
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them at 255
+        image = pillow().fromarray(
+            (np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8).astype(np.uint8)
+        )
+    elif image.mode == "F":
+        raise UnreadableImageError("its pixels are floating-point numbers, of unknown range")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # what Pillow asks for
+    return image.convert(mode)
