@@ -276,9 +276,8 @@ def _index_of(place: Path) -> dict[str, Any] | None:
     try:
         index = json.loads((place / "index.json").read_text("utf-8"))
         images = np.load(place / "images.npy", mmap_mode="r")
-        whole = index["version"] == _VERSION and len(images) == len(index["labels"]) == sum(
-            index["splits"].values()
-        )
+        counts = {len(images), len(index["labels"]), sum(index["splits"].values())}
+        whole = index["version"] == _VERSION and images.ndim == 4 and len(counts) == 1
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return index if whole else None

@@ -76,7 +76,7 @@ def read_image(path: Path, *, image_size: int, channels: int) -> tuple[np.ndarra
             opened.draft("RGB" if channels == 3 else "L", (2 * image_size, 2 * image_size))
             was_grey = opened.mode in _GREY or opened.mode.startswith("I")
             upright = ImageOps.exif_transpose(opened)
-            image = _in_mode(upright, "RGB" if channels == 3 else "L")
+            image = _in_mode(upright, "RGB" if channels == 3 else "L", kind=opened.format)
             side = min(image.size)
             left, top = ((length - side) // 2 for length in image.size)
             square = image.crop((left, top, left + side, top + side))
@@ -94,17 +94,19 @@ def read_image(path: Path, *, image_size: int, channels: int) -> tuple[np.ndarra
 def _opened(path: Path):  # type: ignore[no-untyped-def]
     with warnings.catch_warnings():
         warnings.simplefilter("error", pillow().DecompressionBombWarning)
-        return pillow().open(path, formats=_FORMATS)
+        image = pillow()
+        image.init()
+        # Asked for a format that it was built without, Pillow raises whatever the file is.
+        return image.open(path, formats=[kind for kind in _FORMATS if kind in image.OPEN])
 
 
-def _in_mode(image, mode: str):  # type: ignore[no-untyped-def]
-    """Return an image in mode RGB or L."""
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them at 255
-        image = pillow().fromarray(
-            (np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8).astype(np.uint8)
-        )
-    elif image.mode == "F":
-        raise UnreadableImageError("its pixels are floating-point numbers, of unknown range")
+def _in_mode(image, mode: str, *, kind: str):  # type: ignore[no-untyped-def]
+    """Return an image, read from a file of some kind, in mode RGB or L."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        # 16 bits; Pillow's own conversion would clip them at 255.
+        image = pillow().fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UnreadableImageError("its pixels are 32-bit numbers, of unknown range")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # what Pillow asks for
     return image.convert(mode)

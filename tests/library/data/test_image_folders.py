@@ -265,7 +265,8 @@ def disguised(path):
         (lambda path: path.write_bytes(b"text"), "cannot identify"),
         (bomb, r"144000000 pixels\) exceeds limit"),
         (disguised, "cannot identify"),
-        (lambda path: Image.fromarray(np.ones((4, 4), np.float32)).save(path, "TIFF"), "floating-point"),
+        (lambda path: Image.fromarray(np.ones((4, 4), np.float32)).save(path, "TIFF"), "32-bit numbers"),
+        (lambda path: Image.fromarray(np.ones((4, 4), np.int32)).save(path, "TIFF"), "32-bit numbers"),
     ],
 )
 def test_what_is_no_image_is_an_error_of_one_line(tmp_path, harm, message):
