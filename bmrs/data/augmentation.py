@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +14,8 @@ from bmrs.checks import check_integer
 from bmrs.data.checks import DataError
 from bmrs.data.split import Split
 
-_PART = 256
+_VALUES = 2**21
+"""Pixel values that are looked at together."""
 
 
 def augment(images: Tensor, *, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -126,8 +128,9 @@ def normalization_of(split: Split, *, images: int = 10_000, seed: int = 0) -> No
     """
     check_integer("images", images, minimum=1)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images].sort().values
+    part = max(1, _VALUES // math.prod(split.image_shape))
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for batch in split.batches(order.split(_PART)):
+    for batch in split.batches(order.split(part)):
         pixels = batch.images.transpose(0, 1).flatten(1).cpu().double()
         pixels = pixels / 255 if batch.images.dtype == torch.uint8 else pixels
         count += pixels.shape[1]

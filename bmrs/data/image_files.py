@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +47,7 @@ def image_suffixes() -> frozenset[str]:
 def is_grey(path: Path) -> bool | None:
     """Return whether an image file holds shades of grey alone, by its header; None where it cannot be read."""
     try:
-        with _opened(path) as image:
+        with _judging_warnings(), _opened(path) as image:
             return image.mode in _GREY or image.mode.startswith("I")
     except Exception:  # said by the one that reads the pixels
         return None
@@ -67,23 +70,17 @@ def read_image(path: Path, *, image_size: int, channels: int) -> tuple[np.ndarra
     Raises:
         UnreadableImageError: the file is no image, cut off, broken, or of more pixels than Pillow takes for harmless.
     """
-    from PIL import ImageOps
-
     try:
-        with warnings.catch_warnings(), _opened(path) as opened:
-            # A picture of a few kilobytes can be one of gigabytes.
-            warnings.simplefilter("error", pillow().DecompressionBombWarning)
+        with _judging_warnings(), _opened(path) as opened:
             opened.draft("RGB" if channels == 3 else "L", (2 * image_size, 2 * image_size))
             was_grey = opened.mode in _GREY or opened.mode.startswith("I")
-            upright = ImageOps.exif_transpose(opened)
-            image = _in_mode(upright, "RGB" if channels == 3 else "L", kind=opened.format)
+            opened.load()
+            image = _in_mode(_upright(opened), "RGB" if channels == 3 else "L", kind=opened.format)
             side = min(image.size)
             left, top = ((length - side) // 2 for length in image.size)
             square = image.crop((left, top, left + side, top + side))
             resized = square.resize((image_size, image_size), pillow().Resampling.BILINEAR)
             pixels = np.array(resized, dtype=np.uint8)
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's readers raise almost anything
         reason = one_line(error) or type(error).__name__
         raise UnreadableImageError(reason.replace(f"{str(path)!r}", "the file")) from error
@@ -91,16 +88,36 @@ def read_image(path: Path, *, image_size: int, channels: int) -> tuple[np.ndarra
     return np.ascontiguousarray(pixels), was_grey != (channels == 1)
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]
+@contextmanager
+def _judging_warnings() -> Iterator[None]:
+    """Take Pillow's warning of too many pixels for an error, as a file of a few kilobytes can be an image of gigabytes.
+
+    What else it warns about, such as EXIF data in disorder, does not concern the pixels.
+    """
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", pillow().DecompressionBombWarning)
-        image = pillow()
-        image.init()
-        # Asked for a format that it was built without, Pillow raises whatever the file is.
-        return image.open(path, formats=[kind for kind in _FORMATS if kind in image.OPEN])
+        yield
 
 
-def _in_mode(image, mode: str, *, kind: str):  # type: ignore[no-untyped-def]
+def _opened(path: Path) -> Any:
+    image = pillow()
+    image.init()
+    # Asked for a format that it was built without, Pillow raises whatever the file is.
+    return image.open(path, formats=[kind for kind in _FORMATS if kind in image.OPEN])
+
+
+def _upright(image: Any) -> Any:
+    """Return an image turned as its EXIF data say; as it is if they are broken."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # their reader raises almost anything
+        return image
+
+
+def _in_mode(image: Any, mode: str, *, kind: str) -> Any:
     """Return an image, read from a file of some kind, in mode RGB or L."""
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         # 16 bits; Pillow's own conversion would clip them at 255.

@@ -227,6 +227,13 @@ def test_an_image_is_turned_as_its_camera_says(tmp_path):
     np.testing.assert_array_equal(image.transpose(1, 2, 0), np.rot90(pixels(0), -1))
 
 
+def test_broken_camera_data_do_not_matter(tmp_path):
+    for exif in (b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01", b"Exif\0\0nonsense"):
+        Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+        image, _ = read_image(tmp_path / "a.jpg", image_size=4, channels=3)
+        assert (image == 90).all()
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "gif", "tif", "ppm", "tga"])
 def test_formats_are_read_close_to_what_was_written(tmp_path, suffix):
     smooth = np.repeat(np.linspace(0, 255, 16).astype(np.uint8)[:, None], 16, 1)
