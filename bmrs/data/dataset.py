@@ -169,7 +169,8 @@ def load_dataset(
             assert folder is not None, "checked above"
             listing = list_tiny_imagenet(Path(folder))
         else:
-            listing = list_class_folders(Path(name.removeprefix(FOLDER)))
+            # No shell replaces a ~ that stands behind "folder:".
+            listing = list_class_folders(Path(name.removeprefix(FOLDER)).expanduser())
         return _of_files(
             name,
             listing,

@@ -82,6 +82,11 @@ def test_splits_of_the_folder_are_taken_as_they_are(load, tmp_path, name):
     assert [len(without.train), len(without.validation), len(without.test)] == [6, 2, 4]
 
 
+def test_the_folder_may_be_in_ones_home(load, animals, monkeypatch):
+    monkeypatch.setenv("HOME", str(animals.parent))
+    assert load("~/animals").classes == ("ant", "bee")
+
+
 def test_images_lie_deeper_and_behind_links(load, animals, tmp_path):
     write_image(animals / "ant" / "more" / "deep" / "a.JPEG", 30)
     write_classes(tmp_path / "elsewhere", ["cat"])
