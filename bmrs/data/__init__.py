@@ -1,18 +1,41 @@
-"""Readers of MNIST, Fashion-MNIST and CIFAR-10 in their official formats, and a small embedded data set."""
+"""Images of classes: official data sets, folders of image files and data sets of the user's own, in three splits."""
 
+from bmrs.data.augmentation import IMAGENET, Normalization, augment, normalization_of, resized
 from bmrs.data.checks import DataError
-from bmrs.data.dataset import DATASETS, EMBEDDED, DataName, Dataset, load_dataset, preprocess
+from bmrs.data.dataset import (
+    DATASETS,
+    EMBEDDED,
+    FOLDER,
+    MORE_DATASETS,
+    DataName,
+    Dataset,
+    check_spec,
+    load_dataset,
+    preprocess,
+)
+from bmrs.data.mapped_split import MappedSplit
 from bmrs.data.split import Batch, Split, TensorSplit
+from bmrs.data.streamed_split import StreamedSplit
 
 __all__ = [
     "DATASETS",
     "EMBEDDED",
+    "FOLDER",
+    "IMAGENET",
+    "MORE_DATASETS",
     "Batch",
     "DataError",
     "DataName",
     "Dataset",
+    "MappedSplit",
+    "Normalization",
     "Split",
+    "StreamedSplit",
     "TensorSplit",
+    "augment",
+    "check_spec",
     "load_dataset",
+    "normalization_of",
     "preprocess",
+    "resized",
 ]

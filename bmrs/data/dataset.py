@@ -1,8 +1,9 @@
-"""Image classification data as tensors: reading by name, splitting and preprocessing."""
+"""Image classification data: reading by name, from folders or from the user's code, splitting and preprocessing."""
 
 from __future__ import annotations
 
 import importlib.resources
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
@@ -11,10 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bmrs.checks import check_choice, check_integer, shown
 from bmrs.data.checks import NUM_CLASSES, DataError
-from bmrs.data.cifar10 import read_cifar10
+from bmrs.data.cifar import read_cifar10, read_cifar100
 from bmrs.data.idx import read_idx_images
+from bmrs.data.image_cache import Progress, default_cache, read_cached
+from bmrs.data.image_folders import ImageListing, SplitName, list_class_folders, list_tiny_imagenet
+from bmrs.data.mapped_split import MappedSplit
+from bmrs.data.own_data import read_own
 from bmrs.data.split import Split, TensorSplit
+from bmrs.data.workers import num_workers
 
 EMBEDDED: Final = "fashion-mnist-subset"
 """The name of the data that come with the package."""
@@ -22,21 +29,47 @@ EMBEDDED: Final = "fashion-mnist-subset"
 DataName: TypeAlias = Literal["fashion-mnist-subset", "mnist", "fashion-mnist", "cifar10"]
 
 DATASETS: tuple[DataName, ...] = get_args(DataName)
-"""The names that `load_dataset` knows."""
+"""The names whose images the paper trains on, and which `preprocess` knows."""
+
+MORE_DATASETS: Final = ("cifar100", "cifar100-coarse", "tiny-imagenet")
+"""The other names that `load_dataset` knows; "coarse" is for the 20 superclasses."""
+
+FOLDER: Final = "folder:"
+"""What stands before the path of a folder of class folders."""
 
 IMAGE_SIZE = 32
 """Height and width of a network's input."""
 
+_CLASSES: dict[str, int] = {**dict.fromkeys(DATASETS, NUM_CLASSES), "cifar100": 100, "cifar100-coarse": 20}
+_SIZE_OF_FILES = 64
+# Of all seeds, so that runs with several of them are measured with the same images.
+_SEED_OF_TEST = 0
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set in its three splits."""
+    """Images of classes in three splits.
+
+    Attributes:
+        name: what was asked for.
+        num_classes: number of classes.
+        train: images to learn from.
+        validation: images to choose by.
+        test: images to measure with.
+        image_size: height and width, in pixels, that a network is to be given; None for images of the user's own data
+            sets, which stay as they are.
+        classes: names of the classes, where they are known.
+        notes: what the user should know of how the data were read, a line each.
+    """
 
     name: str
     num_classes: int
     train: Split
     validation: Split
     test: Split
+    image_size: int | None = IMAGE_SIZE
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -44,64 +77,156 @@ class Dataset:
         return self.train.image_shape[0]
 
 
-def load_dataset(
-    name: str, folder: str | Path | None = None, *, validation_fraction: float = 0.2, seed: int = 0
-) -> Dataset:
-    """Read a data set in its official file format and split off validation images.
+def check_spec(spec: object, *, option: str = "name") -> None:
+    """Check that a text names data, whether or not they are there.
 
     Args:
-        name: one of `DATASETS`. `"fashion-mnist-subset"` comes with the package: 6,000 training and 2,000
-            test images of Fashion-MNIST.
-        folder: where the official files lie; none for the embedded data.
-        validation_fraction: share of the training images, in (0, 1), that goes to validation.
-        seed: seed of the random choice of validation images.
-
-    Returns:
-        The splits as uint8 images and int64 labels; see `preprocess` for what a network takes.
+        spec: see `load_dataset`.
+        option: what the error calls it.
 
     Raises:
-        ValueError: `name` is unknown, `folder` missing or superfluous, or the fraction out of range.
-        FileNotFoundError: the folder or a file is missing.
-        DataError: a file is not what its format says.
+        ValueError: it does not; the message says what would.
     """
-    if name not in DATASETS:
-        raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
-    if (folder is None) != (name == EMBEDDED):
+    known = (*DATASETS, *MORE_DATASETS)
+    if spec in known:
+        return
+    if isinstance(spec, str) and (
+        spec.removeprefix(FOLDER) if spec.startswith(FOLDER) else _is_factory(spec)
+    ):
+        return
+    raise ValueError(
+        f"{option} must be one of {', '.join(known)}, folder:DIR for a folder of class folders, or "
+        f"package.module:factory for a function that makes data sets, got {shown(spec)}"
+    )
+
+
+def load_dataset(
+    name: str,
+    folder: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    validation_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    workers: int | None = None,
+    cache: str | Path | None = None,
+    skip_unreadable: bool = False,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Read a data set, and split off what it lacks.
+
+    Args:
+        name: one of
+
+            - `DATASETS` and `MORE_DATASETS`, in their official file formats. `"fashion-mnist-subset"` comes with the
+              package: 6,000 training and 2,000 test images of Fashion-MNIST.
+            - `"folder:DIR"`: image files in a folder for each class, which lie in DIR or in its train, val and test.
+            - `"package.module:factory"`: a function without arguments that returns a dict or an object with the
+              map-style data sets `train`, `test` and, if there is one, `validation`; and `num_classes`, if not
+              `train.classes` has them. See `StreamedSplit` for what they give.
+        folder: where the official files lie; none otherwise.
+        image_size: height and width of the images for a network, in pixels. Image files are read at that size, 64 if
+            it is not given; of other names it is noted in the result, 32 if it is not given. None for a factory.
+        channels: 1 for grey or 3 for RGB image files; None for what most of them are.
+        validation_fraction: share of the training images, in (0, 1), that goes to validation, where there are no
+            validation images.
+        test_fraction: likewise for test images, of folders. They are the same for all seeds.
+        seed: seed of the random choice of validation images, and of what data sets of the user's own draw.
+        workers: processes that read image files, or the user's own data; None for one a core, 0 for this one.
+        cache: folder in which image files are kept as one array, for the next time; None for that of the user.
+        skip_unreadable: whether image files that cannot be read are left out, with a note, instead of an error.
+        progress: is told how many image files have been read, and of how many, where they are not in the cache.
+
+    Returns:
+        The splits as uint8 images (a factory's may be float32) and int64 labels, on the CPU; see `preprocess` and
+        `bmrs.data.augmentation` for what a network takes.
+
+    Raises:
+        ValueError: `name` is unknown, `folder` missing or superfluous, or a number out of range.
+        ImportError: there are image files to be read, and Pillow is not installed.
+        FileNotFoundError: the folder or a file is missing.
+        DataError: a file or a factory is not what it has to be.
+    """
+    check_spec(name)
+    for option, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+        if not 0 < fraction < 1:
+            raise ValueError(f"{option} must be between 0 and 1, got {fraction}")
+    if image_size is not None:
+        check_integer("image_size", image_size, minimum=1)
+    check_choice("channels", channels, (None, 1, 3))
+    readers = num_workers(workers)
+    official = name in DATASETS or name in MORE_DATASETS
+    if (folder is None) != (name == EMBEDDED or not official):
         raise ValueError(
-            f"folder is {str(folder)!r}, but {name} comes with the package"
-            if name == EMBEDDED
+            f"folder is {str(folder)!r}, but {name} {'comes with the package' if official else 'says where it is'}"
+            if folder is not None
             else f"folder is missing: {name} is read from the folder of its official files"
+        )
+
+    if name.startswith(FOLDER) or name == "tiny-imagenet":
+        if name == "tiny-imagenet":
+            assert folder is not None, "checked above"
+            listing = list_tiny_imagenet(Path(folder))
+        else:
+            # No shell replaces a ~ that stands behind "folder:".
+            listing = list_class_folders(Path(name.removeprefix(FOLDER)).expanduser())
+        return _of_files(
+            name,
+            listing,
+            image_size=_SIZE_OF_FILES if image_size is None else image_size,
+            channels=channels,
+            fractions={"test": test_fraction, "validation": validation_fraction},
+            seed=seed,
+            workers=readers,
+            cache=default_cache() if cache is None else Path(cache),
+            skip_unreadable=skip_unreadable,
+            progress=progress,
+        )
+    if not official:
+        if image_size is not None or channels is not None:
+            raise ValueError(f"image_size and channels must be None for {name}, which decides them itself")
+        own = read_own(name, workers=readers, seed=seed)
+        whole: Split = own.splits["train"]
+        train, validation = (
+            (whole, own.splits["validation"])
+            if "validation" in own.splits
+            else _split(whole, validation_fraction, seed)
+        )
+        return Dataset(
+            name, own.num_classes, train, validation, own.splits["test"], image_size=None, notes=own.notes
         )
 
     if folder is None:
         with importlib.resources.as_file(importlib.resources.files("bmrs.data")) as package:
-            train, test = _read("fashion-mnist", package / "fashion_mnist_subset")
+            all_train, test = _read("fashion-mnist", package / "fashion_mnist_subset")
     else:
-        train, test = _read(name, Path(folder))
-    train, validation = _split(train, validation_fraction, seed)
-    return Dataset(name=name, num_classes=NUM_CLASSES, train=train, validation=validation, test=test)
+        all_train, test = _read(name, Path(folder))
+    train, validation = _split(all_train, validation_fraction, seed)
+    return Dataset(
+        name, _CLASSES[name], train, validation, test, IMAGE_SIZE if image_size is None else image_size
+    )
 
 
-def preprocess(images: Tensor, *, name: str) -> Tensor:
+def preprocess(images: Tensor, *, name: str, image_size: int = IMAGE_SIZE) -> Tensor:
     """Return images as the paper feeds them to a network (appendix C).
 
-    They are resized to 32×32 (bilinear, antialiased), then scaled: (x − 127)/255 for MNIST and Fashion-MNIST,
-    (x/255 − 0.5)/0.5 for CIFAR-10.
+    They are resized (bilinear, antialiased; to 32×32 in the paper), then scaled: (x − 127)/255 for MNIST and
+    Fashion-MNIST, (x/255 − 0.5)/0.5 for CIFAR-10.
 
     Args:
         images: uint8 of shape (N, C, H, W).
         name: the data set's name, one of `DATASETS`.
+        image_size: height and width of the result.
 
     Returns:
-        float32 of shape (N, C, 32, 32), on the device of `images`.
+        float32 of shape (N, C, image_size, image_size), on the device of `images`.
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
     pixels = images.float()
-    if tuple(pixels.shape[-2:]) != (IMAGE_SIZE, IMAGE_SIZE):
-        pixels = F.interpolate(pixels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+    if tuple(pixels.shape[-2:]) != (image_size, image_size):
+        pixels = F.interpolate(pixels, size=(image_size, image_size), mode="bilinear", antialias=True)
     return (pixels / 255 - 0.5) / 0.5 if name == "cifar10" else (pixels - 127) / 255
 
 
@@ -110,12 +235,80 @@ def _read(name: str, folder: Path) -> tuple[TensorSplit, TensorSplit]:
         raise FileNotFoundError(f"{folder}: no such folder; expected the official files of {name}")
     if name == "cifar10":
         train, test = read_cifar10(folder)
+    elif name.startswith("cifar100"):
+        train, test = read_cifar100(folder, coarse=name == "cifar100-coarse")
     else:
         train, test = read_idx_images(folder, "train"), read_idx_images(folder, "t10k")
     return TensorSplit(*train), TensorSplit(*test)
 
 
-def _split(train: TensorSplit, validation_fraction: float, seed: int) -> tuple[TensorSplit, TensorSplit]:
+def _of_files(
+    name: str,
+    listing: ImageListing,
+    *,
+    image_size: int,
+    channels: int | None,
+    fractions: dict[SplitName, float],
+    seed: int,
+    workers: int,
+    cache: Path,
+    skip_unreadable: bool,
+    progress: Progress | None,
+) -> Dataset:
+    """Return the images of a listing; what splits it lacks are cut off the training images, class by class."""
+    read = read_cached(
+        listing,
+        image_size=image_size,
+        channels=channels,
+        cache=cache,
+        workers=workers,
+        skip_unreadable=skip_unreadable,
+        progress=progress,
+    )
+    everything = MappedSplit(read.images, torch.arange(len(read.labels)), read.labels)
+    parts = torch.arange(len(read.labels)).split(list(read.sizes.values()))
+    splits = {split: everything.part(rows) for split, rows in zip(read.sizes, parts, strict=True)}
+    for split, fraction in fractions.items():
+        if split not in splits:
+            cut = _cut_by_class(
+                splits["train"].labels,
+                fraction,
+                _SEED_OF_TEST if split == "test" else seed,
+                what=f"{listing.root}, {split}",
+                classes=listing.classes,
+            )
+            splits[split], splits["train"] = (splits["train"].part(rows) for rows in cut)
+    return Dataset(
+        name,
+        len(listing.classes),
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        image_size,
+        listing.classes,
+        (*listing.notes(), *read.notes),
+    )
+
+
+def _cut_by_class(
+    labels: Tensor, fraction: float, seed: int, *, what: str, classes: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the sorted indices of a share of each class, chosen at random, and those of the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label, title in enumerate(classes):
+        members = (labels == label).nonzero().squeeze(1)
+        number = max(1, round(len(members) * fraction))
+        if number >= len(members):
+            raise DataError(
+                f"{what}: is cut off the training images, and class {title!r} has {len(members)} of them; expected 2 "
+                "or more for each split"
+            )
+        chosen[members[torch.randperm(len(members), generator=generator)[:number]]] = True
+    return chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
+
+
+def _split(train: Split, validation_fraction: float, seed: int) -> tuple[Split, Split]:
     num_validation = round(len(train) * validation_fraction)
     if not 0 < num_validation < len(train):
         raise DataError(
@@ -123,7 +316,8 @@ def _split(train: TensorSplit, validation_fraction: float, seed: int) -> tuple[T
             "expected at least one in each part"
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    validation, rest = order[:num_validation], order[num_validation:]
-    return TensorSplit(train.images[rest], train.labels[rest]), TensorSplit(
-        train.images[validation], train.labels[validation]
-    )
+    return train.part(order[num_validation:]), train.part(order[:num_validation])
+
+
+def _is_factory(spec: str) -> bool:
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec) is not None

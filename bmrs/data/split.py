@@ -52,6 +52,17 @@ class Split(ABC):
     def fingerprint(self) -> list[Tensor]:
         """Return tensors that tell these images from others, without reading all of them."""
 
+    @abstractmethod
+    def prepared(self, prepare: Callable[[Tensor], Tensor] | None, device: torch.device) -> Split:
+        """Return the same images as this split's, made float on a device by a function of a batch.
+
+        The function replaces the one that the split has, and must give the same for the same images.
+        """
+
+    @abstractmethod
+    def part(self, indices: Tensor) -> Split:
+        """Return the images with these indices, int64 of shape (N,), in their order."""
+
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Iterate over all images in their order."""
         return self.batches(torch.arange(len(self)).split(batch_size))
@@ -100,3 +111,13 @@ class TensorSplit(Split):
     def fingerprint(self) -> list[Tensor]:
         """Return the labels; images are preprocessed, which may round otherwise on another device."""
         return [self.labels]
+
+    def prepared(self, prepare: Callable[[Tensor], Tensor] | None, device: torch.device) -> TensorSplit:
+        """Return the same images, made float on a device by a function of a batch."""
+        return TensorSplit(self.images, self.labels.to(device), prepare)
+
+    def part(self, indices: Tensor) -> TensorSplit:
+        """Return a copy of the images with these indices."""
+        return TensorSplit(
+            self.images[indices.to(self.images.device)], self.labels[indices.to(self.device)], self.prepare
+        )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from idx_files import idx_bytes, random_images, write_idx_folder
 
-from bmrs.data import DATASETS, DataError, load_dataset, preprocess
-from bmrs.data.cifar10 import read_cifar10
+from bmrs.data import DATASETS, DataError, check_spec, load_dataset, preprocess
+from bmrs.data.cifar import read_cifar10, read_cifar100
 from bmrs.data.idx import read_idx, read_idx_images, write_idx
 from bmrs.data.make_fashion_mnist_subset import main as make_subset_main
 from bmrs.data.make_fashion_mnist_subset import make_subset
@@ -336,6 +336,107 @@ def test_cifar10_pickle_cannot_build_other_types_as_arrays(tmp_path):
         load_dataset("cifar10", path.parent)
 
 
+# CIFAR-100
+
+
+def cifar100_part(number):
+    count = {"train": 10, "test": 2}[number]
+    generator = np.random.default_rng(count)
+    pixels = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+    return pixels, generator.integers(0, 20, count), generator.integers(0, 100, count)
+
+
+def write_cifar100_binary(folder):
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        pixels, coarse, fine = cifar100_part(name)
+        records = np.concatenate([np.stack([coarse, fine], axis=1).astype(np.uint8), pixels], axis=1)
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    return folder
+
+
+def write_cifar100_python(folder):
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        pixels, coarse, fine = cifar100_part(name)
+        labels = {b"coarse_labels": coarse.tolist(), b"fine_labels": fine.tolist()}
+        write_python2_pickle(folder / name, {b"data": pixels, **labels})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "inner"),
+    [(write_cifar100_binary, "cifar-100-binary"), (write_cifar100_python, "cifar-100-python")],
+)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("coarse", [True, False])
+def test_cifar100_is_read_in_both_versions(tmp_path, write, inner, nested, coarse):
+    folder = write(tmp_path / inner)
+    parts = read_cifar100(tmp_path if nested else folder, coarse=coarse)
+    for name, (images, labels) in zip(("train", "test"), parts, strict=True):
+        pixels, *both = cifar100_part(name)
+        assert images.dtype == torch.uint8
+        assert images.shape[1:] == (3, 32, 32)
+        np.testing.assert_array_equal(images.flatten(1).numpy(), pixels)
+        assert labels.tolist() == both[not coarse].tolist()
+    data = load_dataset("cifar100-coarse" if coarse else "cifar100", folder)
+    assert data.num_classes == (20 if coarse else 100)
+    assert [len(data.train), len(data.validation), len(data.test)] == [8, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "change", "message"),
+    [
+        (
+            write_cifar100_binary,
+            "test.bin",
+            lambda content: content[:-1],
+            "truncated or no CIFAR-100 batch: 6147 bytes, expected a multiple of 3074 .2 label bytes",
+        ),
+        (
+            write_cifar100_binary,
+            "train.bin",
+            lambda content: content[:3074],
+            "2 images, expected 0.2 for the 1",
+        ),
+        (
+            write_cifar100_binary,
+            "train.bin",
+            lambda content: b"\0\x64" + content[2:],
+            "label 100, expected labels from 0 to 99",
+        ),
+        (write_cifar100_python, "train", lambda content: content[:100], "broken or truncated pickle"),
+        (
+            write_cifar100_python,
+            "train",
+            lambda content: content.replace(b"fine_labels", b"nine_labels"),
+            "expected a dictionary with the keys b'data' and b'fine_labels'",
+        ),
+        (
+            write_cifar100_python,
+            "test",
+            lambda content: pickle.dumps({"data": Payload()}, protocol=2),
+            r"pickle refers to threading\.Event",
+        ),
+    ],
+)
+def test_a_broken_cifar100_file_is_named(tmp_path, write, name, change, message):
+    path = write(tmp_path / "data") / name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        load_dataset("cifar100", path.parent)
+
+
+def test_cifar100_without_its_files_says_what_was_looked_for(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no CIFAR-100 here; expected train\.bin .* cifar-100-python"
+    ):
+        load_dataset("cifar100", tmp_path)
+    (write_cifar100_binary(tmp_path / "data") / "test.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test\.bin: missing; CIFAR-100 has train and test"):
+        load_dataset("cifar100", tmp_path / "data")
+
+
 # Data sets
 
 
@@ -450,3 +551,51 @@ def test_subset_script_is_deterministic_and_balanced(tmp_path):
 def test_subset_script_refuses_a_source_with_too_few_images(tmp_path):
     with pytest.raises(DataError, match="2 images of class 0, expected at least 600"):
         make_subset(write_idx_folder(tmp_path / "data"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_images_are_prepared_at_other_sizes(name):
+    images = torch.full((2, 3 if name == "cifar10" else 1, 28, 28), 127, dtype=torch.uint8)
+    assert preprocess(images, name=name, image_size=48).shape[-2:] == (48, 48)
+
+
+def test_the_size_for_the_network_is_noted_and_images_stay_as_they_are(tmp_path):
+    folder = write_idx_folder(tmp_path / "data")
+    assert load_dataset("mnist", folder).image_size == 32
+    data = load_dataset("mnist", folder, image_size=48)
+    assert data.image_size == 48
+    assert data.train.image_shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    "spec", [*DATASETS, "cifar100", "tiny-imagenet", "folder:x", "folder:/a b/é", "a.b:c", "m:f"]
+)
+def test_what_names_data_is_known(spec):
+    check_spec(spec)
+
+
+@pytest.mark.parametrize("spec", ["imagenet", "folder:", "a.b:", ":c", "a b:c", "a:b:c", "1:f", "", None, 3])
+def test_what_names_no_data_is_told_what_would(spec):
+    with pytest.raises(
+        ValueError,
+        match=r"--data must be one of fashion-mnist-subset, .*folder:DIR .*package.module:factory .*got",
+    ):
+        check_spec(spec, option="--data")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("folder:x", {"folder": "x"}, ValueError, "folder is 'x', but folder:x says where it is"),
+        ("a.b:c", {"folder": "x"}, ValueError, "folder is 'x', but a.b:c says where it is"),
+        ("a.b:c", {"image_size": 8}, ValueError, "image_size and channels must be None for a.b:c"),
+        ("tiny-imagenet", {}, ValueError, "folder is missing: tiny-imagenet"),
+        ("folder:x", {"image_size": 0}, ValueError, "image_size must be at least 1, got 0"),
+        ("folder:x", {"channels": 2}, ValueError, "channels must be one of None, 1, 3, got 2"),
+        ("folder:x", {"test_fraction": 0}, ValueError, "test_fraction must be between 0 and 1, got 0"),
+        ("folder:.", {"workers": -1}, ValueError, "workers must be at least 0, got -1"),
+    ],
+)
+def test_wrong_options_are_named(name, options, error, message):
+    with pytest.raises(error, match=message):
+        load_dataset(name, **options)

@@ -32,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from checkpoint_files import rewrite_checkpoint
 from idx_files import write_idx_folder
+from image_folders import write_classes
 from mutations import change_tensors, changed_bytes, changed_json, changed_text, strange_value
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved_files import rewrite
@@ -93,6 +95,7 @@ class Corpus:
         self.config = TrainConfig(**json.loads((self.run / "config.json").read_text()))
         self.data = runs.load(self.config, CPU)
         self.cifar = cifar_folder(folder / "cifar")
+        self.pictures = write_pictures(folder / "pictures")
         self.models = model_files(folder)
 
     def fresh(self):
@@ -120,6 +123,15 @@ def cifar_folder(folder):
         "test_batch",
     ):
         (folder / name).write_bytes(content)
+    return folder
+
+
+def write_pictures(folder):
+    write_classes(folder, images=4, size=12)
+    for place, path in enumerate(sorted(folder.rglob("*.png"))):
+        suffix = ("jpg", "webp", "gif", "bmp", "tif", "jp2", "tga", "ppm")[place]
+        with Image.open(path) as image:
+            image.save(path.with_suffix(f".{suffix}"))
     return folder
 
 
@@ -388,6 +400,25 @@ def data(random, corpus):
             assert split.images.dtype == torch.uint8
             assert len(split.images) == len(split.labels) > 0
             assert 0 <= split.labels.min() <= split.labels.max() < 10
+
+
+@target
+def pictures(random, corpus):
+    folder = shutil.copytree(corpus.pictures, corpus.fresh() / "pictures")
+    for path in random.sample(sorted(folder.rglob("*.*")), 5):
+        path.write_bytes(changed_bytes(random, path.read_bytes()))
+    with may_raise(DataError):
+        read = load_dataset(
+            f"folder:{folder}",
+            image_size=8,
+            workers=0,
+            cache=corpus.scratch / "cache",
+            skip_unreadable=random.random() < 0.7,
+        )
+        for split in (read.train, read.validation, read.test):
+            (batch,) = split.in_order(len(split))
+            assert batch.images.shape[1:] in ((1, 8, 8), (3, 8, 8))
+            assert 0 <= batch.labels.min() <= batch.labels.max() < 2
 
 
 @target
