@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bmrs.checks import check_choice, check_integer
@@ -13,6 +14,37 @@ BINS = 15
 
 # Of the sum of probabilities from 1, which float16 rounds no worse.
 _TOLERANCE = 1e-2
+
+
+class Answers(NamedTuple):
+    """What a classifier said of examples, all of shape (N,).
+
+    Attributes:
+        nll: -log p(label), nats, float64.
+        confidence: the largest probability, float64.
+        right: whether that was the label's.
+    """
+
+    nll: Tensor
+    confidence: Tensor
+    right: Tensor
+
+
+def answers(outputs: Tensor, labels: Tensor, *, probabilities: bool = False) -> Answers:
+    """Return what a classifier said of each example; see `negative_log_likelihood` for the arguments."""
+    logs = _log_probabilities(outputs, labels, probabilities)
+    largest, said = logs.max(dim=1)
+    return Answers(-logs.gather(1, labels[:, None]).squeeze(1), largest.exp(), said == labels)
+
+
+def calibration_error(given: Answers, *, bins: int = BINS, adaptive: bool = False) -> float:
+    """Return the expected calibration error of answers; see `expected_calibration_error`."""
+    gap = given.right.double() - given.confidence
+    if adaptive:
+        parts = gap[given.confidence.argsort(stable=True)].tensor_split(bins)
+        return sum(part.sum().abs().item() for part in parts) / len(gap)
+    number = (given.confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    return gap.new_zeros(bins).index_add(0, number, gap).abs().sum().item() / len(gap)
 
 
 def negative_log_likelihood(outputs: Tensor, labels: Tensor, *, probabilities: bool = False) -> float:
@@ -27,8 +59,7 @@ def negative_log_likelihood(outputs: Tensor, labels: Tensor, *, probabilities: b
     Raises:
         TypeError, ValueError: an argument is not as it should be; it is named.
     """
-    logs = _log_probabilities(outputs, labels, probabilities)
-    return F.nll_loss(logs, labels).item()
+    return answers(outputs, labels, probabilities=probabilities).nll.mean().item()
 
 
 def expected_calibration_error(
@@ -57,13 +88,9 @@ def expected_calibration_error(
     """
     check_integer("bins", bins, minimum=1)
     check_choice("adaptive", adaptive, (False, True))
-    confidence, answers = _log_probabilities(outputs, labels, probabilities).exp().max(dim=1)
-    gap = (answers == labels).double() - confidence
-    if adaptive:
-        parts = gap[confidence.argsort(stable=True)].tensor_split(bins)
-        return sum(part.sum().abs().item() for part in parts) / len(labels)
-    number = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    return gap.new_zeros(bins).index_add(0, number, gap).abs().sum().item() / len(labels)
+    return calibration_error(
+        answers(outputs, labels, probabilities=probabilities), bins=bins, adaptive=adaptive
+    )
 
 
 def _log_probabilities(outputs: Tensor, labels: Tensor, probabilities: bool) -> Tensor:
