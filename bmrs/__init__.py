@@ -2,6 +2,7 @@
 
 import bmrs_kernels
 from bmrs import compat, models
+from bmrs.calibration import expected_calibration_error, negative_log_likelihood
 from bmrs.compaction import (
     CompactReport,
     StructureCost,
@@ -20,6 +21,7 @@ from bmrs.noise.hooks import restore_noise
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.parameters import parameter_groups
 from bmrs.noise.placement import add_noise
+from bmrs.prediction import Prediction, predict
 from bmrs.pruning.posteriors import PosteriorReport, learn_posteriors, unsettled
 from bmrs.pruning.prune import PruneReport, prune
 
@@ -34,6 +36,7 @@ __all__ = [
     "Mean",
     "NoiseLayer",
     "PosteriorReport",
+    "Prediction",
     "PruneReport",
     "StructureCost",
     "Suggestions",
@@ -42,12 +45,15 @@ __all__ = [
     "compact_optimizer",
     "compact_report",
     "compat",
+    "expected_calibration_error",
     "fold",
     "kl_divergence",
     "learn_posteriors",
     "load",
     "models",
+    "negative_log_likelihood",
     "parameter_groups",
+    "predict",
     "prune",
     "restore_noise",
     "save",

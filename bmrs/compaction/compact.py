@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bmrs.checks import check_integer
+from bmrs.checks import check_choice, check_integer
 from bmrs.compaction.comparison import OutputComparison, cut_examples, forward_flops, without_fast_path
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
+from bmrs.compaction.kept_noise import narrowed_noise
 from bmrs.compaction.record import Record, record_of, remember
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import (
+    Cut,
     cut,
     narrowed,
     new_biases,
@@ -51,8 +53,9 @@ def compact(
     expected_noise: bool = True,
     refit_to: nn.Module | None = None,
     round_to: int = 1,
+    keep_noise: bool = False,
 ) -> nn.Module:
-    """Return the network that a masked model is in evaluation mode, without noise or pruned structures.
+    """Return the network that a masked model is in evaluation mode, without pruned structures and, by default, noise.
 
     The model is captured with torch.export, and channels are followed through its operators: what belongs together is
     found from the graph, not from a list of layers. A pruned structure is removed from the layer that makes it, from
@@ -83,6 +86,9 @@ def compact(
             multiples of this one, which hardware may be faster with; or all of them where there are fewer. That is for
             structures that lie along one dimension of a value, such as all of linear and convolution layers. The
             outputs are then compared with those of the masked model without their masks.
+        keep_noise: True leaves the noise layers where they are, with the posteriors of the structures that stay, so
+            that `bmrs.predict` can draw them and learning can go on. Nothing is folded; outputs in evaluation mode are
+            as without it.
 
     Returns:
         A copy of the model with narrower layers: its own classes, names, hooks, shared weights, frozen parameters,
@@ -94,12 +100,18 @@ def compact(
         is.)
 
     Raises:
-        TypeError: ``model`` is not a module, ``example_inputs`` hold no tensor, or ``round_to`` is not an int.
+        TypeError: ``model`` is not a module, ``example_inputs`` hold no tensor, or an option is of the wrong type.
         ValueError: the model does not run on the example or cannot be captured, has NaN parameters or such on the meta
-            device, is sharded, or ``refit_to`` is another network; the place is named.
+            device, is sharded, or ``refit_to`` is another network; the place is named. ``keep_noise`` is given with
+            ``expected_noise=False``, or noise would multiply a constant that only a bias can take up.
         RuntimeError: the outputs differ on the example.
     """
     check_integer("round_to", round_to, minimum=1)
+    check_choice("keep_noise", keep_noise, (False, True))
+    if keep_noise and not expected_noise:
+        raise ValueError(
+            "keep_noise=True keeps the noise that expected_noise=False would replace by 1: give one of the two"
+        )
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
         masked = _inside_a_module(evaluation_copy(model))
@@ -127,7 +139,7 @@ def compact(
                 factors[name].copy_(_factors(layer, expected_noise))
                 given_back[name] += len(chosen)
             analysis = analyse(captured)
-        result = _compacted(masked, analysis, layers, (examples, few), given_back)
+        result = _compacted(masked, analysis, layers, (examples, few), given_back, keep_noise)
         if refit_to is not None:
             refit(result, _origins(analysis, result), unwrapped(refit_to), _single(inputs))
     return result
@@ -188,14 +200,15 @@ def _compacted(
     layers: Mapping[str, NoiseLayer],
     examples: tuple[Inputs, Inputs],
     given_back: Mapping[str, int],
+    keep_noise: bool,
 ) -> nn.Module:
     inputs, few = examples
-    found = shifts(analysis)
-    names = new_biases(analysis, found)
-    folding = fold_noise(analysis, names)
-    the_cut = cut(analysis, folding, found, names)
+    kept_layers = layers if keep_noise else {}
+    folding, the_cut, noise = _smaller(analysis, kept_layers)
     comparison = OutputComparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
-    result, form = narrowed(analysis, the_cut, folding.remaining), "module"
+    for layer in noise.values():
+        comparison.allow(layer.mu.dtype)  # of which E[θ] was rounded to
+    result, form = narrowed(analysis, the_cut, folding.remaining, noise), "module"
     error, because = comparison.attempt(result)
     sizes: dict[str, dict[str, int]] = {}
     if because and (sizes := set_sizes_in_code(analysis, result)):
@@ -204,12 +217,9 @@ def _compacted(
         comparison.check_that_it_repeats(masked)
         # With sizes of sequences as symbols, so that the graph takes other ones.
         analysis = analyse(capture(masked, inputs, "compact", dynamic="sequences"))
-        found = shifts(analysis)
-        names = new_biases(analysis, found)
-        folding = fold_noise(analysis, names)
-        the_cut = cut(analysis, folding, found, names)
+        folding, the_cut, noise = _smaller(analysis, kept_layers)
         try:
-            result, form = build_graph_network(analysis, the_cut, folding.remaining), "graph"
+            result, form = build_graph_network(analysis, the_cut, folding.remaining, noise), "graph"
             error, failure = comparison.attempt(result)
         except UnsupportedError as unsupported:
             failure = str(unsupported)
@@ -224,7 +234,7 @@ def _compacted(
         form=form,
         form_because=because if form == "graph" else "",
         layers=tuple(
-            _layer_report(analysis, folding, name, layer, given_back.get(name, 0))
+            _layer_report(analysis, folding, name, layer, given_back.get(name, 0), noise)
             for name, layer in layers.items()
         ),
         parameters_before=_number_of_values(masked),
@@ -243,8 +253,24 @@ def _compacted(
     return result
 
 
+def _smaller(
+    analysis: Analysis, kept_layers: Mapping[str, NoiseLayer]
+) -> tuple[Folding, Cut, dict[str, NoiseLayer]]:
+    """Return how noise is folded, the smaller tensors, and narrower ones of the noise layers that are to stay."""
+    found = shifts(analysis)
+    names = new_biases(analysis, found)
+    folding = Folding([], {}) if kept_layers else fold_noise(analysis, names)
+    the_cut = cut(analysis, folding, found, names)
+    return folding, the_cut, narrowed_noise(analysis, the_cut, kept_layers)
+
+
 def _layer_report(
-    analysis: Analysis, folding: Folding, name: str, layer: NoiseLayer, given_back: int
+    analysis: Analysis,
+    folding: Folding,
+    name: str,
+    layer: NoiseLayer,
+    given_back: int,
+    noise: Mapping[str, NoiseLayer],
 ) -> LayerCompaction:
     entries = _reasons_of_entries(analysis, name)
     reasons: Counter[str] = Counter()
@@ -263,8 +289,9 @@ def _layer_report(
         given_back=given_back,
         removed=removed,
         kept_because=dict(reasons),
-        folded=name not in folding.remaining,
-        not_folded_because=folding.remaining.get(name, ""),
+        folded=name not in folding.remaining and name not in noise,
+        not_folded_because="keep_noise" if name in noise else folding.remaining.get(name, ""),
+        noise_kept=int(noise[name].mask.sum()) if name in noise else None,
     )
 
 
@@ -322,7 +349,8 @@ def _check_stored(model: nn.Module) -> None:
 
 
 def _number_of_values(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    noise = {id(p) for layer in noise_layers(model).values() for p in layer.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in noise)
 
 
 def _number_of_bytes(model: nn.Module) -> int:
@@ -330,7 +358,7 @@ def _number_of_bytes(model: nn.Module) -> int:
     tensors = {
         id(tensor): tensor
         for module in model.modules()
-        if not isinstance(module, MarkedNoise)
+        if not isinstance(module, MarkedNoise | NoiseLayer)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -58,6 +58,10 @@ class OutputComparison:
             )
         self.dtype = "float64" if self._double else "its own dtype"
 
+    def allow(self, dtype: torch.dtype) -> None:
+        """Accept what rounding to a dtype makes of the outputs."""
+        self.tolerance = max(self.tolerance, _TOLERANCES.get(dtype, 1e-4))
+
     def error(self, network: nn.Module) -> float:
         """Return the largest difference of the outputs, relative to the largest magnitude; inf if shapes differ."""
         return _difference(self._expected, outputs(network, self._inputs, double=self._double))

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bmrs.compaction.description import (
+    NOISE,
     SCALAR_FUNCTIONS,
     Description,
     Operation,
@@ -29,22 +30,32 @@ from bmrs.graph.operators import DROPOUTS
 from bmrs.graph.rules import Call
 from bmrs.graph.stock_layers import BATCH_NORMS, constructor_arguments
 from bmrs.graph.values import Value
+from bmrs.noise.layer import NoiseLayer, stored_arguments
 
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
 
 
-def describe(analysis: Analysis, remaining: Mapping[str, str]) -> Description:
+def describe(
+    analysis: Analysis, remaining: Mapping[str, str], noise: Mapping[str, NoiseLayer] | None = None
+) -> Description:
     """Return the operations of a captured model, narrower where channels leave.
+
+    Args:
+        analysis: the model.
+        remaining: names of noise layers of which a multiplication by fixed factors stays.
+        noise: by name, noise layers that stay, as they are to be.
 
     Raises:
         UnsupportedError: an operation cannot be described; it is named.
     """
-    return _Describer(analysis, remaining).description()
+    return _Describer(analysis, remaining, noise or {}).description()
 
 
 class _Describer:
-    def __init__(self, analysis: Analysis, remaining: Mapping[str, str]) -> None:
-        self.analysis, self.remaining = analysis, remaining
+    def __init__(
+        self, analysis: Analysis, remaining: Mapping[str, str], noise: Mapping[str, NoiseLayer]
+    ) -> None:
+        self.analysis, self.remaining, self.noise = analysis, remaining, noise
         self.operations: list[Operation] = []
         self.references: dict[fx.Node, Any] = {}
         self.layers: set[str] = set()
@@ -183,8 +194,12 @@ class _Describer:
         return argument
 
     def _noise(self, node: fx.Node, call: Call) -> None:
-        x = self._argument(node.args[0])
-        if call["name"] in self.remaining:
+        x, name = self._argument(node.args[0]), call["name"]
+        if name in self.noise:
+            # Its activation, if it has one, is an operation of its own.
+            arguments = {**stored_arguments(self.noise[name]), "activation": None}
+            self._add(Operation(node.name, "layer", NOISE, (x, name), arguments), node)
+        elif name in self.remaining:
             factors = self._argument(node.args[1])
             self._add(Operation(node.name, "scale", "", (x, factors, call["dim"])), node)
         else:

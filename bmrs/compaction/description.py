@@ -42,6 +42,9 @@ SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """What is computed with sizes."""
 
+NOISE = "NoiseLayer"
+"""The type of a layer that is noise."""
+
 
 # Pure operators that have no rule of their own: channels that reach them stay.
 # fmt: off

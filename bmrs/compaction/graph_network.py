@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bmrs.compaction.describing import describe
 from bmrs.compaction.description import (
+    NOISE,
     SCALAR_FUNCTIONS,
     Description,
     Operation,
@@ -27,24 +28,36 @@ from bmrs.compaction.description import (
 from bmrs.compaction.surgery import Cut
 from bmrs.compaction.trusting_operators import check_sizes, takes_sizes_on_trust
 from bmrs.graph.analysis import Analysis
+from bmrs.noise.layer import NoiseLayer
 
 
-def build_graph_network(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> fx.GraphModule:
+def build_graph_network(
+    analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str], noise: Mapping[str, NoiseLayer]
+) -> fx.GraphModule:
     """Return the network of what is left of a captured model.
 
     Args:
         analysis: the model.
         the_cut: its smaller tensors.
         remaining: names of noise layers of which the multiplication stays.
+        noise: by name, noise layers that stay.
     """
-    description = describe(analysis, remaining)
-    tensors = {**the_cut.tensors, **description.constants}
+    description = describe(analysis, remaining, noise)
+    of_noise = {f"{name}.{key}": t for name, layer in noise.items() for key, t in layer.state_dict().items()}
+    tensors = {**the_cut.tensors, **description.constants, **of_noise}
     for placeholder, tensor in analysis.captured.tensors.items():
         tensors.setdefault(analysis.captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
     frozen = {n for n, p in analysis.captured.model.named_parameters() if not p.requires_grad}
+    for name, layer in noise.items():
+        frozen |= {f"{name}.{key}" for key, p in layer.named_parameters() if not p.requires_grad}
     parameters = {n for n, _ in analysis.captured.model.named_parameters(remove_duplicate=False)}
     parameters |= {name for name in the_cut.tensors if name not in analysis.parameters}
-    return build(description, tensors, parameters=parameters, frozen=frozen)
+    network = build(description, tensors, parameters=parameters, frozen=frozen)
+    placed = dict(network.named_modules())
+    for name, layer in noise.items():
+        if isinstance(new := placed.get(_without_keywords(name)), NoiseLayer):
+            new.backend, new.generator = layer.backend, layer.generator
+    return network
 
 
 def build(
@@ -218,7 +231,8 @@ def _add_layer(
     owner = _submodule(root, parent)
     if last not in owner._modules:
         with torch.device("meta"):  # whatever sizes are described, nothing is allocated for them
-            layer = getattr(nn, operation.target)(**operation.kwargs)
+            made: type[nn.Module] = NoiseLayer if operation.target == NOISE else getattr(nn, operation.target)
+            layer = made(**operation.kwargs)
         own = {
             key: tensors[f"{path}.{key}"].detach().clone()
             for key in layer.state_dict()
@@ -230,6 +244,8 @@ def _add_layer(
         if missing:
             raise KeyError(f"{path}.{missing[0]}")
         layer.load_state_dict(own, assign=True)
+        if isinstance(layer, NoiseLayer):
+            layer.compacted = True
         for key, parameter in layer.named_parameters():
             parameter.requires_grad_(f"{path}.{key}" not in frozen)
         owner.add_module(last, layer.eval())

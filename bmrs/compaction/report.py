@@ -21,6 +21,7 @@ class LayerCompaction:
         kept_because: why others of them stay, with zero weights: reasons with numbers of structures.
         folded: whether its factors went into parameters; otherwise one multiplication by them remains.
         not_folded_because: why not; empty if they did.
+        noise_kept: with ``keep_noise``, structures that still have noise; else None.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerCompaction:
     kept_because: dict[str, int]
     folded: bool
     not_folded_because: str = ""
+    noise_kept: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ class CompactReport:
             ]
             if layer.given_back:
                 lines.append(f"{name}: {layer.given_back} given back, to keep a round number")
-            if not layer.folded:
+            if layer.noise_kept is not None:
+                lines.append(f"{name}: the noise of {layer.noise_kept} structures stays, as keep_noise asks")
+            elif not layer.folded:
                 lines.append(f"{name}: one multiplication by its factors remains: {layer.not_folded_because}")
         if self.unused:
             lines.append(f"not used in evaluation mode, left as they are: {', '.join(self.unused)}")

@@ -23,6 +23,7 @@ from bmrs.graph.values import Value
 from bmrs.noise.activations import ACTIVATION_LAYERS
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.hooks import remove_noise_hook
+from bmrs.noise.layer import NoiseLayer
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,19 @@ def _selection(analysis: Analysis, value: Value) -> Selection:
     return Selection(axes, stays.nonzero()[:, 1].view(len(stays), -1))
 
 
-def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> nn.Module:
+def narrowed(
+    analysis: Analysis,
+    the_cut: Cut,
+    remaining: Mapping[str, str],
+    noise: Mapping[str, NoiseLayer] | None = None,
+) -> nn.Module:
     """Return a copy of the captured model with the smaller tensors.
 
     Args:
         analysis: the network.
         the_cut: its smaller tensors.
         remaining: names of the noise layers that are not folded; they become `ChannelScale`.
+        noise: by name, noise layers that take their places instead.
     """
     model = copied(analysis.captured.model, share=True)
     old = {
@@ -209,7 +216,7 @@ def narrowed(analysis: Analysis, the_cut: Cut, remaining: Mapping[str, str]) -> 
     _set_groups(analysis, model)
     for module in model.modules():
         set_sizes(module)
-    replace_noise(model, remaining)
+    replace_noise(model, remaining, noise)
     return model.eval()
 
 
@@ -331,13 +338,17 @@ def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[in
     ]
 
 
-def replace_noise(model: nn.Module, remaining: Mapping[str, str]) -> None:
-    """Take marked noise layers out of a model, in place; those that remain become `ChannelScale`."""
+def replace_noise(
+    model: nn.Module, remaining: Mapping[str, str], noise: Mapping[str, NoiseLayer] | None = None
+) -> None:
+    """Take marked noise layers out of a model, in place; those that remain become `ChannelScale` or noise again."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if not isinstance(child, MarkedNoise):
                 continue
-            if child.name in remaining:
+            if noise is not None and child.name in noise:
+                module._modules[name] = noise[child.name]
+            elif child.name in remaining:
                 module._modules[name] = ChannelScale(
                     child.factors, dim=child.dim, activation=child.activation
                 )

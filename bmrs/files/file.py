@@ -29,7 +29,7 @@ from bmrs.files.installation import describe_changes, install
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import Inputs, as_inputs, capture, map_tensors
+from bmrs.graph.capture import Inputs, MarkedNoise, as_inputs, capture, map_tensors, mark
 from bmrs.graph.copies import evaluation_copy
 from bmrs.noise.lookup import noise_layers
 
@@ -48,21 +48,23 @@ def save(
     Args:
         path: the file, by habit with the suffix ``.safetensors``.
         model: a network that `bmrs.compact` returned, trained further or not, or any other one without noise layers
-            that torch.export can capture.
+            that torch.export can capture. Noise layers that ``compact(..., keep_noise=True)`` left are saved too.
         example_inputs: an input, as `bmrs.compact` takes it; needed only for networks that it did not return.
 
     Raises:
-        TypeError: the model has noise layers, or is not one that `bmrs.compact` returned and there is no example.
+        TypeError: the model has noise layers that `bmrs.compact` has not narrowed, or is not one that it returned and
+            there is no example.
         ValueError: the model does not run on the example.
         OSError: the file cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save needs a torch.nn.Module, got {type(model).__name__}")
-    noisy = list(noise_layers(model))
+    noisy = [name for name, layer in noise_layers(model).items() if not layer.compacted]
     if noisy:
         raise TypeError(
             f"save needs a model without noise layers, and {noisy[0]!r} is one: bmrs.compact(model, example_inputs) "
-            "makes a smaller one, bmrs.fold(model) one of full size"
+            "makes a smaller one, with keep_noise=True also with the noise that is left, bmrs.fold(model) one of full "
+            "size"
         )
     nodes = read_chain(model)
     if nodes is not None:
@@ -167,6 +169,7 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
     copy_of_model = evaluation_copy(model)
     tensors = {name: t for name, t in copy_of_model.state_dict().items() if isinstance(t, Tensor)}
     named = dict(copy_of_model.named_parameters(remove_duplicate=False))
+    noise = noise_layers(copy_of_model)
     description: dict[str, Any] = {
         "version": GRAPH_VERSION,
         "form": "graph" if isinstance(model, fx.GraphModule) else "module",
@@ -176,11 +179,13 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
     }
     record = record_of(model)
     description["sizes"] = record.code_sizes if record is not None else {}
+    # Whatever masks say now, the network is saved at the widths that it has.
+    mark(copy_of_model, {n: torch.ones_like(layer.spread(layer.mu.detach())) for n, layer in noise.items()})
     for dynamic in ("sequences", "first", "none"):
         try:
             with torch.no_grad():
                 captured = capture(copy_of_model, inputs, "save", dynamic=dynamic)
-                description["graph"] = describe_graph(describe(analyse(captured), {}))
+                description["graph"] = describe_graph(describe(analyse(captured), {}, noise))
             description["graph_because"] = ""
             break
         except UnsupportedError as error:
@@ -192,8 +197,12 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
             stacklevel=3,
         )
         return description, tensors
+    marked = copy_of_model.named_modules(remove_duplicate=False)
+    factors = {f"{name}.factors" for name, module in marked if isinstance(module, MarkedNoise)}
     for placeholder, tensor in captured.tensors.items():
-        tensors.setdefault(captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
+        name = captured.names.get(placeholder, f"constants.{placeholder}")
+        if name not in factors:
+            tensors.setdefault(name, tensor)
     return description, tensors
 
 

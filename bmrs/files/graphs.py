@@ -2,7 +2,7 @@
 
 The description lists the operations of the network in their order, as `bmrs.compaction.description` has them: names,
 operators of ATen by name, arguments as plain values. Reading it runs no code from the file: only operators of a fixed
-list are called, only batch norms and dropout are constructed, with plain values as arguments.
+list are called, only batch norms, dropout and noise layers are constructed, with plain values as arguments.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from bmrs.checks import one_line
 from bmrs.compaction.description import (
+    NOISE,
     SCALAR_FUNCTIONS,
     Description,
     Operation,
@@ -29,12 +30,14 @@ from bmrs.compaction.description import (
 from bmrs.compaction.graph_network import build
 from bmrs.files.layer_arguments import check_arguments
 from bmrs.graph.stock_layers import BATCH_NORMS, argument_names
+from bmrs.noise.layer import NoiseLayer
 
 GRAPH_VERSION = 3
 
 _LAYERS = {
     **{layer.__name__: layer for layer in BATCH_NORMS},
     **{layer.__name__: layer for layer in (torch.nn.Dropout, torch.nn.Dropout2d, torch.nn.AlphaDropout)},
+    NOISE: NoiseLayer,
 }
 _KINDS = ("input", "tensor", "call", "scalar", "item", "layer", "scale")
 _KEYS = {"name", "kind", "target", "args", "kwargs"}

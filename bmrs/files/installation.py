@@ -9,14 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from bmrs.checks import one_line
 from bmrs.compaction.surgery import replace_noise, set_attributes, set_sizes
+from bmrs.files.layer_arguments import check_arguments
 from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.copies import copied, materialise_weights
+from bmrs.graph.stock_layers import build_layer
 from bmrs.noise.activations import ACTIVATION_LAYERS
+from bmrs.noise.added import note_what_was_added
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.hooks import add_noise_hook, has_input_noise
-from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.layer import NoiseLayer, stored_arguments
 from bmrs.noise.lookup import noise_layers
+
+_TENSORS_OF_NOISE = ("mu", "log_sigma", "mask", "pruned")
 
 
 def describe_changes(model: nn.Module) -> dict[str, Any]:
@@ -25,8 +31,8 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
     Returns:
         Names of parameters that are ``"frozen"``; by qualified name, ``"groups"`` of convolutions, ``"scales"``,
         factors that could not be folded (dimension, activation before them, whether they multiply what the layer
-        takes), and ``"activations"`` that noise had and that hooks go on applying (name, and again whether to what the
-        layer takes).
+        takes), ``"activations"`` that noise had and that hooks go on applying (name, and again whether to what the
+        layer takes), and ``"noise"`` that was kept (its first name, constructor arguments, and that again).
     """
     hosts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
     return {
@@ -43,6 +49,16 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
             for kind, layer in ACTIVATION_LAYERS.items()
             if n.rpartition(".")[2] == "noise" and type(m) is layer
         },
+        "noise": _describe_noise(model),
+    }
+
+
+def _describe_noise(model: nn.Module) -> dict[str, Any]:
+    first = {layer: name for name, layer in noise_layers(model).items()}
+    return {
+        name: [first[module], stored_arguments(module), module.hooked == "input"]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, NoiseLayer)
     }
 
 
@@ -62,7 +78,7 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     trial = copied(model, share=True)
     for module in trial.modules():
         materialise_weights(module)
-    for key in ("groups", "scales", "sizes", "activations"):
+    for key in ("groups", "scales", "sizes", "activations", "noise"):
         if not isinstance(description.get(key, {}), dict):
             raise ValueError(f"its {key} are not a mapping")
     name_of_class = type(model).__name__
@@ -109,14 +125,17 @@ def _set_tensors(
             )
     modules = dict(model.named_modules())
     scaled = {f"{name}.factors" for name in description.get("scales", {})}
+    scaled |= {f"{name}.{key}" for name in description.get("noise", {}) for key in _TENSORS_OF_NOISE}
     for name in tensors:
+        if name in scaled:
+            continue
         path, _, last = name.rpartition(".")
         module = modules.get(path)
         # A buffer may be filled when the module is called; a bias is added where compaction needed one.
         missing = module is not None and (
             last in module._buffers or (last == "bias" and last in module._parameters)
         )
-        if not (name in own or name in scaled or name.startswith("constants.") or missing):
+        if not (name in own or name.startswith("constants.") or missing):
             raise ValueError(f"its {name!r} is not a part of model ({name_of_class})")
         if missing and module is not None and name not in own and last == "bias":
             module._parameters["bias"] = nn.Parameter(tensors[name].clone())
@@ -168,14 +187,16 @@ def _set_noise(
     model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], name_of_class: str
 ) -> None:
     scales = {name: _scale(name, options, tensors) for name, options in description.get("scales", {}).items()}
+    scales |= _kept_noise(description.get("noise", {}), tensors)
     for path, module in list(model.named_modules()):
         for key, child in list(module._modules.items()):
             name = f"{path}.{key}" if path else key
             if isinstance(child, NoiseLayer):
                 # In its place, as the order counts in containers.
-                module._modules[key] = (
-                    scales.pop(name)[0] if name in scales else MarkedNoise(child, name, child.mask)
-                )
+                new = scales.pop(name)[0] if name in scales else MarkedNoise(child, name, child.mask)
+                if isinstance(new, NoiseLayer):
+                    new.hooked, new.backend, new.generator = child.hooked, child.backend, child.generator
+                module._modules[key] = new
     replace_noise(model, {})
     hooked = {name: (scale, at_input) for name, (scale, at_input) in scales.items()}
     for name, options in description.get("activations", {}).items():
@@ -188,9 +209,16 @@ def _set_noise(
         path, _, key = name.rpartition(".")
         if name in modules and type(modules[name]) is type(layer):
             continue
+        if isinstance(layer, NoiseLayer) and model.get_submodule(path)._modules.get(key) is layer:
+            continue  # a layer that goes by several names
         if path not in modules or key != "noise" or hasattr(modules[path], "noise"):
             raise ValueError(f"it has noise at {name[:100]!r}, where model ({name_of_class}) has none")
         add_noise_hook(modules[path], layer, at_input=at_input)
+    if noise := description.get("noise"):
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[0] in noise:
+                parameter.requires_grad_(name not in description.get("frozen", []))
+        note_what_was_added(model)
 
 
 def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, bool]:
@@ -208,6 +236,29 @@ def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.M
     ):
         raise ValueError(f"its factors at {name[:100]!r} are not whole")
     return ChannelScale(factors.clone(), dim=dim, activation=activation), bool(at_input)
+
+
+def _kept_noise(noise: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, bool]]:
+    """Return noise layers by each of their names, and whether they multiply what a layer takes."""
+    layers: dict[str, NoiseLayer] = {}
+    found: dict[str, tuple[nn.Module, bool]] = {}
+    for name, options in noise.items():
+        first, arguments, at_input = (
+            options if isinstance(options, list) and len(options) == 3 else (None, None, None)
+        )
+        if not isinstance(first, str) or not isinstance(arguments, dict):
+            raise ValueError(f"its noise at {name[:100]!r} is not whole")
+        if first not in layers:
+            own = {k: tensors[f"{first}.{k}"].clone() for k in _TENSORS_OF_NOISE if f"{first}.{k}" in tensors}
+            try:
+                check_arguments(NoiseLayer, arguments)
+                layer = build_layer(NoiseLayer, arguments, own)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"its noise at {name[:100]!r} cannot be built: {one_line(error)}") from error
+            assert isinstance(layer, NoiseLayer)
+            layer.compacted, layers[first] = True, layer
+        found[name] = layers[first], bool(at_input)
+    return found
 
 
 def _fits(shape: torch.Size, full: torch.Size) -> bool:

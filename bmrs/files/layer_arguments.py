@@ -1,4 +1,4 @@
-"""Constructor arguments of stock layers in a file's description: types and ranges.
+"""Constructor arguments of layers in a file's description: types and ranges.
 
 torch's constructors take what comes, and it is the forward that fails.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from bmrs.checks import shown
 from bmrs.graph.stock_layers import CONVOLUTIONS, POOLS, number_of_spatial_dimensions
+from bmrs.noise.layer import NoiseLayer
+from bmrs_kernels.options import Activation, Granularity
 
 _LARGEST = 2**31 - 1
 
@@ -20,7 +22,7 @@ _Check = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and wh
 
 
 def check_arguments(layer_type: type[nn.Module], arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError unless arguments are such as a stock layer can be built and run with."""
+    """Raise ValueError unless arguments are such as a layer can be built and run with."""
     checks = _checks(layer_type)
     for name, value in arguments.items():
         expected, fits = checks.get(name, ("", lambda value: True))
@@ -105,7 +107,22 @@ _CHECKS: dict[str, _Check] = {
 }
 
 
+_CHECKS_OF_NOISE: dict[str, _Check] = {
+    "num_structures": _whole(1),
+    "structure_size": _whole(1),
+    "dim": ("a whole number", _is_whole),
+    "granularity": _one_of(*get_args(Granularity)),
+    "activation": ("null or a known one", lambda value: value is None or value in get_args(Activation)),
+    **dict.fromkeys(("lower", "upper", "initial_mu", "initial_log_sigma"), _NUMBER),
+    "same_on_all_ranks": _BOOL,
+    # They are the machine's and the program's.
+    **dict.fromkeys(("backend", "generator"), ("left out", lambda value: False)),
+}
+
+
 def _checks(layer_type: type[nn.Module]) -> dict[str, _Check]:
+    if layer_type is NoiseLayer:
+        return _CHECKS_OF_NOISE
     if layer_type not in (*CONVOLUTIONS, *POOLS):
         return _CHECKS
     dimensions = number_of_spatial_dimensions(layer_type)

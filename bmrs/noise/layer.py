@@ -73,6 +73,8 @@ class NoiseLayer(nn.Module):
     # Of layers that were pickled before there was a choice.
     same_on_all_ranks: bool = False
     generator: torch.Generator | None = None
+    compacted: bool = False
+    """Whether `compact` left it in the network that it made."""
     _born_without_values: bool = False
     was_looked_at_for_decay: bool = False
     added: Any = None
@@ -339,6 +341,15 @@ class NoiseLayer(nn.Module):
         if value and self._born_without_values and not self.mu.is_meta:
             self._born_without_values = False
             initialise_what_was_not_loaded(self)
+
+
+def stored_arguments(layer: NoiseLayer) -> dict[str, Any]:
+    """Return the constructor arguments of a layer that a file keeps: without backend and generator, the machine's."""
+    names = (
+        *("num_structures", "dim", "structure_size", "granularity", "activation", "lower", "upper"),
+        *("initial_mu", "initial_log_sigma", "same_on_all_ranks"),
+    )
+    return {name: getattr(layer, name) for name in names}
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

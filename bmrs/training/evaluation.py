@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from bmrs.calibration import Answers, answers, calibration_error
 from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import num_parameters
 from bmrs.data import Split
@@ -27,6 +29,34 @@ def accuracy(model: nn.Module, split: Split) -> float:
         for batch in split.in_order(EVALUATION_BATCH)
     ]
     return torch.stack(right).sum().item() / len(split)
+
+
+class Quality(NamedTuple):
+    """How good a classifier is.
+
+    Attributes:
+        accuracy: share of images classified rightly, in [0, 1].
+        nll: mean negative log-likelihood of the labels, nats.
+        ece: expected calibration error in 15 bins, in [0, 1]; see `bmrs.expected_calibration_error`.
+    """
+
+    accuracy: float
+    nll: float
+    ece: float
+
+
+@torch.inference_mode()
+def quality(model: nn.Module, split: Split) -> Quality:
+    """Return how good a model in evaluation mode is on a split.
+
+    Raises:
+        ValueError: an output is not finite.
+    """
+    model.eval()
+    parts = [answers(model(batch.images), batch.labels) for batch in split.in_order(EVALUATION_BATCH)]
+    given = Answers(*map(torch.cat, zip(*parts, strict=True)))
+    right = given.right.sum().item() / len(split)
+    return Quality(right, given.nll.mean().item(), calibration_error(given))
 
 
 def compression(model: nn.Module, example: Tensor) -> float:

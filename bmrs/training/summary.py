@@ -26,7 +26,7 @@ from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.comparison_table import Row, Section, show_table, spread
 from bmrs.training.config import TrainConfig
-from bmrs.training.evaluation import EVALUATION_BATCH, accuracy, compression, latency
+from bmrs.training.evaluation import EVALUATION_BATCH, accuracy, compression, latency, quality
 from bmrs.training.fit import fitting_state
 from bmrs.training.run_folder import NetworkName, RunError, RunFolder
 from bmrs.training.shortfalls import shortfalls
@@ -54,6 +54,8 @@ class NetworkMeasurement:
         flops: floating-point operations for one image.
         file_size: bytes as safetensors.
         latency: median seconds for each of `LATENCY_BATCHES`.
+        nll: mean negative log-likelihood of the test images' labels, nats.
+        ece: expected calibration error on the test images, in [0, 1]; see `bmrs.expected_calibration_error`.
     """
 
     accuracy: float
@@ -61,6 +63,8 @@ class NetworkMeasurement:
     flops: int
     file_size: int
     latency: tuple[float, ...]
+    nll: float
+    ece: float
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,13 @@ def _show(summaries: Sequence[RunSummary], console: Console, title: str) -> None
         label = f"ms for {size} image{'s' * (size > 1)}"
         return row(label, lambda network: 1e3 * network.latency[position], "{:.3f}".format)
 
-    accuracies = [
-        spread(values(name, lambda network: 100 * network.accuracy), "{:.2f}".format) for name in names
-    ]
+    def quality_row(label: str, value: Callable[[NetworkMeasurement], float], form: str) -> Row:
+        return Row(label, [*(spread(values(name, value), form.format) for name in names), ()])
+
     measured = [
-        Row("test accuracy, %", [*accuracies, ()]),
+        quality_row("test accuracy, %", lambda network: 100 * network.accuracy, "{:.2f}"),
+        quality_row("NLL, nats", lambda network: network.nll, "{:.3f}"),
+        quality_row("ECE, %", lambda network: 100 * network.ece, "{:.2f}"),
         row("parameters", lambda network: network.parameters, "{:,.0f}".format),
         row("FLOPs per image", lambda network: network.flops, "{:,.0f}".format),
         row("bytes on disk", lambda network: network.file_size, "{:,.0f}".format),
@@ -215,7 +221,10 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         networks["masked"] = noisy.model
         sizes["masked"] = len(serialize(noisy.model.state_dict()))
     compared = {name: networks[name] for name in _COLUMNS[config.recipe]}
-    measured = _measure(compared, sizes, data.test)
+    try:
+        measured = _measure(compared, sizes, data.test)
+    except ValueError as failure:
+        raise RunError(f"the networks of {folder.path} cannot be measured: {one_line(failure)}") from failure
     kept = {
         name: (int(layer.mask.sum()), layer.num_structures)
         for name, layer in noise_layers(noisy.model).items()
@@ -316,13 +325,16 @@ def _measure(
 ) -> dict[str, NetworkMeasurement]:
     # Each batch size gives one time for each model; the table wants it the other way round.
     turns = [latency(list(models.values()), test.examples(size)) for size in LATENCY_BATCHES]
-    return {
-        name: NetworkMeasurement(
-            accuracy(model, test),
-            num_parameters(model),
-            flops(model, test.examples(1)),
-            file_sizes[name],
-            times,
+    measured = {}
+    for (name, model), times in zip(models.items(), zip(*turns, strict=True), strict=True):
+        found = quality(model, test)
+        measured[name] = NetworkMeasurement(
+            accuracy=found.accuracy,
+            parameters=num_parameters(model),
+            flops=flops(model, test.examples(1)),
+            file_size=file_sizes[name],
+            latency=times,
+            nll=found.nll,
+            ece=found.ece,
         )
-        for (name, model), times in zip(models.items(), zip(*turns, strict=True), strict=True)
-    }
+    return measured

@@ -8,7 +8,15 @@ from bmrs.training.summary import NetworkMeasurement, RunSummary
 
 
 def measured(accuracy, parameters):
-    return NetworkMeasurement(accuracy, parameters, 2 * parameters, 4 * parameters + 500, (2e-4, 1.5e-3))
+    return NetworkMeasurement(
+        accuracy=accuracy,
+        parameters=parameters,
+        flops=2 * parameters,
+        file_size=4 * parameters + 500,
+        latency=(2e-4, 1.5e-3),
+        nll=0.45,
+        ece=0.0321,
+    )
 
 
 def run_summary(recipe, accuracies=None, parameters=(61_706, 19_316), **fields):

@@ -5,7 +5,7 @@ from torch import nn
 import bmrs
 from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import TensorSplit
-from bmrs.training.evaluation import accuracy, compression, latency
+from bmrs.training.evaluation import accuracy, compression, latency, quality
 
 
 def test_accuracy_is_the_share_of_right_answers():
@@ -13,6 +13,17 @@ def test_accuracy_is_the_share_of_right_answers():
     logits = torch.eye(4)[torch.arange(1200) % 4]
     labels = torch.where(torch.arange(1200) < 900, torch.arange(1200) % 4, (torch.arange(1200) + 1) % 4)
     assert accuracy(nn.Identity(), TensorSplit(logits, labels)) == 0.75
+
+
+def test_quality_is_that_of_all_batches_together():
+    logits, labels = torch.randn(1200, 4), torch.arange(1200) % 4
+    found = quality(nn.Identity(), TensorSplit(logits, labels))
+    assert found.accuracy == accuracy(nn.Identity(), TensorSplit(logits, labels))
+    assert found.nll == pytest.approx(bmrs.negative_log_likelihood(logits, labels), rel=1e-12)
+    assert found.ece == pytest.approx(bmrs.expected_calibration_error(logits, labels), rel=1e-12)
+    logits[700, 2] = torch.nan
+    with pytest.raises(ValueError, match="outputs must be finite"):
+        quality(nn.Identity(), TensorSplit(logits, labels))
 
 
 def test_batches_are_evaluated_without_noise_and_joined():

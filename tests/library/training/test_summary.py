@@ -29,6 +29,8 @@ def seeds(recipe="bmrs"):
 
 LABELS = (
     "test accuracy, %",
+    "NLL, nats",
+    "ECE, %",
     "parameters",
     "FLOPs per image",
     "bytes on disk",
@@ -50,7 +52,7 @@ def test_no_word_of_the_table_is_broken(recipe, several, width):
     names = {"bmrs": ("from scratch", "structures"), "paper": ("masked",)}[recipe]
     for part in (*LABELS, "conv1_relu", "hidden1_relu", "dense", "compacted", *names):
         assert any(part in line for line in table.splitlines()), part
-    for value in ("61,706", "19,316", "123,412", "247,324", "3.19×", "60"):
+    for value in ("61,706", "19,316", "123,412", "247,324", "3.19×", "60", "0.450", "3.21"):
         assert value in table, value
     assert ("86.67" in table and "± 0.71" in table) if several else "86.17" in table
 
