@@ -1,5 +1,6 @@
 """The command ``bmrs``, and ``python -m bmrs``."""
 
+import os
 import sys
 
 
@@ -10,6 +11,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("bmrs: interrupted", file=sys.stderr)
         return 130
+    # For networks and data as package.module:factory; python -m looks there first, a script does not.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     return run()
 
 

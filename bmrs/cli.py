@@ -33,7 +33,7 @@ from bmrs.training import (
     resume,
     train,
 )
-from bmrs.training.config import check_text, choices_of, expected_value, flag
+from bmrs.training.options import check_text, flag, in_words, words_of
 from bmrs.training.options_file import check_yaml
 from bmrs.training.run_folder import RunFolder
 from bmrs.training.torchrun import joined, other_launcher
@@ -41,12 +41,17 @@ from bmrs.training.torchrun import joined, other_launcher
 _NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|-\.?inf", re.IGNORECASE)
 
 _LONGEST_LINE = 1000
-_OPTIONS = tuple(field.name for field in fields(TrainConfig))
+_HINTS = get_type_hints(TrainConfig)
+_OPTIONS = tuple(_HINTS)
 _EXAMPLES = """\
 examples:
   bmrs train                                              the whole of it on images that come with bmrs, a minute or two
   bmrs train --temperature 30                             more goes
   bmrs train --data mnist --data-dir ~/mnist --seeds 5    the official files, means of five seeds
+  bmrs train --data folder:photos --model resnet18 --weights resnet18.safetensors --new-classifier true
+                                                          your own images and weights
+  bmrs train --data cifar10 --data-dir ~/cifar10 --model resnet20 --target-flops 0.5
+                                                          half of the FLOPs, whatever the evidence says
   bmrs train --model mlp --print-config                   all options with their values, for --config
   bmrs train --resume runs/lenet5-fashion-mnist-subset-1  go on with what was interrupted
 """
@@ -93,7 +98,7 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
         return _failure(error.args[0], code=2)
     except SystemExit as exit:  # the parser has written its help
         return exit.code if isinstance(exit.code, int) else 0, ""
-    except (ConfigError, DataError, RunError, OSError) as error:
+    except (ConfigError, DataError, RunError, OSError, ImportError) as error:
         return _failure(error, code=2)
     except NonFiniteError as error:
         advice = "start a new run with a lower --lr, or --noise-lr if the noise was learning"
@@ -181,7 +186,7 @@ class _Parser(ArgumentParser):
             name, reason = named.groups()
             bad_value = re.match(r".*(?:Given|Got) value: ?(.*)$", reason)
             got = f", got {shown(bad_value[1])}" if bad_value else f": {one_line(reason)}"
-            line = f"{flag(name)} must be {expected_value(name)}{got}"
+            line = f"{flag(name)} must be {in_words(_HINTS[name])}{got}"
         raise _UsageError(line)
 
 
@@ -265,16 +270,16 @@ def _parser() -> ArgumentParser:
         metavar="RUN",
         help="folder of an interrupted run to continue, with its options; --data-dir may say where its data are now",
     )
-    hints = get_type_hints(TrainConfig)
     groups: dict[str, Any] = {}
     for option in fields(TrainConfig):
         group = option.metadata["group"]
         if group not in groups:
             groups[group] = training.add_argument_group(group)
-        choices = f"{{{','.join(choices_of(option.name))}}}" if choices_of(option.name) else None
+        words = words_of(_HINTS[option.name])
+        choices = f"{{{','.join(words)}}}" if words else None
         groups[group].add_argument(
             flag(option.name),
-            type=hints[option.name],
+            type=_HINTS[option.name],
             default=option.default,
             metavar=option.metadata["metavar"] or choices,
             help=option.metadata["help"],

@@ -30,11 +30,11 @@ from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.granularities import GRANULARITIES, distinct
 from benchmarks.options import positive
 from benchmarks.records import machine_of
-from bmrs.data import EMBEDDED, DataError, Dataset
+from bmrs.data import EMBEDDED, DataError, DataName, Dataset
 from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, algorithm1
-from bmrs.training.config import DataName, ModelName
 from bmrs.training.evaluation import accuracy
 from bmrs.training.run import device_of, load
+from bmrs.training.settings import PaperNetwork
 from bmrs_kernels.options import Granularity
 
 # Options of `bmrs train` for each criterion that the paper compares in this experiment.
@@ -56,7 +56,7 @@ class PaperRun(NamedTuple):
 
     seed: int
     data: DataName
-    network: ModelName
+    network: PaperNetwork
     granularity: Granularity | None = None
     criterion: str | None = None
 
@@ -128,7 +128,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks paper", description=__doc__)
     add = functools.partial(parser.add_argument, nargs="+")
     add("--data", choices=get_args(DataName), default=["mnist", "fashion-mnist"], help="(both MNISTs)")
-    add("--networks", choices=get_args(ModelName), default=["mlp", "lenet5"], help="(both)")
+    add("--networks", choices=get_args(PaperNetwork), default=["mlp", "lenet5"], help="(both)")
     add(
         "--granularities",
         choices=GRANULARITIES,
@@ -171,7 +171,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def all_runs(
     seeds: int,
     data: Iterable[DataName],
-    networks: Iterable[ModelName],
+    networks: Iterable[PaperNetwork],
     granularities: Iterable[Granularity],
     criteria: Iterable[str],
 ) -> list[PaperRun]:

@@ -177,15 +177,19 @@ class PosteriorLearner:
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
 
-    def step(self, loss: Tensor) -> Tensor:
+    def step(self, loss: Tensor | Iterable[Tensor]) -> Tensor:
         """Add the KL term to a batch's mean loss, go one step down, and return the KL term, detached.
 
         Across processes each passes the mean loss of its own batch, and the step is that of their average. Where the
         batches are not equally large, multiply each loss by the number of its examples over the average number.
+
+        Args:
+            loss: the loss, in nats; or its summands, where each is computed once the one before has gone backward, so
+                that memory has to hold one alone.
         """
         divergence = kl_divergence(self.model, weight=self._kl_weight)
         self.optimizer.zero_grad()
-        (loss + divergence).backward()
+        backward(loss, divergence)
         if self._averages:
             processes.average_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         self.optimizer.step()
@@ -246,6 +250,13 @@ class PosteriorLearner:
             name: whole(layer.kept) & ~(self._criterion or _rule(layer))(layer).prune
             for name, layer in self._layers.items()
         }
+
+
+def backward(loss: Tensor | Iterable[Tensor], term: Tensor) -> None:
+    """Compute the gradients of a loss, or one after another of its summands, plus a term."""
+    for number, part in enumerate([loss] if isinstance(loss, Tensor) else loss):
+        # In one pass with the first, as DistributedDataParallel expects one for each forward pass.
+        (part if number else part + term).backward()
 
 
 def _chosen(across_processes: bool | None) -> bool:

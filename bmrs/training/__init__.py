@@ -1,7 +1,8 @@
 """Training, pruning and measuring the paper's small networks: what the command line does, as functions."""
 
-from bmrs.training.config import ConfigError, TrainConfig
+from bmrs.training.config import TrainConfig
 from bmrs.training.finite import NonFiniteError
+from bmrs.training.options import ConfigError
 from bmrs.training.recipe import CollapseError
 from bmrs.training.run import InterruptedRunError, evaluate, resume, train
 from bmrs.training.run_folder import RunError

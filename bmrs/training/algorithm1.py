@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bmrs import processes
-from bmrs.data import Dataset
-from bmrs.models import MLP, LeNet5
+from bmrs.data import Batch, Dataset
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import unsettled
 from bmrs.pruning.prune import prune
-from bmrs.schedules import PruningSchedule
+from bmrs.schedules import PruningSchedule, WarmUp
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
-from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy, compression
 from bmrs.training.finite import FiniteWatch
+from bmrs.training.networks import dense_network, noisy_network
+from bmrs.training.optimizers import new_optimizer
 from bmrs.training.training_step import Step, cross_entropy, new_step, update_of
 
 
 def new_state(config: TrainConfig, data: Dataset, *, noise: bool, device: torch.device) -> TrainingState:
     """Return an untrained network; with and without noise it has the same weights and sees the same batches."""
     torch.manual_seed(config.seed)
-    model = build_model(config, data, noise=noise).to(device)
-    of_noise = [parameter for layer in noise_layers(model).values() for parameter in layer.parameters()]
-    identities = {id(parameter) for parameter in of_noise}
-    weights = [parameter for parameter in model.parameters() if id(parameter) not in identities]
-    groups: list[dict[str, Any]] = [{"params": weights}, {"params": of_noise, "lr": config.settings.noise_lr}]
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.Adam(
-        groups,
-        lr=config.settings.lr,
-        fused=True,
-        capturable=on_gpu and config.cuda_graph,
-    )
+    model = noisy_network(config, data) if noise else dense_network(config, data)
+    model = model.to(device)
+    optimizer = new_optimizer(model, config, device)
     return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
 
 
@@ -70,7 +63,8 @@ def train(
     settings = config.settings
     criterion, schedule = config.build_criterion(), _schedule(config)
     layers = noise_layers(state.model)
-    watch = FiniteWatch(state.model)
+    watch = FiniteWatch(state.model, outputs=not config.compile)
+    kl_factor = torch.ones((), device=state.device) if config.kl_warm_up else None
     steps: dict[bool, Step] = {}  # with noise and without: each can be a CUDA graph of its own
     for epoch in range(len(state.history) + 1, settings.epochs + settings.fine_tune_epochs + 1):
         start = time.perf_counter()
@@ -78,12 +72,11 @@ def train(
         noise = bool(layers) and (epoch <= settings.epochs or bool(config.fine_tune_noise))
         state.model.train()
         if noise not in steps:
-            update = update_of(state, config, len(data.train), noise=noise)
-            step = new_step(state.model, config, watch, data_loss=cross_entropy, update=update)
-            steps = {noise: step}
+            update = update_of(state, config, len(data.train), noise=noise, kl_factor=kl_factor)
+            step = new_step(state.model, config, watch, data_loss=cross_entropy(config), update=update)
+            steps = {noise: step if kl_factor is None else _warming_up(step, state, data, config, kl_factor)}
         with nullcontext() if noise else _without_noise(state.model), watch:
-            indices = batches_of(state, data.train, config)
-            row |= train_epoch(steps[noise], data.train, indices, epoch, watch, progress)
+            row |= train_epoch(steps[noise], state, data.train, config, watch, progress)
         if layers:
             if schedule.is_due(epoch):
                 row["pruning"] = prune(state.model, criterion).to_dict()
@@ -102,25 +95,22 @@ def train(
         progress.epoch(row)
 
 
-def build_model(config: TrainConfig, data: Dataset, *, noise: bool) -> nn.Module:
-    """Return the untrained network that the options name."""
-    channels, height, width = data.train.image_shape
-    granularity = config.settings.granularity
-    if config.model == "lenet5":
-        return LeNet5(
-            in_channels=channels, num_classes=data.num_classes, noise=noise, granularity=granularity
-        )
-    num_blocks, hidden = config.settings.num_blocks, config.settings.hidden
-    assert num_blocks is not None, "settings have it for every MLP"
-    assert hidden is not None, "settings have it for every MLP"
-    return MLP(
-        in_features=channels * height * width,
-        num_blocks=num_blocks,
-        hidden=hidden,
-        num_classes=data.num_classes,
-        noise=noise,
-        granularity=granularity,
-    )
+def _warming_up(
+    step: Step, state: TrainingState, data: Dataset, config: TrainConfig, kl_factor: Tensor
+) -> Step:
+    """Return a step before which the factor on the KL term is set to where the epochs have come to."""
+    assert config.kl_warm_up is not None, "filled in for this recipe"
+    warm_up = WarmUp(config.kl_warm_up)
+    steps_an_epoch = math.ceil(len(data.train) / config.settings.batch_size)
+    taken = len(state.history) * steps_an_epoch
+
+    def warmed_up(batch: Batch, weight: float) -> tuple[Tensor, ...]:
+        nonlocal taken
+        kl_factor.fill_(warm_up(taken / steps_an_epoch))
+        taken += 1
+        return step(batch, weight)
+
+    return warmed_up
 
 
 def _schedule(config: TrainConfig) -> PruningSchedule:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from bmrs.checks import one_line, shown
 from bmrs.files.atomic import write_atomically
@@ -45,24 +46,34 @@ class TrainingState:
         optimizer: its optimizer.
         order: draws the order of the images.
         history: one row of metrics for each finished epoch.
+        average: a moving average of the model, if there is one.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     order: torch.Generator
     history: list[dict[str, Any]] = field(default_factory=list)
+    average: AveragedModel | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def averaged(self) -> nn.Module:
+        """The average if there is one, otherwise the model: what is as good as the training so far."""
+        return self.model if self.average is None else self.average.module
+
 
 def save_checkpoint(path: Path, state: TrainingState, config: TrainConfig) -> None:
     """Write the state, the global random number generators' and the run's options as one file, atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    if state.average is not None:
+        tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
     for index, values in state.optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
+        kept = {name: value for name, value in values.items() if value is not None}
+        tensors.update({f"optimizer.{index}.{name}": value for name, value in kept.items()})
     tensors["random.order"] = state.order.get_state()
     tensors["random.cpu"] = torch.get_rng_state()
     if state.device.type == "cuda":
@@ -94,6 +105,7 @@ def load_checkpoint(path: Path, state: TrainingState, config: TrainConfig) -> No
         check_tensors(
             tensors,
             model=state.model,
+            average=state.average,
             optimizer=state.optimizer,
             order=state.order,
             finished=len(scalars["history"]),
@@ -102,6 +114,8 @@ def load_checkpoint(path: Path, state: TrainingState, config: TrainConfig) -> No
     except ValueError as error:
         raise RunError(f"{path} is broken or of another network: {error}") from error
     state.model.load_state_dict(_below(tensors, "model."))
+    if state.average is not None:
+        state.average.load_state_dict(_below(tensors, "average."))
     param_groups = state.optimizer.state_dict()["param_groups"]
     optimizer = split_optimizer_state(_below(tensors, "optimizer."))
     state.optimizer.load_state_dict({"state": optimizer, "param_groups": param_groups})

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from bmrs.checks import is_finite, one_line, shown
 from bmrs.noise.lookup import noise_layers
-from bmrs.training.config import TrainConfig, flag
+from bmrs.training.config import TrainConfig
+from bmrs.training.options import flag
 
-# What Adam keeps of a parameter, beside its number of steps.
+# What Adam, and SGD with momentum, keep of a parameter; Adam beside its number of steps.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTUM = "momentum_buffer"
 _STEP = "step"
 
 
@@ -43,6 +45,7 @@ def check_tensors(
     tensors: Mapping[str, Tensor],
     *,
     model: nn.Module,
+    average: nn.Module | None = None,
     optimizer: torch.optim.Optimizer,
     order: torch.Generator,
     finished: int,
@@ -52,13 +55,16 @@ def check_tensors(
     Args:
         tensors: by their names in the file.
         model: what they are meant for.
-        optimizer: the model's; an Adam.
+        average: the model's, if there is one.
+        optimizer: the model's.
         order: draws the order of the images.
         finished: epochs in the file's history; before the first one an optimizer has no state.
     """
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     expected: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if average is not None:
+        expected |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     if finished:
         expected |= _expected_of_optimizer(optimizer)
     expected |= {"random.order": order.get_state(), "random.cpu": torch.get_rng_state()}
@@ -101,6 +107,9 @@ def split_optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, 
 
 def _expected_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, torch.optim.SGD):
+        has_momentum = bool(optimizer.defaults["momentum"])
+        return {f"optimizer.{i}.{_MOMENTUM}": p for i, p in enumerate(parameters) if has_momentum}
     expected = {f"optimizer.{i}.{_STEP}": torch.empty((), device="meta") for i in range(len(parameters))}
     for i, parameter in enumerate(parameters):
         expected |= {f"optimizer.{i}.{name}": parameter for name in _MOMENTS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
@@ -14,10 +15,15 @@ from bmrs.calibration import Answers, answers, calibration_error
 from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import num_parameters
 from bmrs.data import Split
+from bmrs.data.dataset import IMAGE_SIZE
 from bmrs.noise.lookup import noise_layers
 
-EVALUATION_BATCH = 500
-"""Images that are evaluated at a time."""
+_BATCH = 500  # images of 32 × 32 pixels
+
+
+def batch_size_for(split: Split) -> int:
+    """Return how many images are evaluated at a time: the fewer, the larger they are."""
+    return max(1, min(_BATCH, _BATCH * 3 * IMAGE_SIZE**2 // math.prod(split.image_shape)))
 
 
 @torch.inference_mode()
@@ -26,7 +32,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
     model.eval()
     right = [
         (model(batch.images).argmax(dim=1) == batch.labels).sum()
-        for batch in split.in_order(EVALUATION_BATCH)
+        for batch in split.in_order(batch_size_for(split))
     ]
     return torch.stack(right).sum().item() / len(split)
 
@@ -53,7 +59,7 @@ def quality(model: nn.Module, split: Split) -> Quality:
         ValueError: an output is not finite.
     """
     model.eval()
-    parts = [answers(model(batch.images), batch.labels) for batch in split.in_order(EVALUATION_BATCH)]
+    parts = [answers(model(batch.images), batch.labels) for batch in split.in_order(batch_size_for(split))]
     given = Answers(*map(torch.cat, zip(*parts, strict=True)))
     right = given.right.sum().item() / len(split)
     return Quality(right, given.nll.mean().item(), calibration_error(given))
@@ -75,7 +81,12 @@ def compression(model: nn.Module, example: Tensor) -> float:
 
 
 def latency(
-    models: Sequence[nn.Module], images: Tensor, *, rounds: int = 25, min_seconds: float = 0.005
+    models: Sequence[nn.Module],
+    images: Tensor,
+    *,
+    rounds: int = 25,
+    min_seconds: float = 0.005,
+    max_seconds: float = 10.0,
 ) -> list[float]:
     """Return the median time in seconds that each model takes for the images.
 
@@ -86,6 +97,7 @@ def latency(
         images: one batch of inputs.
         rounds: how often each model has its turn.
         min_seconds: least time of a turn, over as many forward passes as it needs.
+        max_seconds: about how long all of it may take; the rounds become fewer then, but not less than three.
     """
     timers = [
         Timer(
@@ -95,7 +107,12 @@ def latency(
         for model in models
     ]
     with torch.inference_mode():
-        repeats = [max(1, round(min_seconds / timer.timeit(5).mean)) for timer in timers]
+        firsts = [timer.timeit(1).mean for timer in timers]
+        if sum(firsts) < 1:
+            firsts = [timer.timeit(5).mean for timer in timers]
+        repeats = [max(1, round(min_seconds / first)) for first in firsts]
+        a_round = sum(first * number for first, number in zip(firsts, repeats, strict=True))
+        rounds = max(3, min(rounds, int(max_seconds / a_round)))
         turns = [
             [timer.timeit(number).mean for timer, number in zip(timers, repeats, strict=True)]
             for _ in range(rounds)

@@ -24,13 +24,14 @@ class FiniteWatch:
 
     Args:
         model: the model under training.
+        outputs: False to leave out what layers put out, into which a compiled network allows no look.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, outputs: bool = True) -> None:
         self._layers = {
             name: module
             for name, module in model.named_modules()
-            if next(module.parameters(recurse=False), None) is not None
+            if outputs and next(module.parameters(recurse=False), None) is not None
         }
         self._parameters = dict(model.named_parameters())
         self._places = [
@@ -57,12 +58,14 @@ class FiniteWatch:
 
     def probes(self, loss: Tensor) -> Tensor:
         """Return those of the step whose forward and backward passes have just been run, shape (places,)."""
-        outputs = [self._outputs[layer] for layer in self._layers.values()]
+        # A layer whose forward was not called, because another one uses its parameters, has put out nothing.
+        outputs = [self._outputs.get(layer, loss.new_zeros(())) for layer in self._layers.values()]
         gradients = [
             loss.new_zeros(()) if parameter.grad is None else _probe(parameter.grad)
             for parameter in self._parameters.values()
         ]
-        return torch.stack([*outputs, *gradients, loss.detach()])
+        self._outputs.clear()
+        return torch.stack([probe.to(loss.dtype) for probe in (*outputs, *gradients, loss.detach())])
 
     def record(self, probes: Tensor) -> None:
         """Note a step's probes."""
@@ -93,8 +96,11 @@ class FiniteWatch:
             name = list(self._parameters)[int(wrong.nonzero()[0])]
             raise NonFiniteError(_message(epoch, self._steps, f"parameter {name!r}"))
 
-    def _see_output(self, layer: nn.Module, inputs: object, output: Tensor) -> None:
-        self._outputs[layer] = _probe(output)
+    def _see_output(self, layer: nn.Module, inputs: object, output: object) -> None:
+        # Attention and recurrent layers return tuples; of those with several tensors the first is the one that counts.
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(first, Tensor) and first.is_floating_point():
+            self._outputs[layer] = _probe(first)
 
 
 def _probe(values: Tensor) -> Tensor:

@@ -1,26 +1,26 @@
-"""Training of a network's weights: Adam, a learning rate that falls as a cosine, and a teacher if there is one."""
+"""Training of a network's weights: with a schedule, and an average of them and a teacher if there are any."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bmrs import processes
 from bmrs.data import Batch, Dataset
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
-from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.training_step import DataLoss, cross_entropy, new_step
-
-WARM_UP = 0.05
-"""Share of the steps in which the learning rate rises."""
+from bmrs.training.optimizers import new_optimizer, scheduled, set_learning_rate
+from bmrs.training.training_step import DataLoss, cross_entropy, new_step, update_of
 
 SOFTENING = 2.0
 """What the logits are divided by before the answers of teacher and network are compared."""
@@ -29,21 +29,11 @@ SOFTENING = 2.0
 def fitting_state(model: nn.Module, config: TrainConfig, device: torch.device) -> TrainingState:
     """Return a network with a fresh optimizer, whose batches and random draws depend on the seed alone."""
     torch.manual_seed(config.seed)
-    graph = device.type == "cuda" and config.cuda_graph
-    rate = config.settings.lr
-    optimizer = torch.optim.Adam(
-        model.train().requires_grad_(True).parameters(),
-        # A graph reads the learning rate where it is.
-        lr=torch.tensor(rate, device=device) if graph else rate,
-        fused=True,
-        capturable=graph,
-    )
-    return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed))
-
-
-def cosine(progress: float) -> float:
-    """Return the learning rate in units of `--lr`, from 2 to 0 after a warm-up, at a share of the steps in [0, 1)."""
-    return (1 + math.cos(math.pi * progress)) * min(1.0, progress / WARM_UP)
+    optimizer = new_optimizer(model.train().requires_grad_(True), config, device)
+    average = None
+    if config.average:
+        average = AveragedModel(model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
+    return TrainingState(model, optimizer, order=torch.Generator().manual_seed(config.seed), average=average)
 
 
 def fit(
@@ -72,35 +62,33 @@ def fit(
     Raises:
         NonFiniteError: a NaN or an infinity turned up; its epoch is not saved.
     """
-    watch = FiniteWatch(state.model)
+    watch = FiniteWatch(state.model, outputs=not config.compile)
     steps_an_epoch = math.ceil(len(data.train) / config.settings.batch_size)
     taken = len(state.history) * steps_an_epoch
 
-    def update(loss: Tensor) -> Tensor:
-        state.optimizer.zero_grad()
-        loss.backward()
-        processes.average_gradients(state.model.parameters())
-        state.optimizer.step()
-        return torch.zeros_like(loss.detach())
-
-    data_loss = cross_entropy if teacher is None else _distillation(teacher, config)
+    update = update_of(state, config, len(data.train), noise=False)
+    data_loss = cross_entropy(config) if teacher is None else _distillation(teacher, config)
     step = new_step(state.model, config, watch, data_loss=data_loss, update=update)
 
     def scheduled_step(batch: Batch, weight: float) -> tuple[Tensor, ...]:
         nonlocal taken
         taken += 1
-        _set_learning_rate(state, config.settings.lr * cosine((taken - 0.5) / (epochs * steps_an_epoch)))
-        return step(batch, weight)
+        rate = scheduled((taken - 0.5) / (epochs * steps_an_epoch), config)
+        set_learning_rate(state.optimizer, config.settings.lr * rate)
+        result = step(batch, weight)
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        return result
 
     for epoch in range(len(state.history) + 1, epochs + 1):
         start = time.perf_counter()
         state.model.train()
         with watch:
-            indices = batches_of(state, data.train, config)
-            row = {"epoch": epoch, "phase": phase} | train_epoch(
-                scheduled_step, data.train, indices, epoch, watch, progress
-            )
-        row["validation_accuracy"] = accuracy(state.model, data.validation)
+            row: dict[str, Any] = {"epoch": epoch, "phase": phase}
+            row |= train_epoch(scheduled_step, state, data.train, config, watch, progress)
+        if state.average is not None and epoch == epochs:
+            state.model.load_state_dict(state.average.module.state_dict())
+        row["validation_accuracy"] = accuracy(state.averaged, data.validation)
         row["seconds"] = time.perf_counter() - start
         state.history.append(processes.of_first(row.copy))
         save(state)
@@ -113,20 +101,23 @@ def _distillation(teacher: nn.Module, config: TrainConfig) -> DataLoss:
     weight = config.distillation
     assert weight is not None, "filled in for the recipe that has it"
     teacher.eval()
+    plain = cross_entropy(config)
 
     def loss(logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
             answers = (teacher(batch.images) / SOFTENING).softmax(dim=1)
         softened = F.log_softmax(logits / SOFTENING, dim=1)
         imitation = F.kl_div(softened, answers, reduction="batchmean") * SOFTENING**2
-        return (1 - weight) * F.cross_entropy(logits, batch.labels) + weight * imitation
+        return (1 - weight) * plain(logits, batch) + weight * imitation
 
     return loss
 
 
-def _set_learning_rate(state: TrainingState, rate: float) -> None:
-    for group in state.optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+def _moving_average(decay: float) -> Callable[..., None]:
+    """Return how an average moves on; at first faster, so that it does not hold on to weights hardly trained."""
+
+    def move(averaged: Any, current: Any, count: Tensor) -> None:
+        its_decay = min(decay, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(its_decay)(averaged, current, count)
+
+    return move

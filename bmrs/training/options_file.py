@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bmrs.checks import one_line, shown
-from bmrs.training.config import ConfigError
+from bmrs.training.options import ConfigError
 
 _LONGEST_FILE = 2**16  # bytes; one with all options takes two thousand
 _LONGEST_VALUE = 4096  # characters, as of paths; a number of more digits than Python reads is longer

@@ -32,6 +32,7 @@ _NETWORKS: dict[str, dict[str, Any]] = {
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", _BLUE, _VERMILION)
 _MARKERS, _DASHES = "os^DvPXp", ("-", "--", "-.", ":")
 _MOST_NAMES = 8
+_LONG_NAME = 16  # letters
 """Layers that are named, of a network of many."""
 _LEAST_RANGE = 20
 """Percentage points that an axis of accuracies spans at least, so that a difference looks no larger than it is."""
@@ -132,9 +133,12 @@ def _draw_epochs(axis: Axes, states: Mapping[NetworkName, TrainingState], config
         curves = {
             "dense": states["dense"].history,
             "compacted": [*before, *noise, *states["fine-tuned"].history],
-            "scratch": states["scratch"].history,
-            "random": [*before, *states["random"].history],
         }
+        if config.rivals:
+            curves |= {
+                "scratch": states["scratch"].history,
+                "random": [*before, *states["random"].history],
+            }
         starts = {"noise": len(before), "fine-tuning": len(before) + len(noise)}
     last = max(map(len, curves.values()))
     for (name, history), first_marker in zip(curves.items(), range(len(curves)), strict=True):
@@ -219,8 +223,10 @@ def _draw_scores(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None:
         axis.axhline(border, color="black", linewidth=1)
     scale = _fit_height(axis, [*places[False][1], *places[True][1]], border if decides else None)
     some = range(0, len(layers), math.ceil(len(layers) / _MOST_NAMES))
-    names = [name.replace("_", "\n") for name in layers]
-    axis.set_xticks(some, [names[index] for index in some], fontsize=8)
+    names = [name.removesuffix(".noise").replace("_", "\n") for name in layers]
+    long = max(map(len, names)) > _LONG_NAME
+    turned: dict[str, Any] = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    axis.set_xticks(some, [names[index] for index in some], fontsize=8, **turned)
     rule = f"pruned where {sign} {border + 0:.3g}" if decides else f"pruned by {config.criterion}"
     axis.set_title(f"{criterion.score_name} of each structure; {rule}")
     axis.set_ylabel(f"{criterion.score_name} (nats{scale})")

@@ -85,3 +85,37 @@ class TrainingProgress:
                 soft_wrap=True,
                 markup=False,
             )
+
+
+class ReadingProgress:
+    """Shows how many image files have been read, once there are any to read; a context manager."""
+
+    def __init__(self, console: Console | None) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._shown = False
+
+    def __enter__(self) -> ReadingProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that so many files have been read."""
+        console = self._console
+        if console is None:
+            return
+        if not self._shown:
+            self._shown = True
+            line = f"reading {total:,} image files; the next run finds them in the cache"
+            console.print(line, soft_wrap=True)
+            if console.is_terminal and not console.is_dumb_terminal:
+                self._bar = Progress(console=console, transient=True)
+                self._bar.add_task("reading", total=total)
+                self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done)

@@ -8,43 +8,60 @@ dense network, a network of the compacted one's widths from scratch, and one who
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bmrs import processes
 from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import structure_prices
 from bmrs.criteria import PosteriorCriterion
 from bmrs.data import Dataset
+from bmrs.data.dataset import IMAGE_SIZE
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
-from bmrs.training.algorithm1 import build_model
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
-from bmrs.training.epoch import Progress, batches_of, train_epoch
+from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy
 from bmrs.training.finite import FiniteWatch
+from bmrs.training.networks import dense_network, noisy_network, with_weights
+from bmrs.training.settings import IMAGES_A_DEGREE, NOISE_DISTANCE
 from bmrs.training.training_step import cross_entropy, new_step
 
 Save = Callable[[TrainingState], None]
 
 EXAMPLES = 2000
-"""Training images that the compacted network is refitted on."""
+"""Training images of 32 × 32 pixels that the compacted network is refitted on; of larger ones there are fewer."""
+
+FEW_EXAMPLES = 8
+"""Training images that compaction is tried on."""
 
 
 class CollapseError(Exception):
     """The posteriors leave nothing of a layer at any temperature that was tried; the message says what to do."""
 
 
+def refitting_examples(data: Dataset) -> Tensor:
+    """Return the training images that the compacted network is refitted on."""
+    size = math.prod(data.train.image_shape) / IMAGE_SIZE**2
+    return data.train.examples(max(2 * FEW_EXAMPLES, int(EXAMPLES / size)))
+
+
 def untrained(config: TrainConfig, data: Dataset, device: torch.device) -> nn.Module:
     """Return the dense network with initial weights."""
     torch.manual_seed(config.seed)
-    return build_model(config, data, noise=False).to(device)
+    return dense_network(config, data).to(device)
+
+
+def initial(config: TrainConfig, data: Dataset, device: torch.device) -> nn.Module:
+    """Return the dense network that training starts from: with the weights that the options name, if any."""
+    return with_weights(untrained(config, data, device), config)
 
 
 def noisy_state(
@@ -52,9 +69,9 @@ def noisy_state(
 ) -> TrainingState:
     """Return a trained network with noise near θ = 1, for `learn_noise`."""
     torch.manual_seed(config.seed)
-    model = build_model(config, data, noise=True).to(device)
+    model = noisy_network(config, data).to(device)
     model.load_state_dict(trained.state_dict(), strict=False)
-    learner = _learner(model, config, data, _first_temperature(config))
+    learner = _learner(model, config, data, _first_temperature(config, data))
     return TrainingState(model, learner.optimizer, order=torch.Generator().manual_seed(config.seed))
 
 
@@ -79,22 +96,20 @@ def learn_noise(
         CollapseError: the last epoch ended in a collapse.
     """
     learner = None
-    epochs = config.settings.noise_epochs
-    assert epochs is not None, "settings have it for this recipe"
-    watch = FiniteWatch(state.model)
+    epochs = noise_epochs(config, data)
+    watch = FiniteWatch(state.model, outputs=not config.compile)
     while len(state.history) < epochs and not (state.history and state.history[-1]["settled"]):
-        temperature, collapsed = _next_temperature(state, config)
+        temperature, collapsed = _next_temperature(state, config, data)
         if learner is None or collapsed:
             learner = _started(state, config, data, temperature, afresh=collapsed or not state.history)
             # Not as a CUDA graph, in whose replays the learner would not count its steps.
             eager = replace(config, cuda_graph=False)
-            step = new_step(state.model, eager, watch, data_loss=cross_entropy, update=learner.step)
+            step = new_step(state.model, eager, watch, data_loss=cross_entropy(config), update=learner.step)
         epoch = len(state.history) + 1
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "phase": "noise"}
         with learner, watch:
-            indices = batches_of(state, data.train, config)
-            row |= train_epoch(step, data.train, indices, epoch, watch, progress)
+            row |= train_epoch(step, state, data.train, config, watch, progress)
         report = learner.check()
         row |= {
             **{name: getattr(report, name) for name in ("temperature", "steps", "unsettled", "changed")},
@@ -116,18 +131,17 @@ def learn_noise(
         )
 
 
-def _next_temperature(state: TrainingState, config: TrainConfig) -> tuple[float, bool]:
+def _next_temperature(state: TrainingState, config: TrainConfig, data: Dataset) -> tuple[float, bool]:
     """Return the temperature of the next epoch, and whether the one before ended in a collapse."""
     if not state.history:
-        return _first_temperature(config), False
+        return _first_temperature(config, data), False
     last = state.history[-1]
     return (last["temperature"] / 2, True) if last["emptied"] else (last["temperature"], False)
 
 
-def _first_temperature(config: TrainConfig) -> float:
+def _first_temperature(config: TrainConfig, data: Dataset) -> float:
     temperature = config.settings.temperature
-    assert temperature is not None, "settings have it for this recipe"
-    return temperature
+    return max(1.0, len(data.train) / IMAGES_A_DEGREE) if temperature is None else temperature
 
 
 def _started(
@@ -160,39 +174,59 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
     )
 
 
-def fine_tuning_epochs(config: TrainConfig, noisy: TrainingState) -> int:
+def noise_epochs(config: TrainConfig, data: Dataset) -> int:
+    """Return the epochs, at most, in which the noise learns."""
+    if config.settings.noise_epochs is not None:
+        return config.settings.noise_epochs
+    steps_an_epoch = math.ceil(len(data.train) / config.settings.batch_size)
+    return max(2, math.ceil(NOISE_DISTANCE / (config.settings.noise_lr * steps_an_epoch)))
+
+
+def fine_tuning_epochs(config: TrainConfig, data: Dataset, noisy: TrainingState) -> int:
     """Return the epochs of fine-tuning: those of the options, and those that learning the noise left over."""
-    assert config.settings.noise_epochs is not None, "settings have it for this recipe"
-    left = config.settings.noise_epochs - len(noisy.history)
-    return config.settings.fine_tune_epochs + left
+    return config.settings.fine_tune_epochs + noise_epochs(config, data) - len(noisy.history)
 
 
-def total_epochs(config: TrainConfig) -> int:
+def total_epochs(config: TrainConfig, data: Dataset) -> int:
     """Return the epochs of the whole recipe, which all that it is compared with has too."""
     settings = config.settings
-    assert settings.noise_epochs is not None, "settings have it for this recipe"
-    return settings.epochs + settings.noise_epochs + settings.fine_tune_epochs
+    return settings.epochs + noise_epochs(config, data) + settings.fine_tune_epochs
 
 
 def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig, data: Dataset) -> nn.Module:
     """Return a trained network with as many structures as another has kept, but chosen at random."""
     device = next(trained.parameters()).device
-    model = build_model(config, data, noise=True).to(device)
+    model = noisy_network(config, data).to(device)
     model.load_state_dict(trained.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(config.seed)
     for name, layer in noise_layers(model).items():
         kept = int(noise_layers(noisy)[name].mask.sum())
         chosen = torch.randperm(layer.num_structures, generator=generator)[:kept]
         layer.set_kept(torch.zeros(layer.num_structures, dtype=torch.bool).index_fill_(0, chosen, True))
-    return compact(model, data.train.examples(1), expected_noise=False)
+    return compact(model, data.train.examples(FEW_EXAMPLES), expected_noise=False)
 
 
 def untrained_copy(network: nn.Module, config: TrainConfig) -> nn.Module:
-    """Return a network of the same widths with initial weights."""
+    """Return a network of the same widths with initial weights.
+
+    What layers do not reset, such as the positions that a transformer learns, is drawn as its own scale is.
+    """
     torch.manual_seed(config.seed)
     copied = copy.deepcopy(network)
     for layer in copied.modules():
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):
             reset()
+        else:
+            for parameter in layer.parameters(recurse=False):
+                _draw_afresh(parameter)
     return copied
+
+
+@torch.no_grad()
+def _draw_afresh(parameter: nn.Parameter) -> None:
+    mean = parameter.mean().item()
+    if parameter.ndim > 1 and parameter.numel() > 1:
+        parameter.normal_(mean, parameter.std().item())
+    else:
+        parameter.fill_(mean)

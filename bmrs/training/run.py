@@ -9,16 +9,18 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import nn
+from torch.fx import GraphModule
 
 from bmrs import processes
 from bmrs.checks import one_line
 from bmrs.compaction.compact import compact
-from bmrs.data import Dataset, Split, TensorSplit, load_dataset, preprocess
+from bmrs.data import FOLDER, Dataset
 from bmrs.files import save as save_model
 from bmrs.files.atomic import write_atomically
 from bmrs.pruning.prune import prune
@@ -28,10 +30,12 @@ from bmrs.training.config import TrainConfig
 from bmrs.training.environment import environment, what_differs
 from bmrs.training.epoch import Progress
 from bmrs.training.fit import fit, fitting_state
+from bmrs.training.images import load_images
 from bmrs.training.memory import check_memory
+from bmrs.training.networks import dense_network, noisy_network, with_weights
 from bmrs.training.options_file import read_json
 from bmrs.training.picture import draw
-from bmrs.training.progress import TrainingProgress
+from bmrs.training.progress import ReadingProgress, TrainingProgress
 from bmrs.training.run_folder import (
     NetworkName,
     RunError,
@@ -78,13 +82,29 @@ def train(
         InterruptedRunError: the user pressed Ctrl-C; the run can be resumed.
     """
     config = config.resolved()
-    if config.data_dir is not None:
-        # So that the run can be resumed from any folder.
-        config = replace(config, data_dir=str(Path(config.data_dir).expanduser().absolute()))
+    config = _with_whole_paths(config)
     device = device_of(config)
-    load(config, device)  # says what is wrong with the data before there is a folder
+    console = console or Console()
+    # Says what is wrong with data, network and noise before there is a folder.
+    data = load(config, device, console)
+    noisy_network(config, data)
+    with_weights(dense_network(config, data), config)
     folder = processes.of_first(lambda: RunFolder.create(config, output))
-    return _finish(folder, config, device, console or Console())
+    return _finish(folder, config, device, console)
+
+
+def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """Return options with which a run can be resumed from any folder."""
+
+    def whole(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    paths: dict[str, Any] = {
+        name: whole(path) for name in ("data_dir", "weights") if (path := getattr(config, name)) is not None
+    }
+    if config.data.startswith(FOLDER):
+        paths["data"] = FOLDER + whole(config.data.removeprefix(FOLDER))
+    return replace(config, **paths)
 
 
 def resume(path: Path, *, data_dir: str | None = None, console: Console | None = None) -> list[RunSummary]:
@@ -313,18 +333,15 @@ def _run_recipe(
     trainer: _Trainer, config: TrainConfig, data: Dataset, device: torch.device
 ) -> dict[NetworkName, TrainingState]:
     folder, settings = trainer.folder, config.settings
-    assert settings.noise_epochs is not None, "settings have it for this recipe"
-    epochs = recipe.total_epochs(config)
+    epochs = recipe.total_epochs(config, data)
 
-    trained = trainer.fit(
-        "trained", "training", recipe.untrained(config, data, device), data, settings.epochs
-    )
+    trained = trainer.fit("trained", "training", recipe.initial(config, data, device), data, settings.epochs)
     noisy = recipe.noisy_state(trained.model, config, data, device)
     trainer(
         "noisy",
         "noise",
         noisy,
-        settings.noise_epochs,
+        recipe.noise_epochs(config, data),
         lambda save, progress: recipe.learn_noise(noisy, data, config, save=save, progress=progress),
     )
     if "pruning" not in noisy.history[-1]:  # not yet, in a run that was interrupted
@@ -333,15 +350,17 @@ def _run_recipe(
         noisy.history[-1]["kept"] = {layer.name: layer.after for layer in report.layers}
         trainer.save("noisy", noisy)
 
-    examples = data.train.examples(recipe.EXAMPLES)
-    pruned = compact(noisy.model, examples)
+    few = data.train.examples(recipe.FEW_EXAMPLES)
+    pruned = compact(noisy.model, few)
     # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
     frozen = not config.weight_lr
-    refitted = compact(noisy.model, examples, refit_to=trained.model) if frozen else pruned
-    tuning_epochs = recipe.fine_tuning_epochs(config, noisy)
+    refitted = pruned
+    if frozen and not isinstance(pruned, GraphModule):
+        refitted = compact(noisy.model, recipe.refitting_examples(data), refit_to=trained.model)
+    tuning_epochs = recipe.fine_tuning_epochs(config, data, noisy)
     start: nn.Module = refitted
     if tuning_epochs:
-        start = compact(noisy.model, examples, expected_noise=not frozen)
+        start = compact(noisy.model, few, expected_noise=not frozen)
     fine_tuned = trainer.fit(
         "fine-tuned",
         "fine-tuning",
@@ -350,45 +369,37 @@ def _run_recipe(
         tuning_epochs,
         teacher=trained.model if config.distillation else None,
     )
-    dense = trainer.fit("dense", "dense", recipe.untrained(config, data, device), data, epochs)
-    chosen = recipe.random_structures(trained.model, noisy.model, config, data)
-    random = trainer.fit("random", "random structures", chosen, data, epochs - settings.epochs)
-    same_widths = recipe.untrained_copy(fine_tuned.model, config)
-    scratch = trainer.fit("scratch", "from scratch", same_widths, data, epochs)
-    for name, model in (
-        ("pruned", pruned),
-        ("refitted", refitted),
-        ("compacted", fine_tuned.model),
-        ("random", random.model),
-        ("scratch", scratch.model),
-    ):
+    states: dict[NetworkName, TrainingState] = {"trained": trained, "noisy": noisy, "fine-tuned": fine_tuned}
+    networks = {"pruned": pruned, "refitted": refitted, "compacted": fine_tuned.model}
+    if config.rivals:
+        states["dense"] = trainer.fit("dense", "dense", recipe.initial(config, data, device), data, epochs)
+        chosen = recipe.random_structures(trained.model, noisy.model, config, data)
+        states["random"] = trainer.fit("random", "random structures", chosen, data, epochs - settings.epochs)
+        same_widths = recipe.untrained_copy(fine_tuned.model, config)
+        states["scratch"] = trainer.fit("scratch", "from scratch", same_widths, data, epochs)
+        networks |= {"random": states["random"].model, "scratch": states["scratch"].model}
+    else:
+        states["dense"] = trained
+    for name, model in networks.items():
         if processes.is_first():
             save_model(folder.network(name), model)
-    return {
-        "trained": trained,
-        "noisy": noisy,
-        "fine-tuned": fine_tuned,
-        "dense": dense,
-        "random": random,
-        "scratch": scratch,
-    }
+    return states
 
 
-def load(config: TrainConfig, device: torch.device) -> Dataset:
-    """Read the data and preprocess them once, on the device that they are used on.
+def load(config: TrainConfig, device: torch.device, console: Console | None = None) -> Dataset:
+    """Read the images, with a bar for files that are read for the first time, and check that the network fits.
 
     Raises:
         DataError, FileNotFoundError: the data cannot be read.
-        RunError: the network for them does not fit into memory.
+        RunError: they do not go with the options, or the network for them does not fit into memory.
     """
-    data = load_dataset(config.data, config.data_dir, seed=config.seed)
+    with ReadingProgress(console) as progress:
+        data = load_images(config, device, progress)
+    for note in data.notes:
+        if console is not None:
+            console.print(f"note: {note}", soft_wrap=True, markup=False)
     check_memory(config, data, device)
-
-    def ready(split: Split) -> Split:
-        assert isinstance(split, TensorSplit), "which all named data sets have"
-        return TensorSplit(preprocess(split.images.to(device), name=config.data), split.labels.to(device))
-
-    return replace(data, train=ready(data.train), validation=ready(data.validation), test=ready(data.test))
+    return data
 
 
 def device_of(config: TrainConfig) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from filelock import FileLock, Timeout
 
 from bmrs.checks import one_line
+from bmrs.data import FOLDER
 from bmrs.files.atomic import write_atomically
 from bmrs.training.config import TrainConfig
 from bmrs.training.options_file import read_json
@@ -92,7 +94,8 @@ class RunFolder:
             RunError: `output` holds something already.
         """
         if output is None:
-            path = _fresh_folder(Path("runs"), f"{config.model}-{config.data}")
+            name = f"{config.model}-{config.data.removeprefix(FOLDER).rstrip('/').rpartition('/')[2]}"
+            path = _fresh_folder(Path("runs"), re.sub(r"[^\w.-]+", "-", name))
         elif output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise RunError(
                 f"{output} is not empty: give another --output, or continue its run with --resume {output}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from bmrs.data import EMBEDDED, DataName
+from bmrs.data import EMBEDDED
 from bmrs_kernels.options import Granularity
 
-ModelName: TypeAlias = Literal["lenet5", "mlp"]
 RecipeName: TypeAlias = Literal["bmrs", "paper"]
+OptimizerName: TypeAlias = Literal["adam", "adamw", "sgd"]
+PaperNetwork: TypeAlias = Literal["lenet5", "mlp"]
+AugmentationName: TypeAlias = Literal["none", "crop", "crop-flip"]
 
 
 class RecipeSettings(NamedTuple):
     """Defaults that depend on recipe, model and data.
 
-    `num_blocks` and `hidden` are the MLP's alone, `noise_epochs` and `temperature` those of the recipe bmrs.
+    `num_blocks` and `hidden` are the MLP's alone. Of the recipe bmrs, `noise_epochs` of None are as many as take the
+    noise `NOISE_DISTANCE`, and a `temperature` of None is one for each `IMAGES_A_DEGREE` training images.
     """
 
     epochs: int
@@ -27,9 +30,21 @@ class RecipeSettings(NamedTuple):
     hidden: int | None = None
     noise_epochs: int | None = None
     temperature: float | None = None
+    optimizer: OptimizerName = "adam"
+    weight_decay: float = 0.0
+    augmentation: AugmentationName = "none"
 
 
-PAPER_SETTINGS: dict[tuple[ModelName, DataName], RecipeSettings] = {
+IMAGES_A_DEGREE = 500
+"""LeNet-5 begins to lose accuracy where there are fewer training images than that for each unit of temperature."""
+
+NOISE_DISTANCE = 30.0
+"""Noise's learning rate times steps, in which posteriors settle as a rule."""
+
+_LENETS = ("lenet5", "lenet5_caffe", "lenet_300_100")
+_PERCEPTRONS = ("mlp", "lenet_300_100")
+
+PAPER_SETTINGS: dict[tuple[str, str], RecipeSettings] = {
     # The paper's (arXiv 2406.01345, Appendix C).
     ("lenet5", "mnist"): RecipeSettings(50, 10, 128, 1.4e-3, 1.4e-3, "element"),
     ("lenet5", "fashion-mnist"): RecipeSettings(50, 10, 32, 1.4e-3, 1.4e-3, "element"),
@@ -39,37 +54,75 @@ PAPER_SETTINGS: dict[tuple[ModelName, DataName], RecipeSettings] = {
     ("mlp", "cifar10"): RecipeSettings(50, 10, 32, 6.8e-4, 6.8e-4, "element", 5, 150),
     # Ours: with a tenth of the images and fewer epochs, the noise has to move faster than the weights. Noise that is
     # drawn at every pixel averages out over a feature map, so that little would tell useful filters from others.
-    ("lenet5", "fashion-mnist-subset"): RecipeSettings(11, 12, 32, 1.4e-3, 6e-3, "sample"),
-    ("mlp", "fashion-mnist-subset"): RecipeSettings(11, 12, 32, 1.5e-3, 6e-3, "sample", 1, 150),
+    ("lenet5", EMBEDDED): RecipeSettings(11, 12, 32, 1.4e-3, 6e-3, "sample"),
+    ("mlp", EMBEDDED): RecipeSettings(11, 12, 32, 1.5e-3, 6e-3, "sample", 1, 150),
 }
 
 
-# By model and whether the images are the few embedded ones; half of the parameters and more go, with little loss.
-_TEMPERATURES: dict[tuple[ModelName, bool], float] = {
-    ("lenet5", True): 10.0,
-    ("lenet5", False): 100.0,
-    ("mlp", True): 10.0,
-    ("mlp", False): 30.0,
-}
+def default_settings(recipe: RecipeName, model: str, data: str, *, pretrained: bool) -> RecipeSettings:
+    """Return the defaults of a recipe for a network and data, by the names that the options give them.
+
+    Args:
+        recipe: the recipe.
+        model: a network's name, or "package.module:factory".
+        data: a data set's name, "folder:..." or "package.module:factory".
+        pretrained: whether training starts from weights for these very classes, so that it is over already.
+    """
+    paper = PAPER_SETTINGS.get((model, data)) or _of_family(model)
+    if recipe == "paper":
+        return paper._replace(epochs=0) if pretrained else paper
+    ours = _ours(paper, model, data)
+    return ours._replace(epochs=0, lr=ours.lr / 10) if pretrained else ours
 
 
-def _ours(model: ModelName, data: DataName) -> RecipeSettings:
+def _ours(paper: RecipeSettings, model: str, data: str) -> RecipeSettings:
     """Return the recipe's own settings: the paper's network, and a schedule that was chosen on validation images."""
-    paper = PAPER_SETTINGS[model, data]
-    epochs, noise_epochs, fine_tune_epochs = (8, 4, 12) if data == EMBEDDED else (8, 2, 10)
-    return paper._replace(
-        epochs=epochs,
-        noise_epochs=noise_epochs,
-        fine_tune_epochs=fine_tune_epochs,
-        batch_size=32 if data == EMBEDDED else 64,
-        lr=3e-3,
-        noise_lr=5e-2,
-        granularity="sample",
-        temperature=_TEMPERATURES[model, data == EMBEDDED],
-    )
+    changes: dict[str, Any] = {"granularity": "sample", "noise_lr": 5e-2}
+    if model in (*_LENETS, *_PERCEPTRONS):
+        epochs, noise_epochs, fine_tune_epochs = (8, 4, 12) if data == EMBEDDED else (8, 2, 10)
+        changes |= {
+            "epochs": epochs,
+            "noise_epochs": noise_epochs,
+            "fine_tune_epochs": fine_tune_epochs,
+            "batch_size": 32 if data == EMBEDDED else 64,
+            "lr": 3e-3,
+        }
+        # Half of the parameters and more go, with little loss.
+        if (model, data) in PAPER_SETTINGS:
+            changes["temperature"] = 10.0 if data == EMBEDDED else 30.0 if model in _PERCEPTRONS else 100.0
+    return paper._replace(**changes)
 
 
-SETTINGS: dict[RecipeName, dict[tuple[ModelName, DataName], RecipeSettings]] = {
-    "paper": PAPER_SETTINGS,
-    "bmrs": {key: _ours(*key) for key in PAPER_SETTINGS},
-}
+def _of_family(model: str) -> RecipeSettings:
+    """Return what is usual for networks of a kind; where the paper says nothing, that is what users will have tuned."""
+    if model == "mlp":
+        return RecipeSettings(50, 10, 128, 1.5e-3, 1.5e-3, "element", 1, 150)
+    if model in _LENETS:
+        return RecipeSettings(50, 10, 128, 1.4e-3, 1.4e-3, "element")
+    if model.startswith(("resnet", "vgg")):  # He et al. 2016, section 4.2, with a cosine
+        return RecipeSettings(
+            80,
+            40,
+            128,
+            5e-2,
+            1e-2,
+            "sample",
+            optimizer="sgd",
+            weight_decay=5e-4,
+            augmentation="crop-flip",
+        )
+    if model.startswith(
+        "vit"
+    ):  # as Dosovitskiy et al. 2021 train from scratch, at a batch size that is usual
+        return RecipeSettings(
+            80,
+            40,
+            128,
+            3e-4,
+            1e-2,
+            "sample",
+            optimizer="adamw",
+            weight_decay=5e-2,
+            augmentation="crop-flip",
+        )
+    return RecipeSettings(20, 10, 64, 1e-3, 1e-2, "sample", optimizer="adamw", weight_decay=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from bmrs import processes
 from bmrs.data import Dataset
@@ -18,9 +19,9 @@ def share_state(state: TrainingState) -> None:
     """
     if processes.count() == 1:
         return
-    model, optimizer, order, history = processes.of_first(
+    networks, optimizer, order, history = processes.of_first(
         lambda: (
-            {name: tensor.cpu() for name, tensor in state.model.state_dict().items()},
+            [{name: tensor.cpu() for name, tensor in each.state_dict().items()} for each in _networks(state)],
             {
                 index: {
                     name: value.cpu() if isinstance(value, torch.Tensor) else value
@@ -33,7 +34,8 @@ def share_state(state: TrainingState) -> None:
         )
     )
     try:
-        state.model.load_state_dict(model)
+        for network, values in zip(_networks(state), networks, strict=True):
+            network.load_state_dict(values)
     except RuntimeError as error:
         raise RunError(
             f"process {processes.rank()} has built another network than the first: {error}. All processes need the "
@@ -44,6 +46,10 @@ def share_state(state: TrainingState) -> None:
     state.order.set_state(order)
     state.history[:] = history
     share_random_state(state.device)
+
+
+def _networks(state: TrainingState) -> list[nn.Module]:
+    return [state.model] if state.average is None else [state.model, state.average]
 
 
 def share_random_state(device: torch.device) -> None:

@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.comparison_table import Row, Section, show_table, spread
 from bmrs.training.config import TrainConfig
-from bmrs.training.evaluation import EVALUATION_BATCH, accuracy, compression, latency, quality
+from bmrs.training.evaluation import accuracy, batch_size_for, compression, latency, quality
 from bmrs.training.fit import fitting_state
+from bmrs.training.networks import dense_network
 from bmrs.training.run_folder import NetworkName, RunError, RunFolder
 from bmrs.training.shortfalls import shortfalls
 
@@ -36,6 +38,9 @@ LATENCY_BATCHES = (1, 64)
 
 TOLERANCE = 1e-4
 """Largest difference of the compacted network's outputs, relative to the masked network's largest output."""
+
+COMPARED = 10_000
+"""Test images, at most, on which they are compared."""
 
 # What the table compares, in its order, and what "bmrs" made of it.
 _COLUMNS = {"paper": ("dense", "masked", "compacted"), "bmrs": ("dense", "compacted", "scratch", "random")}
@@ -150,7 +155,7 @@ def _print_line(console: Console, line: str, style: str = "") -> None:
 
 
 def _show(summaries: Sequence[RunSummary], console: Console, title: str) -> None:
-    names = _COLUMNS[summaries[0].recipe]
+    names = [name for name in _COLUMNS[summaries[0].recipe] if name in summaries[0].networks]
 
     def values(name: str, value: Callable[[NetworkMeasurement], float]) -> list[float]:
         return [value(summary.networks[name]) for summary in summaries]
@@ -190,11 +195,10 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     Raises:
         RunError: a file is missing or broken, or the compacted network's outputs are not the masked network's.
     """
-    names = (
-        ["compacted"]
-        if config.recipe == "paper"
-        else ["compacted", "scratch", "random", "pruned", "refitted"]
-    )
+    columns = _columns(config)
+    names = [name for name in columns if name not in ("dense", "masked")]
+    if config.recipe == "bmrs":
+        names += ["pruned", "refitted"]
     needed = [folder.config, folder.checkpoint("noisy"), folder.dense, *map(folder.network, names)]
     if config.recipe == "bmrs":
         needed.append(folder.checkpoint("trained"))
@@ -210,7 +214,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     networks: dict[str, nn.Module] = {"dense": dense}
     for name in names:
         path = folder.network(name)
-        networks[name] = _load(path.name, lambda path=path: load_model(path, device=device))  # type: ignore[misc]
+        networks[name] = _load(path.name, lambda path=path: _read(path, config, data, device))  # type: ignore[misc]
     for name, network in networks.items():
         _check_suits(network, data, folder.network(name).name)
 
@@ -220,7 +224,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     if config.recipe == "paper":
         networks["masked"] = noisy.model
         sizes["masked"] = len(serialize(noisy.model.state_dict()))
-    compared = {name: networks[name] for name in _COLUMNS[config.recipe]}
+    compared = {name: networks[name] for name in columns}
     try:
         measured = _measure(compared, sizes, data.test)
     except ValueError as failure:
@@ -257,6 +261,20 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
             num_classes=data.num_classes,
         ),
     )
+
+
+def _columns(config: TrainConfig) -> tuple[str, ...]:
+    return tuple(name for name in _COLUMNS[config.recipe] if config.rivals or name not in _HEADINGS)
+
+
+def _read(path: Path, config: TrainConfig, data: Dataset, device: torch.device) -> nn.Module:
+    """Return a network from its file; as one of its own class, where it has one, as the dense network is."""
+    if not config.is_sequence:
+        try:
+            return load_model(path, model=dense_network(config, data), device=device)
+        except (TypeError, ValueError):  # it became a graph
+            pass
+    return load_model(path, device=device)
 
 
 def _load_state(
@@ -307,7 +325,8 @@ def _difference(masked: nn.Module, compacted: nn.Module, split: Split, name: str
     # In float64, since TF32 and the like would differ by more than the tolerance.
     masked, compacted = (copy.deepcopy(model).double().eval() for model in (masked, compacted))
     largest = farthest = torch.zeros((), dtype=torch.float64, device=split.device)
-    for batch in split.in_order(EVALUATION_BATCH):
+    some = split.batches(torch.arange(min(len(split), COMPARED)).split(batch_size_for(split)))
+    for batch in some:
         expected, found = (model(batch.images.double()) for model in (masked, compacted))
         largest = torch.maximum(largest, expected.abs().max())
         farthest = torch.maximum(farthest, (found - expected).abs().max())

@@ -25,10 +25,10 @@ from benchmarks.experiments.peers import table
 from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Subject, config_of
 from benchmarks.options import positive
 from benchmarks.records import RESULTS
-from bmrs.data import EMBEDDED, DataError
+from bmrs.data import EMBEDDED, DataError, DataName
 from bmrs.training import CollapseError, ConfigError, NonFiniteError
-from bmrs.training.config import DataName, ModelName
 from bmrs.training.run import load
+from bmrs.training.settings import PaperNetwork
 
 SEEDS_OF_FULL_SETS = 3
 
@@ -65,7 +65,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[EMBEDDED, "fashion-mnist", "mnist"],
         help="(the embedded images and both full sets)",
     )
-    parser.add_argument("--networks", nargs="+", choices=get_args(ModelName), default=["lenet5", "mlp"])
+    parser.add_argument("--networks", nargs="+", choices=get_args(PaperNetwork), default=["lenet5", "mlp"])
     parser.add_argument(
         "--seeds",
         type=positive,
@@ -90,7 +90,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _subjects(data: Iterable[DataName], networks: Iterable[ModelName], seeds: int) -> list[Subject]:
+def _subjects(data: Iterable[DataName], networks: Iterable[PaperNetwork], seeds: int) -> list[Subject]:
     """Return the subjects, seed after seed, so that the table is balanced whenever the runs are stopped."""
     return [
         Subject(name, network, seed)

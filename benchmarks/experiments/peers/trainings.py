@@ -18,15 +18,15 @@ from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers.budget import Chain
 from benchmarks.rivals import torch_pruning
 from bmrs.compaction.costs import flops, num_parameters
-from bmrs.data import EMBEDDED, Dataset
+from bmrs.data import EMBEDDED, DataName, Dataset
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training import TrainConfig, algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState
-from bmrs.training.config import DataName, ModelName
 from bmrs.training.epoch import batches_of
 from bmrs.training.evaluation import accuracy
 from bmrs.training.fit import fit, fitting_state
+from bmrs.training.settings import PaperNetwork
 
 CPU = torch.device("cpu")
 SIZES = ("own", "40 %", "20 %", "8 %")
@@ -49,7 +49,7 @@ class Subject(NamedTuple):
     """A network on a data set, trained from a seed, which all ways prune."""
 
     data: DataName
-    network: ModelName
+    network: PaperNetwork
     seed: int
 
 
@@ -222,7 +222,7 @@ class PeerComparison:
     # The ways.
 
     def _dense(self) -> Built:
-        epochs = recipe.total_epochs(self.config)
+        epochs = recipe.total_epochs(self.config, self.data)
         return Built(self._fit(recipe.untrained(self.config, self.data, CPU), epochs), {}, epochs)
 
     def _bmrs(self, size: str, *, uniform: bool) -> Built | None:
@@ -236,7 +236,9 @@ class PeerComparison:
             "refitted": accuracy(bmrs.compact(model, examples, refit_to=self.trained), self.data.test),
         }
         start = bmrs.compact(model, examples, expected_noise=False)
-        return Built(self._fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config))
+        return Built(
+            self._fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
+        )
 
     def _scratch(self, size: str) -> Built | None:
         widths = self._own_widths(size)
@@ -244,7 +246,7 @@ class PeerComparison:
             return None
         examples = self.data.train.examples(2)
         same = bmrs.compact(_masked(self.noisy, self.evidence, widths), examples)
-        epochs = recipe.total_epochs(self.config)
+        epochs = recipe.total_epochs(self.config, self.data)
         return Built(self._fit(recipe.untrained_copy(same, self.config), epochs), {}, epochs)
 
     def _rival(self, size: str, criterion: str, everywhere: bool) -> Built | None:
@@ -261,8 +263,8 @@ class PeerComparison:
         }
         start = torch_pruning.pruned(self.trained, kept, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
-        epochs = recipe.total_epochs(self.config) - self.config.settings.epochs
-        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))
+        epochs = recipe.total_epochs(self.config, self.data) - self.config.settings.epochs
+        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config, self.data))
 
     def _paper(self, size: str) -> Built:
         layers = noise_layers(self.paper_noisy).values()
@@ -271,7 +273,7 @@ class PeerComparison:
         start = bmrs.compact(model, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = self.config.settings.fine_tune_epochs
-        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config))
+        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config, self.data))
 
     def _weights_trained(self, size: str, method: str) -> Built:
         model = self._noisy_with_weights(WEIGHT_RATES[method])
@@ -280,14 +282,13 @@ class PeerComparison:
             _masked(model, scores, self._uniform(size)), self.data.train.examples(recipe.EXAMPLES)
         )
         before = {"pruned": accuracy(start, self.data.test)}
-        epochs = recipe.total_epochs(self.config)
+        epochs = recipe.total_epochs(self.config, self.data)
         return Built(self._fit(start, self.config.settings.fine_tune_epochs), before, epochs)
 
     @functools.cache  # noqa: B019 - as long as the comparison lives
     def _noisy_with_weights(self, share: float) -> nn.Module:
         """The trained network with posteriors that were learned while its weights went on training."""
         settings, train = self.config.settings, self.data.train
-        assert settings.noise_epochs is not None, "settings have it for this recipe"
         state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
         prices = bmrs.structure_prices(
             state.model, train.examples(1), exponent=self.config.price_exponent or 0.0
@@ -301,7 +302,7 @@ class PeerComparison:
             weight_lr=share * settings.lr,
         )
         with learner:
-            for _ in range(settings.noise_epochs):
+            for _ in range(recipe.noise_epochs(self.config, self.data)):
                 for images, labels in train.batches(batches_of(state, train, self.config)):
                     self.deadline.check()
                     learner.step(F.cross_entropy(state.model(images), labels))

@@ -212,7 +212,7 @@ def test_a_non_finite_loss_stops_with_the_place_and_keeps_the_last_good_checkpoi
     loss = torch.nn.functional.cross_entropy
     monkeypatch.setattr(
         "bmrs.training.algorithm1.cross_entropy",
-        lambda logits, labels, batch: loss(logits, labels) * torch.nan,
+        lambda config: lambda logits, batch: loss(logits, batch.labels) * torch.nan,
     )
     assert main(["train", "--resume", str(run)]) == 1
     place = r"(the output of layer|the gradient of|parameter) '\w+(\.\w+)?'"
@@ -342,7 +342,7 @@ def test_options_come_from_a_file_and_flags_win(options, images, tmp_path):
         ("train --lr x", "--lr must be a number, got 'x'"),
         ("train --lr -1", "--lr must be a number greater than 0, got -1.0"),
         ("train --seed 1.5", "--seed must be a whole number, got '1.5'"),
-        ("train --model vgg", "--model must be lenet5 or mlp, got 'vgg'"),
+        ("train --model vgg", "or package.module:factory, got 'vgg'"),
         ("train --kl-weight max", "--kl-weight must be elbo, mean or a number, got 'max'"),
         ("train --data mnist", "--data mnist needs --data-dir, the folder with its official files"),
         (

@@ -117,7 +117,9 @@ def test_two_processes_train_what_one_does(options, tmp_path):
 
 def test_a_bad_option_gives_one_line_and_the_exit_code(options):
     done = torchrun(*options, "--epochs", "0")
-    assert own_lines(done.stderr) == ["bmrs: error: --epochs must be a number of at least 1, got 0"]
+    assert own_lines(done.stderr) == [
+        "bmrs: error: --epochs must be a number of at least 1, got 0; only --weights need no training"
+    ]
     # torchrun ends with 1 whatever happened, and shows the code in its own report.
     assert done.returncode == 1
     assert re.findall(r"exitcode +: (\S+)", done.stderr) == ["2", "2"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from bmrs.terminal import any_encoding
 from bmrs.training import RunError, TrainConfig
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import RunFolder
-from bmrs.training.settings import SETTINGS
+from bmrs.training.settings import PAPER_SETTINGS, RecipeName, default_settings
 
 OPTIONS = "--data mnist --device cpu --model mlp --num-blocks 1 --hidden 6 --batch-size 16 --recipe paper"
 SHORT = "--epochs 1 --fine-tune-epochs 0 --criterion l2 --ratio 0.34"
@@ -111,7 +112,8 @@ def test_what_takes_long_before_the_first_step_is_said():
 def test_help_has_groups_examples_and_plain_words():
     text = printed("train", "--help")
     for group in (
-        "images and network",
+        "images",
+        "network",
         "training",
         "what goes",
         "recipe paper",
@@ -127,8 +129,9 @@ def test_help_has_groups_examples_and_plain_words():
 
 def test_help_states_the_defaults_that_are_used():
     texts = {name: field.metadata["help"] for name, field in TrainConfig.__dataclass_fields__.items()}
-    for recipe, table in SETTINGS.items():
-        for settings in table.values():
+    for recipe in get_args(RecipeName):
+        for model, data in PAPER_SETTINGS:
+            settings = default_settings(recipe, model, data, pretrained=False)
             for name, value in settings._asdict().items():
                 default = texts[name].partition("default: ")[2]
                 if value is None or ("see --print-config" in default and recipe == "paper"):
