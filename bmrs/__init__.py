@@ -14,7 +14,7 @@ from bmrs.compaction import (
     structure_prices,
 )
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
-from bmrs.files import load, save
+from bmrs.files import ExportReport, export, load, save
 from bmrs.graph.suggestions import Suggestions, suggest
 from bmrs.noise.divergence import kl_divergence
 from bmrs.noise.hooks import restore_noise
@@ -32,6 +32,7 @@ __all__ = [
     "BMRSOdds",
     "BMRSUniform",
     "CompactReport",
+    "ExportReport",
     "GradientNorm",
     "Mean",
     "NoiseLayer",
@@ -46,6 +47,7 @@ __all__ = [
     "compact_report",
     "compat",
     "expected_calibration_error",
+    "export",
     "fold",
     "kl_divergence",
     "learn_posteriors",

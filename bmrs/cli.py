@@ -1,4 +1,4 @@
-"""The `bmrs` command: `bmrs train`, `bmrs evaluate RUN` and `bmrs --version`."""
+"""The `bmrs` command: `bmrs train`, `bmrs evaluate RUN`, the commands of `bmrs.runs`, and `bmrs --version`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import bmrs_kernels
 from bmrs import processes
 from bmrs.checks import one_line, shown
 from bmrs.data import DataError
+from bmrs.runs import COMMANDS
 from bmrs.terminal import any_encoding
 from bmrs.training import (
     CollapseError,
@@ -92,6 +93,9 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
         )
         if arguments.subcommand == "train":
             _train(arguments.train, console)
+        elif arguments.subcommand in COMMANDS:
+            options, command = arguments[arguments.subcommand], COMMANDS[arguments.subcommand]
+            processes.of_first(lambda: command.run(options, console))
         else:
             processes.of_first(lambda: _evaluate(arguments.evaluate, console))
     except _UsageError as error:
@@ -246,7 +250,7 @@ def _parser() -> ArgumentParser:
         default=argparse.SUPPRESS,
         help="print the versions of bmrs, Python and the libraries",
     )
-    commands = parser.add_subcommands(metavar="{train,evaluate}")
+    commands = parser.add_subcommands(metavar=f"{{{','.join(('train', 'evaluate', *COMMANDS))}}}")
 
     training = _Parser(description=_TRAIN_HELP, epilog=_EXAMPLES, print_config=None)
     training.add_argument(
@@ -295,6 +299,8 @@ def _parser() -> ArgumentParser:
         "--device", type=str, metavar="DEVICE", help="where to measure; default: the run's --device"
     )
     commands.add_subcommand("evaluate", evaluation, help="reload a run's networks and measure them again")
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, command.parser(_Parser), help=command.HELP)
     return parser
 
 

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bmrs.graph.capture import Inputs, map_tensors
 from bmrs.graph.copies import copied
 
-# Relative to the largest output: what rounding of changed weights makes of nothing.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
+"""Differences of outputs, relative to the largest, that rounding may make, by the dtype of parameters."""
 
 
 class OutputComparison:
@@ -39,7 +39,7 @@ class OutputComparison:
 
     def __init__(self, masked: nn.Module, inputs: Inputs, *, autocast: bool = False) -> None:
         dtypes = {p.dtype for p in masked.parameters() if p.is_floating_point()}
-        self.tolerance = max((_TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
+        self.tolerance = max((TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
         self._inputs, self._double = inputs, True
         try:
             self._expected = outputs(masked, inputs, double=True)
@@ -48,9 +48,9 @@ class OutputComparison:
             self._expected = outputs(masked, inputs, double=False)
         if not self._double:
             # It casts to another dtype in its code, single precision most often.
-            self.tolerance = max(self.tolerance, _TOLERANCES[torch.float32])
+            self.tolerance = max(self.tolerance, TOLERANCES[torch.float32])
         if autocast:
-            self.tolerance = max(self.tolerance, _TOLERANCES[torch.float16])
+            self.tolerance = max(self.tolerance, TOLERANCES[torch.float16])
         if not self._expected:
             raise ValueError(
                 f"the model ({type(masked).__name__}) returns no tensor on example_inputs, so that nothing "
@@ -60,11 +60,11 @@ class OutputComparison:
 
     def allow(self, dtype: torch.dtype) -> None:
         """Accept what rounding to a dtype makes of the outputs."""
-        self.tolerance = max(self.tolerance, _TOLERANCES.get(dtype, 1e-4))
+        self.tolerance = max(self.tolerance, TOLERANCES.get(dtype, 1e-4))
 
     def error(self, network: nn.Module) -> float:
         """Return the largest difference of the outputs, relative to the largest magnitude; inf if shapes differ."""
-        return _difference(self._expected, outputs(network, self._inputs, double=self._double))
+        return relative_difference(self._expected, outputs(network, self._inputs, double=self._double))
 
     def check_that_it_repeats(self, masked: nn.Module) -> None:
         """Refuse a network that gives other outputs every time, which nothing can be compared with.
@@ -150,7 +150,7 @@ def _tensors(result: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+def relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
     """Return the largest difference of two lists of outputs, relative to the largest magnitude in each."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return torch.inf

@@ -170,6 +170,30 @@ def capture(
     Raises:
         ValueError: the model does not run on the example, or cannot be captured.
     """
+    advice = "Without removing anything, bmrs.fold(model) makes a network without noise layers"
+    return _captured(model, export_program(model, inputs, purpose, dynamic=dynamic, advice=advice))
+
+
+def export_program(
+    model: nn.Module,
+    inputs: Inputs,
+    purpose: str,
+    *,
+    dynamic: Literal["none", "first", "sequences"],
+    advice: str,
+) -> ExportedProgram:
+    """Return what torch.export makes of a model in evaluation mode.
+
+    Args:
+        model: see `capture`, as for the next ones.
+        inputs: an example.
+        purpose: who asks, for errors.
+        dynamic: which sizes of the inputs may be other ones later, where the model allows it.
+        advice: what to do where it fails, a sentence.
+
+    Raises:
+        ValueError: the model does not run on the example, or cannot be captured.
+    """
     attempts: list[tuple[Inputs, Any]] = [(inputs, None)]
     if dynamic != "none":
         several = _several_examples(inputs)
@@ -184,11 +208,10 @@ def capture(
             # A copy: what a forward keeps in attributes would be symbols.
             exported = copied(model, share=True)
             with _quiet_export(), torch.no_grad():
-                program = torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
-            return _captured(model, program)
+                return torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             failure = error
-    raise ValueError(_why_not(model, inputs, purpose, failure)) from failure
+    raise ValueError(_why_not(model, inputs, purpose, failure, advice)) from failure
 
 
 @contextmanager
@@ -268,7 +291,7 @@ def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> str:
     )
 
 
-def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception | None) -> str:
+def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception | None, advice: str) -> str:
     try:
         with torch.no_grad():
             args, kwargs = map_tensors(torch.clone, inputs)
@@ -277,7 +300,7 @@ def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception 
         return does_not_run(model, inputs, error)
     return (
         f"{purpose} follows the model with torch.export, which failed on {type(model).__name__}{_line_of(failure)}: "
-        f"{_in_short(failure)}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+        f"{_in_short(failure)}. {advice}"
     )
 
 

@@ -99,7 +99,7 @@ def _draw_size(axis: Axes, summary: RunSummary) -> None:
 
     networks = summary.networks
     accuracies = {name: 100 * network.accuracy for name, network in networks.items()}
-    low, high = _limit_accuracy(axis, accuracies.values(), "test accuracy")
+    low, high = limit_accuracy(axis, accuracies.values(), "test accuracy")
     largest = max(network.parameters for network in networks.values())
     axis.set_xlim(0, 1.1 * largest)
     label_heights = _apart(list(accuracies.values()), low, high)
@@ -151,7 +151,7 @@ def _draw_epochs(axis: Axes, states: Mapping[NetworkName, TrainingState], config
             markerfacecolor="none",
             markevery=(first_marker % spacing, spacing),
         )
-    _limit_accuracy(
+    limit_accuracy(
         axis, (100 * row["validation_accuracy"] for history in curves.values() for row in history), "accuracy"
     )
     begun = {name: start for name, start in starts.items() if start < last}
@@ -165,7 +165,7 @@ def _draw_epochs(axis: Axes, states: Mapping[NetworkName, TrainingState], config
 def _draw_kept(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None:
     layers = noise_layers(noisy.model)
     epochs = [0, *(row["epoch"] for row in noisy.history)]
-    for style, (name, layer) in zip(_layer_styles(len(layers)), layers.items(), strict=True):
+    for style, (name, layer) in zip(layer_styles(len(layers)), layers.items(), strict=True):
         kept = [layer.num_structures, *(row["kept"][name] for row in noisy.history)]
         axis.plot(
             epochs,
@@ -184,7 +184,7 @@ def _draw_kept(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None:
 
 def _draw_expected_noise(axis: Axes, noisy: TrainingState) -> None:
     layers = noise_layers(noisy.model)
-    for style, layer in zip(_layer_styles(len(layers)), layers.values(), strict=True):
+    for style, layer in zip(layer_styles(len(layers)), layers.values(), strict=True):
         means = Mean()(layer).scores.sort(descending=True).values.tolist()
         shares = [100 * (rank + 0.5) / len(means) for rank in range(len(means))]
         axis.plot(shares, means, **style, markevery=max(1, len(means) // 8))
@@ -233,7 +233,8 @@ def _draw_scores(axis: Axes, noisy: TrainingState, config: TrainConfig) -> None:
     axis.grid(alpha=0.3, axis="y")
 
 
-def _layer_styles(number: int) -> list[dict[str, Any]]:
+def layer_styles(number: int) -> list[dict[str, Any]]:
+    """Return a colour, a marker and a dash for each of a number of lines, told apart in grey too."""
     return [
         {
             "color": _COLOURS[index % len(_COLOURS)],
@@ -246,7 +247,7 @@ def _layer_styles(number: int) -> list[dict[str, Any]]:
     ]
 
 
-def _limit_accuracy(axis: Axes, percentages: Iterable[float], name: str) -> tuple[float, float]:
+def limit_accuracy(axis: Axes, percentages: Iterable[float], name: str) -> tuple[float, float]:
     """Have an axis span at least `_LEAST_RANGE` points around its values, and say which."""
     values = list(percentages)
     middle = (min(values) + max(values)) / 2

@@ -208,15 +208,9 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
             f"{folder.path} lacks {', '.join(missing)}: not a finished run; "
             f"continue it with --resume {folder.to_resume}"
         )
-    noisy = _load_state(folder, "noisy", config, data, device)
-    dense = recipe.untrained(config, data, device)
-    _load(folder.dense.name, lambda: dense.load_state_dict(load_file(folder.dense, device=str(device))))
-    networks: dict[str, nn.Module] = {"dense": dense}
-    for name in names:
-        path = folder.network(name)
-        networks[name] = _load(path.name, lambda path=path: _read(path, config, data, device))  # type: ignore[misc]
-    for name, network in networks.items():
-        _check_suits(network, data, folder.network(name).name)
+    noisy = load_state(folder, "noisy", config, data, device)
+    networks = {"dense": load_dense(folder, config, data, device)}
+    networks |= {name: load_compacted(folder, name, config, data, device) for name in names}
 
     compaction = "compacted" if config.recipe == "paper" else "pruned"
     error = _difference(noisy.model, networks[compaction], data.test, folder.network(compaction).name)
@@ -236,7 +230,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
     last = noisy.history[-1] if noisy.history else {}
     on_the_way = {}
     if config.recipe == "bmrs":
-        trained = _load_state(folder, "trained", config, data, device)
+        trained = load_state(folder, "trained", config, data, device)
         on_the_way = {
             name: accuracy(trained.model if name == "trained" else networks[name], data.test)
             for name in _ON_THE_WAY
@@ -277,9 +271,42 @@ def _read(path: Path, config: TrainConfig, data: Dataset, device: torch.device) 
     return load_model(path, device=device)
 
 
-def _load_state(
+def load_dense(folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device) -> nn.Module:
+    """Return a run's dense network.
+
+    Raises:
+        RunError: its file is broken.
+    """
+    dense = recipe.untrained(config, data, device)
+    _load(folder.dense.name, lambda: dense.load_state_dict(load_file(folder.dense, device=str(device))))
+    _check_suits(dense, data, folder.dense.name)
+    return dense
+
+
+def load_compacted(
+    folder: RunFolder, name: str, config: TrainConfig, data: Dataset, device: torch.device
+) -> nn.Module:
+    """Return a network that a run saved, by the name of its file.
+
+    Raises:
+        RunError: the file is missing or broken.
+    """
+    path = folder.network(name)
+    if not path.is_file():
+        raise RunError(f"{folder.path} lacks {path.name}")
+    network: nn.Module = _load(path.name, lambda: _read(path, config, data, device))
+    _check_suits(network, data, path.name)
+    return network
+
+
+def load_state(
     folder: RunFolder, network: NetworkName, config: TrainConfig, data: Dataset, device: torch.device
 ) -> TrainingState:
+    """Return a network with noise, or one that was trained, as its last checkpoint has it.
+
+    Raises:
+        RunError: the checkpoint is broken or of another run.
+    """
     if config.recipe == "paper":
         state = algorithm1.new_state(config, data, noise=True, device=device)
     elif network == "noisy":
