@@ -12,24 +12,24 @@ def test_accuracy_is_the_share_of_right_answers():
     # The "image" holds its logits.
     logits = torch.eye(4)[torch.arange(1200) % 4]
     labels = torch.where(torch.arange(1200) < 900, torch.arange(1200) % 4, (torch.arange(1200) + 1) % 4)
-    assert accuracy(nn.Identity(), TensorSplit(logits, labels)) == 0.75
+    assert accuracy(nn.Flatten(), TensorSplit(logits[:, :, None, None], labels)) == 0.75
 
 
 def test_quality_is_that_of_all_batches_together():
     logits, labels = torch.randn(1200, 4), torch.arange(1200) % 4
-    found = quality(nn.Identity(), TensorSplit(logits, labels))
-    assert found.accuracy == accuracy(nn.Identity(), TensorSplit(logits, labels))
+    found = quality(nn.Flatten(), TensorSplit(logits[:, :, None, None], labels))
+    assert found.accuracy == accuracy(nn.Flatten(), TensorSplit(logits[:, :, None, None], labels))
     assert found.nll == pytest.approx(bmrs.negative_log_likelihood(logits, labels), rel=1e-12)
     assert found.ece == pytest.approx(bmrs.expected_calibration_error(logits, labels), rel=1e-12)
     logits[700, 2] = torch.nan
     with pytest.raises(ValueError, match="outputs must be finite"):
-        quality(nn.Identity(), TensorSplit(logits, labels))
+        quality(nn.Flatten(), TensorSplit(logits[:, :, None, None], labels))
 
 
 def test_batches_are_evaluated_without_noise_and_joined():
-    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 3)).train()
-    images = torch.randn(1100, 2)
-    right = TensorSplit(images, model[1](images).argmax(dim=1))
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(2, 3)).train()
+    images = torch.randn(1100, 2, 1, 1)
+    right = TensorSplit(images, model[2](images.flatten(1)).argmax(dim=1))
     assert accuracy(model, right) == 1
 
 
