@@ -197,6 +197,13 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
             stacklevel=3,
         )
         return description, tensors
+    if (fixed := captured.fixed_number()) is not None:
+        warnings.warn(
+            f"the saved network takes {fixed} along the first dimension of its inputs and no other number, unless it "
+            f"is loaded with bmrs.load(path, model=...): the code of {type(model).__name__}, or torch.export of it, "
+            "makes a plain number of that size, as len(x) does and x.shape[0] does not",
+            stacklevel=3,
+        )
     marked = copy_of_model.named_modules(remove_duplicate=False)
     factors = {f"{name}.factors" for name, module in marked if isinstance(module, MarkedNoise)}
     for placeholder, tensor in captured.tensors.items():

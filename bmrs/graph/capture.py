@@ -80,6 +80,20 @@ class Captured:
         """The graph of operators."""
         return self.program.graph
 
+    def fixed_number(self) -> int | None:
+        """Return how many examples the graph takes if that is one number alone, which torch.export found in the code.
+
+        None if the number is free, at least in one of the inputs.
+        """
+        own = {*self.program.graph_signature.user_inputs}
+        values = [
+            node.meta.get("val") for node in self.graph.nodes if node.op == "placeholder" and node.name in own
+        ]
+        sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+        # A symbol that turned out to have one value alone stays a symbol.
+        numbers = [size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size for size in sizes]
+        return None if None in numbers or not numbers else numbers[0]
+
 
 def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
     """Return positional and keyword arguments of a forward pass, from what users give.

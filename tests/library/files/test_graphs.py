@@ -735,6 +735,7 @@ class TestVersion2:
             bmrs.load(saved)
 
 
+@pytest.mark.filterwarnings("ignore:the saved network takes")  # of sequences of one length
 class TestTrustingOperators:
     """Their kernels take sizes on trust, and read and write beside their memory where these are others."""
 
