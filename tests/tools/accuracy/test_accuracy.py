@@ -40,6 +40,7 @@ def test_the_backends_of_a_cpu_meet_the_contract(backend, dtype):
 class TestKernels:
     pytestmark = RUNS_KERNELS
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_the_kernels_meet_the_contract(self, dtype):
         assert_meets_the_contract(Setting("triton", dtype, DEVICE))
