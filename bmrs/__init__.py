@@ -2,6 +2,7 @@
 
 import bmrs_kernels
 from bmrs import compat, models
+from bmrs.budget import BudgetReport, prune_to
 from bmrs.compaction import (
     CompactReport,
     StructureCost,
@@ -29,6 +30,7 @@ __all__ = [
     "BMRSNormal",
     "BMRSOdds",
     "BMRSUniform",
+    "BudgetReport",
     "CompactReport",
     "GradientNorm",
     "Mean",
@@ -49,6 +51,7 @@ __all__ = [
     "models",
     "parameter_groups",
     "prune",
+    "prune_to",
     "restore_noise",
     "save",
     "structure_costs",
