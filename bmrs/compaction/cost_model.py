@@ -306,6 +306,11 @@ class _Finder:
                     entries[g, place] = number
             wrong = self._wrong(groups, entries)
             if wrong.any():
+                alone = [unit for group in groups for unit in self.removable(group)]
+                if len(alone) < len(units):
+                    # The others leave with structures of other layers only, as heads that share a bias of positions.
+                    units = alone
+                    continue
                 for g, group in enumerate(groups):
                     some = group[::2]
                     entries[g] = (self.sizes(self.base) - self.sizes(self.without(some))) / len(some)
