@@ -2,6 +2,7 @@
 
 import bmrs_kernels
 from bmrs import compat, models
+from bmrs.budget import BudgetReport, prune_to
 from bmrs.calibration import expected_calibration_error, negative_log_likelihood
 from bmrs.compaction import (
     CompactReport,
@@ -31,6 +32,7 @@ __all__ = [
     "BMRSNormal",
     "BMRSOdds",
     "BMRSUniform",
+    "BudgetReport",
     "CompactReport",
     "ExportReport",
     "GradientNorm",
@@ -57,6 +59,7 @@ __all__ = [
     "parameter_groups",
     "predict",
     "prune",
+    "prune_to",
     "restore_noise",
     "save",
     "structure_costs",

@@ -4,8 +4,8 @@
 narrows it, and `surgery` cuts the parameters of the user's own classes. Where their code cannot run narrower,
 `describing` and `graph_network` put a network together from operators, and `description` is what the one hands to the
 other. `comparison` checks the result, `refit` makes up for what is gone, if asked to, `rounding` gives structures back,
-`optimizer` carries moments over, `report` and `record` say what happened, `costs` what structures take. What can leave
-is found by `bmrs.graph`.
+`optimizer` carries moments over, `report` and `record` say what happened, `costs` what structures take, `cost_model`
+what networks of other widths would, from `operation_flops`. What can leave is found by `bmrs.graph`.
 """
 
 from bmrs.compaction.compact import compact, compact_report, fold

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from bmrs.checks import check_number
-from bmrs.compaction.compact import compact, compact_report
 from bmrs.compaction.comparison import forward_flops
-from bmrs.graph.capture import as_inputs, map_tensors
-from bmrs.graph.ties import tied_noise_layers
-from bmrs.noise.lookup import noise_layers, settled_noise_layers
+from bmrs.compaction.cost_model import make_cost_model
+from bmrs.graph.capture import Inputs, as_inputs, map_tensors
+from bmrs.graph.masked_graph import MaskedGraph, Structure, Unit
+from bmrs.noise.lookup import settled_noise_layers
 
 ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
 
@@ -64,26 +64,7 @@ def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str
     Raises:
         TypeError, ValueError, RuntimeError: as `bmrs.compact`.
     """
-    example = _first_example(example_inputs)
-    names = list(settled_noise_layers(model))
-    tied = {name: group for group in tied_noise_layers(model, example) for name in group}
-    before = _cost(model, example)
-    costs = {}
-    for name in names:
-        group = tied.get(name, [name])
-        masked = copy.deepcopy(model)
-        layers = [noise_layers(masked)[member] for member in group]
-        kept = layers[0].mask.nonzero().flatten()
-        if len(kept) > 1:
-            for layer in layers:
-                layer.set_kept(
-                    layer.mask & (torch.arange(layer.num_structures, device=kept.device) != kept[-1])
-                )
-        after = _cost(masked, example)
-        costs[name] = StructureCost(
-            (before.parameters - after.parameters) / len(group), (before.flops - after.flops) / len(group)
-        )
-    return costs
+    return _costs(model, example_inputs)[0]
 
 
 def structure_prices(
@@ -111,8 +92,7 @@ def structure_prices(
     layers = settled_noise_layers(model)
     if exponent == 0:
         return dict.fromkeys(layers, 1.0)
-    costs = structure_costs(model, example_inputs)
-    whole = _cost(model, _first_example(example_inputs))
+    costs, whole = _costs(model, example_inputs)
     shares = {
         name: (cost.parameters / whole.parameters + cost.flops / max(whole.flops, 1)) / 2
         for name, cost in costs.items()
@@ -125,15 +105,40 @@ def structure_prices(
     return {name: max(price / mean, _LEAST_PRICE) for name, price in raised.items()}
 
 
-def _first_example(example_inputs: ExampleInputs) -> ExampleInputs:
+def _costs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, StructureCost], StructureCost]:
+    """Return what `structure_costs` does, and what the whole network takes."""
+    masks = {name: layer.kept.cpu() for name, layer in settled_noise_layers(model).items()}
+    last = {name: Structure(name, int(mask.nonzero()[-1])) for name, mask in masks.items() if mask.any()}
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = first_example(as_inputs(example_inputs, model))
+        graph = MaskedGraph(model, inputs, "structure_costs")
+        found = make_cost_model(graph, inputs, masks, _last_first, bundled=False)
+        groups = {frozenset(unit.structures): g for g, units in enumerate(found.units) for unit in units}
+        together = {name: group for group in graph.tied for name in group}
+        whole = found.cost(np.zeros(len(found.units)))
+        costs = {}
+        for name in masks:
+            layers = together.get(name, [name])
+            saved = (0, 0)
+            if int(masks[layers[0]].sum()) > 1:
+                pruned = frozenset(Structure(layer, last[layers[0]].number) for layer in layers)
+                if pruned in groups:
+                    cost = found.cost(np.eye(len(found.units))[groups[pruned]])
+                else:
+                    # It leaves with others only, or not at all.
+                    cost = found.cost_of(graph.without(pruned))
+                saved = (whole.parameters - cost.parameters, whole.flops - cost.flops)
+            costs[name] = StructureCost(saved[0] / len(layers), saved[1] / len(layers))
+    return costs, StructureCost(whole.parameters, whole.flops)
+
+
+def _last_first(units: Sequence[Unit]) -> list[float]:
+    return [-float(unit.structures[0].number) for unit in units]
+
+
+def first_example(inputs: Inputs) -> Inputs:
     """Return the first example alone, if all tensors have equally many along their first dimension; otherwise all."""
-    args, kwargs = as_inputs(example_inputs)
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
     if len({tensor.shape[:1] for tensor in tensors}) == 1:
-        args, kwargs = map_tensors(lambda t: t[:1], (args, kwargs))
-    return kwargs if kwargs else args
-
-
-def _cost(model: nn.Module, example_inputs: ExampleInputs) -> StructureCost:
-    report = compact_report(compact(model, example_inputs))
-    return StructureCost(report.parameters_after, report.flops_after)
+        return map_tensors(lambda t: t[:1], inputs)
+    return inputs

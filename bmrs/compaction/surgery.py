@@ -74,22 +74,10 @@ def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
 
 
 def _shift(analysis: Analysis, call: Call) -> Tensor | None:
-    affine = call.operator in LINEAR
-    x: Value = call["mat1"] if call.operator == "addmm" else call["input"]
+    constant = leaving_constants(analysis, call)
+    if constant is None or not constant.any():
+        return None
     weight = call["mat2"] if call.operator == "addmm" else call["weight"]
-    if x.constant is None or not call.can_shift or weight.tensor is None:
-        return None
-    axis = len(x.shape) - 1 if affine else len(x.shape) + 1 - len(weight.shape)
-    layer = x.layer_along(axis)
-    if layer is None or varying_axes(layer) != (axis,):
-        return None
-    constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != axis])
-    constant = constant.movedim(axis, -1).flatten().expand(x.shape[axis])
-    (channels,) = without_repetition(layer)
-    leaves = ~analysis.stays(channels).flatten()
-    constant = constant.nan_to_num(0.0) * leaves
-    if not constant.any() or call.operator.startswith("conv_transpose"):
-        return None
     matrix = (
         weight.tensor.detach().cpu().double().flatten(2).sum(2)
         if weight.tensor.dim() > 2
@@ -97,12 +85,44 @@ def _shift(analysis: Analysis, call: Call) -> Tensor | None:
     )
     if call.operator == "addmm":
         return constant @ matrix
-    groups = 1 if affine else call["groups"]
-    if groups > 1 and weight.shape[1] == 1:
-        # Every channel of the input leaves with its own outputs.
-        return None
+    groups = 1 if call.operator in LINEAR else call["groups"]
     per_row = constant.view(groups, -1).repeat_interleave(len(matrix) // groups, dim=0)
     return (matrix * per_row).sum(dim=1)
+
+
+def leaving_constants(analysis: Analysis, call: Call) -> Tensor | None:
+    """Return what each channel of the input of a linear layer or convolution is if it leaves as a constant, else 0.
+
+    Args:
+        analysis: the network.
+        call: one of a linear layer or convolution.
+
+    Returns:
+        float64, one number for each channel, in their order; None if a bias behind the operation cannot take it up.
+    """
+    x: Value = call["mat1"] if call.operator == "addmm" else call["input"]
+    weight = call["mat2"] if call.operator == "addmm" else call["weight"]
+    if x.constant is None or not call.can_shift or weight.tensor is None:
+        return None
+    if call.operator.startswith("conv_transpose"):
+        return None
+    if call.operator not in LINEAR and call["groups"] > 1 and weight.shape[1] == 1:
+        # Every channel of the input leaves with its own outputs.
+        return None
+    axis = channel_axis(call)
+    layer = x.layer_along(axis)
+    if layer is None or varying_axes(layer) != (axis,):
+        return None
+    constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != axis])
+    constant = constant.movedim(axis, -1).flatten().expand(x.shape[axis])
+    (channels,) = without_repetition(layer)
+    return constant.nan_to_num(0.0) * ~analysis.stays(channels).flatten()
+
+
+def channel_axis(call: Call) -> int:
+    """Return the dimension of the input of a linear layer or convolution along which its channels lie."""
+    x: Value = call["mat1"] if call.operator == "addmm" else call["input"]
+    return len(x.shape) - 1 if call.operator in LINEAR else len(x.shape) + 1 - len(call["weight"].shape)
 
 
 def new_biases(analysis: Analysis, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, str]:
@@ -151,7 +171,7 @@ def cut(
         assert value.tensor is not None
         # By the name of its first use, where it has several.
         tensor = changed.get(value.parameter or name, value.tensor.detach())
-        selections[name] = _selection(analysis, value)
+        selections[name] = selection(analysis, value)
         tensors[name] = selections[name].of(tensor).to(dtypes[name])
     for node, name in names.items():
         weight = analysis.calls[node]["weight"]
@@ -162,8 +182,8 @@ def cut(
     return Cut(tensors, selections)
 
 
-def _selection(analysis: Analysis, value: Value) -> Selection:
-    """Return what stays of a parameter."""
+def selection(analysis: Analysis, value: Value) -> Selection:
+    """Return what stays of a parameter or buffer."""
     joint = next((layer for layer in value.layers if len(varying_axes(layer)) > 1), None)
     axes = {}
     for axis in range(len(value.shape)):

@@ -210,7 +210,7 @@ def export_program(
     """
     attempts: list[tuple[Inputs, Any]] = [(inputs, None)]
     if dynamic != "none":
-        several = _several_examples(inputs)
+        several = several_examples(inputs)
         attempts.insert(0, (several, _first_dimensions))
         if dynamic == "sequences":
             attempts.insert(0, (several, _dimensions_of_sequences))
@@ -282,7 +282,7 @@ def _first_dimensions(leaf: Any) -> Any:
     return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
-def _several_examples(inputs: Inputs) -> Inputs:
+def several_examples(inputs: Inputs) -> Inputs:
     """Return two examples where there is one: torch.export takes a size of 1 for one that never changes."""
     tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     if any(tensor.shape[0] != 1 for tensor in tensors):

@@ -160,33 +160,73 @@ def prune(
     check_criterion(criterion)
     layers = settled_noise_layers(model)
     warn_of_weight_decay(layers)
-    _check_finite(layers)
+    check_finite(layers)
     tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs)
-    decisions = _decide(model, layers, criterion)
-    kept = _on_cpu(layers, "mask")
+    judgement = judge(model, layers, criterion, tied)
+    write_masks(layers, judgement.masks)
+    return judgement.report
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a criterion decides on a model, before anything is pruned; all on the CPU.
+
+    Attributes:
+        decisions: by name of a noise layer, what it says of each structure by itself.
+        kept: bool, what was kept of each noise layer before.
+        masks: bool, what is to be kept.
+        report: what that changes.
+    """
+
+    decisions: dict[str, Decision]
+    kept: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    report: PruneReport
+
+
+def judge(
+    model: nn.Module, layers: dict[str, NoiseLayer], criterion: Criterion, tied: Sequence[Sequence[str]]
+) -> Judgement:
+    """Apply a criterion to the noise layers of a model, and change nothing.
+
+    Args:
+        model: the model.
+        layers: its noise layers by name.
+        criterion: the criterion.
+        tied: names of noise layers that are judged together, in groups.
+    """
+    by_layer = _decide(model, layers, criterion)
+    decisions = {name: by_layer[layer] for name, layer in layers.items()}
+    kept_of = _on_cpu(layers, "mask")
+    kept = {name: kept_of[layer] for name, layer in layers.items()}
+    final = dict(decisions)
     for names in tied:
-        together = [layers[name] for name in names]
         joint = criterion.decide_tied(
-            [decisions[layer] for layer in together], torch.stack([kept[layer] for layer in together])
+            [decisions[name] for name in names], torch.stack([kept[name] for name in names])
         )
-        decisions |= dict.fromkeys(together, joint)
+        final |= dict.fromkeys(names, joint)
     # All masks are computed before any is written, so that an error leaves the model as it was.
-    results = [
-        _judge(name, layer, kept[layer], decisions[layer], criterion) for name, layer in layers.items()
-    ]
-    masks = {layer: mask for layer, (mask, _) in zip(layers.values(), results, strict=True)}
-    for group in layers_of_one_kind(layers.values()):
-        new_masks = torch.cat([masks[layer] for layer in group.layers]).to(group.layers[0].mask.device)
-        for layer, mask in group.split(new_masks):
-            layer.set_kept(mask)
-    reports = tuple(report for _, report in results)
-    return PruneReport(
+    results = {
+        name: _judge(name, layer, kept[name], final[name], criterion) for name, layer in layers.items()
+    }
+    reports = tuple(report for _, report in results.values())
+    report = PruneReport(
         repr(criterion),
         criterion.score_name,
         reports,
         tuple(map(tuple, tied)),
         _times_longer(layers, reports, criterion),
     )
+    return Judgement(decisions, kept, {name: mask for name, (mask, _) in results.items()}, report)
+
+
+def write_masks(layers: dict[str, NoiseLayer], masks: dict[str, Tensor]) -> None:
+    """Prune what masks, by name of the noise layer, do not keep."""
+    for group in layers_of_one_kind(layers.values()):
+        names = {layer: name for name, layer in layers.items()}
+        new_masks = torch.cat([masks[names[layer]] for layer in group.layers])
+        for layer, mask in group.split(new_masks.to(group.layers[0].mask.device)):
+            layer.set_kept(mask)
 
 
 def _times_longer(
@@ -210,7 +250,8 @@ def _on_cpu(layers: dict[str, NoiseLayer], name: str) -> dict[NoiseLayer, Tensor
     return found
 
 
-def _check_finite(layers: dict[str, NoiseLayer]) -> None:
+def check_finite(layers: dict[str, NoiseLayer]) -> None:
+    """Raise ValueError if a posterior is NaN or infinite."""
     mu, log_sigma = _on_cpu(layers, "mu"), _on_cpu(layers, "log_sigma")
     broken = []
     for name, layer in layers.items():

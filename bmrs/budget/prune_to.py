@@ -1,0 +1,338 @@
+"""`prune_to`: by evidence first, and beyond it in the order of evidence per cost."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bmrs.budget.latency import Latency
+from bmrs.budget.report import BudgetReport, LatencySetting, LayerBudget, NetworkCost
+from bmrs.budget.search import Found, least_loss, least_possible
+from bmrs.checks import check_number, shown
+from bmrs.compaction.compact import compact
+from bmrs.compaction.cost_model import Cost, CostModel, make_cost_model
+from bmrs.compaction.costs import first_example
+from bmrs.criteria import Criterion, Decision, check_criterion
+from bmrs.criteria.evidence import BMRSNormal, BMRSOdds, BMRSUniform
+from bmrs.graph.capture import as_inputs
+from bmrs.graph.copies import copied
+from bmrs.graph.masked_graph import MaskedGraph, Unit
+from bmrs.noise.lookup import noise_layers, settled_noise_layers
+from bmrs.noise.parameters import warn_of_weight_decay
+from bmrs.pruning.prune import Judgement, check_finite, judge, write_masks
+
+_TRIES = 3
+# Of the target: a network that is faster still gives up more than it has to.
+_CLOSE = 0.9
+
+
+def prune_to(
+    model: nn.Module,
+    criterion: Criterion,
+    *,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    flops: float | None = None,
+    parameters: float | None = None,
+    latency: float | None = None,
+) -> BudgetReport:
+    """Prune by a criterion, and beyond it until the compacted network is within a budget, in place and for good.
+
+    What `bmrs.prune` with ``example_inputs`` prunes goes first, whatever the budget. If that is not enough, further
+    structures go so that as little as can be of what speaks for them is given up: ΔF or log odds in nats for criteria
+    of evidence, the score itself for the others. Their costs are those of the compacted network, where a structure of
+    one layer saves the less the fewer are left in the next; tied structures, and structures of a grouped convolution,
+    go together. The structure of each layer that is most worth keeping stays. With some hundred thousand combinations
+    of widths at most all are tried, and nothing less would do; otherwise the report has a bound.
+
+    Args:
+        model: a model with noise layers that `bmrs.compact` takes.
+        criterion: one of the criteria of `bmrs`.
+        example_inputs: an input of the model, as `bmrs.compact` takes it.
+        flops: floating-point operations of the compacted network for the first example, two for each multiply-add: a
+            share of the dense network's, between 0 and 1, or a number from 1 on.
+        parameters: values of its parameters, likewise.
+        latency: milliseconds of its forward pass of all of ``example_inputs``, greater than 0, on their device and with
+            as many threads as torch has now. Each operation is timed at a few widths, about 20 seconds at most once
+            each has been timed once; then four to six networks are compacted and timed as a whole.
+
+    Returns:
+        What went by the criterion, what the budget took beyond, and what evidence that gave up.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``criterion`` is not a criterion, a target is not a number, or
+            ``example_inputs`` is nothing that `bmrs.compact` takes.
+        ValueError: not exactly one target is given, it is out of range or smaller than the smallest possible network,
+            or as `bmrs.prune` and `bmrs.compact`. Nothing is pruned then.
+    """
+    check_criterion(criterion)
+    measure, target = _target(flops=flops, parameters=parameters, latency=latency)
+    layers = settled_noise_layers(model)
+    warn_of_weight_decay(layers)
+    check_finite(layers)
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = as_inputs(example_inputs, model)
+        first = first_example(inputs)
+        graph = MaskedGraph(model, inputs if measure == "latency" else first, "prune_to")
+        judgement = judge(model, layers, criterion, graph.tied)
+        evidence = _Evidence(criterion, judgement)
+        costs = make_cost_model(
+            graph, first, judgement.masks, evidence.of, every_operation=measure == "latency"
+        )
+        if measure == "latency":
+            budget: _Budget = _LatencyBudget(model, graph, costs, evidence, inputs, target)
+        else:
+            budget = _CountedBudget(graph, costs, evidence, measure, target)
+        report = budget.report(layers)
+        write_masks(layers, budget.masks)
+    return report
+
+
+def _target(**targets: float | None) -> tuple[str, float]:
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        got = ", ".join(f"{name}={shown(value)}" for name, value in given.items()) or "none"
+        raise ValueError(f"prune_to takes one of flops, parameters and latency, got {got}")
+    ((name, value),) = given.items()
+    check_number(name, value, above=0.0)
+    return name, float(value)
+
+
+class _Evidence:
+    """What speaks for keeping units, by a criterion."""
+
+    def __init__(self, criterion: Criterion, judgement: Judgement) -> None:
+        self.criterion, self.judgement = criterion, judgement
+        self._known: dict[Unit, float] = {}
+
+    def of(self, units: Sequence[Unit]) -> list[float]:
+        """Return what each unit is worth, at least 0; those of a unit that is pruned already are 0."""
+        alike: dict[tuple[str, ...], list[Unit]] = defaultdict(list)
+        for unit in units:
+            alike[tuple(s.layer for s in unit.structures)].append(unit)
+        for layers, its_units in alike.items():
+            numbers = torch.tensor([[s.number for s in unit.structures] for unit in its_units]).T
+            decisions, kept = [], []
+            for layer, places in zip(layers, numbers, strict=True):
+                whole = self.judgement.decisions[layer]
+                decisions.append(Decision(whole.scores[places], whole.prune[places]))
+                kept.append(self.judgement.masks[layer][places])
+            joint = self.criterion.decide_tied(decisions, torch.stack(kept)).scores
+            worth = self._for_keeping(joint).masked_fill(~torch.stack(kept).any(dim=0), 0.0)
+            self._known |= dict(zip(its_units, worth.tolist(), strict=True))
+        return [self._known[unit] for unit in units]
+
+    def of_structures(self, layer: str, pruned: Tensor) -> float:
+        """Return what some structures of a layer are worth by themselves."""
+        return float(self._for_keeping(self.judgement.decisions[layer].scores[pruned]).sum())
+
+    def _for_keeping(self, scores: Tensor) -> Tensor:
+        sign = -1.0 if self.criterion.prunes_high_scores else 1.0
+        return (sign * scores.double()).nan_to_num(math.inf).clamp(min=0.0)
+
+
+class _Budget:
+    """A search for masks within a target.
+
+    Attributes:
+        masks: what it keeps, by name of the noise layer.
+    """
+
+    def __init__(self, graph: MaskedGraph, costs: CostModel, evidence: _Evidence, target: float) -> None:
+        self.graph, self.costs, self.evidence, self.target = graph, costs, evidence, target
+        self.worths = [np.array(evidence.of(units)) for units in costs.units]
+        self.nothing = np.zeros(len(costs.units))
+        self.everything = np.array([len(units) for units in costs.units], dtype=np.float64)
+        self.masks = evidence.judgement.masks
+
+    def report(self, layers: Mapping[str, Any]) -> BudgetReport:
+        raise NotImplementedError
+
+    def masks_without(self, pruned: NDArray[Any]) -> dict[str, Tensor]:
+        masks = {name: mask.clone() for name, mask in self.evidence.judgement.masks.items()}
+        for units, number in zip(self.costs.units, pruned, strict=True):
+            for unit in units[: int(number)]:
+                for layer, structure in unit.structures:
+                    masks[layer][structure] = False
+        return masks
+
+    def cost_with(self, masks: Mapping[str, Tensor]) -> Cost:
+        """Return what compaction with these masks gives."""
+        self.graph.set_masks(masks)
+        return self.costs.cost_of(self.graph.without())
+
+    def described(self, found: Found, **rest: Any) -> BudgetReport:
+        judgement, criterion = self.evidence.judgement, self.evidence.criterion
+        pruned_by_units: dict[str, list[bool]] = defaultdict(list)
+        for units, number in zip(self.costs.units, found.pruned, strict=True):
+            for place, unit in enumerate(units):
+                for structure in unit.structures:
+                    pruned_by_units[structure.layer].append(place < number)
+        layers = tuple(
+            LayerBudget(
+                name=name,
+                structures=len(mask),
+                before=int(judgement.kept[name].sum()),
+                by_evidence=int(mask.sum()),
+                after=int(self.masks[name].sum()),
+                lost=self.evidence.of_structures(name, mask & ~self.masks[name]),
+                at_minimum=all(pruned_by_units[name]),
+            )
+            for name, mask in judgement.masks.items()
+        )
+        return BudgetReport(
+            criterion=repr(criterion),
+            score_name=criterion.score_name,
+            in_nats=isinstance(criterion, BMRSNormal | BMRSUniform | BMRSOdds),
+            target=self.target,
+            met_by_evidence=not found.pruned.any(),
+            layers=layers,
+            lost=found.lost,
+            **rest,
+        )
+
+
+class _CountedBudget(_Budget):
+    """For FLOPs and parameters, which are known exactly."""
+
+    def __init__(
+        self, graph: MaskedGraph, costs: CostModel, evidence: _Evidence, measure: str, target: float
+    ) -> None:
+        super().__init__(graph, costs, evidence, target)
+        self.measure = measure
+        self.count = costs.flops if measure == "flops" else costs.parameters
+
+    def report(self, layers: Mapping[str, Any]) -> BudgetReport:
+        dense, by_evidence = self.costs.dense, self.costs.cost(self.nothing)
+        whole = getattr(dense, self.measure)
+        limit = self.target * whole if self.target < 1 else self.target
+        budget = limit
+        for _ in range(_TRIES):
+            found = self._within(budget, limit)
+            self.masks = self.masks_without(found.pruned)
+            after = self.cost_with(self.masks)
+            if (now := getattr(after, self.measure)) <= limit:
+                break
+            # More of a network stays than the numbers say, where structures depend on each other.
+            budget -= now - limit
+        savings = self._most_saved()
+        needed = float(self.operations_alone(self.nothing)) - limit
+        return self.described(
+            found,
+            measure=self.measure,
+            limit=limit,
+            met=getattr(after, self.measure) <= limit,
+            dense=NetworkCost(dense.parameters, dense.flops),
+            by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops),
+            after=NetworkCost(after.parameters, after.flops),
+            least_lost=found.lost if found.exact else least_possible(self.worths, savings, needed),
+        )
+
+    def _within(self, budget: float, limit: float) -> Found:
+        found = least_loss(self.worths, self.count, budget)
+        if found is None:
+            smallest = round(float(self.count(self.everything)))
+            whole = getattr(self.costs.dense, self.measure)
+            raise ValueError(_too_little(self.measure, self.target, limit, smallest, whole))
+        return found
+
+    def operations_alone(self, pruned: NDArray[Any]) -> NDArray[Any]:
+        """Return the cost without biases that pruning makes necessary: it is never higher, and saves less and less."""
+        return (self.costs.operations if self.measure == "flops" else self.costs.values)(pruned)
+
+    def _most_saved(self) -> NDArray[Any]:
+        one_each = np.eye(len(self.nothing))
+        return np.asarray(self.operations_alone(self.nothing) - self.operations_alone(one_each))
+
+
+class _LatencyBudget(_Budget):
+    """For latency, which tables of the operations predict and whole networks confirm."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: MaskedGraph,
+        costs: CostModel,
+        evidence: _Evidence,
+        inputs: Any,
+        target: float,
+    ) -> None:
+        super().__init__(graph, costs, evidence, target)
+        self.model, self.inputs = model, inputs
+
+    def report(self, layers: Mapping[str, Any]) -> BudgetReport:
+        everything_kept = {n: torch.ones_like(mask) for n, mask in self.masks.items()}
+        smallest = self.masks_without(self.everything)
+        networks = [self._compacted(m) for m in (everything_kept, self.masks, smallest)]
+        latency = Latency(self.graph, self.costs, self.inputs)
+        dense, now, least = latency.of_networks(networks)
+        found = Found(self.nothing.astype(np.int64), 0.0, True)
+        predicted, measured, tries = now, now, 0
+        if now > self.target:
+            if least > self.target:
+                raise ValueError(_too_little("latency", self.target, self.target, least, dense))
+            latency.calibrate(self.nothing, now, self.everything, least)
+            # Better is within the target, and of those what gives up least; of others what is fastest.
+            best: tuple[bool, float] | None = None
+            budget = self.target
+            while tries < _TRIES:
+                tries += 1
+                tried = self._within(latency, budget)
+                masks = self.masks_without(tried.pruned)
+                time = latency.of_networks([networks[1], self._compacted(masks)])[1]
+                rank = (True, -tried.lost) if time <= self.target else (False, -time)
+                if best is None or rank > best:
+                    best = rank
+                    found, self.masks, measured = tried, masks, time
+                    predicted = float(latency(tried.pruned.astype(np.float64)))
+                if _CLOSE * self.target <= time <= self.target:
+                    break
+                budget *= self.target / time
+        kept, by_evidence = self.costs.dense, self.costs.cost(self.nothing)
+        after = self.cost_with(self.masks)
+        return self.described(
+            replace(found, exact=False),
+            measure="latency",
+            limit=self.target,
+            met=measured <= self.target,
+            dense=NetworkCost(kept.parameters, kept.flops, dense),
+            by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops, now),
+            after=NetworkCost(after.parameters, after.flops, measured),
+            least_lost=None,
+            latency=LatencySetting(latency.batch, latency.threads, latency.device, predicted, tries),
+        )
+
+    def _within(self, latency: Latency, budget: float) -> Found:
+        found = least_loss(self.worths, latency, budget)
+        if found is None:
+            # By the tables none is, by the measurement of the smallest network some are.
+            everything = self.everything.astype(np.int64)
+            found = Found(everything, sum(float(w.sum()) for w in self.worths), exact=False)
+        return found
+
+    def _compacted(self, masks: Mapping[str, Tensor]) -> nn.Module:
+        masked = copied(self.model, share=False)
+        for name, layer in noise_layers(masked).items():
+            layer.set_kept(masks[name].to(layer.mask.device))
+        args, kwargs = self.inputs
+        return compact(masked, kwargs if kwargs else args)
+
+
+def _too_little(measure: str, target: float, limit: float, smallest: float, dense: float) -> str:
+    unit = {"flops": "FLOPs", "parameters": "parameters", "latency": "ms"}[measure]
+    asked = f"{measure}={target:g}"
+    if measure != "latency":
+        asked += f" ({limit:,.0f})"
+    numbers = ("{:,.0f}", "{:.4g}")[measure == "latency"]
+    return (
+        f"{asked} is less than the smallest possible network has: {numbers.format(smallest)} {unit} of "
+        f"{numbers.format(dense)} ({smallest / dense:.1%}), with one structure left in each layer and what cannot "
+        "leave; nothing was pruned"
+    )

@@ -1,0 +1,110 @@
+"""Floating-point operations of one operation, as products of sizes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from bmrs.graph.analysis import Analysis
+from bmrs.graph.operators import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.rules import Call
+from bmrs.graph.values import Value
+
+
+class Axis(NamedTuple):
+    """A dimension of a tensor of a network.
+
+    Attributes:
+        holder: the operation that takes or returns the tensor; for a parameter, its qualified name.
+        argument: name of the operation's argument, with the place in it if that is a list, as in ``"tensors.0"``; ""
+            for what it returns, and for a parameter.
+        dim: the dimension, from 0.
+    """
+
+    holder: fx.Node | str
+    argument: str
+    dim: int
+
+
+def value_of(analysis: Analysis, axis: Axis) -> Value:
+    """Return the tensor of which an axis is a dimension."""
+    if isinstance(axis.holder, str):
+        return analysis.parameters[axis.holder]
+    if not axis.argument:
+        found = analysis.values[axis.holder]
+    else:
+        name, _, place = axis.argument.partition(".")
+        found = analysis.calls[axis.holder][name]
+        found = found[int(place)] if place else found
+    assert isinstance(found, Value)
+    return found
+
+
+def products(analysis: Analysis, node: fx.Node) -> list[list[Axis]]:
+    """Return the multiply-adds of an operation as a sum of products of sizes, as FlopCounterMode counts them."""
+    call = analysis.calls[node]
+
+    def axes(argument: str, *dims: int) -> list[Axis]:
+        value = call[argument] if argument else analysis.values[node]
+        every = range(len(value.shape))
+        return [Axis(node, argument, every[d]) for d in (dims or every)]
+
+    if call.operator in LINEAR:
+        x, weight = ("mat1", "mat2") if call.operator == "addmm" else ("input", "weight")
+        rows = axes(x)[:-1]
+        return [[*rows, *_weight(call, node, weight, 0, 1)]] if rows else []
+    if call.operator in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "convolution"):
+        transposed = "transpose" in call.operator or bool(call["transposed"])
+        spatial = len(call["weight"].shape) - 2
+        positions = axes("input" if transposed else "")[-spatial:]
+        batch = axes("input")[: len(call["input"].shape) - spatial - 1]
+        return [[*batch, *positions, *_weight(call, node, "weight", *range(spatial + 2))]]
+    if call.operator in ("matmul", "mm", "bmm"):
+        first = "self"
+        second = "other" if call["other"] is not None else "mat2"
+        if min(len(call[first].shape), len(call[second].shape)) < 2:
+            return []
+        return [[*axes(""), *axes(first, -1)]]
+    if call.operator == "baddbmm":
+        return [[*axes(""), *axes("batch1", -1)]]
+    if call.operator == "scaled_dot_product_attention" and _is_counted(call):
+        return [
+            [*axes("query"), *axes("key", -2)],
+            [*axes("query")[:-1], *axes("key", -2), *axes("value", -1)],
+        ]
+    if call.operator == "einsum":
+        return _einsum(call, node)
+    return []
+
+
+def _weight(call: Call, node: fx.Node, argument: str, *dims: int) -> list[Axis]:
+    """Return axes of a weight, of the parameter itself where it is one."""
+    name = call[argument].parameter
+    return [Axis(node, argument, d) if name is None else Axis(name, "", d) for d in dims]
+
+
+def _einsum(call: Call, node: fx.Node) -> list[list[Axis]]:
+    inputs, _, out = call["equation"].replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if len(names) != 2 or "." in inputs or not set("".join(names)) - set(out):
+        return []
+    places = {
+        letter: Axis(node, f"tensors.{i}", d) for i, n in enumerate(names) for d, letter in enumerate(n)
+    }
+    return [list(places.values())]
+
+
+def _is_counted(call: Call) -> bool:
+    """Return whether FlopCounterMode sees the products in attention, which depends on the kernel that torch takes."""
+    tensors = {
+        name: torch.zeros(argument.shape) if isinstance(argument, Value) else argument
+        for name, argument in call.arguments.items()
+    }
+    if isinstance(mask := call["attn_mask"], Value):
+        tensors["attn_mask"] = torch.zeros(mask.shape)
+    with FlopCounterMode(display=False) as counter:
+        call.target(**tensors)
+    return bool(counter.get_total_flops())

@@ -1,0 +1,187 @@
+"""A captured model whose masks can be changed and asked about, over and over, and what leaves it together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bmrs.graph.analysis import Analysis, analyse
+from bmrs.graph.capture import Captured, Inputs, capture, mark, several_examples
+from bmrs.graph.channels import STAYS, EqualNumbers
+from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.ties import needed_layers, same_channels
+from bmrs.noise.hooks import check_noise_acts
+from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.lookup import noise_layers
+
+
+class Structure(NamedTuple):
+    """A structure of a noise layer: the layer's qualified name and the structure's number."""
+
+    layer: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Structures that leave a network together, if they are all pruned.
+
+    Attributes:
+        structures: those to prune.
+        roots: channels that leave with them.
+    """
+
+    structures: tuple[Structure, ...]
+    roots: frozenset[int]
+
+
+class MaskedGraph:
+    """A captured model and masks of its noise layers, which start with everything kept.
+
+    Args:
+        model: as for `bmrs.compact`; it is left as it is.
+        inputs: its arguments.
+        purpose: who asks, for errors.
+
+    Attributes:
+        masked: the model with marked noise layers.
+        captured: its graph.
+        example: the arguments that it was captured with.
+        structures: number of structures of each noise layer, by name.
+        tied: names of the noise layers that have to prune a channel together, two or more in each group.
+
+    Raises:
+        TypeError, ValueError: as `bmrs.compact`.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, purpose: str) -> None:
+        copy = evaluation_copy(model)
+        self.masked: nn.Module = nn.Sequential(copy).eval() if isinstance(copy, NoiseLayer) else copy
+        check_noise_acts(self.masked)
+        layers = noise_layers(self.masked)
+        self.structures = {name: layer.num_structures for name, layer in layers.items()}
+        # Those of the graph, which is asked again when they have changed.
+        self._factors = {name: torch.ones_like(layer.spread(layer.mu)) for name, layer in layers.items()}
+        self._kept = {name: factors.clone() for name, factors in self._factors.items()}
+        mark(self.masked, self._factors)
+        self.captured: Captured = capture(self.masked, inputs, purpose, dynamic="first")
+        self.example = several_examples(inputs)
+        groups = same_channels(analyse(self.captured))
+        needed = needed_layers(self.captured, self._factors, groups)
+        self._needed = dict(zip(map(frozenset, groups), needed, strict=True))
+        order = list(layers)
+        self.tied = sorted((n for n in needed if n and len(n) > 1), key=lambda group: order.index(group[0]))
+
+    def set_masks(self, kept: Mapping[str, Tensor]) -> None:
+        """Keep these structures; bool of shape (structures,) for each noise layer."""
+        for name, mask in kept.items():
+            factors = self._kept[name]
+            factors.copy_(mask.repeat_interleave(len(factors) // len(mask)))
+            self._factors[name].copy_(factors)
+
+    def without(self, structures: Iterable[Structure] = ()) -> Analysis:
+        """Return what leaves if these structures are pruned as well."""
+        changed = defaultdict(list)
+        for layer, number in structures:
+            changed[layer].append(number)
+        for layer, numbers in changed.items():
+            self._factors[layer].view(self.structures[layer], -1)[numbers] = 0.0
+        analysis = analyse(self.captured)
+        for layer in changed:
+            self._factors[layer].copy_(self._kept[layer])
+        return analysis
+
+    def units(self, analysis: Analysis) -> list[Unit]:
+        """Return all that could leave together and has not left, in the order of the noise layers.
+
+        Structures belong together where their noise layers scale one channel, or one structure several channels. Of
+        the layers that scale a channel as few have to prune it as can let it leave.
+        """
+        roots = analysis.findings.ties.roots()
+        parent: dict[Structure, Structure] = {}
+
+        def root_of(structure: Structure) -> Structure:
+            while parent[structure] != structure:
+                parent[structure] = parent[parent[structure]]
+                structure = parent[structure]
+            return structure
+
+        first: dict[int, Structure] = {}
+        channels_of: dict[Structure, list[int]] = defaultdict(list)
+        held: set[Structure] = set()
+        for call in analysis.noise_calls():
+            name = call["name"]
+            channels = call["x"].channels_along(call["dim"])
+            if channels is None:
+                continue
+            its_roots = torch.where(channels == STAYS, STAYS, roots[channels.clamp(min=0)])
+            stay = analysis.stays(channels).view(self.structures[name], -1).any(dim=1).tolist()
+            for number, own in enumerate(its_roots.view(self.structures[name], -1).tolist()):
+                structure = Structure(name, number)
+                parent.setdefault(structure, structure)
+                if not stay[number] or STAYS in own:
+                    held.add(structure)
+                for root in own:
+                    channels_of[structure].append(root)
+                    other = first.setdefault(root, structure)
+                    parent[root_of(structure)] = root_of(other)
+        members: dict[Structure, list[Structure]] = defaultdict(list)
+        for structure in parent:
+            members[root_of(structure)].append(structure)
+        units = []
+        for structures in members.values():
+            if held.isdisjoint(structures):
+                needed = self._needed.get(frozenset(s.layer for s in structures))
+                chosen = tuple(s for s in structures if needed is None or s.layer in needed)
+                units.append(Unit(chosen, frozenset(r for s in structures for r in channels_of[s])))
+        return units
+
+
+def leaves(analysis: Analysis, units: Iterable[Unit], structures: Mapping[str, int]) -> list[bool]:
+    """Return for each unit whether its structures leave."""
+    gone = {}
+    for call in analysis.noise_calls():
+        channels = call["x"].channels_along(call["dim"])
+        if channels is not None:
+            stay = analysis.stays(channels).view(structures[call["name"]], -1)
+            gone[call["name"]] = (~stay.any(dim=1)).tolist()
+    return [all(gone[s.layer][s.number] for s in unit.structures) for unit in units]
+
+
+def bundles(analysis: Analysis, units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
+    """Join units that can only leave with as many of other groups of a grouped convolution.
+
+    Args:
+        analysis: of the network with all of them.
+        units: the one most worth pruning first.
+
+    Returns:
+        Units that leave by themselves, and joint ones, of one unit of each group; both in the same order.
+    """
+    of_root = {root: place for place, unit in enumerate(units) for root in unit.roots}
+    roots = analysis.findings.ties.roots()
+    free = set(range(len(units)))
+    joined: dict[tuple[int, ...], None] = {}
+    for constraint in analysis.findings.constraints:
+        if not isinstance(constraint, EqualNumbers) or len(constraint.channels) < 2:
+            continue
+        channels = constraint.channels
+        own = torch.where(channels == STAYS, STAYS, roots[channels.clamp(min=0)]).tolist()
+        rows = [sorted({of_root[root] for root in row if root in of_root}) for row in own]
+        free -= {place for row in rows for place in row}
+        for joint in zip(*rows, strict=False):
+            joined[tuple(sorted(set(joint)))] = None
+    taken: set[int] = set()
+    result = []
+    for places in joined:
+        if taken.isdisjoint(places):
+            taken.update(places)
+            its_units = [units[place] for place in places]
+            structures = tuple(s for unit in its_units for s in unit.structures)
+            result.append(Unit(structures, frozenset[int]().union(*(unit.roots for unit in its_units))))
+    return [units[place] for place in sorted(free)], result
