@@ -250,20 +250,22 @@ def export_onnx(model: nn.Module, examples: Any, path: Path) -> float:
     return float((torch.from_numpy(output) - expected).abs().max() / expected.abs().max())
 
 
-def write_results(options: argparse.Namespace, rows: Sequence[Row], **facts: float) -> None:
+def write_results(
+    options: argparse.Namespace, parts: Sequence[Batch], rows: Sequence[Row], **more: float
+) -> None:
     """Write the comparison, and what it was made with, as ``results.json`` in the output folder."""
-    made_with = {
+    facts = {
         "temperature": options.temperature,
         "seed": options.seed,
+        **{name: len(part[-1]) for name, part in zip(("training", "validation", "test"), parts, strict=True)},
         "threads": torch.get_num_threads(),
-        "cpu_seconds": time.process_time(),
+        "cpu_seconds": round(time.process_time()),
         **{package: metadata.version(package) for package in ("torch", "torch-pruning")},
+        **more,
+        "rows": [asdict(row) for row in rows],
     }
-    path = options.output / "results.json"
-    path.write_text(
-        json.dumps({**made_with, **facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-    )
-    print(f"{time.process_time():.0f} s of CPU time; the network and these numbers are in {options.output}")
+    (options.output / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"{facts['cpu_seconds']} s of CPU time; the network and these numbers are in {options.output}")
 
 
 def _call(model: nn.Module, inputs: Any) -> Tensor:

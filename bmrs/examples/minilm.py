@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from bmrs.examples.comparison import Batch, loader, needed
 from bmrs.examples.scipy_texts import TOPICS, documents
 
 TOKENS = 32
-TEMPERATURE, STEPS, LEARNING_RATE = 10.0, 150, 2e-4
+TEMPERATURE, STEPS, FINE_TUNING_STEPS, LEARNING_RATE = 0.3, 150, 75, 2e-4
 HEADS, UNITS = "*.attention.output.dense", "*.intermediate.dense"
 
 
@@ -101,18 +102,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     seed = options.seed
-    steps, few = (2, 32) if options.quick else (STEPS, None)
+    steps, more, few = (2, 2, 32) if options.quick else (STEPS, FINE_TUNING_STEPS, None)
 
     # A network that knows the texts
     torch.manual_seed(seed)
     dense, tokenizer = pretrained()
     training, validation, test = ([tensor[:few] for tensor in part] for part in splits(tokenizer))
-    batches = loader(training, batch_size=16, seed=seed)
+    batches = partial(loader, training, batch_size=16, seed=seed)  # always in the same order
     held_out, tests = loader(validation, batch_size=64), loader(test, batch_size=64)
     examples = {"input_ids": test[0][:16], "attention_mask": test[1][:16]}
     example = {name: tensor[:1] for name, tensor in examples.items()}
     path = options.output / f"dense-{seed}-{steps}-steps.safetensors"
-    comparison.train_once(path, dense, batches, logits, steps=steps, lr=LEARNING_RATE)
+    comparison.train_once(path, dense, batches(), logits, steps=steps, lr=LEARNING_RATE)
     print(f"the dense network: {comparison.accuracy(dense, held_out, logits):.1%} of the validation texts")
 
     # Which heads and units it needs
@@ -124,12 +125,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     bmrs.add_noise(noisy, where=UNITS, granularity="sample")
     report = bmrs.learn_posteriors(
         noisy,
-        batches,
+        batches(),
         loss,
         temperature=options.temperature,
         prices=prices(noisy),
         learning_rate=0.15,
-        max_distance=15,
+        max_distance=24,
     )
     print(report)
     print(bmrs.prune(noisy, bmrs.BMRSOdds()))
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def fine_tune(network: nn.Module) -> nn.Module:
         torch.manual_seed(seed)
-        return comparison.train(network, batches, logits, steps=steps, lr=LEARNING_RATE)
+        return comparison.train(network, batches(), logits, steps=more, lr=LEARNING_RATE)
 
     rows = comparison.compare(networks, fine_tune, tests, logits, examples, rounds=1 if options.quick else 20)
     print(f"bmrs: {comparison.accuracy(small, held_out, logits):.1%} of the validation texts")
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bmrs.save(options.output / "small.safetensors", small)
     error = comparison.export_onnx(small, examples, options.output / "small.onnx")
     print(f"ONNX: logits differ by {error:.1e} of the largest")
-    comparison.write_results(options, rows, onnx_error=error)
+    comparison.write_results(options, (training, validation, test), rows, onnx_error=error)
 
 
 if __name__ == "__main__":
