@@ -251,7 +251,7 @@ def export_onnx(model: nn.Module, examples: Any, path: Path) -> float:
 
 
 def write_results(
-    options: argparse.Namespace, parts: Sequence[Batch], rows: Sequence[Row], **more: float
+    options: argparse.Namespace, parts: Sequence[Batch], rows: Sequence[Row], **more: Any
 ) -> None:
     """Write the comparison, and what it was made with, as ``results.json`` in the output folder."""
     facts = {

@@ -24,13 +24,13 @@ from bmrs.data.cifar10 import read_cifar10
 from bmrs.examples import comparison
 from bmrs.examples.comparison import Batch, loader, needed
 
-SIZE = 80
+SIZE = 96
 """Height and width that the images of 32 x 32 are enlarged to."""
 IMAGES = {"training": 4800, "validation": 500, "test": 1000}
 """The first of each. Those of validation are behind those of training in the training batches."""
 CHANNELS = "*_bn1"
 """The expanded channels of each inverted bottleneck, behind their depthwise convolution, and the last features."""
-TEMPERATURE, STEPS, FINE_TUNING_STEPS, LEARNING_RATE = 0.3, 150, 75, 5e-4
+TEMPERATURE, STEPS, LEARNING_RATE = 0.05, 75, 2e-4
 
 
 def pretrained() -> nn.Module:
@@ -76,6 +76,14 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits(model, batch), batch[-1])
 
 
+@torch.no_grad()
+def features(model: Any, images: Tensor) -> Tensor:
+    """Return what the classifier reads."""
+    return torch.cat(
+        [model._avg_pooling(model.extract_features(part)).flatten(1) for part in images.split(50)]
+    )
+
+
 def others(model: Any) -> list[nn.Module]:
     """Return the layers whose outputs Torch-Pruning is to leave alone, as they have no noise."""
     return [model._fc, *(block._project_conv for block in model._blocks)]
@@ -88,17 +96,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     seed = options.seed
-    steps, more, few = (2, 2, 64) if options.quick else (STEPS, FINE_TUNING_STEPS, None)
+    steps, few = (2, 64) if options.quick else (STEPS, None)
 
-    # A network that knows the images
+    # A classifier of the features that ImageNet has taught
     torch.manual_seed(seed)
-    dense = pretrained().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dense: Any = pretrained().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     training, validation, test = ([tensor[:few] for tensor in part] for part in splits(options.data_dir))
     batches = partial(loader, training, batch_size=32, seed=seed)  # always in the same order
     held_out, tests = loader(validation, batch_size=50), loader(test, batch_size=50)
     examples, example = test[0][:16], test[0][:1]
-    path = options.output / f"dense-{seed}-{steps}-steps.safetensors"
-    comparison.train_once(path, dense, batches(), logits, steps=steps, lr=LEARNING_RATE)
+    read = features(dense.eval(), training[0]), training[1]
+    comparison.train(
+        dense._fc,
+        loader(read, batch_size=32, seed=seed),
+        lambda layer, batch: layer(batch[0]),
+        steps=20 if options.quick else 3000,
+        lr=1e-3,
+    )
     print(f"the dense network: {comparison.accuracy(dense, held_out, logits):.1%} of the validation images")
 
     # Which channels it needs
@@ -109,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches(),
         loss,
         temperature=options.temperature,
-        learning_rate=0.15,
+        learning_rate=0.25,
         max_distance=24,
     )
     print(report)
@@ -129,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def fine_tune(network: nn.Module) -> nn.Module:
         torch.manual_seed(seed)
-        return comparison.train(network, batches(), logits, steps=more, lr=LEARNING_RATE)
+        return comparison.train(network, batches(), logits, steps=steps, lr=LEARNING_RATE)
 
     rows = comparison.compare(networks, fine_tune, tests, logits, examples, rounds=1 if options.quick else 20)
     print(f"bmrs: {comparison.accuracy(small, held_out, logits):.1%} of the validation images")

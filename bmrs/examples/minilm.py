@@ -12,6 +12,7 @@ import copy
 import random
 from collections.abc import Sequence
 from functools import partial
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bmrs.save(options.output / "small.safetensors", small)
     error = comparison.export_onnx(small, examples, options.output / "small.onnx")
     print(f"ONNX: logits differ by {error:.1e} of the largest")
-    comparison.write_results(options, (training, validation, test), rows, onnx_error=error)
+    parts = training, validation, test
+    comparison.write_results(options, parts, rows, onnx_error=error, scipy=metadata.version("scipy"))
 
 
 if __name__ == "__main__":
