@@ -21,7 +21,7 @@ from benchmarks.experiments.peers import picture, rules
 from benchmarks.experiments.peers import table as peers_table
 from benchmarks.markdown import table
 from benchmarks.processes import ROOT
-from benchmarks.tables import plots, speed_tables
+from benchmarks.tables import examples, plots, speed_tables
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -285,4 +285,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "paper": paper_table.readme,
     "peers": peers_table.readme,
     "rules": rules.readme,
+    "minilm": examples.minilm,
+    "efficientnet-lite0": examples.efficientnet_lite0,
 }

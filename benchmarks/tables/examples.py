@@ -1,0 +1,42 @@
+"""What the examples on pretrained networks printed: from their ``results.json``, as the guide shows them."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import table
+
+
+def _table(name: str, results: Path) -> str:
+    data = json.loads((results / "examples" / f"{name}.json").read_text("utf-8"))
+    dense = data["rows"][0]
+    columns = ("network", "parameters", "MFLOPs", "test accuracy, %, pruned", "fine-tuned", "time of a batch")
+    about = (
+        f"Temperature {data['temperature']:g}, seed {data['seed']}; {data['training']:,} examples for training, "
+        f"{data['test']:,} for the test, on which a standard error is {_standard_error(data):.1f} points; "
+        f"{data['threads']} threads, {data['cpu_seconds'] / 60:.0f} minutes of CPU time, torch {data['torch']}:"
+    )
+    return f"{about}\n\n{table(columns, [_line(row, dense) for row in data['rows']])}"
+
+
+def _line(row: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["network"],
+        f"{row['parameters']:,} ({row['parameters'] / dense['parameters']:.0%})",
+        f"{row['flops'] / 1e6:,.0f} ({row['flops'] / dense['flops']:.0%})",
+        f"{row['pruned'] * 100:.1f}",
+        f"{row['fine_tuned'] * 100:.1f}",
+        f"{row['time']:.2f}",
+    )
+
+
+def _standard_error(data: dict[str, Any]) -> float:
+    accuracy = data["rows"][0]["fine_tuned"]
+    return 100 * float(accuracy * (1 - accuracy) / data["test"]) ** 0.5
+
+
+minilm = partial(_table, "minilm")
+efficientnet_lite0 = partial(_table, "efficientnet_lite0")
