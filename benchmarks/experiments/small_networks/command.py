@@ -25,6 +25,7 @@ from benchmarks.environment import environment
 from benchmarks.experiments import paper, paper_table
 from benchmarks.experiments.deadline import OutOfTimeError
 from benchmarks.experiments.paper import Conditions, PaperRun
+from benchmarks.experiments.small_networks.judging import judge
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.granularities import GRANULARITIES
 from benchmarks.options import positive
@@ -32,8 +33,9 @@ from bmrs.data import DataError
 from bmrs.training import ConfigError, NonFiniteError, RunError
 from bmrs.training.config import DataName, ModelName
 
-STAGES = ("dense", "train", "continuous")
+STAGES = ("dense", "train", "judge", "continuous")
 NETWORKS = "networks.jsonl"
+JUDGED = "judged.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,13 +89,16 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="time limit (none)")
     parser.add_argument("--epochs", type=positive, help="epochs of training (the paper's 50)")
     parser.add_argument("--fine-tune-epochs", type=positive, help="epochs of fine-tuning (the paper's 10)")
+    parser.add_argument(
+        "--tune-epochs", type=positive, default=2, help="of judged networks, after compaction (%(default)s)"
+    )
     parser.add_argument("--commit", help="what is run, where git cannot tell")
     return parser.parse_args(arguments)
 
 
 def _rows(stage: str, trunk: Trunk, options: argparse.Namespace) -> Any:
     """Do what is left of a stage, and yield the name of the file and the row of each thing done."""
-    folder, subject = options.output, trunk.subject
+    folder, subject, settings = options.output, trunk.subject, trunk.config.settings._asdict()
     of_runs = paper_table.load(folder / paper_table.RUNS)
     load = functools.partial(
         paper.load_once, subject.data, trunk.config.data_dir, subject.seed, trunk.config.device
@@ -109,7 +114,13 @@ def _rows(stage: str, trunk: Trunk, options: argparse.Namespace) -> Any:
     elif stage == "train":
         if not trunk.network.exists():
             yield NETWORKS, _told(subject, lambda: trunk.train(load()))
-    elif stage == "continuous":
+    elif stage == "judge":
+        done = [_key(row) for row in paper_table.load(folder / JUDGED)]
+        if trunk.network.exists() and _key({**subject._asdict(), "settings": settings}) not in done:
+            row = judge(trunk, load(), tune_epochs=options.tune_epochs)
+            print(f"judged {' '.join(map(str, subject))}: {row['seconds']} s", file=sys.stderr, flush=True)
+            yield JUDGED, row
+    elif stage == "continuous" and trunk.network.exists():
         for criterion in options.criteria:
             run = PaperRun(subject.seed, subject.data, subject.network, subject.granularity, criterion)
             if _is_left(run, trunk.conditions, of_runs):
@@ -120,6 +131,10 @@ def _rows(stage: str, trunk: Trunk, options: argparse.Namespace) -> Any:
 
 def _is_left(run: PaperRun, conditions: Conditions, rows: Sequence[paper.Row]) -> bool:
     return bool(paper.left_of([paper.identity(run, paper.config_of(run, conditions))], rows))
+
+
+def _key(row: paper.Row) -> str:
+    return json.dumps([*(row[name] for name in Subject._fields), row["settings"]])
 
 
 def _told(subject: Subject, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Trunk:
         return self.folder / f"{criterion}-branch.safetensors"
 
     def _branch_off(self, criterion: str, state: TrainingState, data: Dataset) -> None:
-        """Keep the state as the criterion's run would have it, once it prunes something and at the end at the latest."""
+        """Keep the state as the criterion's run has it, once it prunes something and at the end at the latest."""
         path = self._branch(criterion)
         if path.exists():
             return
