@@ -25,6 +25,7 @@ from benchmarks.environment import environment
 from benchmarks.experiments import paper, paper_table
 from benchmarks.experiments.deadline import OutOfTimeError
 from benchmarks.experiments.paper import Conditions, PaperRun
+from benchmarks.experiments.small_networks.formulas import as_printed
 from benchmarks.experiments.small_networks.judging import judge
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.granularities import GRANULARITIES
@@ -33,9 +34,10 @@ from bmrs.data import DataError
 from bmrs.training import ConfigError, NonFiniteError, RunError
 from bmrs.training.config import DataName, ModelName
 
-STAGES = ("dense", "train", "judge", "continuous")
+STAGES = ("dense", "train", "judge", "formulas", "continuous")
 NETWORKS = "networks.jsonl"
 JUDGED = "judged.jsonl"
+FORMULAS = "formulas.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,9 +116,13 @@ def _rows(stage: str, trunk: Trunk, options: argparse.Namespace) -> Any:
     elif stage == "train":
         if not trunk.network.exists():
             yield NETWORKS, _told(subject, lambda: trunk.train(load()))
-    elif stage == "judge":
-        done = [_key(row) for row in paper_table.load(folder / JUDGED)]
-        if trunk.network.exists() and _key({**subject._asdict(), "settings": settings}) not in done:
+    elif stage in (files := {"judge": JUDGED, "formulas": FORMULAS}):
+        done = [_key(row) for row in paper_table.load(folder / files[stage])]
+        if not trunk.network.exists() or _key({**subject._asdict(), "settings": settings}) in done:
+            return
+        if stage == "formulas":
+            yield FORMULAS, as_printed(trunk, load())
+        else:
             row = judge(trunk, load(), tune_epochs=options.tune_epochs)
             print(f"judged {' '.join(map(str, subject))}: {row['seconds']} s", file=sys.stderr, flush=True)
             yield JUDGED, row
