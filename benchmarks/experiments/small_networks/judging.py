@@ -153,30 +153,30 @@ def judge(trunk: Trunk, data: Dataset, *, tune_epochs: int) -> Row:
     deadline = Deadline(trunk.conditions.deadline)
     layers = noise_layers(judging.model)
     found: dict[str, Any] = {}
-    tuned: dict[str, float] = {}
+    nothing = [torch.ones_like(layer.mask) for layer in layers.values()]
+    full_tuned = _tuned(judging.model, nothing, trunk, data, tune_epochs)
+    tuned = {_text(nothing): full_tuned}
     for criterion in (*RULES, *RANKINGS):
         deadline.check()
         kept = judging.stop(criterion)
         outcome = judging.outcome(kept)
-        key = str([layer.tolist() for layer in kept])
-        if key not in tuned:
-            tuned[key] = _tuned(judging.model, kept, trunk, data, tune_epochs)
+        if _text(kept) not in tuned:
+            tuned[_text(kept)] = _tuned(judging.model, kept, trunk, data, tune_epochs)
         found[criterion] = {
             "stop": outcome.rounded(),
             "widths": [int(layer.sum()) for layer in kept],
-            "tuned_accuracy": round(100 * tuned[key], 2),
+            "tuned_accuracy": round(100 * tuned[_text(kept)], 2),
         }
         if criterion != "bmrs-n":  # has the order of the one with the authors' tolerance
             curve = judging.curve(judging.worths[criterion])
             found[criterion]["curve"] = [point.rounded() for point in curve]
     alone = judging.alone()
-    nothing = [torch.ones_like(layer.mask) for layer in layers.values()]
     return {
         **trunk.subject._asdict(),
         "settings": trunk.config.settings._asdict(),
         "tune_epochs": tune_epochs,
         "full": judging.outcome(nothing).rounded(),
-        "full_tuned_accuracy": round(100 * _tuned(judging.model, nothing, trunk, data, tune_epochs), 2),
+        "full_tuned_accuracy": round(100 * full_tuned, 2),
         "criteria": found,
         "p1": [[p1, *_with_p1(judging, p1).rounded()] for p1 in P1],
         "layers": list(layers),
@@ -189,6 +189,10 @@ def judge(trunk: Trunk, data: Dataset, *, tune_epochs: int) -> Row:
         },
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _text(kept: Sequence[Tensor]) -> str:
+    return str([layer.tolist() for layer in kept])
 
 
 def _with_p1(judging: Judging, p1: int) -> Outcome:
