@@ -8,6 +8,7 @@ goes on with the others. The exit code is 2 if nothing could be started.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -55,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         for seed, name in itertools.product(options.seeds, options.networks):
             runs = Runs(name, seed, options, deadline)
-            for temperature, weight_lr in itertools.product(options.temperatures, options.weight_lrs):
-                if runs.key(temperature, weight_lr) in map(_key, paper_table.load(path)):
+            for setting in itertools.product(options.temperatures, options.weight_lrs, options.distillations):
+                if runs.key(*setting) in map(_key, paper_table.load(path)):
                     continue
-                row = {**runs.row(temperature, weight_lr), "environment": about}
+                row = {**runs.row(*setting), "environment": about}
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
                 print(_outcome(row), file=sys.stderr, flush=True)
@@ -84,6 +85,13 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=[0.0],
         help="learning rates of the weights while the noise learns; 0 freezes them (0)",
+    )
+    parser.add_argument(
+        "--distillations",
+        nargs="+",
+        type=float,
+        default=[0.0],
+        help="weights, from 0 to 1, of the trained network's softened answers in fine-tuning (0)",
     )
     parser.add_argument("--epochs", type=positive, default=10, help="of training (%(default)s)")
     parser.add_argument("--fine-tune-epochs", type=positive, default=20, help="(%(default)s)")
@@ -119,14 +127,17 @@ class Runs:
         )
         return Dataset(data.name, data.num_classes, *parts)
 
-    @functools.cached_property
-    def config(self) -> TrainConfig:
-        """What `bmrs train` would be told, for learning rate, batches and seed."""
-        folder = str(self.options.data_dir / "mnist")
-        config = TrainConfig(
-            data="mnist", data_dir=folder, seed=self.seed, device="cpu", lr=RATE, batch_size=BATCH
-        )
-        return config.resolved()
+    def config(self, distillation: float = 0.0) -> TrainConfig:
+        """Return what `bmrs train` would be told, for learning rate, batches, teacher and seed."""
+        return TrainConfig(
+            data="mnist",
+            data_dir=str(self.options.data_dir / "mnist"),
+            seed=self.seed,
+            device="cpu",
+            lr=RATE,
+            batch_size=BATCH,
+            distillation=distillation,
+        ).resolved()
 
     @functools.cached_property
     def trained(self) -> nn.Sequential:
@@ -141,12 +152,23 @@ class Runs:
         write_atomically(path, serialize(network.state_dict()))
         return network
 
-    def key(self, temperature: float, weight_lr: float) -> str:
+    def settings(self, temperature: float, weight_lr: float, distillation: float) -> dict[str, Any]:
         """Return what tells a run from the others."""
-        of = {"network": self.name, "seed": self.seed, "temperature": temperature, "weight_lr": weight_lr}
-        return _key({**of, "epochs": self.options.epochs, "fine_tune_epochs": self.options.fine_tune_epochs})
+        return {
+            "network": self.name,
+            "seed": self.seed,
+            "temperature": temperature,
+            "weight_lr": weight_lr,
+            "distillation": distillation,
+            "epochs": self.options.epochs,
+            "fine_tune_epochs": self.options.fine_tune_epochs,
+        }
 
-    def row(self, temperature: float, weight_lr: float) -> dict[str, Any]:
+    def key(self, temperature: float, weight_lr: float, distillation: float) -> str:
+        """Return the same as a text."""
+        return _key(self.settings(temperature, weight_lr, distillation))
+
+    def row(self, temperature: float, weight_lr: float, distillation: float) -> dict[str, Any]:
         """Prune at a temperature and fine-tune; nothing is chosen by the result."""
         started = time.perf_counter()
         noisy = networks.with_noise(self.trained)
@@ -163,12 +185,7 @@ class Runs:
             weight_lr=weight_lr or None,
         )
         row = {
-            "network": self.name,
-            "seed": self.seed,
-            "temperature": temperature,
-            "weight_lr": weight_lr,
-            "epochs": self.options.epochs,
-            "fine_tune_epochs": self.options.fine_tune_epochs,
+            **self.settings(temperature, weight_lr, distillation),
             "trained_error": self._error(self.trained),
             "noise_steps": report.steps,
             "settled": report.settled,
@@ -181,7 +198,8 @@ class Runs:
         assert isinstance(small, nn.Sequential), "a chain stays one"
         small = networks.without_unread_features(small)
         pruned_error = self._error(small)
-        small = self._fitted(small, self.options.fine_tune_epochs)
+        teacher = copy.deepcopy(self.trained).eval()
+        small = self._fitted(small, self.options.fine_tune_epochs, teacher=teacher, distillation=distillation)
         widths = networks.architecture(small)
         return {
             **row,
@@ -193,16 +211,25 @@ class Runs:
             "seconds": round(time.perf_counter() - started, 1),
         }
 
-    def _fitted(self, network: nn.Sequential, epochs: int) -> nn.Sequential:
-        state = fitting_state(network, self.config, CPU)
+    def _fitted(
+        self,
+        network: nn.Sequential,
+        epochs: int,
+        *,
+        teacher: nn.Module | None = None,
+        distillation: float = 0.0,
+    ) -> nn.Sequential:
+        config = self.config(distillation)
+        state = fitting_state(network, config, CPU)
         fit(
             state,
             self.data,
-            self.config,
+            config,
             epochs=epochs,
             phase="fit",
             save=lambda state: None,
             progress=self.deadline,
+            teacher=teacher if distillation else None,
         )
         return network.eval()
 
@@ -227,12 +254,13 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _key(row: paper_table.Row) -> str:
-    names = ("network", "seed", "temperature", "weight_lr", "epochs", "fine_tune_epochs")
+    names = ("network", "seed", "temperature", "weight_lr", "distillation", "epochs", "fine_tune_epochs")
     return json.dumps([row[name] for name in names])
 
 
 def _outcome(row: dict[str, Any]) -> str:
     what = f"{row['network']} seed {row['seed']}, T = {row['temperature']:g}, weights {row['weight_lr']:g}"
+    what += f", teacher {row['distillation']:g}"
     if row["emptied"]:
         return f"{what}: nothing left of {row['emptied']} layers"
     widths = "-".join(map(str, row["widths"]))
