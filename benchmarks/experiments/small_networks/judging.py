@@ -23,9 +23,9 @@ from benchmarks.experiments.peers.budget import Chain
 from benchmarks.experiments.small_networks import scores
 from benchmarks.experiments.small_networks.scores import RANKINGS, RULES, Worths
 from benchmarks.experiments.small_networks.trunk import CPU, Row, Trunk
-from bmrs.data import Dataset, Split
+from bmrs.data import Dataset, Split, TensorSplit
 from bmrs.noise.lookup import noise_layers
-from bmrs.training.evaluation import accuracy, in_batches
+from bmrs.training.evaluation import EVALUATION_BATCH, accuracy
 from bmrs.training.fit import fit, fitting_state
 
 POINTS = 40
@@ -76,13 +76,12 @@ class Judging:
     @functools.cached_property
     def chain(self) -> Chain:
         """The network's layers, which tell what widths take."""
-        return Chain.of(self.model, self.data.test.images[:1])
+        return Chain.of(self.model, self.data.test.examples(1))
 
     @functools.cached_property
-    def train_part(self) -> Split:
+    def train_part(self) -> TensorSplit:
         """Training images on which the change of the loss is measured."""
-        train = self.data.train
-        return Split(train.images[:IMAGES], train.labels[:IMAGES])
+        return TensorSplit(*next(self.data.train.in_order(IMAGES)))
 
     @functools.cached_property
     def worths(self) -> dict[str, Worths]:
@@ -206,7 +205,7 @@ def _tuned(model: nn.Module, kept: Sequence[Tensor], trunk: Trunk, data: Dataset
     masked = copy.deepcopy(model)
     scores.set_kept(masked, kept)
     config = replace(trunk.config, seed=trunk.subject.seed)
-    state = fitting_state(bmrs.compact(masked, data.train.images[:2]), config, CPU)
+    state = fitting_state(bmrs.compact(masked, data.train.examples(2)), config, CPU)
     nothing: Callable[[Any], None] = lambda state: None  # noqa: E731
     fit(
         state,
@@ -220,11 +219,16 @@ def _tuned(model: nn.Module, kept: Sequence[Tensor], trunk: Trunk, data: Dataset
     return accuracy(state.model, data.test)
 
 
+@torch.inference_mode()
 def _measured(model: nn.Module, split: Split) -> tuple[float, float]:
     """Return the accuracy in percent and the mean loss in nats."""
-    logits = in_batches(model, split.images)
-    right = (logits.argmax(dim=1) == split.labels).double().mean()
-    return 100 * float(right), float(F.cross_entropy(logits.double(), split.labels))
+    model.eval()
+    right, loss = torch.zeros(2, dtype=torch.float64)
+    for images, labels in split.in_order(EVALUATION_BATCH):
+        logits = model(images).double()
+        right += (logits.argmax(dim=1) == labels).sum()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+    return 100 * float(right) / len(split), float(loss) / len(split)
 
 
 def _loss(model: nn.Module, values: Tensor, labels: Tensor) -> float:

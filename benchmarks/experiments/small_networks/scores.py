@@ -71,7 +71,7 @@ def _set_gradient(model: nn.Module, split: Split) -> None:
     """Leave the gradient of the mean loss over all images, with E[θ] in place of noise."""
     model.eval().zero_grad()
     with torch.enable_grad():
-        for images, labels in zip(split.images.split(500), split.labels.split(500), strict=True):
+        for images, labels in split.in_order(500):
             loss = F.cross_entropy(model(images), labels, reduction="sum") / len(split)
             loss.backward()
 

@@ -161,7 +161,7 @@ class Trunk:
             "pruning": report.to_dict(),
             "kept": {name: int(layer.mask.sum()) for name, layer in noise_layers(model).items()},
             "unsettled": unsettled(model),
-            "compression_percent": compression(model, data.validation.images[:1]),
+            "compression_percent": compression(model, data.validation.examples(1)),
             "validation_accuracy": accuracy(model, data.validation),
         }
         history = [*state.history[:-1], {**state.history[-1], **last}]

@@ -32,7 +32,7 @@ from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.experiments.yardstick import networks
 from benchmarks.experiments.yardstick.networks import Name
 from benchmarks.options import positive
-from bmrs.data import DataError, Dataset, Split, load_dataset
+from bmrs.data import Batch, DataError, Dataset, Split, TensorSplit, load_dataset
 from bmrs.files.atomic import write_atomically
 from bmrs.training import ConfigError, RunError, TrainConfig
 from bmrs.training.evaluation import accuracy
@@ -121,10 +121,7 @@ class Runs:
         """MNIST at its own size, with the mean and standard deviation of its pixels taken out."""
         folder = self.options.data_dir / "mnist"
         data = load_dataset("mnist", folder, validation_fraction=VALIDATION, seed=self.seed)
-        parts = (
-            Split((p.images / 255 - 0.1307) / 0.3081, p.labels)
-            for p in (data.train, data.validation, data.test)
-        )
+        parts = [_whole(split) for split in (data.train, data.validation, data.test)]
         return Dataset(data.name, data.num_classes, *parts)
 
     def config(self, distillation: float = 0.0) -> TrainConfig:
@@ -194,7 +191,7 @@ class Runs:
         if report.emptied:
             return row
         bmrs.prune(noisy, bmrs.BMRSOdds())
-        small = bmrs.compact(noisy, self.data.train.images[:2], expected_noise=False)
+        small = bmrs.compact(noisy, self.data.train.examples(2), expected_noise=False)
         assert isinstance(small, nn.Sequential), "a chain stays one"
         small = networks.without_unread_features(small)
         pruned_error = self._error(small)
@@ -237,20 +234,25 @@ class Runs:
         return round(100 * (1 - accuracy(network, self.data.test)), 3)
 
 
+def _whole(split: Split) -> TensorSplit:
+    images, labels = next(split.in_order(len(split)))
+    return TensorSplit((images / 255 - 0.1307) / 0.3081, labels)
+
+
 class Shuffled:
     """The training images in batches, in a new order each time they are gone through."""
 
     def __init__(self, split: Split, deadline: Deadline) -> None:
         self.split, self.deadline = split, deadline
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in torch.randperm(len(self.split)).split(BATCH):
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.split.batches(torch.randperm(len(self.split)).split(BATCH)):
             self.deadline.check()
-            yield self.split.images[batch], self.split.labels[batch]
+            yield batch
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch.images), batch.labels)
 
 
 def _key(row: paper_table.Row) -> str:

@@ -17,7 +17,7 @@ from benchmarks.experiments.small_networks.formulas import snr_as_computed
 from benchmarks.experiments.small_networks.judging import Judging
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.records import RESULTS
-from bmrs.data import EMBEDDED, Split
+from bmrs.data import EMBEDDED, TensorSplit
 from bmrs.models import LeNet5
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.evaluation import compression
@@ -33,7 +33,7 @@ def few_images(monkeypatch):
     def load_few(config, device):
         data = load(config, device)
         parts = {name: getattr(data, name) for name in ("train", "validation", "test")}
-        few = {name: Split(split.images[:96], split.labels[:96]) for name, split in parts.items()}
+        few = {name: TensorSplit(split.images[:96], split.labels[:96]) for name, split in parts.items()}
         return replace(data, **few)
 
     monkeypatch.setattr(paper, "load", load_few)
