@@ -40,7 +40,7 @@ from bmrs.training.fit import fit, fitting_state
 
 CPU = torch.device("cpu")
 RUNS = "yardstick.jsonl"
-BATCH, RATE, NOISE_RATE, PRICE_EXPONENT = 128, 1.5e-3, 5e-2, 0.5
+BATCH, RATE, PRICE_EXPONENT = 128, 1.5e-3, 0.5
 VALIDATION = 1 / 12
 """Share of the training images that is left out of training, for choosing settings."""
 
@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         for seed, name in itertools.product(options.seeds, options.networks):
             runs = Runs(name, seed, options, deadline)
-            for setting in itertools.product(options.temperatures, options.weight_lrs, options.distillations):
+            for setting in itertools.product(
+                options.temperatures, options.noise_lrs, options.weight_lrs, options.distillations
+            ):
                 if runs.key(*setting) in map(_key, paper_table.load(path)):
                     continue
                 row = {**runs.row(*setting), "environment": about}
@@ -78,6 +80,13 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="(0)")
     parser.add_argument(
         "--temperatures", nargs="+", type=float, default=[10.0, 30.0, 100.0, 300.0], help="(10 30 100 300)"
+    )
+    parser.add_argument(
+        "--noise-lrs",
+        nargs="+",
+        type=float,
+        default=[0.05],
+        help="learning rates of the noise; a smaller one takes as many more steps, which weights can use (0.05)",
     )
     parser.add_argument(
         "--weight-lrs",
@@ -149,23 +158,28 @@ class Runs:
         write_atomically(path, serialize(network.state_dict()))
         return network
 
-    def settings(self, temperature: float, weight_lr: float, distillation: float) -> dict[str, Any]:
+    def settings(
+        self, temperature: float, noise_lr: float, weight_lr: float, distillation: float
+    ) -> dict[str, Any]:
         """Return what tells a run from the others."""
         return {
             "network": self.name,
             "seed": self.seed,
             "temperature": temperature,
+            "noise_lr": noise_lr,
             "weight_lr": weight_lr,
             "distillation": distillation,
             "epochs": self.options.epochs,
             "fine_tune_epochs": self.options.fine_tune_epochs,
         }
 
-    def key(self, temperature: float, weight_lr: float, distillation: float) -> str:
+    def key(self, temperature: float, noise_lr: float, weight_lr: float, distillation: float) -> str:
         """Return the same as a text."""
-        return _key(self.settings(temperature, weight_lr, distillation))
+        return _key(self.settings(temperature, noise_lr, weight_lr, distillation))
 
-    def row(self, temperature: float, weight_lr: float, distillation: float) -> dict[str, Any]:
+    def row(
+        self, temperature: float, noise_lr: float, weight_lr: float, distillation: float
+    ) -> dict[str, Any]:
         """Prune at a temperature and fine-tune; nothing is chosen by the result."""
         started = time.perf_counter()
         noisy = networks.with_noise(self.trained)
@@ -177,12 +191,12 @@ class Runs:
             _loss,
             temperature=temperature,
             dataset_size=len(self.data.train),
-            learning_rate=NOISE_RATE,
+            learning_rate=noise_lr,
             prices=prices,
             weight_lr=weight_lr or None,
         )
         row = {
-            **self.settings(temperature, weight_lr, distillation),
+            **self.settings(temperature, noise_lr, weight_lr, distillation),
             "trained_error": self._error(self.trained),
             "noise_steps": report.steps,
             "settled": report.settled,
@@ -256,13 +270,22 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _key(row: paper_table.Row) -> str:
-    names = ("network", "seed", "temperature", "weight_lr", "distillation", "epochs", "fine_tune_epochs")
+    names = (
+        "network",
+        "seed",
+        "temperature",
+        "noise_lr",
+        "weight_lr",
+        "distillation",
+        "epochs",
+        "fine_tune_epochs",
+    )
     return json.dumps([row[name] for name in names])
 
 
 def _outcome(row: dict[str, Any]) -> str:
     what = f"{row['network']} seed {row['seed']}, T = {row['temperature']:g}, weights {row['weight_lr']:g}"
-    what += f", teacher {row['distillation']:g}"
+    what += f" and noise {row['noise_lr']:g}, teacher {row['distillation']:g}"
     if row["emptied"]:
         return f"{what}: nothing left of {row['emptied']} layers"
     widths = "-".join(map(str, row["widths"]))

@@ -52,7 +52,9 @@ def entries(name: Name, rows: Sequence[Row]) -> list[Entry]:
     ]
     for row in rows:
         if row["network"] == name and not row["emptied"]:
-            weights = f", weights at {row['weight_lr']:g}" if row["weight_lr"] else ""
+            weights = (
+                f", weights at {row['weight_lr']:g}, noise at {row['noise_lr']:g}" if row["weight_lr"] else ""
+            )
             teacher = f", teacher {row['distillation']:g}" if row["distillation"] else ""
             way = f"T = {row['temperature']:g}{weights}{teacher}, seed {row['seed']}"
             of = Takes(row["parameters"], row["flops"])
@@ -126,6 +128,7 @@ def stale_files(results: Path) -> list[Path]:
 def write(results: Path) -> None:
     """Draw the picture if it shows other rows than there are."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = load(results)
     for path in stale_files(results):
@@ -149,6 +152,9 @@ def write(results: Path) -> None:
                             entry.what, place, fontsize=6, xytext=(3, 3), textcoords="offset points"
                         )
                 axis.set_xscale("log")
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.xaxis.set_major_formatter("{x:,.0f}")
+                axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.set_xlabel({"parameters": "parameters", "flops": "FLOPs of an image"}[cost])
                 axis.set_ylabel("test error (%)")
                 axis.set_title(NAMES[name], fontsize=10)
