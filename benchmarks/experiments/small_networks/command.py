@@ -27,6 +27,7 @@ from benchmarks.experiments.deadline import OutOfTimeError
 from benchmarks.experiments.paper import Conditions, PaperRun
 from benchmarks.experiments.small_networks.formulas import as_printed
 from benchmarks.experiments.small_networks.judging import judge
+from benchmarks.experiments.small_networks.table import FORMULAS, JUDGED
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.granularities import GRANULARITIES
 from benchmarks.options import positive
@@ -36,8 +37,6 @@ from bmrs.training.config import DataName, ModelName
 
 STAGES = ("dense", "train", "judge", "formulas", "continuous")
 NETWORKS = "networks.jsonl"
-JUDGED = "judged.jsonl"
-FORMULAS = "formulas.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

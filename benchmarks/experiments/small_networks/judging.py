@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -206,14 +206,13 @@ def _tuned(model: nn.Module, kept: Sequence[Tensor], trunk: Trunk, data: Dataset
     scores.set_kept(masked, kept)
     config = replace(trunk.config, seed=trunk.subject.seed)
     state = fitting_state(bmrs.compact(masked, data.train.examples(2)), config, CPU)
-    nothing: Callable[[Any], None] = lambda state: None  # noqa: E731
     fit(
         state,
         data,
         config,
         epochs=epochs,
         phase="fine-tune",
-        save=nothing,
+        save=lambda state: None,
         progress=Deadline(trunk.conditions.deadline),
     )
     return accuracy(state.model, data.test)

@@ -31,6 +31,7 @@ from benchmarks.experiments import paper_table
 from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.experiments.yardstick import networks
 from benchmarks.experiments.yardstick.networks import Name
+from benchmarks.experiments.yardstick.table import RUNS
 from benchmarks.options import positive
 from bmrs.data import Batch, DataError, Dataset, Split, TensorSplit, load_dataset
 from bmrs.files.atomic import write_atomically
@@ -39,7 +40,7 @@ from bmrs.training.evaluation import accuracy
 from bmrs.training.fit import fit, fitting_state
 
 CPU = torch.device("cpu")
-RUNS = "yardstick.jsonl"
+
 BATCH, RATE, PRICE_EXPONENT = 128, 1.5e-3, 0.5
 VALIDATION = 1 / 12
 """Share of the training images that is left out of training, for choosing settings."""

@@ -154,7 +154,8 @@ PUBLISHED: dict[Name, tuple[Published, ...]] = {
         Published("Bayesian compression, GNJ", "1705.08665", (278, 98, 13), 1.8),
         Published("Bayesian compression, GHS", "1705.08665", (311, 86, 14), 1.8),
         Published("L0", "1712.01312", (219, 214, 100), 1.4),
-        Published("L0, a weight for each layer", "1712.01312", (266, 88, 33), 1.8),
+        Published("L0, a weight for each layer", "1712.01312", (266, 88, 33), 1.6),
+        Published("variational information bottleneck", "1802.10399", (97, 71, 33), 1.6),
     ),
 }
 

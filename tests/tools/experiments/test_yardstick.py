@@ -18,18 +18,20 @@ NETWORKS = get_args(Name)
 
 
 @pytest.mark.parametrize(
-    ("widths", "parameters"),
+    ("name", "widths", "parameters"),
     [
-        ((20, 50, 800, 500), 431_080),
-        ((3, 18, 284, 283), 84_941),
-        ((8, 15, 163, 81), 17_327),
-        ((8, 13, 88, 13), 4_118),
-        ((5, 10, 76, 16), 2_792),
-        ((7, 13, 208, 16), 5_984),
+        ("lenet5-caffe", (20, 50, 800, 500), 431_080),
+        ("lenet5-caffe", (3, 18, 284, 283), 84_941),
+        ("lenet5-caffe", (8, 15, 163, 81), 17_327),
+        ("lenet5-caffe", (8, 13, 88, 13), 4_118),
+        ("lenet5-caffe", (5, 10, 76, 16), 2_792),
+        ("lenet5-caffe", (7, 13, 208, 16), 5_984),
+        ("lenet-300-100", (245, 160, 55), 48_775),
+        ("lenet-300-100", (97, 71, 33), 9_674),
     ],
 )
-def test_parameters_are_counted_as_published(widths, parameters):
-    assert networks.takes("lenet5-caffe", widths).parameters == parameters
+def test_parameters_are_counted_as_published(name, widths, parameters):
+    assert networks.takes(name, widths).parameters == parameters
 
 
 @pytest.mark.parametrize("name", NETWORKS)
