@@ -21,6 +21,7 @@ import bmrs
 from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers.budget import Chain
 from benchmarks.experiments.small_networks import scores
+from benchmarks.experiments.small_networks.narrow import narrowed
 from benchmarks.experiments.small_networks.scores import RANKINGS, RULES, Worths
 from benchmarks.experiments.small_networks.trunk import CPU, Row, Trunk
 from bmrs.data import Dataset, Split, TensorSplit
@@ -70,7 +71,7 @@ class Outcome(NamedTuple):
 class Judging:
     """A trained network and what its pruned versions are measured on."""
 
-    model: nn.Module
+    model: nn.Sequential
     data: Dataset
 
     @functools.cached_property
@@ -96,10 +97,9 @@ class Judging:
 
     def outcome(self, kept: Sequence[Tensor]) -> Outcome:
         """Measure the network with these structures alone."""
-        scores.set_kept(self.model, kept)
-        right, loss = _measured(self.model, self.data.test)
-        _, train_loss = _measured(self.model, self.train_part)
-        scores.set_kept(self.model)
+        network = narrowed(self.model, kept)
+        right, loss = _measured(network, self.data.test)
+        _, train_loss = _measured(network, self.train_part)
         gone = sum(int((~layer).sum()) for layer in kept)
         return Outcome(gone, self.compression(kept), right, loss, train_loss)
 
@@ -120,7 +120,6 @@ class Judging:
     def alone(self) -> list[Tensor]:
         """Return by how much the mean training loss, in nats, rises when each structure alone is masked."""
         images, labels = self.train_part.images, self.train_part.labels
-        assert isinstance(self.model, nn.Sequential), "the paper's small networks are chains"
         stages = list(self.model.eval())
         changes = []
         values = images

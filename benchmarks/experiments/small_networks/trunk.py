@@ -108,7 +108,7 @@ class Trunk:
             "seconds": round(sum(row["seconds"] for row in state.history), 1),
         }
 
-    def load(self, data: Dataset) -> nn.Module:
+    def load(self, data: Dataset) -> nn.Sequential:
         """Return the finished network, in evaluation mode.
 
         Raises:
@@ -116,6 +116,7 @@ class Trunk:
         """
         model = algorithm1.build_model(self.config, data, noise=True)
         model.load_state_dict(load_file(self.network))
+        assert isinstance(model, nn.Sequential), "the paper's small networks are chains"
         return model.eval()
 
     def continue_with(self, criterion: str, data: Dataset) -> Row:

@@ -15,10 +15,12 @@ from benchmarks.experiments.paper import Conditions, PaperRun
 from benchmarks.experiments.small_networks import judging, pictures, scores, table
 from benchmarks.experiments.small_networks.formulas import snr_as_computed
 from benchmarks.experiments.small_networks.judging import Judging
+from benchmarks.experiments.small_networks.narrow import narrowed
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.records import RESULTS
+from bmrs.compaction.costs import num_parameters
 from bmrs.data import EMBEDDED, TensorSplit
-from bmrs.models import LeNet5
+from bmrs.models import MLP, LeNet5
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.evaluation import compression
 from bmrs.training.run import load
@@ -147,6 +149,20 @@ def test_compression_and_single_masks_are_measured(few_images, lenet):
         layer.set_kept(torch.arange(layer.num_structures) != 1)
         assert changes[number][1] == pytest.approx(float(loss() - before), abs=1e-6)
         layer.set_kept(torch.ones_like(layer.mask))
+
+
+@pytest.mark.parametrize("network", ["mlp", "lenet"])
+def test_a_narrow_network_does_what_the_masked_one_does(network, lenet):
+    model = lenet
+    if network == "mlp":
+        model = MLP(in_features=1024, num_blocks=2, hidden=30).eval()
+    for layer in noise_layers(model).values():
+        layer.set_kept(torch.rand(layer.num_structures) < 0.4)
+    kept = [layer.kept for layer in noise_layers(model).values()]
+    images = torch.randn(3, 1, 32, 32)
+    small = narrowed(model, kept)
+    torch.testing.assert_close(small(images), model(images), atol=1e-5, rtol=1e-4)
+    assert num_parameters(small) == num_parameters(bmrs.compact(model, images))
 
 
 def test_rank_correlation():
