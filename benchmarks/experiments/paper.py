@@ -35,7 +35,7 @@ from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, al
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.evaluation import accuracy
 from bmrs.training.run import device_of, load
-from bmrs.training.settings import PaperNetwork
+from bmrs.training.settings import PaperNetwork, RecipeSettings
 from bmrs_kernels.options import Granularity
 
 # Options of `bmrs train` for each criterion that the paper compares in this experiment.
@@ -220,8 +220,16 @@ def identity(run: PaperRun, config: TrainConfig) -> str:
 
 def left_of(identities: Iterable[str], rows: Iterable[Row]) -> list[str]:
     """Return the identities that no finished run has."""
-    done = {json.dumps([*(row[name] for name in PaperRun._fields), row["settings"]]) for row in rows}
+    done = {
+        json.dumps([*(row[name] for name in PaperRun._fields), with_defaults(row["settings"])])
+        for row in rows
+    }
     return [each for each in identities if each not in done]
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's settings with the defaults of those that there were not yet when it was made."""
+    return RecipeSettings(**settings)._asdict()
 
 
 def train_missing(

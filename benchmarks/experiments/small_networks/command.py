@@ -31,9 +31,9 @@ from benchmarks.experiments.small_networks.table import FORMULAS, JUDGED
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.granularities import GRANULARITIES
 from benchmarks.options import positive
-from bmrs.data import DataError
+from bmrs.data import DataError, DataName
 from bmrs.training import ConfigError, NonFiniteError, RunError
-from bmrs.training.config import DataName, ModelName
+from bmrs.training.settings import PaperNetwork
 
 STAGES = ("dense", "train", "judge", "formulas", "continuous")
 NETWORKS = "networks.jsonl"
@@ -76,7 +76,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks small-networks", description=__doc__)
     add = functools.partial(parser.add_argument, nargs="+")
     add("--data", choices=get_args(DataName), default=["mnist", "fashion-mnist"], help="(both MNISTs)")
-    add("--networks", choices=get_args(ModelName), default=["mlp", "lenet5"], help="(both)")
+    add("--networks", choices=get_args(PaperNetwork), default=["mlp", "lenet5"], help="(both)")
     add(
         "--criteria", choices=paper.CRITERIA, default=list(paper.CRITERIA), help="of continuous pruning (all)"
     )
@@ -139,7 +139,7 @@ def _is_left(run: PaperRun, conditions: Conditions, rows: Sequence[paper.Row]) -
 
 
 def _key(row: paper.Row) -> str:
-    return json.dumps([*(row[name] for name in Subject._fields), row["settings"]])
+    return json.dumps([*(row[name] for name in Subject._fields), paper.with_defaults(row["settings"])])
 
 
 def _told(subject: Subject, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

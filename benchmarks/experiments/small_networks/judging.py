@@ -10,7 +10,7 @@ import copy
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +24,10 @@ from benchmarks.experiments.small_networks import scores
 from benchmarks.experiments.small_networks.narrow import narrowed
 from benchmarks.experiments.small_networks.scores import RANKINGS, RULES, Worths
 from benchmarks.experiments.small_networks.trunk import CPU, Row, Trunk
-from bmrs.data import Dataset, Split, TensorSplit
+from bmrs.data import Dataset, TensorSplit
 from bmrs.noise.lookup import noise_layers
-from bmrs.training.evaluation import EVALUATION_BATCH, accuracy
+from bmrs.training import TrainConfig
+from bmrs.training.evaluation import accuracy, quality
 from bmrs.training.fit import fit, fitting_state
 
 POINTS = 40
@@ -98,10 +99,9 @@ class Judging:
     def outcome(self, kept: Sequence[Tensor]) -> Outcome:
         """Measure the network with these structures alone."""
         network = narrowed(self.model, kept)
-        right, loss = _measured(network, self.data.test)
-        _, train_loss = _measured(network, self.train_part)
+        test, train = quality(network, self.data.test), quality(network, self.train_part)
         gone = sum(int((~layer).sum()) for layer in kept)
-        return Outcome(gone, self.compression(kept), right, loss, train_loss)
+        return Outcome(gone, self.compression(kept), 100 * test.accuracy, test.nll, train.nll)
 
     def curve(self, worths: Worths) -> list[Outcome]:
         """Measure networks on the way from all structures to one of each layer."""
@@ -203,7 +203,15 @@ def _tuned(model: nn.Module, kept: Sequence[Tensor], trunk: Trunk, data: Dataset
     """Return the test accuracy of the compacted network after its weights were trained, in [0, 1]."""
     masked = copy.deepcopy(model)
     scores.set_kept(masked, kept)
-    config = replace(trunk.config, seed=trunk.subject.seed)
+    config = TrainConfig(
+        data=trunk.subject.data,
+        data_dir=trunk.config.data_dir,
+        model=trunk.subject.network,
+        seed=trunk.subject.seed,
+        device="cpu",
+        batch_size=trunk.config.settings.batch_size,
+        lr=trunk.config.settings.lr,
+    ).resolved()
     state = fitting_state(bmrs.compact(masked, data.train.examples(2)), config, CPU)
     fit(
         state,
@@ -215,18 +223,6 @@ def _tuned(model: nn.Module, kept: Sequence[Tensor], trunk: Trunk, data: Dataset
         progress=Deadline(trunk.conditions.deadline),
     )
     return accuracy(state.model, data.test)
-
-
-@torch.inference_mode()
-def _measured(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Return the accuracy in percent and the mean loss in nats."""
-    model.eval()
-    right, loss = torch.zeros(2, dtype=torch.float64)
-    for images, labels in split.in_order(EVALUATION_BATCH):
-        logits = model(images).double()
-        right += (logits.argmax(dim=1) == labels).sum()
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-    return 100 * float(right) / len(split), float(loss) / len(split)
 
 
 def _loss(model: nn.Module, values: Tensor, labels: Tensor) -> float:

@@ -21,15 +21,16 @@ from torch import nn
 from benchmarks.experiments import paper
 from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.paper import Conditions, PaperRun
-from bmrs.data import Dataset
+from bmrs.data import DataName, Dataset
 from bmrs.files.atomic import write_atomically
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import unsettled
 from bmrs.pruning.prune import prune
 from bmrs.training import NonFiniteError, TrainConfig, algorithm1
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from bmrs.training.config import DataName, ModelName
 from bmrs.training.evaluation import accuracy, compression
+from bmrs.training.networks import noisy_network
+from bmrs.training.settings import PaperNetwork
 from bmrs_kernels.options import Granularity
 
 Row = dict[str, Any]
@@ -40,7 +41,7 @@ class Subject(NamedTuple):
     """A network that is trained with noise."""
 
     data: DataName
-    network: ModelName
+    network: PaperNetwork
     granularity: Granularity
     seed: int
 
@@ -114,7 +115,7 @@ class Trunk:
         Raises:
             FileNotFoundError: It has not been trained.
         """
-        model = algorithm1.build_model(self.config, data, noise=True)
+        model = noisy_network(self.config, data)
         model.load_state_dict(load_file(self.network))
         assert isinstance(model, nn.Sequential), "the paper's small networks are chains"
         return model.eval()

@@ -131,8 +131,8 @@ class Runs:
         """MNIST at its own size, with the mean and standard deviation of its pixels taken out."""
         folder = self.options.data_dir / "mnist"
         data = load_dataset("mnist", folder, validation_fraction=VALIDATION, seed=self.seed)
-        parts = [_whole(split) for split in (data.train, data.validation, data.test)]
-        return Dataset(data.name, data.num_classes, *parts)
+        train, validation, test = (_whole(split) for split in (data.train, data.validation, data.test))
+        return Dataset(data.name, data.num_classes, train, validation, test, image_size=28)
 
     def config(self, distillation: float = 0.0) -> TrainConfig:
         """Return what `bmrs train` would be told, for learning rate, batches, teacher and seed."""
