@@ -25,8 +25,16 @@ COMMANDS = {
         "compare the recipe with other ways to a network of the same size",
     ),
     "rules": ("benchmarks.experiments.peers.rules", "compare the decisions of rules on converged posteriors"),
+    "small-networks": (
+        "benchmarks.experiments.small_networks.command",
+        "train the paper's networks once and judge each by all criteria",
+    ),
     "scaling": ("benchmarks.speed.scaling", "time everything against its size, and fit the slopes"),
     "readme": ("benchmarks.tables.readme", "write the README's tables from the committed results"),
+    "yardstick": (
+        "benchmarks.experiments.yardstick.command",
+        "prune the two networks of the literature on MNIST",
+    ),
     "step": ("benchmarks.speed.step", "time training steps with noise against the same network without"),
     "pruning": ("benchmarks.speed.pruning", "time pruning decisions, compaction and the compacted networks"),
     "profile": ("benchmarks.gpu.profile", "have Nsight Compute say what bounds each kernel"),

@@ -32,9 +32,10 @@ from benchmarks.options import positive
 from benchmarks.records import machine_of
 from bmrs.data import EMBEDDED, DataError, DataName, Dataset
 from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, algorithm1
+from bmrs.training.checkpoint import TrainingState
 from bmrs.training.evaluation import accuracy
 from bmrs.training.run import device_of, load
-from bmrs.training.settings import PaperNetwork
+from bmrs.training.settings import PaperNetwork, RecipeSettings
 from bmrs_kernels.options import Granularity
 
 # Options of `bmrs train` for each criterion that the paper compares in this experiment.
@@ -184,8 +185,13 @@ def all_runs(
     return list(dict.fromkeys(runs))
 
 
-def config_of(run: PaperRun, conditions: Conditions) -> TrainConfig:
+def config_of(run: PaperRun, conditions: Conditions, **criterion: Any) -> TrainConfig:
     """Return what `bmrs train` would be told for the run.
+
+    Args:
+        run: the training.
+        conditions: what all trainings share.
+        criterion: options of the criterion, in place of those that the run's name stands for.
 
     Raises:
         ConfigError: A folder of the data is needed.
@@ -203,7 +209,7 @@ def config_of(run: PaperRun, conditions: Conditions) -> TrainConfig:
         seed=run.seed,
         device=conditions.device,
         cuda_graph=conditions.cuda_graph,
-        **CRITERIA.get(run.criterion or "", {}),
+        **(criterion or CRITERIA.get(run.criterion or "", {})),
     ).resolved()
 
 
@@ -214,8 +220,16 @@ def identity(run: PaperRun, config: TrainConfig) -> str:
 
 def left_of(identities: Iterable[str], rows: Iterable[Row]) -> list[str]:
     """Return the identities that no finished run has."""
-    done = {json.dumps([*(row[name] for name in PaperRun._fields), row["settings"]]) for row in rows}
+    done = {
+        json.dumps([*(row[name] for name in PaperRun._fields), with_defaults(row["settings"])])
+        for row in rows
+    }
     return [each for each in identities if each not in done]
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's settings with the defaults of those that there were not yet when it was made."""
+    return RecipeSettings(**settings)._asdict()
 
 
 def train_missing(
@@ -295,6 +309,19 @@ def train_run(run: PaperRun, conditions: Conditions) -> Row | None:
     except NonFiniteError as error:
         failure = str(error)
     seconds = time.perf_counter() - started
+    return row_of(run, config, state, data, failure=failure, seconds=seconds)
+
+
+def row_of(
+    run: PaperRun,
+    config: TrainConfig,
+    state: TrainingState,
+    data: Dataset,
+    *,
+    failure: str | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the row of a training that ended, with the accuracy of the network as it is now."""
     last: Row = state.history[-1] if state.history else {}
     return {
         **run._asdict(),

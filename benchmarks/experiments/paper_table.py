@@ -97,6 +97,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
                 len(finished),
                 _spread(row["compression_percent"] for row in finished),
                 _spread(100 * row["test_accuracy"] for row in finished),
+                " ".join(f"{100 * row['test_accuracy']:.2f}" for row in finished),
                 _spread(100 * row["test_accuracy"] for row in without_noise),
                 f"{statistics.mean(row['seconds'] for row in groups[group]):.1f}",
                 " and ".join(dict.fromkeys(_way(row) for row in groups[group])),
@@ -104,7 +105,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         )
     columns = (
         *("data", "network", "granularity", "criterion", "epochs", "seeds"),
-        *("compression, %", "test accuracy, %", "without noise, %", "seconds a run", "steps"),
+        *("compression, %", "test accuracy, %", "each seed", "without noise, %", "seconds a run", "steps"),
     )
     parts = [
         table(columns, lines),

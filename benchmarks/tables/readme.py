@@ -19,6 +19,9 @@ from benchmarks import records
 from benchmarks.experiments import paper_table
 from benchmarks.experiments.peers import picture, rules
 from benchmarks.experiments.peers import table as peers_table
+from benchmarks.experiments.small_networks import pictures as small_pictures
+from benchmarks.experiments.small_networks import table as small_table
+from benchmarks.experiments.yardstick import table as yardstick_table
 from benchmarks.markdown import table
 from benchmarks.processes import ROOT
 from benchmarks.tables import examples, plots, speed_tables
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         wrong = [_name(path) for path in stale] + [str(path) for path in plots.stale_files(RESULTS)]
         wrong += [str(picture.path_of(RESULTS))] if picture.is_stale(RESULTS) else []
-        wrong += [str(path) for path in peers_table.stale_files(RESULTS)]
+        wrong += [str(path) for each in _WITH_FILES for path in each.stale_files(RESULTS)]
         if wrong:
             names = ", ".join(wrong)
             print(f"{names}: not from these results: run python -m benchmarks readme", file=sys.stderr)
@@ -49,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.write_text(text, "utf-8")
     plots.write(RESULTS)
     picture.write(RESULTS)
-    peers_table.write(RESULTS)
+    for each in _WITH_FILES:
+        each.write(RESULTS)
     return 0
 
 
@@ -272,6 +276,9 @@ def _number(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-")
 
 
+# Modules that write files beside the READMEs: `stale_files(results)` and `write(results)`.
+_WITH_FILES = (peers_table, small_table, small_pictures, yardstick_table)
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "contract": contract,
@@ -283,6 +290,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "pruning": speed_tables.pruning,
     "scaling": speed_tables.scaling,
     "paper": paper_table.readme,
+    "post-training": small_table.readme,
+    "formulas": small_table.formulas,
+    "knowledge": small_table.knowledge,
+    "yardstick": yardstick_table.readme,
     "peers": peers_table.readme,
     "rules": rules.readme,
     "minilm": examples.minilm,
