@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import bmrs
 from bmrs.data import DataError
-from bmrs.data.cifar10 import read_cifar10
+from bmrs.data.cifar import read_cifar10
 from bmrs.examples import comparison
 from bmrs.examples.comparison import Batch, loader, needed
 
