@@ -75,6 +75,7 @@ _NOT_DECIDING = (
     "channels_last",
     "tensorboard",
 )
+_TARGETS = ("target_flops", "target_parameters", "target_latency")
 _DEFAULT_CRITERION: dict[RecipeName, CriterionName] = {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}
 
 
@@ -465,9 +466,7 @@ class TrainConfig:
             self._fill_in("criterion", _DEFAULT_CRITERION[self.recipe])
         if self.cuda_graph and self.settings.optimizer == "sgd":
             raise ConfigError("--cuda-graph true goes with --optimizer adam or adamw only")
-        targets = [
-            name for name in ("target_flops", "target_parameters", "target_latency") if getattr(self, name)
-        ]
+        targets = [name for name in _TARGETS if getattr(self, name)]
         if len(targets) > 1:
             raise ConfigError(
                 f"{flag(targets[0])} and {flag(targets[1])} do not go together: give one budget"
@@ -515,6 +514,11 @@ class TrainConfig:
     def is_sequence(self) -> bool:
         """Whether the network is one of the two of the paper, a sequence of layers."""
         return self.model in get_args(PaperNetwork)
+
+    @property
+    def target(self) -> str | None:
+        """Name of the option that states a budget, None if evidence alone decides."""
+        return next((name for name in _TARGETS if getattr(self, name) is not None), None)
 
     @property
     def pretrained(self) -> bool:

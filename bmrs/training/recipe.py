@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bmrs import processes
+from bmrs.budget import prune_to
+from bmrs.checks import one_line
 from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import structure_prices
 from bmrs.criteria import PosteriorCriterion
@@ -25,12 +27,15 @@ from bmrs.data import Dataset
 from bmrs.data.dataset import IMAGE_SIZE
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
+from bmrs.pruning.prune import prune
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy
 from bmrs.training.finite import FiniteWatch
 from bmrs.training.networks import dense_network, noisy_network, with_weights
+from bmrs.training.options import flag
+from bmrs.training.run_folder import RunError
 from bmrs.training.settings import IMAGES_A_DEGREE, NOISE_DISTANCE
 from bmrs.training.training_step import cross_entropy, new_step
 
@@ -172,6 +177,23 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
         criterion=criterion if isinstance(criterion, PosteriorCriterion) else None,
         across_processes=True,
     )
+
+
+def decide(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, Any]:
+    """Prune a network whose posteriors have been learned, in place, and return what happened as JSON values.
+
+    Raises:
+        RunError: no network is as small as the options want it.
+    """
+    criterion = config.build_criterion()
+    if config.target is None:
+        return prune(noisy, criterion).to_dict()
+    target = {config.target.removeprefix("target_"): getattr(config, config.target)}
+    try:
+        report = prune_to(noisy, criterion, example_inputs=data.train.examples(1), **target)
+    except ValueError as error:
+        raise RunError(f"{flag(config.target)}: {one_line(error)}") from error
+    return {"budget": report.to_dict(), "text": str(report)}
 
 
 def noise_epochs(config: TrainConfig, data: Dataset) -> int:

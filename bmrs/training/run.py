@@ -23,7 +23,7 @@ from bmrs.compaction.compact import compact
 from bmrs.data import FOLDER, Dataset
 from bmrs.files import save as save_model
 from bmrs.files.atomic import write_atomically
-from bmrs.pruning.prune import prune
+from bmrs.noise.lookup import noise_layers
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from bmrs.training.config import TrainConfig
@@ -87,8 +87,13 @@ def train(
     console = console or Console()
     # Says what is wrong with data, network and noise before there is a folder.
     data = load(config, device, console)
-    noisy_network(config, data)
+    noisy = noisy_network(config, data)
+    if config.noise_on == "suggest":  # which takes a while, and is meant to stay as it was found
+        found = [name.removesuffix(".noise") for name in noise_layers(noisy)]
+        config = replace(config, noise_on=",".join(found))
     with_weights(dense_network(config, data), config)
+    if config.target_flops or config.target_parameters:
+        recipe.decide(noisy, config, data)
     folder = processes.of_first(lambda: RunFolder.create(config, output))
     return _finish(folder, config, device, console)
 
@@ -345,9 +350,10 @@ def _run_recipe(
         lambda save, progress: recipe.learn_noise(noisy, data, config, save=save, progress=progress),
     )
     if "pruning" not in noisy.history[-1]:  # not yet, in a run that was interrupted
-        report = prune(noisy.model, config.build_criterion())
-        noisy.history[-1]["pruning"] = report.to_dict()
-        noisy.history[-1]["kept"] = {layer.name: layer.after for layer in report.layers}
+        noisy.history[-1]["pruning"] = recipe.decide(noisy.model, config, data)
+        noisy.history[-1]["kept"] = {
+            name: int(layer.mask.sum()) for name, layer in noise_layers(noisy.model).items()
+        }
         trainer.save("noisy", noisy)
 
     few = data.train.examples(recipe.FEW_EXAMPLES)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bmrs.training.config import TrainConfig
+from bmrs.training.options import flag
 
 NEAR_CHANCE = 0.05
 """An accuracy that is no further above that of guessing is called chance."""
@@ -90,6 +91,8 @@ def shortfalls(
 
 def _prunes_less(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> str:
     assert config.criterion is not None, "filled in"
+    if config.target is not None:
+        return f"a larger {flag(config.target)}"
     ways = [] if config.criterion in _BY_NORMS else [_weaker_prior(config, history)]
     if config.criterion != "bmrs-normal" or config.tolerance != 0:
         ways.append(_PRUNES_LESS[config.criterion])
@@ -105,6 +108,8 @@ def _weaker_prior(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> 
 
 
 def _prunes_more(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> str:
+    if config.target is not None:
+        return f"The network is within {flag(config.target)} as it is: take a smaller one."
     if config.criterion in _BY_NORMS:
         return "Take a larger --ratio."
     if config.recipe == "paper":

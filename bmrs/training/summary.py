@@ -91,6 +91,7 @@ class RunSummary:
         unsettled: share of the structures on which rules that agree for converged posteriors disagree.
         settled: False if the noise was cut off before decisions stopped changing; of the recipe bmrs.
         temperature: that of the posteriors; of the recipe bmrs.
+        budget: what pruning to a budget did and what evidence it gave up, as a text; empty where evidence decided.
         device: where it was measured.
         warnings: what went wrong and what to do about it, a sentence or two each: a layer that a criterion wanted
             to empty, a test accuracy near chance or far below the dense network's, nothing pruned.
@@ -107,6 +108,7 @@ class RunSummary:
     temperature: float | None
     device: str
     warnings: tuple[str, ...] = ()
+    budget: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers as JSON values."""
@@ -115,6 +117,8 @@ class RunSummary:
     def show(self, console: Console, title: str) -> None:
         """Print the numbers as a table, with notes and warnings below it."""
         _show([self], console, title)
+        for line in self.budget.splitlines():
+            console.print(Text(line), soft_wrap=True)
         for line in self._notes():
             _print_line(console, line)
         for line in self.warnings:
@@ -246,6 +250,7 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         settled=last.get("settled"),
         temperature=last.get("temperature"),
         device=str(device),
+        budget=str(last.get("pruning", {}).get("text", "")),
         warnings=shortfalls(
             config,
             noisy.history,

@@ -113,15 +113,20 @@ def test_a_network_and_images_of_ones_own_become_smaller(place, tmp_path, monkey
     assert trained["conv.weight"].shape == (6, 3, 3, 3)
 
 
-def test_without_rivals_there_is_what_came_out_and_what_it_came_from(tmp_path, monkeypatch):
+def test_a_budget_is_kept_and_without_rivals_there_is_what_it_came_from(tmp_path, monkeypatch):
     monkeypatch.setattr("bmrs.training.run.draw", lambda *arguments: None)
     output = tmp_path / "run"
-    code, _, errors = run(*OPTIONS, "--rivals", "false", "--noise-on", "conv", "--output", str(output))
+    places = ("--rivals", "false", "--noise-on", "conv, inner")
+    code, text, errors = run(*OPTIONS, *places, "--target-flops", "0.3", "--output", str(output))
     assert (code, errors) == (0, "")
     summary = json.loads((output / "summary.json").read_text())
+    dense, compacted = summary["networks"].values()
     assert list(summary["networks"]) == ["dense", "compacted"]
-    assert summary["networks"]["dense"]["accuracy"] == summary["on_the_way"]["trained"]
-    assert summary["kept"] == {"conv.noise": [3, 6]}
+    assert dense["accuracy"] == summary["on_the_way"]["trained"]
+    assert compacted["flops"] <= 0.3 * dense["flops"]
+    assert set(summary["kept"]) == {"conv.noise", "inner.noise"}
+    assert "pruned by L2(ratio=0.5) to FLOPs of at most" in text
+    assert summary["budget"].splitlines()[0] in text
 
 
 @pytest.mark.parametrize(
@@ -140,6 +145,7 @@ def test_without_rivals_there_is_what_came_out_and_what_it_came_from(tmp_path, m
         ("--weights nine_classes.pt", "weights for other classes need --new-classifier true"),
         ("--weights nowhere.pt", "--weights: no file with weights at "),
         ("--data folder:nowhere", "nowhere: no such folder"),
+        ("--target-parameters 2", "--target-parameters: "),
         ("--normalization paper", "--normalization paper goes with --data fashion-mnist-subset, "),
         ("--noise-on inner", "--noise-on inner goes with networks of bmrs only"),
     ],
