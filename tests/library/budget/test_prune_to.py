@@ -144,8 +144,8 @@ def test_latency_is_predicted_and_measured(model, monkeypatch):
     from bmrs.budget import latency
     from bmrs.compaction.comparison import forward_flops
 
-    def counted(runs, **options):
-        return [1e-3 * forward_flops(run, ((), {})) + 5.0 for run in runs]
+    def counted(makers, **options):
+        return [1e-3 * forward_flops(make(), ((), {})) + 5.0 for make in makers]
 
     monkeypatch.setattr(latency, "_medians", counted)
     report = bmrs.prune_to(model, bmrs.BMRSNormal(), example_inputs=IMAGES, latency=80.0)

@@ -86,6 +86,11 @@ def grouped() -> nn.Module:
     )
 
 
+def normalised() -> nn.Module:
+    """Statistics of pairs of channels, which leave together."""
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+
 def residual() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), BasicBlock(6, 6), BasicBlock(6, 8, 2)
@@ -98,6 +103,7 @@ CASES = {
     "residual": (residual, IMAGE, [{"where": nn.BatchNorm2d}], 3),
     "depthwise": (separable, IMAGE, [{"where": nn.BatchNorm2d}], 1),
     "grouped": (grouped, IMAGE, [{"where": lambda name, _: name in ("0", "2")}], 2),
+    "group norm": (normalised, IMAGE, [{"where": nn.GroupNorm}], 1),
     "concatenation": (Joined, IMAGE, [{"where": lambda name, _: name in ("first", "second", "joint")}], 3),
     "heads": (
         lambda: Attention(4),
