@@ -23,8 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from bmrs.compaction.cost_model import CostModel
-from bmrs.compaction.operation_flops import Axis
-from bmrs.graph.analysis import Analysis
+from bmrs.compaction.operation_flops import Axis, arguments_of_sizes
 from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import varying_axes
 from bmrs.graph.masked_graph import MaskedGraph
@@ -104,7 +103,8 @@ class Latency:
     def of_networks(self, networks: Sequence[nn.Module]) -> list[float]:
         """Return the median milliseconds of whole networks, measured in turns."""
         args, kwargs = self.inputs
-        return _medians([functools.partial(n, *args, **kwargs) for n in networks], rounds=3 * _ROUNDS)
+        makers = [functools.partial(functools.partial, network, *args, **kwargs) for network in networks]
+        return _medians(makers, rounds=3 * _ROUNDS)
 
     def calibrate(self, large: Floats, large_time: float, small: Floats, small_time: float) -> None:
         """Time the operations, and fit the sum of their times to those of two whole networks."""
@@ -127,10 +127,10 @@ class Latency:
     def _measured(self) -> list[_Table]:
         analysis = self._graph.without()
         tables: list[tuple[_Table, list[Any]]] = []
-        runs: dict[Any, Callable[[], Any]] = {}
+        runs: dict[Any, Callable[[], Callable[[], Any]]] = {}
         with torch.no_grad():
             for node, call in analysis.calls.items():
-                table, its_runs = self._planned(analysis, node, call)
+                table, its_runs = self._planned(node, call)
                 if table is not None:
                     tables.append((table, list(its_runs)))
                     runs |= its_runs
@@ -145,8 +145,8 @@ class Latency:
         return [table for table, _ in tables]
 
     def _planned(
-        self, analysis: Analysis, node: fx.Node, call: Call
-    ) -> tuple[_Table | None, dict[Any, Callable[[], Any]]]:
+        self, node: fx.Node, call: Call
+    ) -> tuple[_Table | None, dict[Any, Callable[[], Callable[[], Any]]]]:
         """Return a table to be filled, and what to run for it; None for an operation that takes the same or no time."""
         returns = call.target._schema.returns
         is_view = bool(returns) and returns[0].alias_info is not None and not call.target._schema.is_mutable
@@ -173,64 +173,63 @@ class Latency:
         least = base - most @ entries
         levels = [np.unique(np.linspace(a, b, _LEVELS).round()) for a, b in zip(least, base, strict=True)]
         table = _Table(base, entries, levels, np.zeros([len(values) for values in levels]))
-        runs: dict[Any, Callable[[], Any]] = {}
+        runs: dict[Any, Callable[[], Callable[[], Any]]] = {}
         for point in itertools.product(*levels):
             by_column = dict(zip(columns, point, strict=True))
             shapes = {
                 key: int(by_column[np.append(sizes.entries[:, i], sizes.base[i]).tobytes()])
                 for key, i in moving.items()
             }
-            key, run = _run(node, call, shapes, analysis)
+            make = functools.partial(_run, node, call, shapes)
             try:
+                run = make()
                 run()
             except (RuntimeError, ValueError, TypeError):
                 return None, {}
-            runs[key] = run
+            runs[_told_apart(run)] = make
         return table, runs
 
 
-def _run(
-    node: fx.Node, call: Call, sizes: dict[tuple[str, int], int], analysis: Analysis
-) -> tuple[Any, Callable[[], Any]]:
-    """Return an operation on tensors of other sizes, with what tells it from others."""
-    arguments: dict[str, Any] = {}
-    for place, argument in enumerate(call.target._schema.arguments):
-        value = call[argument.name]
-        raw = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-        if not isinstance(value, Value):
-            arguments[argument.name] = value
-            continue
-        shape = [sizes.get((argument.name, d), n) for d, n in enumerate(value.shape)]
-        example = raw.meta["val"] if isinstance(raw, fx.Node) else torch.empty(0)
-        arguments[argument.name] = torch.ones(shape, dtype=example.dtype, device=example.device)
-    weight = call["weight"]
+def _run(node: fx.Node, call: Call, sizes: dict[tuple[str, int], int]) -> functools.partial[Any]:
+    """Return an operation on tensors of other sizes."""
+    arguments = arguments_of_sizes(node, call, sizes, fill=1)
     groups = call["groups"] if call.operator.startswith("conv") else 1
-    if groups > 1 and groups == weight.shape[0]:
+    if groups > 1 and groups == call["weight"].shape[0]:
         arguments["groups"] = arguments["weight"].shape[0]
-    key = (
-        call.target,
-        *(
-            (n, tuple(a.shape), a.dtype) if isinstance(a, Tensor) else (n, repr(a))
-            for n, a in arguments.items()
-        ),
+    return functools.partial(call.target, **arguments)
+
+
+def _told_apart(run: functools.partial[Any]) -> tuple[Any, ...]:
+    """Return what tells an operation on tensors of some sizes from others that take another time."""
+    arguments = (
+        (name, tuple(a.shape), a.dtype) if isinstance(a, Tensor) else (name, repr(a))
+        for name, a in run.keywords.items()
     )
-    return key, lambda: call.target(**arguments)
+    return (run.func, *arguments)
 
 
-def _medians(runs: Sequence[Callable[[], Any]], *, rounds: int, seconds: float = 60.0) -> list[float]:
-    """Return the median milliseconds of each function, in rounds; fewer than asked for where they take too long."""
+def _medians(
+    makers: Sequence[Callable[[], Callable[[], Any]]], *, rounds: int, seconds: float = 60.0
+) -> list[float]:
+    """Return median milliseconds of functions, in rounds; fewer than asked for where they take too long.
+
+    Args:
+        makers: what makes each function anew, so that its tensors need not be kept from round to round.
+        rounds: how often each is timed.
+        seconds: after which no further round begins.
+    """
     from torch.utils.benchmark import Timer
 
     threads = torch.get_num_threads()
-    timers = [Timer("run()", globals={"run": run}, num_threads=threads) for run in runs]
+    times: list[list[float]] = [[] for _ in makers]
+    start = time.perf_counter()
     with torch.no_grad():
-        first = [timer.timeit(1).mean for timer in timers]
-        repeats = [max(1, min(100, int(_SHORTEST / max(t, 1e-7)))) for t in first]
-        times: list[list[float]] = [[] for _ in runs]
-        start = time.perf_counter()
-        for done in range(rounds):
-            if done and time.perf_counter() - start > seconds:
+        for done in range(rounds + 1):
+            if done > 1 and time.perf_counter() - start > seconds:
                 break
-            for timer, number, found in zip(timers, repeats, times, strict=True):
+            for make, found in zip(makers, times, strict=True):
+                timer = Timer("run()", globals={"run": make()}, num_threads=threads)
+                # The first time is not counted: it warms up, and says how often shorter ones repeat.
+                number = max(1, min(100, int(_SHORTEST / max(found[0], 1e-7)))) if done else 1
                 found.append(timer.timeit(number).mean)
-    return [1e3 * float(np.median(found)) for found in times]
+    return [1e3 * float(np.median(found[1:])) for found in times]

@@ -283,13 +283,12 @@ class _Finder:
         return self._analyses[key]
 
     def removable(self, units: Sequence[Unit]) -> list[Unit]:
-        """Return the units that leave where every second one is pruned."""
-        gone: dict[Unit, bool] = {}
-        for half in (units[::2], units[1::2]):
-            if half:
-                found = leaves(self.without(half), half, self.graph.structures)
-                gone |= dict(zip(half, found, strict=True))
-        return [unit for unit in units if gone[unit]]
+        """Return the units that leave where every second one is pruned, or fewer."""
+        stays = set()
+        for some in _trials(units):
+            found = leaves(self.without(some), some, self.graph.structures)
+            stays |= {unit for unit, gone in zip(some, found, strict=True) if not gone}
+        return [unit for unit in units if unit not in stays]
 
     def groups(self, units: Sequence[Unit]) -> tuple[list[list[Unit]], Floats, dict[object, tuple[int, ...]]]:
         """Return units in groups that are alike, what one of each takes from the axes, and new biases' groups."""
@@ -337,11 +336,10 @@ class _Finder:
         base = self.sizes(self.base)
         found = np.zeros(len(self.axes), dtype=bool)
         units = [unit for group in groups for unit in group]
-        for half in (units[::2], units[1::2]):
-            if half:
-                taken = set(half)
-                numbers = np.array([sum(u in taken for u in group) for group in groups], dtype=np.float64)
-                found |= base - numbers @ entries != self.sizes(self.without(half))
+        for some in _trials(units):
+            taken = set(some)
+            numbers = np.array([sum(u in taken for u in group) for group in groups], dtype=np.float64)
+            found |= base - numbers @ entries != self.sizes(self.without(some))
         return found
 
     def _owned(self, units: Sequence[Unit]) -> dict[Unit, list[tuple[int, int]]]:
@@ -365,8 +363,8 @@ class _Finder:
         of_root = self._units_of_roots(units, len(roots))
         present = new_biases(self.base, shifts(self.base))
         found: dict[Unit, set[object]] = {unit: set() for unit in units}
-        for half in (units[::2], units[1::2]):
-            analysis = self.without(half) if half else self.base
+        for some in _trials(units):
+            analysis = self.without(some)
             for node, call in analysis.calls.items():
                 affine = call.operator == "linear" or call.operator.startswith("conv")
                 if not affine or call["bias"] is not None or node in present:
@@ -385,6 +383,11 @@ class _Finder:
         for place, unit in enumerate(units):
             of_root[list(unit.roots)] = place
         return of_root
+
+
+def _trials(units: Sequence[Unit]) -> list[Sequence[Unit]]:
+    """Return parts of some units that together are all of them: two halves, and few."""
+    return [some for some in (units[::2], units[1::2], units[::7]) if some]
 
 
 def _all_axes(analysis: Analysis) -> list[Axis]:

@@ -115,20 +115,28 @@ def _costs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, S
         found = make_cost_model(graph, inputs, masks, _last_first, bundled=False)
         groups = {frozenset(unit.structures): g for g, units in enumerate(found.units) for unit in units}
         together = {name: group for group in graph.tied for name in group}
+        one_each = np.eye(len(found.units))
+        pruned = {}
+        for name in masks:
+            layers = together.get(name, [name])
+            if int(masks[layers[0]].sum()) > 1:
+                pruned[name] = frozenset(Structure(layer, last[layers[0]].number) for layer in layers)
+        known = {
+            structures: one_each[groups[structures]] for structures in pruned.values() if structures in groups
+        }
+        at_once = found.cost_of(graph.without(s for structures in known for s in structures))
+        if at_once != found.cost(sum(known.values(), np.zeros(len(found.units)))):
+            # They leave with others only.
+            known = {}
         whole = found.cost(np.zeros(len(found.units)))
         costs = {}
         for name in masks:
-            layers = together.get(name, [name])
-            saved = (0, 0)
-            if int(masks[layers[0]].sum()) > 1:
-                pruned = frozenset(Structure(layer, last[layers[0]].number) for layer in layers)
-                if pruned in groups:
-                    cost = found.cost(np.eye(len(found.units))[groups[pruned]])
-                else:
-                    # It leaves with others only, or not at all.
-                    cost = found.cost_of(graph.without(pruned))
+            number, saved = len(together.get(name, [name])), (0, 0)
+            if name in pruned:
+                counted = known.get(pruned[name])
+                cost = found.cost_of(graph.without(pruned[name])) if counted is None else found.cost(counted)
                 saved = (whole.parameters - cost.parameters, whole.flops - cost.flops)
-            costs[name] = StructureCost(saved[0] / len(layers), saved[1] / len(layers))
+            costs[name] = StructureCost(saved[0] / number, saved[1] / number)
     return costs, StructureCost(whole.parameters, whole.flops)
 
 

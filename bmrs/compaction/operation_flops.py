@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -70,7 +71,7 @@ def products(analysis: Analysis, node: fx.Node) -> list[list[Axis]]:
         return [[*axes(""), *axes(first, -1)]]
     if call.operator == "baddbmm":
         return [[*axes(""), *axes("batch1", -1)]]
-    if call.operator == "scaled_dot_product_attention" and _is_counted(call):
+    if call.operator == "scaled_dot_product_attention" and _is_counted(node, call):
         return [
             [*axes("query"), *axes("key", -2)],
             [*axes("query")[:-1], *axes("key", -2), *axes("value", -1)],
@@ -97,14 +98,33 @@ def _einsum(call: Call, node: fx.Node) -> list[list[Axis]]:
     return [list(places.values())]
 
 
-def _is_counted(call: Call) -> bool:
+def _is_counted(node: fx.Node, call: Call) -> bool:
     """Return whether FlopCounterMode sees the products in attention, which depends on the kernel that torch takes."""
-    tensors = {
-        name: torch.zeros(argument.shape) if isinstance(argument, Value) else argument
-        for name, argument in call.arguments.items()
-    }
-    if isinstance(mask := call["attn_mask"], Value):
-        tensors["attn_mask"] = torch.zeros(mask.shape)
+    arguments = arguments_of_sizes(node, call, {})
     with FlopCounterMode(display=False) as counter:
-        call.target(**tensors)
+        call.target(**arguments)
     return bool(counter.get_total_flops())
+
+
+def arguments_of_sizes(
+    node: fx.Node, call: Call, sizes: Mapping[tuple[str, int], int], fill: float = 0
+) -> dict[str, Any]:
+    """Return arguments to run an operation with, of the devices and dtypes that it has in the network.
+
+    Args:
+        node: the operation.
+        call: its call.
+        sizes: other sizes than its tensors have, by the argument's name and the dimension.
+        fill: what tensors are filled with.
+    """
+    arguments: dict[str, Any] = {}
+    for place, argument in enumerate(call.target._schema.arguments):
+        value = call[argument.name]
+        if isinstance(value, Value):
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            assert isinstance(given, fx.Node)
+            example = given.meta["val"]
+            shape = [sizes.get((argument.name, d), size) for d, size in enumerate(value.shape)]
+            value = torch.full(shape, fill, dtype=example.dtype, device=example.device)
+        arguments[argument.name] = value
+    return arguments

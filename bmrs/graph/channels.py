@@ -46,7 +46,9 @@ class Ties:
         pairs = torch.stack([a.flatten(), b.flatten()])
         pairs = pairs[:, pairs[0] != pairs[1]]
         if pairs.shape[1] > 1:
-            pairs = pairs.unique(dim=1)
+            # As one number each, whose sorting is much faster than that of columns.
+            numbers = ((pairs[0] + 1) * (len(self) + 1) + pairs[1] + 1).unique()
+            pairs = torch.stack([numbers // (len(self) + 1), numbers % (len(self) + 1)]) - 1
         staying = pairs.max(dim=0).values[pairs.min(dim=0).values == STAYS]
         for first, second in pairs[:, pairs.min(dim=0).values != STAYS].T.tolist():
             self._parent[self._root(first)] = self._root(second)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, Inputs, capture, mark, several_examples
-from bmrs.graph.channels import STAYS, EqualNumbers
+from bmrs.graph.channels import STAYS, EqualNumbers, Whole
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.ties import needed_layers, same_channels
 from bmrs.noise.hooks import check_noise_acts
@@ -99,8 +99,9 @@ class MaskedGraph:
     def units(self, analysis: Analysis) -> list[Unit]:
         """Return all that could leave together and has not left, in the order of the noise layers.
 
-        Structures belong together where their noise layers scale one channel, or one structure several channels. Of
-        the layers that scale a channel as few have to prune it as can let it leave.
+        Structures belong together where their noise layers scale one channel, or one structure several channels, and
+        where a normalisation has statistics of all of them. Of the layers that scale a channel as few have to prune it
+        as can let it leave.
         """
         roots = analysis.findings.ties.roots()
         parent: dict[Structure, Structure] = {}
@@ -130,6 +131,12 @@ class MaskedGraph:
                     channels_of[structure].append(root)
                     other = first.setdefault(root, structure)
                     parent[root_of(structure)] = root_of(other)
+        for constraint in analysis.findings.constraints:
+            if isinstance(constraint, Whole):
+                for together in _in_rows(constraint, roots):
+                    known = [first[root] for root in together if root in first]
+                    for structure in known[1:]:
+                        parent[root_of(structure)] = root_of(known[0])
         members: dict[Structure, list[Structure]] = defaultdict(list)
         for structure in parent:
             members[root_of(structure)].append(structure)
@@ -140,6 +147,15 @@ class MaskedGraph:
                 chosen = tuple(s for s in structures if needed is None or s.layer in needed)
                 units.append(Unit(chosen, frozenset(r for s in structures for r in channels_of[s])))
         return units
+
+
+def _in_rows(constraint: Whole, roots: Tensor) -> list[list[int]]:
+    """Return the channels that stay or leave as a whole, in groups."""
+    channels = constraint.channels
+    axes = list(constraint.axes)
+    grouped = channels.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes)).flatten(0, -2)
+    found: list[list[int]] = torch.where(grouped == STAYS, STAYS, roots[grouped.clamp(min=0)]).tolist()
+    return found
 
 
 def leaves(analysis: Analysis, units: Iterable[Unit], structures: Mapping[str, int]) -> list[bool]:

@@ -39,7 +39,7 @@ def masks(model: nn.Module) -> dict[str, list[bool]]:
     return {name: layer.mask.tolist() for name, layer in noise_layers(model).items()}
 
 
-@pytest.mark.parametrize("target", [{"flops": 0.4}, {"parameters": 0.4}, {"flops": 20_000}])
+@pytest.mark.parametrize("target", [{"parameters": 0.4}, {"flops": 20_000}])
 def test_the_compacted_network_is_within_the_target(model, target):
     alone = copy.deepcopy(model)
     bmrs.prune(alone, bmrs.BMRSNormal(), example_inputs=IMAGES)
@@ -105,7 +105,7 @@ def test_the_smallest_network_keeps_the_best_of_each_layer(model):
     assert "nothing more can leave: 0.noise, 2.noise, 6.noise" in str(report)
 
 
-@pytest.mark.parametrize("criterion", [bmrs.BMRSOdds(), bmrs.SNR(), bmrs.L2(ratio=0.0)])
+@pytest.mark.parametrize("criterion", [bmrs.BMRSOdds(), bmrs.L2(ratio=0.0)])
 def test_tied_structures_go_together(criterion):
     torch.manual_seed(0)
     stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6))
@@ -144,8 +144,8 @@ def test_latency_is_predicted_and_measured(model, monkeypatch):
     from bmrs.budget import latency
     from bmrs.compaction.comparison import forward_flops
 
-    def counted(runs, **options):
-        return [1e-3 * forward_flops(run, ((), {})) + 5.0 for run in runs]
+    def counted(makers, **options):
+        return [1e-3 * forward_flops(make(), ((), {})) + 5.0 for make in makers]
 
     monkeypatch.setattr(latency, "_medians", counted)
     report = bmrs.prune_to(model, bmrs.BMRSNormal(), example_inputs=IMAGES, latency=80.0)

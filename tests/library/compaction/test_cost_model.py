@@ -16,21 +16,19 @@ from bmrs.noise.lookup import noise_layers
 
 
 class Attention(nn.Module):
-    """Attention of four query heads, of which some share keys and values, with its feed-forward block."""
+    """Attention of eight query heads, of which each two share keys and values, with its feed-forward block."""
 
-    def __init__(self, key_heads: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.key_heads = key_heads
-        self.q, self.kv = nn.Linear(12, 12), nn.Linear(12, 6 * key_heads, bias=False)
-        self.out, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+        self.q, self.kv = nn.Linear(12, 24), nn.Linear(12, 24, bias=False)
+        self.out, self.norm = nn.Linear(24, 12), nn.LayerNorm(12)
         self.up, self.down = nn.Linear(12, 10), nn.Linear(10, 12)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
         q = self.q(x).view(batch, length, -1, 3).transpose(1, 2)
         k, v = self.kv(x).view(batch, length, 2, -1, 3).permute(2, 0, 3, 1, 4)
-        if self.key_heads < 4:
-            k, v = (t.repeat_interleave(4 // self.key_heads, dim=1) for t in (k, v))
+        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
         scores = torch.softmax(q @ k.transpose(2, 3) / 3**0.5, dim=-1)
         x = x + self.out((scores @ v).transpose(1, 2).reshape(batch, length, -1))
         return x + self.down(F.gelu(self.up(self.norm(x))))
@@ -86,6 +84,11 @@ def grouped() -> nn.Module:
     )
 
 
+def normalised() -> nn.Module:
+    """Statistics of pairs of channels, which leave together."""
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+
 def residual() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), BasicBlock(6, 6), BasicBlock(6, 8, 2)
@@ -98,17 +101,12 @@ CASES = {
     "residual": (residual, IMAGE, [{"where": nn.BatchNorm2d}], 3),
     "depthwise": (separable, IMAGE, [{"where": nn.BatchNorm2d}], 1),
     "grouped": (grouped, IMAGE, [{"where": lambda name, _: name in ("0", "2")}], 2),
+    "group norm": (normalised, IMAGE, [{"where": nn.GroupNorm}], 1),
     "concatenation": (Joined, IMAGE, [{"where": lambda name, _: name in ("first", "second", "joint")}], 3),
-    "heads": (
-        lambda: Attention(4),
-        SEQUENCE,
-        [{"where": "out", "structures": "heads", "num_heads": 4}, {"where": "up"}],
-        2,
-    ),
     "grouped query": (
-        lambda: Attention(2),
+        Attention,
         SEQUENCE,
-        [{"where": "out", "structures": "heads", "num_heads": 4}, {"where": "up"}],
+        [{"where": "out", "structures": "heads", "num_heads": 8}, {"where": "up"}],
         2,
     ),
 }
