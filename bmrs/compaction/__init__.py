@@ -1,10 +1,11 @@
 """Compaction: a masked network becomes a smaller one.
 
-`compact` is the way from one to the other. `folding` moves the noise into the parameters around it, `surgery` cuts the
-parameters of the user's own classes. Where their code cannot run narrower, `describing` and `graph_network` put a
-network together from operators, and `description` is what the one hands to the other. `comparison` checks the result,
-`refit` makes up for what is gone, if asked to, `rounding` gives structures back, `optimizer` carries moments over,
-`report` and `record` say what happened, `costs` what structures take. What can leave is found by `bmrs.graph`.
+`compact` is the way from one to the other, `masked_model` what it starts from. `folding` moves the noise into the
+parameters around it, `surgery` cuts the parameters of the user's own classes. Where their code cannot run narrower,
+`describing` and `graph_network` put a network together from operators, and `description` is what the one hands to the
+other. `comparison` checks the result, `refit` makes up for what is gone, if asked to, `rounding` gives structures back,
+`optimizer` carries moments over, `report` and `record` say what happened, `costs` what structures take. What can leave
+is found by `bmrs.graph`.
 """
 
 from bmrs.compaction.compact import compact, compact_report, fold

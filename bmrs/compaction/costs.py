@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from bmrs.checks import check_number
-from bmrs.compaction.compact import compact, compact_report
+from bmrs.compaction.compact import compact_report, compacted
 from bmrs.compaction.comparison import forward_flops
+from bmrs.compaction.masked_model import MaskedModel
+from bmrs.graph.analysis import analyse
 from bmrs.graph.capture import as_inputs, map_tensors
-from bmrs.graph.ties import tied_noise_layers
-from bmrs.noise.lookup import noise_layers, settled_noise_layers
+from bmrs.graph.ties import tied_in
+from bmrs.noise.lookup import settled_noise_layers
 
 ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
 
@@ -64,26 +65,7 @@ def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str
     Raises:
         TypeError, ValueError, RuntimeError: as `bmrs.compact`.
     """
-    example = _first_example(example_inputs)
-    names = list(settled_noise_layers(model))
-    tied = {name: group for group in tied_noise_layers(model, example) for name in group}
-    before = _cost(model, example)
-    costs = {}
-    for name in names:
-        group = tied.get(name, [name])
-        masked = copy.deepcopy(model)
-        layers = [noise_layers(masked)[member] for member in group]
-        kept = layers[0].mask.nonzero().flatten()
-        if len(kept) > 1:
-            for layer in layers:
-                layer.set_kept(
-                    layer.mask & (torch.arange(layer.num_structures, device=kept.device) != kept[-1])
-                )
-        after = _cost(masked, example)
-        costs[name] = StructureCost(
-            (before.parameters - after.parameters) / len(group), (before.flops - after.flops) / len(group)
-        )
-    return costs
+    return _measured(model, example_inputs)[1]
 
 
 def structure_prices(
@@ -111,8 +93,7 @@ def structure_prices(
     layers = settled_noise_layers(model)
     if exponent == 0:
         return dict.fromkeys(layers, 1.0)
-    costs = structure_costs(model, example_inputs)
-    whole = _cost(model, _first_example(example_inputs))
+    whole, costs = _measured(model, example_inputs)
     shares = {
         name: (cost.parameters / whole.parameters + cost.flops / max(whole.flops, 1)) / 2
         for name, cost in costs.items()
@@ -134,6 +115,44 @@ def _first_example(example_inputs: ExampleInputs) -> ExampleInputs:
     return kwargs if kwargs else args
 
 
-def _cost(model: nn.Module, example_inputs: ExampleInputs) -> StructureCost:
-    report = compact_report(compact(model, example_inputs))
+def _measured(
+    model: nn.Module, example_inputs: ExampleInputs
+) -> tuple[StructureCost, dict[str, StructureCost]]:
+    """Return what the compacted network takes, and what one structure of each noise layer does."""
+    names = list(settled_noise_layers(model))
+    with torch.inference_mode(False), torch.no_grad():
+        masked = MaskedModel(model, as_inputs(_first_example(example_inputs), model))
+        whole = _cost(masked)
+        costs: dict[str, StructureCost] = {}
+        for group in _groups(masked):
+            masks = {name: masked.layers[name].mask for name in group}
+            kept = masks[group[0]].nonzero().flatten()
+            less = whole
+            if len(kept) > 1:
+                for name, mask in masks.items():
+                    masked.set_kept(name, mask.index_fill(0, kept[-1], False))
+                less = _cost(masked)
+                for name, mask in masks.items():
+                    masked.set_kept(name, mask)
+            share = StructureCost(
+                (whole.parameters - less.parameters) / len(group), (whole.flops - less.flops) / len(group)
+            )
+            costs.update(dict.fromkeys(group, share))
+    # By the model's own names, which differ where it is itself a noise layer.
+    return whole, {name: costs[its] for name, its in zip(names, masked.layers, strict=True)}
+
+
+def _groups(masked: MaskedModel) -> list[list[str]]:
+    """Return the noise layers that have to prune a structure together, or alone."""
+    for factors in masked.factors.values():
+        factors.fill_(1.0)
+    tied = tied_in(masked.captured, masked.factors)
+    for name in masked.layers:
+        masked.update_factors(name)
+    together = {name for group in tied for name in group}
+    return [*tied, *([name] for name in masked.layers if name not in together)]
+
+
+def _cost(masked: MaskedModel) -> StructureCost:
+    report = compact_report(compacted(masked, analyse(masked.captured)))
     return StructureCost(report.parameters_after, report.flops_after)

@@ -51,9 +51,18 @@ def tied_noise_layers(
             name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(masked).items()
         }
         mark(masked, factors)
-        captured = capture(masked, inputs, "prune with example_inputs", dynamic="first")
-        groups = [group for group in same_channels(analyse(captured)) if len(group) > 1]
-        found = [needed for needed in needed_layers(captured, factors, groups) if needed and len(needed) > 1]
+        return tied_in(capture(masked, inputs, "prune with example_inputs", dynamic="first"), factors)
+
+
+def tied_in(captured: Captured, factors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Find what `tied_noise_layers` does in a captured model.
+
+    Args:
+        captured: the model.
+        factors: of its noise layers by name, all 1, and so they are left; they are changed for the trials.
+    """
+    groups = [group for group in same_channels(analyse(captured)) if len(group) > 1]
+    found = [needed for needed in needed_layers(captured, factors, groups) if needed and len(needed) > 1]
     return sorted(found, key=lambda group: list(factors).index(group[0]))
 
 
