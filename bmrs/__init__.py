@@ -4,11 +4,13 @@ import bmrs_kernels
 from bmrs import compat, models
 from bmrs.compaction import (
     CompactReport,
+    NoiseOutlook,
     StructureCost,
     compact,
     compact_optimizer,
     compact_report,
     fold,
+    noise_outlook,
     structure_costs,
     structure_prices,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "GradientNorm",
     "Mean",
     "NoiseLayer",
+    "NoiseOutlook",
     "PosteriorReport",
     "PruneReport",
     "StructureCost",
@@ -47,6 +50,7 @@ __all__ = [
     "learn_posteriors",
     "load",
     "models",
+    "noise_outlook",
     "parameter_groups",
     "prune",
     "restore_noise",

@@ -227,7 +227,7 @@ def compacted(
 def _layer_report(
     analysis: Analysis, folding: Folding, name: str, layer: NoiseLayer, given_back: int
 ) -> LayerCompaction:
-    entries = _reasons_of_entries(analysis, name)
+    entries = reasons_of_entries(analysis, name)
     reasons: Counter[str] = Counter()
     removed = 0
     for structure in (~layer.mask).nonzero().flatten().tolist():
@@ -260,7 +260,7 @@ def _unused(analysis: Analysis) -> tuple[str, ...]:
     return tuple(name for name, p in analysis.captured.model.named_parameters() if id(p) not in used)
 
 
-def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
+def reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
     """Return why each entry along a noise layer's dimension stays, "" where it leaves; [] if it is never called."""
     reasons: list[str] = []
     for call in analysis.noise_calls(name):

@@ -113,6 +113,21 @@ def needed_layers(
     return [names if ok else None for names, ok in zip(needed, removable, strict=True)]
 
 
+def sufficient_layers(
+    captured: Captured, factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """Return the layers of each group that can let a channel leave alone; arguments as of `needed_layers`."""
+    found: list[list[str]] = [[] for _ in groups]
+    for turn in range(max(map(len, groups), default=0)):
+        for group in groups:
+            for i, name in enumerate(group):
+                factors[name][-1] = 0.0 if i == turn else 1.0
+        analysis = analyse(captured)
+        for names, group in zip(found, groups, strict=True):
+            names += [name for name in group[turn : turn + 1] if last_channel_leaves(analysis, name)]
+    return found
+
+
 def _spare_layers(
     captured: Captured, factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
 ) -> list[list[str]]:
