@@ -6,11 +6,13 @@ from bmrs.budget import BudgetReport, prune_to
 from bmrs.calibration import expected_calibration_error, negative_log_likelihood
 from bmrs.compaction import (
     CompactReport,
+    NoiseOutlook,
     StructureCost,
     compact,
     compact_optimizer,
     compact_report,
     fold,
+    noise_outlook,
     structure_costs,
     structure_prices,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "GradientNorm",
     "Mean",
     "NoiseLayer",
+    "NoiseOutlook",
     "PosteriorReport",
     "Prediction",
     "PruneReport",
@@ -56,6 +59,7 @@ __all__ = [
     "load",
     "models",
     "negative_log_likelihood",
+    "noise_outlook",
     "parameter_groups",
     "predict",
     "prune",

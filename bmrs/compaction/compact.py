@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from bmrs.checks import check_choice, check_integer
-from bmrs.compaction.comparison import OutputComparison, cut_examples, forward_flops, without_fast_path
+from bmrs.compaction.comparison import OutputComparison, forward_flops
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
 from bmrs.compaction.kept_noise import narrowed_noise
+from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, record_of, remember
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
@@ -34,7 +36,6 @@ from bmrs.graph.capture import (
     MarkedNoise,
     as_inputs,
     capture,
-    does_not_run,
     has_autocast,
     map_tensors,
     mark,
@@ -114,32 +115,16 @@ def compact(
         )
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
-        masked = _inside_a_module(evaluation_copy(model))
-        check_noise_acts(masked)
-        layers = noise_layers(masked)
-        for name, layer in layers.items():
-            layer.settle(name)
-        _check_finite(masked)
-        factors = {name: _factors(layer, expected_noise) for name, layer in layers.items()}
-        mark(masked, factors)
-        _check_that_it_runs(masked, inputs)
-        few = cut_examples(masked, inputs)
-        examples = few if refit_to is not None else inputs
-        captured = capture(masked, examples, "compact", dynamic="first")
+        masked = MaskedModel(model, inputs, expected_noise=expected_noise, few_examples=refit_to is not None)
         given_back: Counter[str] = Counter()
-        analysis = analyse(captured)
-        while round_to > 1 and (structures := structures_to_give_back(analysis, layers, round_to)):
+        analysis = analyse(masked.captured)
+        while round_to > 1 and (structures := structures_to_give_back(analysis, masked.layers, round_to)):
             for name, chosen in structures.items():
-                layer = layers[name]
-                # New buffers, as the copy shares those of the original.
-                layer.mask, layer.pruned = layer.mask.clone(), layer.pruned.clone()
-                layer.set_kept(
-                    layer.mask.index_fill(0, torch.as_tensor(chosen, device=layer.mask.device), True)
-                )
-                factors[name].copy_(_factors(layer, expected_noise))
+                mask = masked.layers[name].mask
+                masked.set_kept(name, mask.index_fill(0, torch.as_tensor(chosen, device=mask.device), True))
                 given_back[name] += len(chosen)
-            analysis = analyse(captured)
-        result = _compacted(masked, analysis, layers, (examples, few), given_back, keep_noise)
+            analysis = analyse(masked.captured)
+        result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
             refit(result, _origins(analysis, result), unwrapped(refit_to), _single(inputs))
     return result
@@ -175,34 +160,34 @@ def fold(model: nn.Module) -> nn.Module:
         TypeError, ValueError: ``model`` is not a module, is sharded, or has parameters on the meta device.
     """
     with torch.inference_mode(False), torch.no_grad():
-        masked = _inside_a_module(evaluation_copy(model))
+        masked = inside_a_module(evaluation_copy(model))
         check_noise_acts(masked)
         layers = noise_layers(masked)
-        mark(masked, {name: _factors(layer, expected_noise=True) for name, layer in layers.items()})
+        mark(masked, {name: factors_of(layer, expected_noise=True) for name, layer in layers.items()})
         result = copied(masked, share=False)
         replace_noise(result, dict.fromkeys(layers, "asked for"))
     return result.eval()
 
 
-def _inside_a_module(model: nn.Module) -> nn.Module:
-    """Return a model in a container where it can be replaced, if it is itself a noise layer."""
-    return nn.Sequential(model).eval() if isinstance(model, NoiseLayer) else model
-
-
-def _factors(layer: NoiseLayer, expected_noise: bool) -> Tensor:
-    factors = layer.expected_noise() if expected_noise else layer.kept.to(layer.mu.dtype)
-    return layer.spread(factors).detach()
-
-
-def _compacted(
-    masked: nn.Module,
+def compacted(
+    subject: MaskedModel,
     analysis: Analysis,
-    layers: Mapping[str, NoiseLayer],
-    examples: tuple[Inputs, Inputs],
-    given_back: Mapping[str, int],
-    keep_noise: bool,
+    *,
+    given_back: Mapping[str, int] = MappingProxyType({}),
+    keep_noise: bool = False,
 ) -> nn.Module:
-    inputs, few = examples
+    """Return the smaller network of a model with its masks as they are.
+
+    Args:
+        subject: the model.
+        analysis: of its graph, with these masks.
+        given_back: structures that were pruned before the masks were changed, by name of the noise layer.
+        keep_noise: as for `compact`.
+
+    Raises:
+        ValueError, RuntimeError: as `compact`.
+    """
+    masked, layers, inputs = subject.model, subject.layers, subject.examples
     kept_layers = layers if keep_noise else {}
     folding, the_cut, noise = _smaller(analysis, kept_layers)
     comparison = OutputComparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
@@ -248,7 +233,7 @@ def _compacted(
         compared_in=comparison.dtype,
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
-    kept_inputs = map_tensors(lambda t: t.detach().clone(), few)
+    kept_inputs = map_tensors(lambda t: t.detach().clone(), subject.few)
     remember(result, Record(report, kept_inputs, selections, sizes if form == "module" else {}))
     return result
 
@@ -272,7 +257,7 @@ def _layer_report(
     given_back: int,
     noise: Mapping[str, NoiseLayer],
 ) -> LayerCompaction:
-    entries = _reasons_of_entries(analysis, name)
+    entries = reasons_of_entries(analysis, name)
     reasons: Counter[str] = Counter()
     removed = 0
     for structure in (~layer.mask).nonzero().flatten().tolist():
@@ -306,7 +291,7 @@ def _unused(analysis: Analysis) -> tuple[str, ...]:
     return tuple(name for name, p in analysis.captured.model.named_parameters() if id(p) not in used)
 
 
-def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
+def reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
     """Return why each entry along a noise layer's dimension stays, "" where it leaves; [] if it is never called."""
     reasons: list[str] = []
     for call in analysis.noise_calls(name):
@@ -321,25 +306,6 @@ def _reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
         for entry in stay.any(dim=1).nonzero().flatten().tolist():
             reasons[entry] = reasons[entry] or analysis.reason(int(channels[entry][stay[entry]][0]))
     return reasons
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise ValueError(f"parameter {name!r} is NaN or infinite; nothing was compacted")
-    for name, buffer in model.named_buffers():
-        if bool(buffer.isnan().any()):
-            raise ValueError(f"buffer {name!r} is NaN; nothing was compacted")
-
-
-def _check_that_it_runs(model: nn.Module, inputs: Inputs) -> None:
-    # For real, as tracing overlooks wrong dtypes; and so that what the model keeps from call to call is there.
-    args, kwargs = map_tensors(torch.clone, inputs)
-    try:
-        with without_fast_path():
-            model(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(does_not_run(model, inputs, error)) from error
 
 
 def _check_stored(model: nn.Module) -> None:

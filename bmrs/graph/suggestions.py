@@ -14,7 +14,7 @@ from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.operators import LINEAR
-from bmrs.graph.ties import last_channel_leaves, needed_layers, same_channels
+from bmrs.graph.ties import needed_layers, same_channels, sufficient_layers
 from bmrs.noise.lookup import noise_layers
 from bmrs.noise.placement import add_noise, can_get_noise
 from bmrs.text_table import table_lines
@@ -108,27 +108,14 @@ def _places(captured: Captured, factors: dict[str, Tensor]) -> list[Suggestion]:
     needed = needed_layers(captured, factors, groups)
     analysis = analyse(captured)
     places = []
-    for group, names, sufficient in zip(groups, needed, _sufficient(captured, factors, groups), strict=True):
+    for group, names, sufficient in zip(
+        groups, needed, sufficient_layers(captured, factors, groups), strict=True
+    ):
         if names:
             layers = tuple(name.removesuffix(".noise") for name in sufficient or names)
             parameters, flops = _worth(analysis, group[0])
             places.append(Suggestion(layers, not sufficient, len(factors[group[0]]), parameters, flops))
     return sorted(places, key=lambda place: -place.structures * place.parameters)
-
-
-def _sufficient(
-    captured: Captured, factors: dict[str, Tensor], groups: Sequence[Sequence[str]]
-) -> list[list[str]]:
-    """Return the layers of each group that can let a channel leave alone."""
-    found: list[list[str]] = [[] for _ in groups]
-    for turn in range(max(map(len, groups), default=0)):
-        for group in groups:
-            for i, name in enumerate(group):
-                factors[name][-1] = 0.0 if i == turn else 1.0
-        analysis = analyse(captured)
-        for names, group in zip(found, groups, strict=True):
-            names += [name for name in group[turn : turn + 1] if last_channel_leaves(analysis, name)]
-    return found
 
 
 def _worth(analysis: Analysis, name: str) -> tuple[float, float]:

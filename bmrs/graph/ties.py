@@ -51,9 +51,18 @@ def tied_noise_layers(
             name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(masked).items()
         }
         mark(masked, factors)
-        captured = capture(masked, inputs, "prune with example_inputs", dynamic="first")
-        groups = [group for group in same_channels(analyse(captured)) if len(group) > 1]
-        found = [needed for needed in needed_layers(captured, factors, groups) if needed and len(needed) > 1]
+        return tied_in(capture(masked, inputs, "prune with example_inputs", dynamic="first"), factors)
+
+
+def tied_in(captured: Captured, factors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Find what `tied_noise_layers` does in a captured model.
+
+    Args:
+        captured: the model.
+        factors: of its noise layers by name, all 1, and so they are left; they are changed for the trials.
+    """
+    groups = [group for group in same_channels(analyse(captured)) if len(group) > 1]
+    found = [needed for needed in needed_layers(captured, factors, groups) if needed and len(needed) > 1]
     return sorted(found, key=lambda group: list(factors).index(group[0]))
 
 
@@ -102,6 +111,21 @@ def needed_layers(
         ]
     _prune_last(factors, [])
     return [names if ok else None for names, ok in zip(needed, removable, strict=True)]
+
+
+def sufficient_layers(
+    captured: Captured, factors: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
+) -> list[list[str]]:
+    """Return the layers of each group that can let a channel leave alone; arguments as of `needed_layers`."""
+    found: list[list[str]] = [[] for _ in groups]
+    for turn in range(max(map(len, groups), default=0)):
+        for group in groups:
+            for i, name in enumerate(group):
+                factors[name][-1] = 0.0 if i == turn else 1.0
+        analysis = analyse(captured)
+        for names, group in zip(found, groups, strict=True):
+            names += [name for name in group[turn : turn + 1] if last_channel_leaves(analysis, name)]
+    return found
 
 
 def _spare_layers(

@@ -76,9 +76,9 @@ def test_inputs_of_all_kinds():
 def test_prices_are_powers_of_the_share_with_mean_one(lenet, monkeypatch):
     layers = noise_layers(lenet)
     total = sum(layer.num_structures for layer in layers.values())
-    costs = bmrs.structure_costs(lenet, IMAGE)
-    shares = {n: (c.parameters / 61706 + c.flops / 833040) / 2 for n, c in costs.items()}
-    monkeypatch.setattr(bmrs.compaction.costs, "structure_costs", lambda *args: costs)  # once is enough
+    measured = bmrs.compaction.costs._measured(lenet, IMAGE)
+    monkeypatch.setattr(bmrs.compaction.costs, "_measured", lambda *args: measured)  # once is enough
+    shares = {n: (c.parameters / 61706 + c.flops / 833040) / 2 for n, c in measured[1].items()}
     for exponent in (0.0, 0.5, 1.0):
         prices = bmrs.structure_prices(lenet, IMAGE, exponent=exponent)
         spent = sum(prices[name] * layer.num_structures for name, layer in layers.items())
