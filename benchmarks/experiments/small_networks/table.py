@@ -198,6 +198,8 @@ def formulas(results: Path) -> str:
     for group, rows in grouped(paper_table.load(results / "paper" / FORMULAS)).items():
         for epoch in dict.fromkeys(point["epoch"] for row in rows for point in row["epochs"]):
             points = [point for row in rows for point in row["epochs"] if point["epoch"] == epoch]
+            # A percentile of values of which one is NaN is NaN, and nothing is above it.
+            gone = [each["structures"] if each["snr_nan"] else each["bmrs_n_pruned"] for each in points]
 
             def counts(name: str, points: Sequence[Row] = points) -> str:
                 return spread([point[name] for point in points], 0)
@@ -208,22 +210,14 @@ def formulas(results: Path) -> str:
                     len(points),
                     epoch,
                     points[0]["structures"],
-                    *map(counts, ("snr_nan", "snr_pruned", "snr_pruned_rightly")),
-                    spread([point["accuracy"] for point in points]),
-                    spread([point["snr_accuracy"] for point in points]),
+                    *map(counts, ("snr_nan", "snr_pruned_rightly", "snr_pruned")),
+                    spread(gone, 0),
+                    *map(counts, ("bmrs_n_pruned_rightly", "bmrs_n_pruned")),
                 )
             )
     columns = (
-        *(
-            "network",
-            "seeds",
-            "epoch",
-            "structures",
-            "SNR is NaN",
-            "pruned by it",
-            "rightly computed: pruned",
-        ),
-        *("accuracy, nothing pruned, %", "with its mask"),
+        *("network", "seeds", "epoch", "structures", "their SNR is NaN", "SNR ≤ 1 prunes", "theirs"),
+        *("theirs, threshold at BMRS_N's share", "BMRS_N without the 2π prunes", "theirs"),
     )
     return table(columns, lines) if lines else ""
 

@@ -146,11 +146,11 @@ def write(results: Path) -> None:
                         label="this recipe" if ours else "published",
                     )
                 for entry in found:
-                    if not entry.ours:
-                        place = (getattr(entry.takes, cost), entry.error)
-                        axis.annotate(
-                            entry.what, place, fontsize=6, xytext=(3, 3), textcoords="offset points"
-                        )
+                    place = (getattr(entry.takes, cost), entry.error)
+                    text = entry.where.partition(",")[0] if entry.ours else entry.what
+                    axis.annotate(
+                        text, place, fontsize=6, xytext=(2, 4), textcoords="offset points", rotation=50
+                    )
                 axis.set_xscale("log")
                 axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.xaxis.set_major_formatter("{x:,.0f}")
