@@ -167,11 +167,13 @@ def _train(options: Namespace, console: Console) -> None:
 
 def _evaluate(options: Namespace, console: Console) -> None:
     for name, value in options.items():
-        check_text("RUN" if name == "run" else flag(name), value)
+        if isinstance(value, str):
+            check_text("RUN" if name == "run" else flag(name), value)
     evaluate(
         Path(options.run),
         data_dir=options.get("data_dir"),
         device=options.get("device"),
+        energy=bool(options.get("energy")),
         console=console,
     )
 
@@ -297,6 +299,11 @@ def _parser() -> ArgumentParser:
     )
     evaluation.add_argument(
         "--device", type=str, metavar="DEVICE", help="where to measure; default: the run's --device"
+    )
+    evaluation.add_argument(
+        "--energy",
+        action="store_true",
+        help="measure the energy of 1,000 images too, and keep it in summary.json; needs codecarbon",
     )
     commands.add_subcommand("evaluate", evaluation, help="reload a run's networks and measure them again")
     for name, command in COMMANDS.items():

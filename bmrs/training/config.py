@@ -74,6 +74,7 @@ _NOT_DECIDING = (
     "compile",
     "channels_last",
     "tensorboard",
+    "energy",
 )
 _TARGETS = ("target_flops", "target_parameters", "target_latency")
 _DEFAULT_CRITERION: dict[RecipeName, CriterionName] = {"bmrs": "bmrs-odds", "paper": "bmrs-normal"}
@@ -422,6 +423,11 @@ class TrainConfig:
         False,
         "write losses, accuracies and what happens to the structures for TensorBoard into the run "
         "folder; default: false",
+        group="seeds and device",
+    )
+    energy: bool = option(
+        False,
+        "tell the energy of training and of 1,000 images in the table; needs codecarbon; default: false",
         group="seeds and device",
     )
 

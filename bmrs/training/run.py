@@ -27,6 +27,7 @@ from bmrs.noise.lookup import noise_layers
 from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from bmrs.training.config import TrainConfig
+from bmrs.training.energy import EnergyMeter, epochs_measured
 from bmrs.training.environment import environment, what_differs
 from bmrs.training.epoch import Progress
 from bmrs.training.fit import fit, fitting_state
@@ -75,6 +76,7 @@ def train(
 
     Raises:
         RunError: the folder or the device cannot be used, or the processes differ.
+        ImportError: a library that an option needs is missing.
         DataError, FileNotFoundError: the data cannot be read.
         LostProcessError: another process is gone.
         NonFiniteError: a NaN or an infinity turned up.
@@ -85,6 +87,7 @@ def train(
     config = _with_whole_paths(config)
     device = device_of(config)
     console = console or Console()
+    meter = _meter_of(config, device)
     # Says what is wrong with data, network and noise before there is a folder.
     data = load(config, device, console)
     noisy = noisy_network(config, data)
@@ -95,7 +98,7 @@ def train(
     if config.target_flops or config.target_parameters:
         recipe.decide(noisy, config, data)
     folder = processes.of_first(lambda: RunFolder.create(config, output))
-    return _finish(folder, config, device, console)
+    return _finish(folder, config, device, console, meter)
 
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
@@ -129,11 +132,17 @@ def resume(path: Path, *, data_dir: str | None = None, console: Console | None =
     folder, config = processes.of_first(lambda: RunFolder.open(path))
     if data_dir is not None:
         config = replace(config, data_dir=str(Path(data_dir).expanduser().absolute()))
-    return _finish(folder, config, device_of(config), console or Console())
+    device = device_of(config)
+    return _finish(folder, config, device, console or Console(), _meter_of(config, device))
 
 
 def evaluate(
-    path: Path, *, data_dir: str | None = None, device: str | None = None, console: Console | None = None
+    path: Path,
+    *,
+    data_dir: str | None = None,
+    device: str | None = None,
+    energy: bool = False,
+    console: Console | None = None,
 ) -> list[RunSummary]:
     """Measure a finished run's networks again.
 
@@ -141,9 +150,11 @@ def evaluate(
         path: the run's folder.
         data_dir: where the data lie now, if not where they were.
         device: where to measure, if not on the run's device.
+        energy: whether to measure the energy of inference too, and keep it in the run's summary.
         console: where the result is shown.
 
     Raises:
+        ImportError: energy is to be measured, and codecarbon is missing.
         RunError: files of the run are missing or broken, or the device cannot be used.
         DataError, FileNotFoundError: the data cannot be read.
     """
@@ -153,24 +164,39 @@ def evaluate(
         config, data_dir=data_dir or config.data_dir, device=device or config.device, cuda_graph=False
     )
     chosen = device_of(config)
+    meter = EnergyMeter(chosen) if energy else None
     summaries = []
     for seed, seed_folder in folder.of_seeds(config):
         own = replace(config, seed=seed, seeds=1)
-        summaries.append(summarise(seed_folder, own, load(own, chosen), chosen))
+        summaries.append(summarise(seed_folder, own, load(own, chosen), chosen, meter))
         summaries[-1].show(console, _title(own))
+        if energy:
+            write_json(seed_folder.summary, summaries[-1].to_dict())
+    if energy and len(summaries) > 1:
+        write_json(folder.summary, {"seeds": [summary.to_dict() for summary in summaries]})
     show_seeds(summaries, console, _title(config))
     return summaries
 
 
+def _meter_of(config: TrainConfig, device: torch.device) -> EnergyMeter | None:
+    if not config.energy:
+        return None
+    if processes.count() > 1:
+        raise RunError(
+            f"--energy true goes with one process only, not with the {processes.count()} processes of this run"
+        )
+    return EnergyMeter(device)
+
+
 def _finish(
-    folder: RunFolder, config: TrainConfig, device: torch.device, console: Console
+    folder: RunFolder, config: TrainConfig, device: torch.device, console: Console, meter: EnergyMeter | None
 ) -> list[RunSummary]:
     if not processes.is_first():
         console = Console(quiet=True)
     console.print(f"run folder: {folder.path}", soft_wrap=True, markup=False)
     with folder.occupied() if processes.is_first() else nullcontext():
         processes.of_first(lambda: _note_environment(folder, device, console))
-        return _all_seeds(folder, config, device, console)
+        return _all_seeds(folder, config, device, console, meter)
 
 
 def _note_environment(folder: RunFolder, device: torch.device, console: Console) -> None:
@@ -182,7 +208,7 @@ def _note_environment(folder: RunFolder, device: torch.device, console: Console)
 
 
 def _all_seeds(
-    folder: RunFolder, config: TrainConfig, device: torch.device, console: Console
+    folder: RunFolder, config: TrainConfig, device: torch.device, console: Console, meter: EnergyMeter | None
 ) -> list[RunSummary]:
     summaries = []
     try:
@@ -196,7 +222,7 @@ def _all_seeds(
                     write_json(seed_folder.config, own.to_dict())
             data = load(own, device)
             check_same_data(data)
-            summaries.append(_finish_seed(seed_folder, own, data, device, console))
+            summaries.append(_finish_seed(seed_folder, own, data, device, console, meter))
     except KeyboardInterrupt:
         raise InterruptedRunError(folder.path) from None
     if len(summaries) > 1 and processes.is_first():
@@ -206,12 +232,17 @@ def _all_seeds(
 
 
 def _finish_seed(
-    folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device, console: Console
+    folder: RunFolder,
+    config: TrainConfig,
+    data: Dataset,
+    device: torch.device,
+    console: Console,
+    meter: EnergyMeter | None,
 ) -> RunSummary:
-    trainer = _Trainer(folder, config, console)
+    trainer = _Trainer(folder, config, console, meter)
     run = _run_paper if config.recipe == "paper" else _run_recipe
     states = run(trainer, config, data, device)
-    return processes.of_first(lambda: _result(folder, config, data, device, console, states))
+    return processes.of_first(lambda: _result(folder, config, data, device, console, states, meter))
 
 
 def _result(
@@ -221,11 +252,12 @@ def _result(
     device: torch.device,
     console: Console,
     states: dict[NetworkName, TrainingState],
+    meter: EnergyMeter | None,
 ) -> RunSummary:
     """Measure, write and show what a run has come to."""
     console.print("measuring the networks; some ten seconds", soft_wrap=True)
     write_atomically(folder.dense, serialize(states["dense"].model.state_dict()))
-    summary = summarise(folder, config, data, device)
+    summary = summarise(folder, config, data, device, meter)
     write_json(folder.summary, summary.to_dict())
     try:
         draw(folder.picture, states, summary, config)
@@ -244,6 +276,7 @@ class _Trainer:
     folder: RunFolder
     config: TrainConfig
     console: Console
+    meter: EnergyMeter | None
 
     def __call__(
         self,
@@ -262,14 +295,17 @@ class _Trainer:
             load_checkpoint(self.folder.checkpoint(network), state, self.config)
         share_state(state)
         save(state)
-        with TrainingProgress(
-            self.console,
-            title,
-            epochs=epochs,
-            done=len(state.history),
-            before_the_first_step=_COMPILING if network == "noisy" else "",
-        ) as progress:
-            train(save, progress)
+        with (
+            epochs_measured(self.meter, save) as save_epoch,
+            TrainingProgress(
+                self.console,
+                title,
+                epochs=epochs,
+                done=len(state.history),
+                before_the_first_step=_COMPILING if network == "noisy" else "",
+            ) as progress,
+        ):
+            train(save_epoch, progress)
         return state
 
     def save(self, network: NetworkName, state: TrainingState) -> None:

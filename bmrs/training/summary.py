@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -27,6 +28,7 @@ from bmrs.training import algorithm1, recipe
 from bmrs.training.checkpoint import TrainingState, load_checkpoint
 from bmrs.training.comparison_table import Row, Section, show_table, spread
 from bmrs.training.config import TrainConfig
+from bmrs.training.energy import EnergyMeter, joules_of_inference
 from bmrs.training.evaluation import accuracy, batch_size_for, compression, latency, quality
 from bmrs.training.fit import fitting_state
 from bmrs.training.networks import dense_network
@@ -45,6 +47,16 @@ COMPARED = 10_000
 # What the table compares, in its order, and what "bmrs" made of it.
 _COLUMNS = {"paper": ("dense", "masked", "compacted"), "bmrs": ("dense", "compacted", "scratch", "random")}
 _HEADINGS = {"scratch": "its widths\nfrom scratch", "random": "random\nstructures"}
+# Whose training each network took.
+_TRAININGS: dict[str, dict[str, tuple[NetworkName, ...]]] = {
+    "paper": {"dense": ("dense",), "masked": ("noisy",), "compacted": ("noisy",)},
+    "bmrs": {
+        "dense": ("dense",),
+        "compacted": ("trained", "noisy", "fine-tuned"),
+        "scratch": ("scratch",),
+        "random": ("trained", "random"),
+    },
+}
 # Accuracies on the way, in the order in which they came about.
 _ON_THE_WAY = {"trained": "trained", "pruned": "pruned", "refitted": "refitted"}
 
@@ -61,6 +73,8 @@ class NetworkMeasurement:
         latency: median seconds for each of `LATENCY_BATCHES`.
         nll: mean negative log-likelihood of the test images' labels, nats.
         ece: expected calibration error on the test images, in [0, 1]; see `bmrs.expected_calibration_error`.
+        joules: energy of 1,000 images in batches of the largest of `LATENCY_BATCHES`, J; None if not measured.
+        training_joules: energy of all the training that led to it, J; None if not measured.
     """
 
     accuracy: float
@@ -70,6 +84,8 @@ class NetworkMeasurement:
     latency: tuple[float, ...]
     nll: float
     ece: float
+    joules: float | None = None
+    training_joules: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,9 @@ class RunSummary:
         temperature: that of the posteriors; of the recipe bmrs.
         budget: what pruning to a budget did and what evidence it gave up, as a text; empty where evidence decided.
         device: where it was measured.
+        joules_by_training: energy of training each network that has a checkpoint, J; where it was measured.
+        energy_by: how the energy of "training" and of "inference" was told, by a counter or estimated; see
+            `bmrs.training.energy.EnergyMeter`.
         warnings: what went wrong and what to do about it, a sentence or two each: a layer that a criterion wanted
             to empty, a test accuracy near chance or far below the dense network's, nothing pruned.
     """
@@ -107,6 +126,8 @@ class RunSummary:
     settled: bool | None
     temperature: float | None
     device: str
+    joules_by_training: dict[str, float] = field(default_factory=dict)
+    energy_by: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     budget: str = ""
 
@@ -135,6 +156,7 @@ class RunSummary:
                 f"on {self.unsettled:.1%} of the structures"
                 + ("." if self.settled else "; they were cut off before they settled (--noise-epochs).")
             )
+        notes += [f"Energy of {what}: {method}." for what, method in self.energy_by.items()]
         return [
             *notes,
             f"Compression as the paper counts it: {self.compression_percent:.1f} % of all parameters, μ and log σ too.",
@@ -175,6 +197,10 @@ def _show(summaries: Sequence[RunSummary], console: Console, title: str) -> None
     def quality_row(label: str, value: Callable[[NetworkMeasurement], float], form: str) -> Row:
         return Row(label, [*(spread(values(name, value), form.format) for name in names), ()])
 
+    def energy_rows(label: str, value: Callable[[NetworkMeasurement], float | None]) -> list[Row]:
+        cells = [value(summary.networks[name]) for summary in summaries for name in names]
+        return [] if None in cells else [row(label, lambda network: value(network) or 0.0, _three_digits)]
+
     measured = [
         quality_row("test accuracy, %", lambda network: 100 * network.accuracy, "{:.2f}"),
         quality_row("NLL, nats", lambda network: network.nll, "{:.3f}"),
@@ -183,6 +209,11 @@ def _show(summaries: Sequence[RunSummary], console: Console, title: str) -> None
         row("FLOPs per image", lambda network: network.flops, "{:,.0f}".format),
         row("bytes on disk", lambda network: network.file_size, "{:,.0f}".format),
         *(time_row(position, size) for position, size in enumerate(LATENCY_BATCHES)),
+        *energy_rows("J for 1,000 images", lambda network: network.joules),
+        *energy_rows(
+            "kJ of training",
+            lambda network: None if network.training_joules is None else network.training_joules / 1000,
+        ),
     ]
     layers = []
     for name, (_, structures) in summaries[0].kept.items():
@@ -193,8 +224,18 @@ def _show(summaries: Sequence[RunSummary], console: Console, title: str) -> None
     show_table(console, title, columns, [Section(measured), Section(layers, title="structures of")])
 
 
-def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: torch.device) -> RunSummary:
-    """Load a finished run's networks from their files, compare and measure them.
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def summarise(
+    folder: RunFolder,
+    config: TrainConfig,
+    data: Dataset,
+    device: torch.device,
+    meter: EnergyMeter | None = None,
+) -> RunSummary:
+    """Load a finished run's networks from their files, compare and measure them; their energy too if there is a meter.
 
     Raises:
         RunError: a file is missing or broken, or the compacted network's outputs are not the masked network's.
@@ -227,6 +268,19 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         measured = _measure(compared, sizes, data.test)
     except ValueError as failure:
         raise RunError(f"the networks of {folder.path} cannot be measured: {one_line(failure)}") from failure
+    trainings, energy_by = _energy_of_training(folder, config)
+    inference = {}
+    if meter is not None:
+        inference = joules_of_inference(compared, data.test.examples(max(LATENCY_BATCHES)), meter)
+        energy_by["inference"] = meter.method
+    measured = {
+        name: replace(
+            network,
+            joules=inference.get(name),
+            training_joules=_joules_of(name, trainings, config),
+        )
+        for name, network in measured.items()
+    }
     kept = {
         name: (int(layer.mask.sum()), layer.num_structures)
         for name, layer in noise_layers(noisy.model).items()
@@ -251,6 +305,8 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
         temperature=last.get("temperature"),
         device=str(device),
         budget=str(last.get("pruning", {}).get("text", "")),
+        joules_by_training=trainings,
+        energy_by=energy_by,
         warnings=shortfalls(
             config,
             noisy.history,
@@ -260,6 +316,31 @@ def summarise(folder: RunFolder, config: TrainConfig, data: Dataset, device: tor
             num_classes=data.num_classes,
         ),
     )
+
+
+def _energy_of_training(folder: RunFolder, config: TrainConfig) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the joules of each network's training, and how they were told, as far as its metrics say."""
+    joules, methods = {}, set()
+    for name in get_args(NetworkName):
+        path = folder.metrics(name)
+        if not config.energy or not path.is_file():
+            continue
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            epochs = [row["joules"] for row in rows]
+            methods |= {str(row["energy_by"]) for row in rows}
+            if None not in epochs:
+                joules[name] = float(sum(epochs))
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{path.name} is broken: {type(error).__name__}: {one_line(error)}") from error
+    return joules, {"training": "; ".join(sorted(methods))} if methods else {}
+
+
+def _joules_of(name: str, trainings: Mapping[str, float], config: TrainConfig) -> float | None:
+    needed = _TRAININGS[config.recipe][name]
+    if name == "dense" and not config.rivals:
+        needed = ("trained",)
+    return sum(trainings[each] for each in needed) if trainings.keys() >= set(needed) else None
 
 
 def _columns(config: TrainConfig) -> tuple[str, ...]:
