@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from bmrs import processes
 from bmrs.checks import one_line
 from bmrs.compaction.compact import compact
+from bmrs.compaction.outlook import noise_outlook
 from bmrs.data import FOLDER, Dataset
 from bmrs.files import save as save_model
 from bmrs.files.atomic import write_atomically
@@ -95,10 +96,34 @@ def train(
         found = [name.removesuffix(".noise") for name in noise_layers(noisy)]
         config = replace(config, noise_on=",".join(found))
     with_weights(dense_network(config, data), config)
+    if not config.is_sequence:
+        _say_what_stays(noisy, data, console)
     if config.target_flops or config.target_parameters:
         recipe.decide(noisy, config, data)
     folder = processes.of_first(lambda: RunFolder.create(config, output))
     return _finish(folder, config, device, console, meter)
+
+
+def _say_what_stays(noisy: nn.Module, data: Dataset, console: Console) -> None:
+    """Say of which noise layers compaction could remove nothing, before anything is trained.
+
+    Raises:
+        RunError: the network cannot be compacted at all.
+    """
+    try:
+        outlook = noise_outlook(noisy, data.train.examples(2).cpu())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"compaction could not take this network: {one_line(error)}") from error
+    if len(outlook.held) == len(outlook.layers):
+        reasons = "; ".join(
+            dict.fromkeys(reason for layer in outlook.layers for reason in layer.held_because)
+        )
+        raise RunError(f"nothing could be removed from this network where --noise-on has noise: {reasons}")
+    for layer in outlook.layers:
+        if layer.name in outlook.held:
+            reason = "; ".join(layer.held_because)
+            line = f"note: nothing can be removed from {layer.name}, which only costs time: {reason}"
+            console.print(line, soft_wrap=True, markup=False)
 
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:

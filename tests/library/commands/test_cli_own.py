@@ -155,3 +155,11 @@ def test_what_does_not_go_together_is_said_before_anything_is_trained(changes, m
     assert code == 2
     assert message in errors
     assert errors.count("\n") == 1
+
+
+def test_what_can_never_leave_is_said_before_anything_is_trained(tmp_path):
+    # A classifier's outputs are the network's own.
+    code, _, errors = run(*OPTIONS, "--noise-on", "fc", "--output", str(tmp_path / "run"))
+    assert code == 2
+    assert "nothing could be removed from this network where --noise-on has noise: " in errors
+    assert not (tmp_path / "run").exists()

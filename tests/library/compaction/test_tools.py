@@ -400,6 +400,7 @@ def test_padded_batches_of_torchs_encoder_come_out_as_before():
             torch.testing.assert_close(compacted(**inputs), model(**inputs), rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the saved network takes")  # of bags of one number
 def test_operators_without_a_rule_are_saved(tmp_path):
     class Bag(nn.Module):
         def __init__(self) -> None:
