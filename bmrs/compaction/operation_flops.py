@@ -76,6 +76,11 @@ def products(analysis: Analysis, node: fx.Node) -> list[list[Axis]]:
             [*axes("query"), *axes("key", -2)],
             [*axes("query")[:-1], *axes("key", -2), *axes("value", -1)],
         ]
+    if call.operator in ("lstm", "gru", "rnn_tanh", "rnn_relu") and call["input"] and _is_counted(node, call):
+        weights = [value for value in call["params"] if len(value.shape) == 2 and value.parameter]
+        return [
+            [*axes("input")[:-1], *(Axis(weight.parameter, "", d) for d in range(2))] for weight in weights
+        ]
     if call.operator == "einsum":
         return _einsum(call, node)
     return []
@@ -114,17 +119,23 @@ def arguments_of_sizes(
     Args:
         node: the operation.
         call: its call.
-        sizes: other sizes than its tensors have, by the argument's name and the dimension.
+        sizes: other sizes than its tensors have, by the argument's name, as in `Axis`, and the dimension.
         fill: what tensors are filled with.
     """
     arguments: dict[str, Any] = {}
     for place, argument in enumerate(call.target._schema.arguments):
-        value = call[argument.name]
-        if isinstance(value, Value):
-            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            assert isinstance(given, fx.Node)
-            example = given.meta["val"]
-            shape = [sizes.get((argument.name, d), size) for d, size in enumerate(value.shape)]
-            value = torch.full(shape, fill, dtype=example.dtype, device=example.device)
-        arguments[argument.name] = value
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+
+        def filled(value: Any, source: Any, name: str = argument.name) -> Any:
+            if isinstance(value, list) and any(isinstance(item, Value) for item in value):
+                return [
+                    filled(v, n, f"{name}.{i}") for i, (v, n) in enumerate(zip(value, source, strict=True))
+                ]
+            if not isinstance(value, Value):
+                return value
+            shape = [sizes.get((name, d), size) for d, size in enumerate(value.shape)]
+            example = source.meta["val"]
+            return torch.full(shape, fill, dtype=example.dtype, device=example.device)
+
+        arguments[argument.name] = filled(call[argument.name], given)
     return arguments

@@ -74,6 +74,21 @@ def separable() -> nn.Module:
     )
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer, whose input can lose channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.recurrent, self.out = (
+            nn.Linear(12, 8),
+            nn.GRU(8, 4, batch_first=True),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.recurrent(torch.relu(self.into(x)))[0])
+
+
 def grouped() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 8, 1, bias=False),
@@ -101,6 +116,7 @@ CASES = {
     "residual": (residual, IMAGE, [{"where": nn.BatchNorm2d}], 3),
     "depthwise": (separable, IMAGE, [{"where": nn.BatchNorm2d}], 1),
     "grouped": (grouped, IMAGE, [{"where": lambda name, _: name in ("0", "2")}], 2),
+    "recurrent": (Recurrent, SEQUENCE, [{"where": "into"}], 1),
     "group norm": (normalised, IMAGE, [{"where": nn.GroupNorm}], 1),
     "concatenation": (Joined, IMAGE, [{"where": lambda name, _: name in ("first", "second", "joint")}], 3),
     "grouped query": (
