@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from bmrs.compaction import compact
@@ -16,6 +17,7 @@ from bmrs.noise.divergence import KLWeight
 from bmrs.noise.lookup import required_noise_layers
 from bmrs.pruning.prune import PruneReport
 from bmrs.schedules import PruningSchedule, WarmUp
+from bmrs.tensorboard import write_histograms
 from bmrs.trainers import TrainedNoise
 
 
@@ -28,8 +30,9 @@ class Pruning(pl.Callback):
     the optimizer, with gradient scaling and with data parallelism it counts as it should. Its state is part of
     Lightning's checkpoints, with torch's random numbers: a resumed run ends on a CPU with bitwise the same weights.
 
-    Logged are ``bmrs/kl`` (nats, as weighted), ``bmrs/kept`` and ``bmrs/kept/<layer>`` (structures), and at the end
-    ``bmrs/parameters``.
+    Logged are ``bmrs/kl`` (nats, as weighted), ``bmrs/kept`` and ``bmrs/kept/<layer>`` (structures),
+    ``bmrs/compression`` (pruned structures in percent), and at the end ``bmrs/parameters``. A TensorBoardLogger gets
+    the histograms of `bmrs.tensorboard.write_noise` too, after each epoch.
 
     Args:
         criterion: what decides which structures go; `BMRSOdds` if None.
@@ -117,8 +120,11 @@ class Pruning(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune, if the schedule says so, and log what is left."""
-        kept = self._noise.end_epoch(pl_module, trainer.current_epoch + 1, examples=self._examples(pl_module))
-        pl_module.log_dict({name: float(count) for name, count in kept.items()})
+        left = self._noise.end_epoch(pl_module, trainer.current_epoch + 1, examples=self._examples(pl_module))
+        pl_module.log_dict({name: float(number) for name, number in left.items()})
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                write_histograms(logger.experiment, pl_module, step=trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compact the network, and write it."""

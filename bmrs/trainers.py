@@ -15,6 +15,7 @@ from bmrs.noise.divergence import KLWeight, kl_divergence
 from bmrs.noise.lookup import required_noise_layers
 from bmrs.pruning.prune import PruneReport, prune
 from bmrs.schedules import PruningSchedule, WarmUp
+from bmrs.tensorboard import structures_left
 
 
 class TrainedNoise:
@@ -85,12 +86,8 @@ class TrainedNoise:
         device = next(model.parameters()).device
         return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, given)
 
-    def end_epoch(self, model: nn.Module, epoch: int, *, examples: Any) -> dict[str, int]:
-        """Prune if it is due after an epoch, counted from 1, and return how many structures are kept, to be logged."""
+    def end_epoch(self, model: nn.Module, epoch: int, *, examples: Any) -> dict[str, float]:
+        """Prune if it is due after an epoch, counted from 1, and return what is left, to be logged."""
         if self.schedule.is_due(epoch):
             self.reports.append(prune(model, self.criterion, example_inputs=examples))
-        kept = {name: int(layer.kept.sum()) for name, layer in required_noise_layers(model).items()}
-        return {
-            "bmrs/kept": sum(kept.values()),
-            **{f"bmrs/kept/{name}": count for name, count in kept.items()},
-        }
+        return structures_left(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bmrs.compaction import compact
@@ -13,6 +13,7 @@ from bmrs.noise.divergence import KLWeight
 from bmrs.noise.lookup import required_noise_layers
 from bmrs.pruning.prune import PruneReport
 from bmrs.schedules import PruningSchedule, WarmUp
+from bmrs.tensorboard import Writer, write_noise
 from bmrs.trainers import TrainedNoise
 
 
@@ -32,6 +33,8 @@ class PruningCallback(TrainerCallback):
         warm_up: how the KL term sets in.
         example_inputs: what `bmrs.compact` is given at the end, as a dict of keyword arguments for a model of
             transformers; nothing is compacted if None. Layers that are added decide together where there are some.
+        tensorboard: a ``SummaryWriter`` that gets what `bmrs.tensorboard.write_noise` writes after each epoch; give
+            transformers' own ``TensorBoardCallback`` the same one, as that cannot be asked for its writer.
 
     Attributes:
         compacted: the compacted network after training; None before.
@@ -45,6 +48,7 @@ class PruningCallback(TrainerCallback):
         schedule: PruningSchedule | None = None,
         warm_up: WarmUp | None = None,
         example_inputs: Any = None,
+        tensorboard: Writer | None = None,
     ) -> None:
         self._noise = TrainedNoise(
             criterion=criterion,
@@ -53,7 +57,9 @@ class PruningCallback(TrainerCallback):
             warm_up=warm_up,
             example_inputs=example_inputs,
         )
+        self.tensorboard = tensorboard
         self.compacted: nn.Module | None = None
+        self._kl: Tensor | None = None
 
     @property
     def reports(self) -> list[PruneReport]:
@@ -90,15 +96,19 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Add the gradient of the KL term to that of the loss."""
-        self._noise.add_gradient(given["model"], epochs_over=state.epoch or 0.0)
+        self._kl = self._noise.add_gradient(given["model"], epochs_over=state.epoch or 0.0)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Prune, if the schedule says so, and log what is left."""
         examples = self._noise.examples_for(given["model"])
-        kept = self._noise.end_epoch(given["model"], round(state.epoch or 0.0), examples=examples)
-        state.log_history.append({**kept, "epoch": state.epoch, "step": state.global_step})
+        left = self._noise.end_epoch(given["model"], round(state.epoch or 0.0), examples=examples)
+        state.log_history.append({**left, "epoch": state.epoch, "step": state.global_step})
+        if self.tensorboard is not None:
+            writer = self.tensorboard if state.is_world_process_zero else None
+            kl = None if self._kl is None else self._kl.item()
+            write_noise(writer, given["model"], step=state.global_step, kl=kl)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any

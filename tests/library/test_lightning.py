@@ -141,13 +141,32 @@ def test_prunes_logs_compacts_and_writes(tmp_path):
     torch.testing.assert_close(loaded(x), model.eval()(x))
 
 
+def test_tensorboard_gets_histograms_beside_the_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = pl.loggers.TensorBoardLogger(tmp_path, name=None, version="run")
+    run = trainer(Pruning(schedule=NEVER), max_epochs=2, logger=logger, log_every_n_steps=1)
+    run.fit(Classifier(), DataLoader(data(), batch_size=4))
+    logger.experiment.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
+    events.Reload()
+    steps = EXAMPLES // 4
+    for tag in ("bmrs/expected_noise/net.0.noise", "bmrs/delta_f/net.0.noise"):
+        assert [(e.step, e.histogram_value.num) for e in events.Histograms(tag)] == [
+            (steps, 10),
+            (2 * steps, 10),
+        ]
+    assert [event.value for event in events.Scalars("bmrs/kept")] == [10, 10]
+    assert [event.value for event in events.Scalars("bmrs/compression")] == [0, 0]
+    assert len(events.Scalars("bmrs/kl")) == 2 * steps
+
+
 def test_a_resumed_run_ends_bitwise_the_same(tmp_path):
     def fitted(epochs, resume=None):
         torch.manual_seed(5)
         model = Classifier(log_sigma=-1.0, optimizer=torch.optim.Adam)
         callback = Pruning(criterion=bmrs.SNR(), kl_weight=1.0, schedule=PruningSchedule(every=2))
         saving = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, filename=f"{epochs}", save_last=True)
-        run = trainer(callback, max_epochs=epochs, enable_checkpointing=True)
+        run = trainer(callback, max_epochs=epochs, enable_checkpointing=True, default_root_dir=tmp_path)
         run.callbacks.append(saving)
         run.fit(model, DataLoader(data(), batch_size=4, shuffle=True), ckpt_path=resume)
         return model

@@ -116,10 +116,26 @@ def test_kl_counts_once_for_each_step(tmp_path, accumulate, warm_up):
         )
 
 
+class Written:
+    """What a SummaryWriter was given."""
+
+    def __init__(self):
+        self.scalars, self.histograms = {}, {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.setdefault(tag, {})[step] = value
+
+    def add_histogram(self, tag, values, step):
+        self.histograms.setdefault(tag, {})[step] = len(values)
+
+
 def test_prunes_logs_and_compacts(tmp_path):
     model = classifier(log_sigma=-3.0)
     example = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
-    callback = PruningCallback(criterion=bmrs.SNR(), kl_weight=1.0, example_inputs=example)
+    written = Written()
+    callback = PruningCallback(
+        criterion=bmrs.SNR(), kl_weight=1.0, example_inputs=example, tensorboard=written
+    )
     optimizer = torch.optim.Adam(bmrs.parameter_groups(model, lr=1e-3, noise_lr=0.1))
     trainer = fitted(model, callback, tmp_path, optimizer=optimizer, num_train_epochs=6)
     (layer,) = noise_layers(model).values()
@@ -128,6 +144,12 @@ def test_prunes_logs_and_compacts(tmp_path):
     assert 1 <= kept < 12
     last = [row for row in trainer.state.log_history if "bmrs/kept" in row][-1]
     assert last["bmrs/kept"] == last["bmrs/kept/bert.encoder.layer.0.intermediate.dense.noise"] == kept
+    steps = [8 * epoch for epoch in range(1, 7)]
+    assert list(written.scalars["bmrs/kl"]) == steps
+    assert written.scalars["bmrs/kept"][steps[-1]] == kept
+    assert written.scalars["bmrs/compression"][steps[-1]] == last["bmrs/compression"]
+    assert last["bmrs/compression"] == pytest.approx(100 * (1 - kept / 12))
+    assert written.histograms["bmrs/delta_f/bert.encoder.layer.0.intermediate.dense.noise"][steps[-1]] == kept
     assert callback.compacted.bert.encoder.layer[0].intermediate.dense.out_features == kept
     torch.testing.assert_close(callback.compacted(**example).logits, model.eval()(**example).logits)
     assert isinstance(copy.deepcopy(callback.compacted), transformers.BertForSequenceClassification)
