@@ -10,8 +10,12 @@ from typing import Any
 from benchmarks.markdown import table
 
 
-def _table(name: str, results: Path) -> str:
-    data = json.loads((results / "examples" / f"{name}.json").read_text("utf-8"))
+def _tables(name: str, results: Path) -> str:
+    found = sorted((results / "examples").glob(f"{name}*.json"))
+    return "\n\n".join(_table(json.loads(path.read_text("utf-8"))) for path in found)
+
+
+def _table(data: dict[str, Any]) -> str:
     dense = data["rows"][0]
     columns = ("network", "parameters", "MFLOPs", "test accuracy, %, pruned", "fine-tuned", "time of a batch")
     about = (
@@ -38,5 +42,5 @@ def _standard_error(data: dict[str, Any]) -> float:
     return 100 * float(accuracy * (1 - accuracy) / data["test"]) ** 0.5
 
 
-minilm = partial(_table, "minilm")
-efficientnet_lite0 = partial(_table, "efficientnet_lite0")
+minilm = partial(_tables, "minilm")
+efficientnet_lite0 = partial(_tables, "efficientnet_lite0")

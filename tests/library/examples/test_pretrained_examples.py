@@ -80,6 +80,7 @@ def results_of(folder: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # those of other libraries
 def test_minilm_ends_with_a_smaller_network_in_a_file(small_bert, tmp_path, monkeypatch):
     monkeypatch.setattr(
@@ -97,6 +98,7 @@ def test_minilm_ends_with_a_smaller_network_in_a_file(small_bert, tmp_path, monk
     assert sum(p.numel() for p in small.parameters()) == found["rows"][1]["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_efficientnet_ends_with_a_smaller_network_in_a_file(small_efficientnet, cifar10, tmp_path):
     efficientnet_lite0.main(["--quick", "--data-dir", str(cifar10), "--output", str(tmp_path / "run")])
