@@ -31,6 +31,7 @@ from bmrs.training.config import TrainConfig
 from bmrs.training.energy import EnergyMeter, epochs_measured
 from bmrs.training.environment import environment, what_differs
 from bmrs.training.epoch import Progress
+from bmrs.training.events import check_tensorboard, write_epoch
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.images import load_images
 from bmrs.training.memory import check_memory
@@ -88,6 +89,8 @@ def train(
     config = _with_whole_paths(config)
     device = device_of(config)
     console = console or Console()
+    if config.tensorboard:
+        check_tensorboard()
     meter = _meter_of(config, device)
     # Says what is wrong with data, network and noise before there is a folder.
     data = load(config, device, console)
@@ -339,6 +342,8 @@ class _Trainer:
         if processes.is_first():
             save_checkpoint(self.folder.checkpoint(network), state, self.config)
             write_json_lines(self.folder.metrics(network), state.history)
+            if self.config.tensorboard and state.history:
+                write_epoch(self.folder.tensorboard(network), state)
         share_random_state(state.device)
 
     def fit(

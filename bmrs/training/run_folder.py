@@ -53,6 +53,10 @@ class RunFolder:
         """Return the path of one network's metrics, one JSON object a line and epoch."""
         return self.path / f"{_prefix(network)}metrics.jsonl"
 
+    def tensorboard(self, network: NetworkName) -> Path:
+        """Return the folder of what TensorBoard shows of one network's training."""
+        return self.path / "tensorboard" / network
+
     @property
     def dense(self) -> Path:
         """Weights of the trained dense network."""

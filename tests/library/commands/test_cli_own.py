@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import bmrs
@@ -82,6 +83,7 @@ def run(*arguments):
     return code, output.getvalue(), errors.getvalue()
 
 
+EXTRAS = ("--augmentation", "crop", "--tensorboard", "true")
 OPTIONS = [
     *("--data", "folder:photos", "--image-size", "12", "--model", "own_network:net", "--device", "cpu"),
     *("--workers", "0", "--batch-size", "16", "--epochs", "2", "--noise-epochs", "1", "--lr", "0.01"),
@@ -93,8 +95,11 @@ def test_a_network_and_images_of_ones_own_become_smaller(place, tmp_path, monkey
     monkeypatch.setattr("bmrs.training.run.draw", lambda *arguments: None)  # saves the time of drawing
     output = tmp_path / "run"
     weights = ("--weights", "nine_classes.pt", "--new-classifier", "true")
-    code, text, errors = run(*OPTIONS, *weights, "--augmentation", "crop", "--output", str(output))
+    code, text, errors = run(*OPTIONS, *weights, *EXTRAS, "--output", str(output))
     assert (code, errors) == (0, "")
+    events = EventAccumulator(str(output / "tensorboard" / "noisy")).Reload()
+    assert [event.step for event in events.Scalars("metrics/nll")] == [1]
+    assert [event.value for event in events.Scalars("bmrs/kept")][-1] == 7
     assert "reading 72 image files" in text
     summary = json.loads((output / "summary.json").read_text())
     assert summary["kept"] == {"norm.noise": [3, 6], "inner.noise": [4, 8]}
