@@ -109,7 +109,9 @@ def learn_noise(
             learner = _started(state, config, data, temperature, afresh=collapsed or not state.history)
             # Not as a CUDA graph, in whose replays the learner would not count its steps.
             eager = replace(config, cuda_graph=False)
-            step = new_step(state.model, eager, watch, data_loss=cross_entropy(config), update=learner.step)
+            # Smoothed labels have no likelihood, which is what posteriors are of.
+            plain = cross_entropy(replace(config, label_smoothing=0.0))
+            step = new_step(state.model, eager, watch, data_loss=plain, update=learner.step)
         epoch = len(state.history) + 1
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "phase": "noise"}
