@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -193,6 +194,12 @@ class _Parser(ArgumentParser):
             bad_value = re.match(r".*(?:Given|Got) value: ?(.*)$", reason)
             got = f", got {shown(bad_value[1])}" if bad_value else f": {one_line(reason)}"
             line = f"{flag(name)} must be {in_words(_HINTS[name])}{got}"
+        lacking = re.fullmatch(r"argument --([\w-]+): expected one argument", line)
+        if lacking and (name := lacking[1].replace("-", "_")) in _OPTIONS:
+            line = f"{flag(name)} must be {in_words(_HINTS[name])}, got nothing"
+        unknown = re.match(r"[Uu]nrecognized arguments: (--[\w-]+)", line)
+        if unknown and (near := get_close_matches(unknown[1], map(flag, _OPTIONS), n=1)):
+            line += f"; did you mean {near[0]}?"
         raise _UsageError(line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from bmrs.checks import one_line, shown
@@ -151,7 +152,8 @@ class TrainConfig:
     )
     weights: str | None = option(
         None,
-        "file with weights to start from, safetensors or a torch state dict",
+        "file with weights to start from, safetensors or a torch state dict; published ones mostly want the "
+        "image size that they were trained at",
         group="network",
         metavar="FILE",
     )
@@ -214,7 +216,7 @@ class TrainConfig:
         None,
         "the optimizer's learning rate; in recipe bmrs it starts at twice that and falls to 0 in each "
         "phase, as a cosine; default: 3e-3 (recipe paper: 6.8e-4 to 1.5e-3; other networks: see "
-        "--print-config; --weights: a tenth)",
+        "--print-config; recipe bmrs with --weights: a tenth)",
         group="training",
         metavar="RATE",
     )
@@ -484,7 +486,8 @@ class TrainConfig:
         try:
             check_spec(self.data, option="--data")
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            hint = f"; for that folder give folder:{self.data}" if Path(self.data).is_dir() else ""
+            raise ConfigError(f"{error}{hint}") from error
         if ":" not in self.model and self.model not in NETWORKS:
             raise ConfigError(
                 f"--model must be {', '.join(NETWORKS)} or package.module:factory, got {shown(self.model)}"
@@ -534,7 +537,13 @@ class TrainConfig:
     @property
     def settings(self) -> RecipeSettings:
         """The options that depend on model and data: as given, or else their defaults."""
-        defaults = default_settings(self.recipe, self.model, self.data, pretrained=self.pretrained)
+        defaults = default_settings(
+            self.recipe,
+            self.model,
+            self.data,
+            weights=self.weights is not None,
+            pretrained=self.pretrained,
+        )
         given = {name: getattr(self, name) for name in RecipeSettings._fields}
         return defaults._replace(**{name: value for name, value in given.items() if value is not None})
 

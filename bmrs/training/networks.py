@@ -18,6 +18,7 @@ from bmrs.models import (
     place_noise,
 )
 from bmrs.training.config import TrainConfig
+from bmrs.training.images import image_size
 from bmrs.training.run_folder import RunError
 
 
@@ -82,9 +83,17 @@ def with_weights(network: nn.Module, config: TrainConfig) -> nn.Module:
     except OSError as error:
         raise RunError(f"--weights: {one_line(error)}") from error
     except ValueError as error:
-        hint = "" if config.new_classifier else "; weights for other classes need --new-classifier true"
-        raise RunError(f"--weights: {one_line(error)}{hint}") from error
+        raise RunError(f"--weights: {one_line(error)}{_hint(config)}") from error
     return network
+
+
+def _hint(config: TrainConfig) -> str:
+    """Return what may help where weights do not fit, to be added to a message."""
+    hints = [] if config.new_classifier else ["weights for other classes need --new-classifier true"]
+    network = NETWORKS.get(config.model)
+    if network is not None and image_size(config) != network.image_size:
+        hints.append(f"published weights of {config.model} mostly need --image-size {network.image_size}")
+    return "".join(f"; {hint}" for hint in hints)
 
 
 def _placement(config: TrainConfig) -> str | tuple[NoisePlace | str, ...]:

@@ -59,20 +59,25 @@ PAPER_SETTINGS: dict[tuple[str, str], RecipeSettings] = {
 }
 
 
-def default_settings(recipe: RecipeName, model: str, data: str, *, pretrained: bool) -> RecipeSettings:
+def default_settings(
+    recipe: RecipeName, model: str, data: str, *, weights: bool = False, pretrained: bool = False
+) -> RecipeSettings:
     """Return the defaults of a recipe for a network and data, by the names that the options give them.
 
     Args:
         recipe: the recipe.
         model: a network's name, or "package.module:factory".
         data: a data set's name, "folder:..." or "package.module:factory".
+        weights: whether training starts from weights, which too large steps would spoil.
         pretrained: whether training starts from weights for these very classes, so that it is over already.
     """
     paper = PAPER_SETTINGS.get((model, data)) or _of_family(model)
     if recipe == "paper":
         return paper._replace(epochs=0) if pretrained else paper
     ours = _ours(paper, model, data)
-    return ours._replace(epochs=0, lr=ours.lr / 10) if pretrained else ours
+    if weights:
+        ours = ours._replace(lr=ours.lr / 10)
+    return ours._replace(epochs=0) if pretrained else ours
 
 
 def _ours(paper: RecipeSettings, model: str, data: str) -> RecipeSettings:

@@ -67,9 +67,16 @@ def shortfalls(
     ]
     if narrow:
         found.append(f"One structure alone is left of {', '.join(narrow)}. {prune_less}")
-    if all(left == structures for left, structures in kept.values()):
+    nothing_pruned = all(left == structures for left, structures in kept.values())
+    if nothing_pruned:
         found.append(f"Nothing was pruned, so that nothing became smaller. {_prunes_more(config, history)}")
 
+    tune_longer = "fine-tune longer (--fine-tune-epochs) or with a lower --lr"
+    to_do = (
+        f"As nothing was pruned, {tune_longer}."
+        if nothing_pruned
+        else f"{prune_less[:-1]}, or {tune_longer}."
+    )
     chance = 1 / num_classes
     if dense <= chance + NEAR_CHANCE:
         found.append(
@@ -79,12 +86,12 @@ def shortfalls(
     elif compacted <= chance + NEAR_CHANCE:
         found.append(
             f"The compacted network is near chance: {compacted:.2%} of the test images, where guessing gives "
-            f"{chance:.2%} and the dense network {dense:.2%}. {prune_less}"
+            f"{chance:.2%} and the dense network {dense:.2%}. {to_do}"
         )
     elif compacted < dense - FAR_BELOW:
         found.append(
             f"The compacted network is {100 * (dense - compacted):.1f} points below the dense one: {compacted:.2%} of "
-            f"the test images against {dense:.2%}. {prune_less[:-1]}, or fine-tune longer (--fine-tune-epochs)."
+            f"the test images against {dense:.2%}. {to_do}"
         )
     return tuple(found)
 

@@ -131,7 +131,7 @@ def test_help_states_the_defaults_that_are_used():
     texts = {name: field.metadata["help"] for name, field in TrainConfig.__dataclass_fields__.items()}
     for recipe in get_args(RecipeName):
         for model, data in PAPER_SETTINGS:
-            settings = default_settings(recipe, model, data, pretrained=False)
+            settings = default_settings(recipe, model, data)
             for name, value in settings._asdict().items():
                 default = texts[name].partition("default: ")[2]
                 if value is None or ("see --print-config" in default and recipe == "paper"):
