@@ -152,8 +152,8 @@ class TrainConfig:
     )
     weights: str | None = option(
         None,
-        "file with weights to start from, safetensors or a torch state dict; published ones mostly want the "
-        "image size that they were trained at",
+        "file with weights to start from, safetensors or a torch state dict; published ones are for "
+        "224 pixels (ResNets: above 64)",
         group="network",
         metavar="FILE",
     )

@@ -199,6 +199,13 @@ def test_options_choose_the_criterion(options, criterion):
 # Run folders
 
 
+@pytest.mark.parametrize(("new_classifier", "epochs"), [(True, 80), (False, 0)])
+def test_weights_are_trained_on_in_small_steps(new_classifier, epochs):
+    given = {"model": "resnet18", "weights": "weights.pt", "new_classifier": new_classifier}
+    assert TrainConfig(**given).settings.lr == TrainConfig(model="resnet18").settings.lr / 10
+    assert TrainConfig(**given).settings.epochs == epochs
+
+
 def test_new_runs_get_fresh_numbered_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [RunFolder.create(TrainConfig(), None) for _ in range(2)]

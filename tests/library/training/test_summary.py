@@ -167,6 +167,12 @@ def test_that_nothing_was_pruned_is_told(options, advice):
     assert line.endswith(advice)
 
 
+def test_a_bad_network_that_lost_nothing_is_not_to_lose_less():
+    _, line = found(((6, 6), (120, 120)), compacted=0.6)
+    assert line.endswith("As nothing was pruned, fine-tune longer (--fine-tune-epochs) or with a lower --lr.")
+    assert "temperature" not in line
+
+
 def test_a_run_without_an_epoch_of_noise_is_told_as_well():
     kept = {"conv1_relu": (6, 6), "hidden1_relu": (1, 120)}
     lines = shortfalls(TrainConfig(), [], kept=kept, dense=0.86, compacted=0.08, num_classes=10)
