@@ -30,7 +30,7 @@ IMAGES = {"training": 4800, "validation": 500, "test": 500}
 """Drawn without replacement, those of validation from the training batches as well."""
 CHANNELS = "*_bn1"
 """The expanded channels of each inverted bottleneck, behind their depthwise convolution, and the last features."""
-TEMPERATURE, STEPS, LEARNING_RATE = 0.03, 60, 2e-4
+TEMPERATURE, STEPS, LEARNING_RATE = 0.6, 60, 2e-4
 
 
 def pretrained() -> nn.Module:

@@ -27,7 +27,7 @@ from bmrs.examples.comparison import Batch, loader, needed
 from bmrs.examples.scipy_texts import TOPICS, documents
 
 TOKENS = 32
-TEMPERATURE, STEPS, FINE_TUNING_STEPS, LEARNING_RATE = 0.3, 150, 75, 2e-4
+TEMPERATURE, STEPS, FINE_TUNING_STEPS, LEARNING_RATE = 0.1, 150, 75, 2e-4
 HEADS, UNITS = "*.attention.output.dense", "*.intermediate.dense"
 
 
