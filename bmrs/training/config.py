@@ -177,7 +177,7 @@ class TrainConfig:
     epochs: int | None = option(
         None,
         "epochs of training; default: 8 (recipe paper: 50, subset: 11; resnet, vgg, vit: 80; others: 20; "
-        "--weights without --new-classifier: 0)",
+        "recipe bmrs with --weights but no --new-classifier: 0)",
         group="training",
         metavar="N",
     )
@@ -214,7 +214,7 @@ class TrainConfig:
         None,
         "the optimizer's learning rate; in recipe bmrs it starts at twice that and falls to 0 in each "
         "phase, as a cosine; default: 3e-3 (recipe paper: 6.8e-4 to 1.5e-3; other networks: see "
-        "--print-config; --weights: a tenth)",
+        "--print-config; recipe bmrs with such --weights: a tenth)",
         group="training",
         metavar="RATE",
     )
@@ -410,7 +410,7 @@ class TrainConfig:
     )
     channels_last: bool = option(
         False,
-        "keep images and convolutions with the channels last, which some devices prefer; default: false",
+        "give the network images with the channels last, which some devices prefer; default: false",
         group="seeds and device",
     )
     cuda_graph: bool = option(
@@ -511,6 +511,8 @@ class TrainConfig:
             )
         if self.new_classifier and self.weights is None:
             raise ConfigError("--new-classifier true goes with --weights only")
+        if self.epochs == 0 and self.recipe == "paper":
+            raise ConfigError("--epochs must be a number of at least 1, got 0; recipe paper prunes in them")
         if self.epochs == 0 and not self.pretrained:
             raise ConfigError(
                 "--epochs must be a number of at least 1, got 0; only --weights need no training"

@@ -70,7 +70,7 @@ def default_settings(recipe: RecipeName, model: str, data: str, *, pretrained: b
     """
     paper = PAPER_SETTINGS.get((model, data)) or _of_family(model)
     if recipe == "paper":
-        return paper._replace(epochs=0) if pretrained else paper
+        return paper
     ours = _ours(paper, model, data)
     return ours._replace(epochs=0, lr=ours.lr / 10) if pretrained else ours
 
