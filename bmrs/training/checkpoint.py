@@ -27,6 +27,7 @@ from bmrs.training.checkpoint_checks import (
     check_masks,
     check_options,
     check_tensors,
+    expected_of_optimizer,
     split_optimizer_state,
 )
 from bmrs.training.config import TrainConfig
@@ -74,11 +75,15 @@ def save_checkpoint(path: Path, state: TrainingState, config: TrainConfig) -> No
     for index, values in state.optimizer.state_dict()["state"].items():
         kept = {name: value for name, value in values.items() if value is not None}
         tensors.update({f"optimizer.{index}.{name}": value for name, value in kept.items()})
+    if state.history:
+        # A parameter that has had no gradient has no state: it would start with zeros.
+        for name, like in expected_of_optimizer(state.optimizer).items():
+            tensors.setdefault(name, torch.zeros(like.shape, dtype=like.dtype))
     tensors["random.order"] = state.order.get_state()
     tensors["random.cpu"] = torch.get_rng_state()
     if state.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(state.device)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = on_their_own(tensors)
     scalars = {"history": state.history, "options": config.deciding_options()}
     scalars["checksum"] = _checksum(tensors, scalars)
     write_atomically(path, serialize(tensors, metadata={_METADATA_KEY: json.dumps(scalars)}))
@@ -124,6 +129,18 @@ def load_checkpoint(path: Path, state: TrainingState, config: TrainConfig) -> No
     if state.device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], state.device)
     state.history[:] = scalars["history"]
+
+
+def on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors of which no two share memory, as tied weights do: safetensors takes no others."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        shared = memory in seen
+        result[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+        seen.add(memory)
+    return result
 
 
 def _check_whole(scalars: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -66,7 +66,7 @@ def check_tensors(
     if average is not None:
         expected |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
     if finished:
-        expected |= _expected_of_optimizer(optimizer)
+        expected |= expected_of_optimizer(optimizer)
     expected |= {"random.order": order.get_state(), "random.cpu": torch.get_rng_state()}
     if on_gpu and "random.cuda" in tensors:
         expected["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -105,7 +105,8 @@ def split_optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, 
     return state
 
 
-def _expected_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def expected_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return tensors such as an optimizer keeps once every parameter has had a gradient, by their names in the file."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if isinstance(optimizer, torch.optim.SGD):
         has_momentum = bool(optimizer.defaults["momentum"])
@@ -117,7 +118,7 @@ def _expected_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor
 
 
 def _is_count(step: Tensor) -> bool:
-    return step.item() >= 1 and step.item() == int(step.item())
+    return step.item() >= 0 and step.item() == int(step.item())
 
 
 def _check_generator(name: str, values: Tensor, device: torch.device | str, seed: int | None = None) -> None:

@@ -179,7 +179,7 @@ class TrainConfig:
     epochs: int | None = option(
         None,
         "epochs of training; default: 8 (recipe paper: 50, subset: 11; resnet, vgg, vit: 80; others: 20; "
-        "--weights without --new-classifier: 0)",
+        "recipe bmrs with --weights but no --new-classifier: 0)",
         group="training",
         metavar="N",
     )
@@ -412,7 +412,7 @@ class TrainConfig:
     )
     channels_last: bool = option(
         False,
-        "keep images and convolutions with the channels last, which some devices prefer; default: false",
+        "give the network images with the channels last, which some devices prefer; default: false",
         group="seeds and device",
     )
     cuda_graph: bool = option(
@@ -514,6 +514,8 @@ class TrainConfig:
             )
         if self.new_classifier and self.weights is None:
             raise ConfigError("--new-classifier true goes with --weights only")
+        if self.epochs == 0 and self.recipe == "paper":
+            raise ConfigError("--epochs must be a number of at least 1, got 0; recipe paper prunes in them")
         if self.epochs == 0 and not self.pretrained:
             raise ConfigError(
                 "--epochs must be a number of at least 1, got 0; only --weights need no training"

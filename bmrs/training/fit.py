@@ -29,7 +29,7 @@ SOFTENING = 2.0
 def fitting_state(model: nn.Module, config: TrainConfig, device: torch.device) -> TrainingState:
     """Return a network with a fresh optimizer, whose batches and random draws depend on the seed alone."""
     torch.manual_seed(config.seed)
-    optimizer = new_optimizer(model.train().requires_grad_(True), config, device)
+    optimizer = new_optimizer(model.train(), config, device)
     average = None
     if config.average:
         average = AveragedModel(model, multi_avg_fn=_moving_average(config.average), use_buffers=True)
@@ -117,6 +117,11 @@ def _moving_average(decay: float) -> Callable[..., None]:
     """Return how an average moves on; at first faster, so that it does not hold on to weights hardly trained."""
 
     def move(averaged: Any, current: Any, count: Tensor) -> None:
+        if not (averaged[0].is_floating_point() or averaged[0].is_complex()):
+            # Counters, indices and masks, which are nothing to average.
+            for its_own, its_new in zip(averaged, current, strict=True):
+                its_own.copy_(its_new)
+            return
         its_decay = min(decay, (1 + int(count)) / (10 + int(count)))
         get_ema_multi_avg_fn(its_decay)(averaged, current, count)
 

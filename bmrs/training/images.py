@@ -46,7 +46,8 @@ def load_images(config: TrainConfig, device: torch.device, progress: Progress | 
     prepare = _preparation(config, data, size or data.image_size)
 
     def ready(split: Split) -> Split:
-        if config.data in DATASETS and isinstance(split, TensorSplit):
+        scaled = 4 * len(split) * data.channels * (size or data.image_size or 0) ** 2  # bytes, float32
+        if config.data in DATASETS and isinstance(split, TensorSplit) and scaled <= _SMALL:
             return TensorSplit(prepare(split.images.to(device)), split.labels.to(device))
         return split.prepared(prepare, device)
 
@@ -68,6 +69,8 @@ def image_size(config: TrainConfig) -> int | None:
 
 
 _LARGE = 64
+_SMALL = 2**30
+"""Bytes of a split that is kept scaled; CIFAR-10 has 600 million."""
 
 
 def _is_factory(data: str) -> bool:

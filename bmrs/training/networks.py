@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from bmrs import processes
 from bmrs.checks import one_line
 from bmrs.data import Dataset
 from bmrs.models import (
@@ -94,6 +97,42 @@ def _hint(config: TrainConfig) -> str:
     if network is not None and image_size(config) != network.image_size:
         hints.append(f"published weights of {config.model} mostly need --image-size {network.image_size}")
     return "".join(f"; {hint}" for hint in hints)
+
+
+def check_training(network: nn.Module, config: TrainConfig, data: Dataset) -> None:
+    """Check that a network can be trained on the smallest part that an epoch's batches come in.
+
+    In training mode networks may give other outputs, and batch norms want several values of each channel.
+
+    Raises:
+        RunError: it cannot; the message says why.
+    """
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise RunError(f"--model {config.model} has no parameters to train: all of them are frozen")
+    images = data.train.examples(min(2, _smallest_part(len(data.train), config))).cpu()
+    try:
+        processes.check_statistics(network)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            outputs = copy.deepcopy(network).train()(images)
+    except Exception as error:  # it may be of the user's own
+        part = f"a part of a batch that has {len(images)} image{'s' * (len(images) > 1)}"
+        hint = "; take another --batch-size or --accumulate" if len(images) == 1 else ""
+        raise RunError(
+            f"--model {config.model} cannot be trained on {part}: {one_line(error)}{hint}"
+        ) from error
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if shape != (len(images), data.num_classes):
+        raise RunError(
+            f"--model {config.model} gives {shape} in training mode, expected logits of shape "
+            f"{(len(images), data.num_classes)} as in evaluation mode"
+        )
+
+
+def _smallest_part(images: int, config: TrainConfig) -> int:
+    batch_size = config.settings.batch_size
+    wholes = {min(images, batch_size), images % batch_size} - {0}
+    # What `Tensor.tensor_split` makes of each, the empty parts left out.
+    return min(max(1, max(1, whole // processes.count()) // config.accumulate) for whole in wholes)
 
 
 def _placement(config: TrainConfig) -> str | tuple[NoisePlace | str, ...]:

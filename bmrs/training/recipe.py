@@ -184,9 +184,20 @@ def _learner(model: nn.Module, config: TrainConfig, data: Dataset, temperature: 
 def decide(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """Prune a network whose posteriors have been learned, in place, and return what happened as JSON values.
 
+    Several processes take what the first one decides: each would time the network otherwise.
+
     Raises:
         RunError: no network is as small as the options want it.
     """
+    report = processes.of_first(lambda: _decided(noisy, config, data))
+    layers = noise_layers(noisy)
+    masks = processes.of_first(lambda: {name: layer.mask.cpu() for name, layer in layers.items()})
+    for name, layer in layers.items():
+        layer.set_kept(masks[name])
+    return report
+
+
+def _decided(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, Any]:
     criterion = config.build_criterion()
     if config.target is None:
         return prune(noisy, criterion).to_dict()
@@ -237,6 +248,8 @@ def untrained_copy(network: nn.Module, config: TrainConfig) -> nn.Module:
     """
     torch.manual_seed(config.seed)
     copied = copy.deepcopy(network)
+    for parameter in copied.parameters():  # a frozen one could never learn
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     for layer in copied.modules():
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):

@@ -26,7 +26,7 @@ from bmrs.files import save as save_model
 from bmrs.files.atomic import write_atomically
 from bmrs.noise.lookup import noise_layers
 from bmrs.training import algorithm1, recipe
-from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from bmrs.training.checkpoint import TrainingState, load_checkpoint, on_their_own, save_checkpoint
 from bmrs.training.config import TrainConfig
 from bmrs.training.energy import EnergyMeter, epochs_measured
 from bmrs.training.environment import environment, what_differs
@@ -35,7 +35,7 @@ from bmrs.training.events import check_tensorboard, write_epoch
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.images import load_images
 from bmrs.training.memory import check_memory
-from bmrs.training.networks import dense_network, noisy_network, with_weights
+from bmrs.training.networks import check_training, dense_network, noisy_network, with_weights
 from bmrs.training.options_file import read_json
 from bmrs.training.picture import draw
 from bmrs.training.progress import ReadingProgress, TrainingProgress
@@ -98,7 +98,7 @@ def train(
     if config.noise_on == "suggest":  # which takes a while, and is meant to stay as it was found
         found = [name.removesuffix(".noise") for name in noise_layers(noisy)]
         config = replace(config, noise_on=",".join(found))
-    with_weights(dense_network(config, data), config)
+    check_training(with_weights(dense_network(config, data), config), config, data)
     if not config.is_sequence:
         _say_what_stays(noisy, data, console)
     if config.target_flops or config.target_parameters:
@@ -284,7 +284,7 @@ def _result(
 ) -> RunSummary:
     """Measure, write and show what a run has come to."""
     console.print("measuring the networks; some ten seconds", soft_wrap=True)
-    write_atomically(folder.dense, serialize(states["dense"].model.state_dict()))
+    write_atomically(folder.dense, serialize(on_their_own(states["dense"].model.state_dict())))
     summary = summarise(folder, config, data, device, meter)
     write_json(folder.summary, summary.to_dict())
     try:
@@ -382,6 +382,9 @@ def _run_paper(
 
     def network(name: NetworkName, title: str) -> TrainingState:
         state = algorithm1.new_state(config, data, noise=name == "noisy", device=device)
+        if config.weights is not None:
+            initial = recipe.initial(config, data, device)
+            state.model.load_state_dict(initial.state_dict(), strict=False)
         return trainer(
             name,
             title,

@@ -73,7 +73,7 @@ def default_settings(
     """
     paper = PAPER_SETTINGS.get((model, data)) or _of_family(model)
     if recipe == "paper":
-        return paper._replace(epochs=0) if pretrained else paper
+        return paper
     ours = _ours(paper, model, data)
     if weights:
         ours = ours._replace(lr=ours.lr / 10)

@@ -116,6 +116,10 @@ def test_given_options_win_over_defaults():
         ({"momentum": 0.9}, "--momentum 0.9 goes with --optimizer sgd only"),
         ({"accumulate": 0}, "--accumulate must be a number of at least 1, got 0"),
         ({"weight_decay": -0.1}, "--weight-decay must be a number of at least 0, got -0.1"),
+        (
+            {"recipe": "paper", "epochs": 0, "weights": "w.pt"},
+            "--epochs must be a number of at least 1, got 0",
+        ),
         ({"skip_unreadable": True}, "--skip-unreadable true goes with --data folder:DIR only"),
         ({"new_classifier": True}, "--new-classifier true goes with --weights only"),
         (
