@@ -36,7 +36,7 @@ from bmrs.training.finite import FiniteWatch
 from bmrs.training.networks import dense_network, noisy_network, with_weights
 from bmrs.training.options import flag
 from bmrs.training.run_folder import RunError
-from bmrs.training.settings import IMAGES_A_DEGREE, NOISE_DISTANCE
+from bmrs.training.settings import IMAGES_A_DEGREE, NOISE_DISTANCE, default_settings
 from bmrs.training.training_step import cross_entropy, new_step
 
 Save = Callable[[TrainingState], None]
@@ -239,6 +239,14 @@ def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig,
         chosen = torch.randperm(layer.num_structures, generator=generator)[:kept]
         layer.set_kept(torch.zeros(layer.num_structures, dtype=torch.bool).index_fill_(0, chosen, True))
     return compact(model, data.train.examples(FEW_EXAMPLES), expected_noise=False)
+
+
+def from_scratch(config: TrainConfig) -> TrainConfig:
+    """Return the options of training that starts from no weights: with the learning rate that is usual then."""
+    usual = default_settings("bmrs", config.model, config.data).lr
+    of_weights = default_settings("bmrs", config.model, config.data, weights=True).lr
+    starts_lower = config.weights is not None and config.settings.lr == of_weights
+    return replace(config, lr=usual) if starts_lower else config
 
 
 def untrained_copy(network: nn.Module, config: TrainConfig) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shlex
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -354,9 +355,11 @@ class _Trainer:
         data: Dataset,
         epochs: int,
         teacher: nn.Module | None = None,
+        config: TrainConfig | None = None,
     ) -> TrainingState:
-        """Train a network's weights."""
-        state = fitting_state(model, self.config, data.train.device)
+        """Train a network's weights, by other options than the run's if they are given."""
+        config = config or self.config
+        state = fitting_state(model, config, data.train.device)
         return self(
             network,
             title,
@@ -365,7 +368,7 @@ class _Trainer:
             lambda save, progress: fit(
                 state,
                 data,
-                self.config,
+                config,
                 epochs=epochs,
                 phase=title,
                 save=save,
@@ -431,7 +434,11 @@ def _run_recipe(
     frozen = not config.weight_lr
     refitted = pruned
     if frozen and not isinstance(pruned, GraphModule):
-        refitted = compact(noisy.model, recipe.refitting_examples(data), refit_to=trained.model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            refitted = compact(noisy.model, recipe.refitting_examples(data), refit_to=trained.model)
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            trainer.console.print(f"note: {text}", soft_wrap=True, markup=False)
     tuning_epochs = recipe.fine_tuning_epochs(config, data, noisy)
     start: nn.Module = refitted
     if tuning_epochs:
@@ -451,7 +458,9 @@ def _run_recipe(
         chosen = recipe.random_structures(trained.model, noisy.model, config, data)
         states["random"] = trainer.fit("random", "random structures", chosen, data, epochs - settings.epochs)
         same_widths = recipe.untrained_copy(fine_tuned.model, config)
-        states["scratch"] = trainer.fit("scratch", "from scratch", same_widths, data, epochs)
+        states["scratch"] = trainer.fit(
+            "scratch", "from scratch", same_widths, data, epochs, config=recipe.from_scratch(config)
+        )
         networks |= {"random": states["random"].model, "scratch": states["scratch"].model}
     else:
         states["dense"] = trained

@@ -14,7 +14,7 @@ from bmrs.training import RunError, TrainConfig, algorithm1
 from bmrs.training.checkpoint import load_checkpoint, save_checkpoint
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.optimizers import new_optimizer, scheduled
-from bmrs.training.recipe import noise_epochs
+from bmrs.training.recipe import from_scratch, noise_epochs
 from bmrs.training.training_step import cross_entropy
 
 CPU = torch.device("cpu")
@@ -217,3 +217,11 @@ def test_noise_has_the_epochs_that_it_takes_to_settle(data):
     assert noise_epochs(few, data) == 200
     assert noise_epochs(options(), data) == 4
     assert noise_epochs(options(model="resnet20", noise_epochs=3), data) == 3
+
+
+def test_what_starts_from_no_weights_has_the_usual_learning_rate():
+    pretrained = TrainConfig(model="resnet18", weights="weights.pt").resolved()
+    assert from_scratch(pretrained).lr == pytest.approx(10 * pretrained.lr)
+    chosen = TrainConfig(model="resnet18", weights="weights.pt", lr=0.3).resolved()
+    assert from_scratch(chosen).lr == 0.3
+    assert from_scratch(options()).lr == options().lr
