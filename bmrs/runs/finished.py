@@ -14,7 +14,7 @@ from bmrs.checks import one_line
 from bmrs.data import Dataset
 from bmrs.training.config import TrainConfig, check_text
 from bmrs.training.options_file import read_json
-from bmrs.training.run import device_of, load
+from bmrs.training.run import device_of, load, moved
 from bmrs.training.run_folder import RunError, RunFolder
 from bmrs.training.summary import load_compacted, load_dense
 
@@ -61,9 +61,7 @@ def finished_seeds(
         RunError: it is no run, or has not come to its end.
     """
     folder, config = RunFolder.open(path)
-    config = replace(
-        config, data_dir=data_dir or config.data_dir, device=device or config.device, cuda_graph=False
-    )
+    config = replace(moved(config, data_dir), device=device or config.device, cuda_graph=False)
     seeds = [FinishedRun(own, replace(config, seed=seed, seeds=1)) for seed, own in folder.of_seeds(config)]
     for seed in seeds:
         if not seed.folder.summary.is_file():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.checks import is_finite, one_line, shown
+from bmrs.data import FOLDER
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.config import TrainConfig
 from bmrs.training.options import flag
@@ -34,7 +35,12 @@ def check_options(saved: Any, config: TrainConfig) -> None:
     if not isinstance(saved, dict):
         raise ValueError("its options are not a mapping")
     for name, value in config.deciding_options().items():
-        if saved.get(name, value) != value:
+        before = saved.get(name, value)
+        if name == "data" and all(
+            isinstance(each, str) and each.startswith(FOLDER) for each in (before, value)
+        ):
+            continue  # a folder may have been moved
+        if before != value:
             raise ValueError(
                 f"it is of a run with {flag(name)} {shown(saved[name])}, and this run's config.json says {value}; "
                 "put back the config or the checkpoint that belongs here, or start a new run"

@@ -112,6 +112,9 @@ def check_training(network: nn.Module, config: TrainConfig, data: Dataset) -> No
     images = data.train.examples(min(2, _smallest_part(len(data.train), config))).cpu()
     try:
         processes.check_statistics(network)
+    except ValueError as error:
+        raise RunError(f"--model {config.model} goes with one process only: {error}") from error
+    try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outputs = copy.deepcopy(network).train()(images)
     except Exception as error:  # it may be of the user's own

@@ -144,6 +144,15 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, **paths)
 
 
+def moved(config: TrainConfig, data_dir: str | None) -> TrainConfig:
+    """Return options with another place of the data, if there is one: the official files', or the class folders'."""
+    if data_dir is None:
+        return config
+    if config.data.startswith(FOLDER):
+        return _with_whole_paths(replace(config, data=FOLDER + data_dir))
+    return _with_whole_paths(replace(config, data_dir=data_dir))
+
+
 def resume(path: Path, *, data_dir: str | None = None, console: Console | None = None) -> list[RunSummary]:
     """Bring an interrupted run to its end; on the CPU with bitwise the result that it would have had.
 
@@ -159,8 +168,7 @@ def resume(path: Path, *, data_dir: str | None = None, console: Console | None =
         Exception: what `train` raises.
     """
     folder, config = processes.of_first(lambda: RunFolder.open(path))
-    if data_dir is not None:
-        config = replace(config, data_dir=str(Path(data_dir).expanduser().absolute()))
+    config = moved(config, data_dir)
     device = device_of(config)
     return _finish(folder, config, device, console or Console(), _meter_of(config, device))
 
@@ -189,9 +197,7 @@ def evaluate(
     """
     console = console or Console()
     folder, config = RunFolder.open(path)
-    config = replace(
-        config, data_dir=data_dir or config.data_dir, device=device or config.device, cuda_graph=False
-    )
+    config = replace(moved(config, data_dir), device=device or config.device, cuda_graph=False)
     chosen = device_of(config)
     meter = EnergyMeter(chosen) if energy else None
     summaries = []

@@ -197,3 +197,14 @@ def test_the_paper_s_recipe_starts_from_the_weights_that_it_is_given(tmp_path, t
     for model in started.values():
         its = model.state_dict()
         assert all(torch.equal(its[name], tensor) for name, tensor in given.state_dict().items())
+
+
+def test_class_folders_may_have_been_moved(data, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    before = options(data="folder:/old")
+    save_checkpoint(path, trained(data, before), before)
+    after = run.moved(before, str(tmp_path))
+    assert after.data == f"folder:{tmp_path}"
+    load_checkpoint(path, fitting_state(Odd(), after, CPU), after)
+    elsewhere = run.moved(options(data="mnist", data_dir="/old"), str(tmp_path))
+    assert (elsewhere.data, elsewhere.data_dir) == ("mnist", str(tmp_path))
