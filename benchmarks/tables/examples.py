@@ -21,7 +21,7 @@ def _table(data: dict[str, Any]) -> str:
     about = (
         f"Temperature {data['temperature']:g}, seed {data['seed']}; {data['training']:,} examples for training, "
         f"{data['test']:,} for the test, on which a standard error is {_standard_error(data):.1f} points; "
-        f"{data['threads']} threads, {data['cpu_seconds'] / 60:.0f} minutes of CPU time, torch {data['torch']}:"
+        f"torch {data['torch']}, threads: {data['threads']}, {data['cpu_seconds'] / 60:.0f} minutes of CPU time:"
     )
     return f"{about}\n\n{table(columns, [_line(row, dense) for row in data['rows']])}"
 
@@ -32,13 +32,13 @@ def _line(row: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
         f"{row['parameters']:,} ({row['parameters'] / dense['parameters']:.0%})",
         f"{row['flops'] / 1e6:,.0f} ({row['flops'] / dense['flops']:.0%})",
         f"{row['pruned'] * 100:.1f}",
-        f"{row['fine_tuned'] * 100:.1f}",
+        "not measured" if row["fine_tuned"] is None else f"{row['fine_tuned'] * 100:.1f}",
         f"{row['time']:.2f}",
     )
 
 
 def _standard_error(data: dict[str, Any]) -> float:
-    accuracy = data["rows"][0]["fine_tuned"]
+    accuracy = data["rows"][0]["pruned"]
     return 100 * float(accuracy * (1 - accuracy) / data["test"]) ** 0.5
 
 

