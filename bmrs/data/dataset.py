@@ -194,7 +194,13 @@ def load_dataset(
             else _split(whole, validation_fraction, seed)
         )
         return Dataset(
-            name, own.num_classes, train, validation, own.splits["test"], image_size=None, notes=own.notes
+            name,
+            own.num_classes,
+            _mixed(train, seed),
+            validation,
+            own.splits["test"],
+            image_size=None,
+            notes=own.notes,
         )
 
     if folder is None:
@@ -281,7 +287,7 @@ def _of_files(
     return Dataset(
         name,
         len(listing.classes),
-        splits["train"],
+        _mixed(splits["train"], seed),
         splits["validation"],
         splits["test"],
         image_size,
@@ -317,6 +323,11 @@ def _split(train: Split, validation_fraction: float, seed: int) -> tuple[Split, 
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return train.part(order[num_validation:]), train.part(order[:num_validation])
+
+
+def _mixed(split: Split, seed: int) -> Split:
+    """Return the same images in random order, as files lie class by class and the first ones are taken as examples."""
+    return split.part(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)))
 
 
 def _is_factory(spec: str) -> bool:

@@ -22,7 +22,7 @@ from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy, compression
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.networks import dense_network, noisy_network
+from bmrs.training.networks import dense_network, example_of_ties, noisy_network
 from bmrs.training.optimizers import new_optimizer
 from bmrs.training.training_step import Step, cross_entropy, new_step, update_of
 
@@ -62,6 +62,7 @@ def train(
     """
     settings = config.settings
     criterion, schedule = config.build_criterion(), _schedule(config)
+    example = example_of_ties(config, data)
     layers = noise_layers(state.model)
     watch = FiniteWatch(state.model, outputs=not config.compile)
     kl_factor = torch.ones((), device=state.device) if config.kl_warm_up else None
@@ -79,7 +80,7 @@ def train(
             row |= train_epoch(steps[noise], state, data.train, config, watch, progress)
         if layers:
             if schedule.is_due(epoch):
-                row["pruning"] = prune(state.model, criterion).to_dict()
+                row["pruning"] = prune(state.model, criterion, example_inputs=example).to_dict()
             row["kept"] = {name: int(layer.mask.sum()) for name, layer in layers.items()}
             row["unsettled"] = unsettled(state.model)
             before: dict[str, Any] = state.history[-1] if state.history else {}

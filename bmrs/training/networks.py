@@ -138,6 +138,11 @@ def _smallest_part(images: int, config: TrainConfig) -> int:
     return min(max(1, max(1, whole // processes.count()) // config.accumulate) for whole in wholes)
 
 
+def example_of_ties(config: TrainConfig, data: Dataset) -> Tensor | None:
+    """Return images to find out with which noise layers have to prune together, None where none do."""
+    return None if config.is_sequence else data.train.examples(2)
+
+
 def _placement(config: TrainConfig) -> str | tuple[NoisePlace | str, ...]:
     assert config.noise_on is not None, "filled in"
     if config.noise_on == "suggest":

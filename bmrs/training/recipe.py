@@ -25,6 +25,7 @@ from bmrs.compaction.costs import structure_prices
 from bmrs.criteria import PosteriorCriterion
 from bmrs.data import Dataset
 from bmrs.data.dataset import IMAGE_SIZE
+from bmrs.graph.ties import tied_noise_layers
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.pruning.prune import prune
@@ -33,7 +34,7 @@ from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.networks import dense_network, noisy_network, with_weights
+from bmrs.training.networks import dense_network, example_of_ties, noisy_network, with_weights
 from bmrs.training.options import flag
 from bmrs.training.run_folder import RunError
 from bmrs.training.settings import IMAGES_A_DEGREE, NOISE_DISTANCE, default_settings
@@ -200,7 +201,7 @@ def decide(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, An
 def _decided(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, Any]:
     criterion = config.build_criterion()
     if config.target is None:
-        return prune(noisy, criterion).to_dict()
+        return prune(noisy, criterion, example_inputs=example_of_ties(config, data)).to_dict()
     target = {config.target.removeprefix("target_"): getattr(config, config.target)}
     try:
         report = prune_to(noisy, criterion, example_inputs=data.train.examples(1), **target)
@@ -234,9 +235,16 @@ def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig,
     model = noisy_network(config, data).to(device)
     model.load_state_dict(trained.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(config.seed)
-    for name, layer in noise_layers(model).items():
-        kept = int(noise_layers(noisy)[name].mask.sum())
-        chosen = torch.randperm(layer.num_structures, generator=generator)[:kept]
+    layers, pruned = noise_layers(model), noise_layers(noisy)
+    example = example_of_ties(config, data)
+    tied = [] if example is None else tied_noise_layers(model, example)
+    first_of = {name: group[0] for group in tied for name in group}
+    orders: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        first = first_of.get(name, name)
+        if first not in orders:
+            orders[first] = torch.randperm(layer.num_structures, generator=generator)
+        chosen = orders[first][: int(pruned[name].mask.sum())]
         layer.set_kept(torch.zeros(layer.num_structures, dtype=torch.bool).index_fill_(0, chosen, True))
     return compact(model, data.train.examples(FEW_EXAMPLES), expected_noise=False)
 

@@ -54,6 +54,19 @@ class TwoHeads(nn.Module):
         return (self.head(x), self.other(x)) if self.training else self.head(x)
 
 
+class Residual(nn.Module):
+    """What its two branches add up to leaves only where both prune it."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(16, 12), nn.Linear(16, 12)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.last((self.left(x) + self.right(x)).relu())
+
+
 class OwnPrecision(nn.Linear):
     def forward(self, x):
         return super().forward(x.flatten(1).float())
@@ -208,3 +221,21 @@ def test_class_folders_may_have_been_moved(data, tmp_path):
     load_checkpoint(path, fitting_state(Odd(), after, CPU), after)
     elsewhere = run.moved(options(data="mnist", data_dir="/old"), str(tmp_path))
     assert (elsewhere.data, elsewhere.data_dir) == ("mnist", str(tmp_path))
+
+
+def test_what_is_tied_is_pruned_together_and_so_are_random_structures(data, monkeypatch):
+    monkeypatch.setattr(networks, "network_from", lambda *spec, **given: Residual())
+    config = options(model="own:net", noise_on="left, right")
+    noisy = networks.noisy_network(config, data)
+    with torch.no_grad():
+        # Each alone would prune others, and nothing could leave.
+        for position, layer in enumerate((noisy.left.noise, noisy.right.noise)):
+            layer.mu.fill_(-15.0)
+            layer.mu[6 * position : 6 * position + 8] = -0.1
+            layer.log_sigma.fill_(0.0)
+    recipe.decide(noisy, config, data)
+    kept = int(noisy.left.noise.mask.sum())
+    assert 0 < kept < 12
+    assert torch.equal(noisy.left.noise.mask, noisy.right.noise.mask)
+    drawn = recipe.random_structures(Residual(), noisy, config, data)
+    assert drawn.last.in_features == kept
