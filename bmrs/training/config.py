@@ -266,8 +266,8 @@ class TrainConfig:
     )
     noise_lr: float | None = option(
         None,
-        "Adam's learning rate of mu and log sigma; default: 0.05 (recipe paper: the same as --lr, "
-        "subset: 6e-3)",
+        "learning rate of mu and log sigma, Adam's in recipe bmrs, --optimizer's in recipe paper; default: 0.05 "
+        "(recipe paper: the same as --lr, subset: 6e-3, other networks: 0.01)",
         group="training",
         metavar="RATE",
     )
@@ -404,7 +404,7 @@ class TrainConfig:
     )
     precision: Literal["float32", "bfloat16"] = option(
         "float32",
-        "bfloat16: what gains by it is computed so, under torch.autocast; default: float32",
+        "bfloat16: in training what gains by it is computed so, under torch.autocast; default: float32",
         group="seeds and device",
     )
     compile: bool = option(

@@ -12,11 +12,15 @@ from torch import Tensor
 from bmrs.checks import one_line
 from bmrs.data import DATASETS, Dataset, Split, TensorSplit, load_dataset, preprocess
 from bmrs.data.augmentation import IMAGENET, normalization_of, resized
+from bmrs.data.dataset import IMAGE_SIZE
 from bmrs.models import NETWORKS
 from bmrs.training.config import TrainConfig
 from bmrs.training.run_folder import RunError
 
 Progress = Callable[[int, int], None]
+
+_LARGE = 64  # pixels
+_SMALL = 2**30  # bytes of a split that is kept scaled; CIFAR-10 has 600 million
 
 
 def load_images(config: TrainConfig, device: torch.device, progress: Progress | None = None) -> Dataset:
@@ -68,11 +72,6 @@ def image_size(config: TrainConfig) -> int | None:
     return network.image_size if of_files or network.image_size < _LARGE else None
 
 
-_LARGE = 64
-_SMALL = 2**30
-"""Bytes of a split that is kept scaled; CIFAR-10 has 600 million."""
-
-
 def _is_factory(data: str) -> bool:
     return ":" in data and not data.startswith("folder:")
 
@@ -86,9 +85,7 @@ def _preparation(config: TrainConfig, data: Dataset, size: int | None) -> Callab
     if way == "paper":
         if config.data not in DATASETS:
             raise RunError(f"--normalization paper goes with --data {', '.join(DATASETS)} only")
-        return lambda images: preprocess(
-            images, name=config.data, **({} if size is None else {"image_size": size})
-        )
+        return lambda images: preprocess(images, name=config.data, image_size=size or IMAGE_SIZE)
     scale = IMAGENET if way == "imagenet" else normalization_of(data.train)
     if len(scale.mean) != data.channels:
         raise RunError(

@@ -20,7 +20,7 @@ _BYTES_OF_ACTIVATION = 8
 def check_memory(config: TrainConfig, data: Dataset, device: torch.device) -> None:
     """Raise RunError if training one network takes more memory than the device has."""
     if config.model != "mlp":
-        return  # small, whatever the options
+        return  # nothing is known of it before it is built
     hidden, blocks = config.settings.hidden, config.settings.num_blocks
     assert hidden is not None, "settings have it for every MLP"
     assert blocks is not None, "settings have it for every MLP"

@@ -290,7 +290,7 @@ def _result(
     meter: EnergyMeter | None,
 ) -> RunSummary:
     """Measure, write and show what a run has come to."""
-    console.print("measuring the networks; some ten seconds", soft_wrap=True)
+    console.print("measuring the networks; ten seconds and more, the larger they are", soft_wrap=True)
     write_atomically(folder.dense, serialize(on_their_own(states["dense"].model.state_dict())))
     summary = summarise(folder, config, data, device, meter)
     write_json(folder.summary, summary.to_dict())

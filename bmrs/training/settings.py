@@ -99,12 +99,12 @@ def _ours(paper: RecipeSettings, model: str, data: str) -> RecipeSettings:
 
 
 def _of_family(model: str) -> RecipeSettings:
-    """Return what is usual for networks of a kind; where the paper says nothing, that is what users will have tuned."""
+    """Return what is usual for networks of a kind, on which the paper says nothing. None of it was tuned here."""
     if model == "mlp":
         return RecipeSettings(50, 10, 128, 1.5e-3, 1.5e-3, "element", 1, 150)
     if model in _LENETS:
         return RecipeSettings(50, 10, 128, 1.4e-3, 1.4e-3, "element")
-    if model.startswith(("resnet", "vgg")):  # He et al. 2016, section 4.2, with a cosine
+    if model.startswith(("resnet", "vgg")):
         return RecipeSettings(
             80,
             40,
@@ -116,9 +116,7 @@ def _of_family(model: str) -> RecipeSettings:
             weight_decay=5e-4,
             augmentation="crop-flip",
         )
-    if model.startswith(
-        "vit"
-    ):  # as Dosovitskiy et al. 2021 train from scratch, at a batch size that is usual
+    if model.startswith("vit"):
         return RecipeSettings(
             80,
             40,

@@ -138,8 +138,6 @@ class Published(NamedTuple):
 
 PUBLISHED: dict[Name, tuple[Published, ...]] = {
     "lenet5-caffe": (
-        Published("sparse variational dropout", "1701.05369", (14, 19, 242, 131), 1.0),
-        Published("group lasso (SSL)", "1608.03665", (3, 12, 192, 500), 1.0),
         Published("generalized dropout", "1611.06791", (7, 13, 208, 16), 1.1),
         Published("structured Bayesian pruning", "1705.07283", (3, 18, 284, 283), 0.9),
         Published("the same, in PyTorch", "github.com/gaosh", (8, 15, 163, 81), 1.17),
@@ -148,12 +146,9 @@ PUBLISHED: dict[Name, tuple[Published, ...]] = {
         Published("L0", "1712.01312", (20, 25, 45, 462), 0.9),
         Published("L0, a weight for each layer", "1712.01312", (9, 18, 65, 25), 1.0),
     ),
+    # As in Table 2 of arXiv 1911.11134.
     "lenet-300-100": (
-        Published("sparse variational dropout", "1701.05369", (512, 114, 72), 1.8),
         Published("structured Bayesian pruning", "1705.07283", (245, 160, 55), 1.6),
-        Published("Bayesian compression, GNJ", "1705.08665", (278, 98, 13), 1.8),
-        Published("Bayesian compression, GHS", "1705.08665", (311, 86, 14), 1.8),
-        Published("L0", "1712.01312", (219, 214, 100), 1.4),
         Published("L0, a weight for each layer", "1712.01312", (266, 88, 33), 1.6),
         Published("variational information bottleneck", "1802.10399", (97, 71, 33), 1.6),
     ),

@@ -119,14 +119,14 @@ def readme(results: Path) -> str:
 
 
 def stale_files(results: Path) -> list[Path]:
-    """Return the picture if it is missing or shows other rows than there are."""
+    """Return the picture if it is missing or shows other results than there are."""
     rows, path = load(results), results / "yardstick" / "front.png"
-    fresh = not rows or (path.exists() and digest_in(path) == digest(rows))
+    fresh = not rows or (path.exists() and digest_in(path) == digest(_shown(rows)))
     return [] if fresh else [path]
 
 
 def write(results: Path) -> None:
-    """Draw the picture if it shows other rows than there are."""
+    """Draw the picture if it shows other results than there are."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -160,7 +160,15 @@ def write(results: Path) -> None:
                 axis.set_title(NAMES[name], fontsize=10)
                 axis.grid(alpha=0.3)
         figure.axes[0].legend(fontsize=8)
-        figure.savefig(path, dpi=DPI, metadata={DIGEST: digest(rows)})
+        figure.savefig(path, dpi=DPI, metadata={DIGEST: digest(_shown(rows))})
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """Return all that the picture shows: what was measured, and what was published."""
+    return [
+        *rows,
+        *(result._asdict() | {"network": name} for name in PUBLISHED for result in PUBLISHED[name]),
+    ]
 
 
 def _source(source: str) -> str:
