@@ -128,7 +128,7 @@ class TrainConfig:
     )
     workers: int | None = option(
         None,
-        "processes that read images; default: as many as there are cores, 8 at most",
+        "processes that read images; default: as many as there are cores",
         group="images",
         metavar="N",
     )

@@ -67,6 +67,12 @@ def shortfalls(
     ]
     if narrow:
         found.append(f"One structure alone is left of {', '.join(narrow)}. {prune_less}")
+    pruning = history[-1].get("pruning", {}) if history else {}
+    if config.target is not None and not pruning.get("budget", {}).get("met", True):
+        found.append(
+            f"The network is not within {flag(config.target)} {getattr(config, config.target):g}: the nearest that was "
+            "found is the one that was delivered. Try again on a quiet machine, or take a smaller one to come below it."
+        )
     nothing_pruned = all(left == structures for left, structures in kept.values())
     if nothing_pruned:
         found.append(f"Nothing was pruned, so that nothing became smaller. {_prunes_more(config, history)}")

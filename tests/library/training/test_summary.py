@@ -193,3 +193,13 @@ def test_warnings_stand_below_the_table_and_in_the_json():
     assert "Warning: 1 of 2 seeds have warnings" in text
     text = printed(lambda console: show_seeds([run_summary("paper")] * 2, console, "title"), 80)
     assert "Warning" not in text
+
+
+def test_a_budget_that_was_missed_is_told():
+    config = TrainConfig(target_latency=0.5)
+    missed = {"pruning": {"budget": {"met": False}}, "settled": True, "temperature": 1.0}
+    kept = {"hidden1_relu": (60, 120)}
+    [line] = shortfalls(config, [missed], kept=kept, dense=0.86, compacted=0.85, num_classes=10)
+    assert line.startswith("The network is not within --target-latency 0.5: ")
+    met = missed | {"pruning": {"budget": {"met": True}}}
+    assert not shortfalls(config, [met], kept=kept, dense=0.86, compacted=0.85, num_classes=10)
