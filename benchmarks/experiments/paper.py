@@ -33,8 +33,9 @@ from benchmarks.records import machine_of
 from bmrs.data import EMBEDDED, DataError, DataName, Dataset
 from bmrs.training import ConfigError, NonFiniteError, RunError, TrainConfig, algorithm1
 from bmrs.training.checkpoint import TrainingState
+from bmrs.training.devices import device_of
 from bmrs.training.evaluation import accuracy
-from bmrs.training.run import device_of, load
+from bmrs.training.run import load
 from bmrs.training.settings import PaperNetwork, RecipeSettings
 from bmrs_kernels.options import Granularity
 

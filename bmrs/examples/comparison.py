@@ -84,7 +84,7 @@ def loader(tensors: Batch, *, batch_size: int, seed: int | None = None) -> DataL
 def train(model: nn.Module, batches: DataLoader[Any], logits: Logits, *, steps: int, lr: float) -> nn.Module:
     """Train all weights with AdamW and a learning rate that falls to 0, and return the network for evaluation.
 
-    Batch norms keep the statistics that they have: those of few images are worse than those of ImageNet.
+    Batch norms keep the statistics that they have: those of single batches are worse.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -103,6 +103,20 @@ def train(model: nn.Module, batches: DataLoader[Any], logits: Logits, *, steps: 
             if step == steps:
                 break
     return model.eval()
+
+
+@torch.no_grad()
+def with_new_statistics(model: nn.Module, batches: DataLoader[Any], logits: Logits) -> nn.Module:
+    """Return a copy of a network whose batch norms have the statistics of these examples."""
+    network = copy.deepcopy(model).eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches
+            layer.train()
+    for batch in batches:
+        logits(network, batch)
+    return network.eval()
 
 
 def train_once(
@@ -204,8 +218,8 @@ def compare(
     examples: Any,
     *,
     rounds: int,
-) -> list[Row]:
-    """Fine-tune all networks alike, the dense one first, and measure them."""
+) -> tuple[list[Row], dict[str, nn.Module]]:
+    """Fine-tune all networks alike, the dense one first, measure them, and return them too."""
     example = _first(examples)
     pruned = {name: accuracy(network, test, logits) for name, network in networks.items()}
     tuned = {name: fine_tune(network) for name, network in networks.items()}
@@ -222,7 +236,7 @@ def compare(
         for name, network in tuned.items()
     ]
     print(table(rows))
-    return rows
+    return rows, tuned
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(seed)
         return comparison.train(network, batches(), logits, steps=more, lr=LEARNING_RATE)
 
-    rows = comparison.compare(networks, fine_tune, tests, logits, examples, rounds=1 if options.quick else 20)
+    rounds = 1 if options.quick else 20
+    rows, _ = comparison.compare(networks, fine_tune, tests, logits, examples, rounds=rounds)
     print(f"bmrs: {comparison.accuracy(small, held_out, logits):.1%} of the validation texts")
 
     # Files

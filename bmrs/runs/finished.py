@@ -13,8 +13,9 @@ from torch import nn
 from bmrs.checks import one_line
 from bmrs.data import Dataset
 from bmrs.training.config import TrainConfig, check_text
+from bmrs.training.devices import device_of
 from bmrs.training.options_file import read_json
-from bmrs.training.run import device_of, load, moved
+from bmrs.training.run import load, moved
 from bmrs.training.run_folder import RunError, RunFolder
 from bmrs.training.summary import load_compacted, load_dense
 

@@ -19,7 +19,7 @@ from torch import nn
 import bmrs
 from bmrs import processes
 from bmrs.cli import main
-from bmrs.training import RunError, TrainConfig, algorithm1, recipe, run
+from bmrs.training import RunError, TrainConfig, algorithm1, devices, recipe, run
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.progress import TrainingProgress
 from bmrs.training.run_folder import RunFolder
@@ -292,8 +292,8 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run._device_of_process("cuda", TrainConfig()) == "cuda:1"
+    assert devices._device_of_process("cuda", TrainConfig()) == "cuda:1"
     assert taken == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RunError, match="this machine has 2 and a process number 2"):
-        run._device_of_process("cuda", TrainConfig())
+        devices._device_of_process("cuda", TrainConfig())

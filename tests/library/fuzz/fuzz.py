@@ -43,7 +43,7 @@ from torch import nn
 import bmrs
 import bmrs.cli
 from bmrs.data import DataError, load_dataset
-from bmrs.training import RunError, TrainConfig, summary
+from bmrs.training import RunError, TrainConfig, devices, summary
 from bmrs.training import run as runs
 from bmrs.training.algorithm1 import new_state
 from bmrs.training.checkpoint import load_checkpoint
@@ -226,7 +226,7 @@ def train_or_check(config, *, output, console):
     if is_cheap(config) and zlib.crc32(repr(config).encode()) % 5 == 0:
         return runs.train(config, output=output, console=console)
     config = config.resolved()
-    device = runs.device_of(config)
+    device = devices.device_of(config)
     data = runs.load(config, device)
     if is_cheap(config):
         new_state(config, data, noise=True, device=device)

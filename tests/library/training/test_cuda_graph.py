@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmrs.data import Batch
 from bmrs.noise.lookup import noise_layers
-from bmrs.training import NonFiniteError, RunError, TrainConfig, algorithm1, cuda_graph, run
+from bmrs.training import NonFiniteError, RunError, TrainConfig, algorithm1, cuda_graph, devices, run
 from bmrs.training.cuda_graph import WARM_UPS, GraphedStep
 from bmrs.training.finite import FiniteWatch
 from bmrs.training.training_step import cross_entropy, new_step, update_of
@@ -185,7 +185,7 @@ def test_a_nan_in_a_replay_is_found(tiny_config, stand_in):
 
 def test_a_graph_needs_a_gpu(tiny_config):
     with pytest.raises(RunError, match="--cuda-graph true needs a GPU, but --device is cpu"):
-        run.device_of(tiny_config(cuda_graph=True))
+        devices.device_of(tiny_config(cuda_graph=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -205,7 +205,7 @@ def test_a_real_graph_trains_as_single_operations_do(tmp_path, model):
     )
     torch.backends.cudnn.deterministic = True
     try:
-        device = run.device_of(config)
+        device = devices.device_of(config)
         expected = trained(config, device)
         found = trained(dataclasses.replace(config, cuda_graph=True), device)
     finally:
