@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 
-from torch import nn
-
 
 def check_integer(name: str, value: object, *, minimum: int | None = None) -> None:
     """Raise TypeError unless a value is an int and no bool, ValueError if it is less than a minimum."""
@@ -42,6 +40,8 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 def check_module(value: object) -> None:
     """Raise TypeError unless a model is a module."""
+    from torch import nn  # options are checked without it
+
     if not isinstance(value, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(value)}")
 

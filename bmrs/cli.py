@@ -1,4 +1,7 @@
-"""The `bmrs` command: `bmrs train`, `bmrs evaluate RUN`, the commands of `bmrs.runs`, and `bmrs --version`."""
+"""The `bmrs` command: `bmrs train`, `bmrs evaluate RUN`, the commands of `bmrs.runs`, and `bmrs --version`.
+
+What needs torch is imported once the options are known to be right.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,23 @@ import argparse
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 
-import bmrs_kernels
-from bmrs import processes
 from bmrs.checks import one_line, shown
-from bmrs.data import DataError
 from bmrs.runs import COMMANDS
 from bmrs.terminal import any_encoding
-from bmrs.training import (
-    CollapseError,
-    ConfigError,
-    InterruptedRunError,
-    NonFiniteError,
-    RunError,
-    TrainConfig,
-    evaluate,
-    resume,
-    train,
-)
-from bmrs.training.options import check_text, flag, in_words, words_of
+from bmrs.training.config import TrainConfig
+from bmrs.training.options import ConfigError, check_text, flag, in_words, words_of
 from bmrs.training.options_file import check_yaml
-from bmrs.training.run_folder import RunFolder
 from bmrs.training.torchrun import joined, other_launcher
 
 _NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|-\.?inf", re.IGNORECASE)
@@ -94,36 +82,50 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
         )
         if arguments.subcommand == "train":
             _train(arguments.train, console)
-        elif arguments.subcommand in COMMANDS:
-            options, command = arguments[arguments.subcommand], COMMANDS[arguments.subcommand]
-            processes.of_first(lambda: command.run(options, console))
+            return 0, ""
+        if arguments.subcommand in COMMANDS:
+            act = COMMANDS[arguments.subcommand].action(arguments[arguments.subcommand])
         else:
-            processes.of_first(lambda: _evaluate(arguments.evaluate, console))
+            act = _evaluation(arguments.evaluate)
+        from bmrs import processes
+
+        processes.of_first(lambda: act(console))
     except _UsageError as error:
         return _failure(error.args[0], code=2)
     except SystemExit as exit:  # the parser has written its help
         return exit.code if isinstance(exit.code, int) else 0, ""
-    except (ConfigError, DataError, RunError, OSError, ImportError) as error:
+    except (ConfigError, OSError, ImportError) as error:
         return _failure(error, code=2)
-    except NonFiniteError as error:
-        advice = "start a new run with a lower --lr, or --noise-lr if the noise was learning"
-        return _failure(f"{error}. The checkpoint of the last good epoch is kept; {advice}", code=1)
-    except (CollapseError, processes.LostProcessError) as error:
-        return _failure(error, code=1)
-    except InterruptedRunError as interruption:
-        return _failure(interruption, code=130)
     except KeyboardInterrupt:
         return _failure("interrupted", code=130)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except Exception as error:
+        outcome = _outcome_of(error)
+        if outcome is None:
             raise
-        return _failure(f"out of memory; a smaller --batch-size or --hidden may fit: {error}", code=2)
+        return outcome
     return 0, ""
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _outcome_of(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and the line for an error of what needs torch; None for one that nobody expects."""
+    import torch
+
+    from bmrs import processes, training
+    from bmrs.data import DataError
+
+    if isinstance(error, DataError | training.RunError):
+        return _failure(error, code=2)
+    if isinstance(error, training.NonFiniteError):
+        advice = "start a new run with a lower --lr, or --noise-lr if the noise was learning"
+        return _failure(f"{error}. The checkpoint of the last good epoch is kept; {advice}", code=1)
+    if isinstance(error, training.CollapseError | processes.LostProcessError):
+        return _failure(error, code=1)
+    if isinstance(error, training.InterruptedRunError):
+        return _failure(error, code=130)
     # On a CPU torch has no type of its own for it.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return _failure(f"out of memory; a smaller --batch-size or --hidden may fit: {error}", code=2)
+    return None
 
 
 def _with_numbers_joined(argv: Sequence[str]) -> list[str]:
@@ -152,6 +154,9 @@ def _train(options: Namespace, console: Console) -> None:
     else:
         if output is not None:
             raise ConfigError("--output does not go with --resume, which continues in the run's folder")
+        from bmrs import processes
+        from bmrs.training.run_folder import RunFolder
+
         _, config = processes.of_first(lambda: RunFolder.open(Path(run)))
         for name, saved in config.to_dict().items():
             if name != "data_dir" and given.get(name, saved) != saved:
@@ -160,23 +165,32 @@ def _train(options: Namespace, console: Console) -> None:
                 )
     if options.get("print_config"):
         print(yaml.safe_dump(config.resolved().to_dict(), sort_keys=False, allow_unicode=True), end="")
-    elif run is None:
-        train(config, output=None if output is None else Path(output), console=console)
+        return
+    from bmrs import training
+
+    if run is None:
+        training.train(config, output=None if output is None else Path(output), console=console)
     else:
-        resume(Path(run), data_dir=given.get("data_dir"), console=console)
+        training.resume(Path(run), data_dir=given.get("data_dir"), console=console)
 
 
-def _evaluate(options: Namespace, console: Console) -> None:
+def _evaluation(options: Namespace) -> Callable[[Console], None]:
     for name, value in options.items():
         if isinstance(value, str):
             check_text("RUN" if name == "run" else flag(name), value)
-    evaluate(
-        Path(options.run),
-        data_dir=options.get("data_dir"),
-        device=options.get("device"),
-        energy=bool(options.get("energy")),
-        console=console,
-    )
+
+    def evaluate(console: Console) -> None:
+        from bmrs import training
+
+        training.evaluate(
+            Path(options.run),
+            data_dir=options.get("data_dir"),
+            device=options.get("device"),
+            energy=bool(options.get("energy")),
+            console=console,
+        )
+
+    return evaluate
 
 
 class _UsageError(SystemExit):
@@ -237,13 +251,15 @@ class _ShowVersions(argparse.Action):
 
 def _versions() -> str:
     """Return the versions of bmrs and of what its results depend on, read from what is installed."""
-    lines = [f"bmrs {bmrs_kernels.__version__}", f"Python {platform.python_version()}"]
-    for name in ("torch", "numba", "triton"):
-        try:
-            lines.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{name} is not installed")
-    return "\n".join(lines)
+    bmrs, *others = map(_version, ("bmrs-kernels", "torch", "numba", "triton"))
+    return "\n".join([bmrs.replace("bmrs-kernels", "bmrs"), f"Python {platform.python_version()}", *others])
+
+
+def _version(distribution: str) -> str:
+    try:
+        return f"{distribution} {metadata.version(distribution)}"
+    except metadata.PackageNotFoundError:
+        return f"{distribution} is not installed"
 
 
 def _parser() -> ArgumentParser:

@@ -2,20 +2,11 @@
 
 from bmrs.data.augmentation import IMAGENET, Normalization, augment, normalization_of, resized
 from bmrs.data.checks import DataError
-from bmrs.data.dataset import (
-    DATASETS,
-    EMBEDDED,
-    FOLDER,
-    MORE_DATASETS,
-    DataName,
-    Dataset,
-    check_spec,
-    load_dataset,
-    preprocess,
-)
+from bmrs.data.dataset import Dataset, load_dataset, preprocess
 from bmrs.data.mapped_split import MappedSplit
 from bmrs.data.split import Batch, Split, TensorSplit
 from bmrs.data.streamed_split import StreamedSplit
+from bmrs.names import DATASETS, EMBEDDED, FOLDER, MORE_DATASETS, DataName, check_spec
 
 __all__ = [
     "DATASETS",

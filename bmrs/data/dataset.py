@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.resources
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bmrs.checks import check_choice, check_integer, shown
+from bmrs.checks import check_choice, check_integer
 from bmrs.data.checks import NUM_CLASSES, DataError
 from bmrs.data.cifar import read_cifar10, read_cifar100
 from bmrs.data.idx import read_idx_images
@@ -22,20 +20,7 @@ from bmrs.data.mapped_split import MappedSplit
 from bmrs.data.own_data import read_own
 from bmrs.data.split import Split, TensorSplit
 from bmrs.data.workers import num_workers
-
-EMBEDDED: Final = "fashion-mnist-subset"
-"""The name of the data that come with the package."""
-
-DataName: TypeAlias = Literal["fashion-mnist-subset", "mnist", "fashion-mnist", "cifar10"]
-
-DATASETS: tuple[DataName, ...] = get_args(DataName)
-"""The names whose images the paper trains on, and which `preprocess` knows."""
-
-MORE_DATASETS: Final = ("cifar100", "cifar100-coarse", "tiny-imagenet")
-"""The other names that `load_dataset` knows; "coarse" is for the 20 superclasses."""
-
-FOLDER: Final = "folder:"
-"""What stands before the path of a folder of class folders."""
+from bmrs.names import DATASETS, EMBEDDED, FOLDER, MORE_DATASETS, check_spec
 
 IMAGE_SIZE = 32
 """Height and width of a network's input."""
@@ -75,29 +60,6 @@ class Dataset:
     def channels(self) -> int:
         """Number of colour channels of every image."""
         return self.train.image_shape[0]
-
-
-def check_spec(spec: object, *, option: str = "name") -> None:
-    """Check that a text names data, whether or not they are there.
-
-    Args:
-        spec: see `load_dataset`.
-        option: what the error calls it.
-
-    Raises:
-        ValueError: it does not; the message says what would.
-    """
-    known = (*DATASETS, *MORE_DATASETS)
-    if spec in known:
-        return
-    if isinstance(spec, str) and (
-        spec.removeprefix(FOLDER) if spec.startswith(FOLDER) else _is_factory(spec)
-    ):
-        return
-    raise ValueError(
-        f"{option} must be one of {', '.join(known)}, folder:DIR for a folder of class folders, or "
-        f"package.module:factory for a function that makes data sets, got {shown(spec)}"
-    )
 
 
 def load_dataset(
@@ -328,7 +290,3 @@ def _split(train: Split, validation_fraction: float, seed: int) -> tuple[Split, 
 def _mixed(split: Split, seed: int) -> Split:
     """Return the same images in random order, as files lie class by class and the first ones are taken as examples."""
     return split.part(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed)))
-
-
-def _is_factory(spec: str) -> bool:
-    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", spec) is not None

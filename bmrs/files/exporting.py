@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,8 @@ from bmrs.files.atomic import write_atomically
 from bmrs.graph.analysis import layer_of
 from bmrs.graph.capture import Inputs, as_inputs, export_program, map_tensors
 from bmrs.graph.copies import evaluation_copy
+from bmrs.names import FORMATS, ExportFormat
 from bmrs.noise.lookup import noise_layers
-
-ExportFormat: TypeAlias = Literal["onnx", "pt2", "torchscript"]
-
-FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt"}
 """Of files of each format, by habit."""

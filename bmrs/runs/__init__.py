@@ -1,4 +1,7 @@
-"""What can be done with finished runs: a module for each command, with its parser and its action."""
+"""What can be done with finished runs: a module for each command, with its parser and its action.
+
+These modules load what their actions need when one begins, so that help is there at once.
+"""
 
 from types import ModuleType
 
@@ -9,6 +12,6 @@ COMMANDS: dict[str, ModuleType] = {
     "compare": compare_command,
     "curve": curve_command,
 }
-"""By name: modules with ``HELP``, ``parser(make)`` and ``run(options, console)``."""
+"""By name: modules with ``HELP``, ``parser(make)`` and ``action(options)``."""
 
 __all__ = ["COMMANDS"]

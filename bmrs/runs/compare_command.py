@@ -8,8 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from bmrs.runs.comparison import compare_runs
-from bmrs.runs.finished import checked_texts
+from bmrs.training.options import checked_texts
 
 HELP = "a table and a picture of several finished runs"
 _DESCRIPTION = """\
@@ -35,12 +34,18 @@ def parser(make: Callable[..., ArgumentParser]) -> ArgumentParser:
     return result
 
 
-def run(options: Namespace, console: Console) -> None:
-    """Do what the command's options ask for."""
+def action(options: Namespace) -> Callable[[Console], None]:
+    """Check the command's options, and return what does what they ask for."""
     checked_texts(vars(options), {"runs": "RUN", "output": "--output"})
-    compare_runs(
-        [Path(path) for path in options.runs],
-        output=Path(options.get("output") or "comparison.png"),
-        overwrite=bool(options.get("overwrite")),
-        console=console,
-    )
+
+    def compare(console: Console) -> None:
+        from bmrs.runs.comparison import compare_runs
+
+        compare_runs(
+            [Path(path) for path in options.runs],
+            output=Path(options.get("output") or "comparison.png"),
+            overwrite=bool(options.get("overwrite")),
+            console=console,
+        )
+
+    return compare

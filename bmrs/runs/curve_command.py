@@ -8,9 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from bmrs.runs.curve import draw_curves
-from bmrs.runs.finished import checked_texts
-from bmrs.training.run_folder import RunError
+from bmrs.training.options import ConfigError, checked_texts
 
 HELP = "accuracy against compression, structure by structure"
 _DESCRIPTION = """\
@@ -37,18 +35,24 @@ def parser(make: Callable[..., ArgumentParser]) -> ArgumentParser:
     return result
 
 
-def run(options: Namespace, console: Console) -> None:
-    """Do what the command's options ask for."""
+def action(options: Namespace) -> Callable[[Console], None]:
+    """Check the command's options, and return what does what they ask for."""
     checked_texts(vars(options), {"run": "RUN", "data_dir": "--data-dir", "device": "--device"})
     points, images = options.get("points"), options.get("images")
     for name, value, least in (("points", points, 2), ("images", images, 1)):
         if value is not None and value < least:
-            raise RunError(f"--{name} must be at least {least}, got {value}")
-    draw_curves(
-        Path(options.run),
-        points=30 if points is None else points,
-        images=images,
-        data_dir=options.get("data_dir"),
-        device=options.get("device"),
-        console=console,
-    )
+            raise ConfigError(f"--{name} must be at least {least}, got {value}")
+
+    def draw(console: Console) -> None:
+        from bmrs.runs.curve import draw_curves
+
+        draw_curves(
+            Path(options.run),
+            points=30 if points is None else points,
+            images=images,
+            data_dir=options.get("data_dir"),
+            device=options.get("device"),
+            console=console,
+        )
+
+    return draw

@@ -9,10 +9,8 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from bmrs.checks import shown
-from bmrs.files.exporting import FORMATS
-from bmrs.runs.exported_run import export_run
-from bmrs.runs.finished import checked_texts
-from bmrs.training.run_folder import RunError
+from bmrs.names import FORMATS
+from bmrs.training.options import ConfigError, checked_texts
 
 HELP = "write a run's network for ONNX, torch.export or TorchScript"
 _DESCRIPTION = """\
@@ -54,24 +52,30 @@ def parser(make: Callable[..., ArgumentParser]) -> ArgumentParser:
     return result
 
 
-def run(options: Namespace, console: Console) -> None:
-    """Do what the command's options ask for."""
+def action(options: Namespace) -> Callable[[Console], None]:
+    """Check the command's options, and return what does what they ask for."""
     names = {name: f"--{name.replace('_', '-')}" for name in ("output", "network", "data_dir")}
     checked_texts(vars(options), {"run": "RUN", **names})
     given = options.get("format") or "onnx"
     chosen = next((known for known in FORMATS if known == given), None)
     if chosen is None:
-        raise RunError(f"--format must be one of {', '.join(FORMATS)}, got {shown(given)}")
+        raise ConfigError(f"--format must be one of {', '.join(FORMATS)}, got {shown(given)}")
     network = options.get("network") or "compacted"
     if not network.isidentifier():
-        raise RunError(f"--network must be the name of a network such as compacted, got {shown(network)}")
+        raise ConfigError(f"--network must be the name of a network such as compacted, got {shown(network)}")
     output = options.get("output")
-    export_run(
-        Path(options.run),
-        format=chosen,
-        output=None if output is None else Path(output),
-        network=network,
-        overwrite=bool(options.get("overwrite")),
-        data_dir=options.get("data_dir"),
-        console=console,
-    )
+
+    def write(console: Console) -> None:
+        from bmrs.runs.exported_run import export_run
+
+        export_run(
+            Path(options.run),
+            format=chosen,
+            output=None if output is None else Path(output),
+            network=network,
+            overwrite=bool(options.get("overwrite")),
+            data_dir=options.get("data_dir"),
+            console=console,
+        )
+
+    return write

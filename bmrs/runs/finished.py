@@ -12,7 +12,7 @@ from torch import nn
 
 from bmrs.checks import one_line
 from bmrs.data import Dataset
-from bmrs.training.config import TrainConfig, check_text
+from bmrs.training.config import TrainConfig
 from bmrs.training.devices import device_of
 from bmrs.training.options_file import read_json
 from bmrs.training.run import load, moved
@@ -97,17 +97,3 @@ def summary_of(run: FinishedRun) -> Mapping[str, Any]:
         raise RunError(f"{path} lacks the networks {', '.join(sorted(missing))}")
     assert isinstance(summary, dict)
     return summary
-
-
-def checked_texts(options: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Raise ConfigError where an option's text is none that a path or device can have.
-
-    Args:
-        options: what was given.
-        names: by option, what it is called where it is asked for.
-    """
-    for name, called in names.items():
-        values = options.get(name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None:
-                check_text(called, value)

@@ -1,20 +1,10 @@
 """Training, pruning and measuring the paper's small networks: what the command line does, as functions."""
 
-from bmrs.training.config import TrainConfig
-from bmrs.training.finite import NonFiniteError
-from bmrs.training.options import ConfigError
-from bmrs.training.recipe import CollapseError
-from bmrs.training.run import InterruptedRunError, evaluate, resume, train
-from bmrs.training.run_folder import RunError
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CollapseError",
-    "ConfigError",
-    "InterruptedRunError",
-    "NonFiniteError",
-    "RunError",
-    "TrainConfig",
-    "evaluate",
-    "resume",
-    "train",
-]
+from bmrs.lazy import loaded_when_asked
+
+if TYPE_CHECKING:
+    from bmrs.training.public import *  # noqa: F403
+else:
+    __getattr__, __dir__ = loaded_when_asked(__name__)

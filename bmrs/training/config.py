@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from bmrs.checks import one_line, shown
-from bmrs.criteria import Criterion
-from bmrs.data import DATASETS, EMBEDDED, MORE_DATASETS, check_spec
-from bmrs.models import NETWORKS
+from bmrs.names import DATASETS, EMBEDDED, MORE_DATASETS, NETWORK_NAMES, Granularity, check_spec
 from bmrs.training.criterion_options import CriterionName, build_criterion, foreign_options
 from bmrs.training.options import ConfigError, check_number, check_text, fits, flag, in_words, option
 from bmrs.training.settings import (
@@ -20,7 +18,9 @@ from bmrs.training.settings import (
     RecipeSettings,
     default_settings,
 )
-from bmrs_kernels.options import Granularity
+
+if TYPE_CHECKING:
+    from bmrs.criteria import Criterion
 
 # Options of one recipe alone, with their defaults; the other one does not take them.
 _OWN_OPTIONS: dict[RecipeName, dict[str, Any]] = {
@@ -488,9 +488,9 @@ class TrainConfig:
         except ValueError as error:
             hint = f"; for that folder give folder:{self.data}" if Path(self.data).is_dir() else ""
             raise ConfigError(f"{error}{hint}") from error
-        if ":" not in self.model and self.model not in NETWORKS:
+        if ":" not in self.model and self.model not in NETWORK_NAMES:
             raise ConfigError(
-                f"--model must be {', '.join(NETWORKS)} or package.module:factory, got {shown(self.model)}"
+                f"--model must be {', '.join(NETWORK_NAMES)} or package.module:factory, got {shown(self.model)}"
             )
         if self.data == EMBEDDED or ":" in self.data:
             self._check_unused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal, get_args, get_origin
 
@@ -60,6 +61,20 @@ def check_text(name: str, value: str) -> None:
     """Raise ConfigError unless a text, such as a path, can be written into a file and given to the system."""
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ConfigError(f"{name} must be text in UTF-8 without NUL characters, got {shown(value)}")
+
+
+def checked_texts(options: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raise ConfigError where an option's text is none that a path or device can have.
+
+    Args:
+        options: what was given.
+        names: by option, what it is called where it is asked for.
+    """
+    for name, called in names.items():
+        values = options.get(name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None:
+                check_text(called, value)
 
 
 def check_number(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from bmrs.data import EMBEDDED
-from bmrs_kernels.options import Granularity
+from bmrs.names import EMBEDDED, Granularity
 
 RecipeName: TypeAlias = Literal["bmrs", "paper"]
 OptimizerName: TypeAlias = Literal["adam", "adamw", "sgd"]

@@ -10,10 +10,6 @@ from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
-import torch
-from torch import distributed
-from torch.distributed.rendezvous import rendezvous
-
 # The others wait while the first process measures, however long that takes; torchrun ends them if it is gone.
 _PATIENCE = timedelta(days=7)
 
@@ -48,6 +44,8 @@ class Team:
             first = self._store.compare_set("failure", "", own).decode()
         except RuntimeError:  # the store is gone, and with it the process that held it and failed before
             first = f"? {code}"
+        from torch import distributed
+
         # Only now: once the others lose this process, they fail too.
         if distributed.group.WORLD is not None:
             distributed.group.WORLD.abort()
@@ -62,7 +60,15 @@ def joined() -> Iterator[Team]:
     SIGTERM is taken as Ctrl-C. If several processes fail, only the first one to do so
     raises what went wrong; the others end in silence with its exit code.
     """
-    if not is_one_of_several() or distributed.is_initialized():
+    if not is_one_of_several():
+        with _on_signals(_interrupt, signal.SIGTERM):
+            yield Team()
+        return
+    import torch
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    if distributed.is_initialized():
         with _on_signals(_interrupt, signal.SIGTERM):
             yield Team()
         return
@@ -110,17 +116,17 @@ def _on_signals(handle: Callable[[int, object], None], *numbers: signal.Signals)
 
 def is_one_of_several() -> bool:
     """Return whether torchrun started this process and others; variables of other launchers alone do not count."""
-    return (
-        distributed.is_available()
-        and distributed.is_torchelastic_launched()
-        and int(os.getenv("WORLD_SIZE", "1")) > 1
-    )
+    return _started_by_torchrun() and int(os.getenv("WORLD_SIZE", "1")) > 1
+
+
+def _started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ  # as torch.distributed.is_torchelastic_launched, without torch
 
 
 def other_launcher() -> str | None:
     """Return what to say where a launcher that is not torchrun has set up several processes, which train apart."""
     world = os.getenv("WORLD_SIZE", "1")
-    if world == "1" or distributed.is_torchelastic_launched():
+    if world == "1" or _started_by_torchrun():
         return None
     return f"WORLD_SIZE is {world}, but torchrun did not start this process, so that it trains alone"
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
-SLOW_IMPORTS = ["bmrs.cli", "numba", "pytest", "torch._dynamo", "torch._functorch.partitioners"]
+SLOW_IMPORTS = [
+    "bmrs.public",
+    "bmrs.training.public",
+    "numba",
+    "pytest",
+    "torch._dynamo",
+    "torch._functorch.partitioners",
+]
 
 
 def run_together(function, *arguments, world, timeout=100):

@@ -425,7 +425,7 @@ def test_a_bad_file_with_options_is_one_line(content, message, tmp_path, monkeyp
 
 
 def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("bmrs.cli.train", lambda *arguments, **options: torch.empty(10**13))
+    monkeypatch.setattr("bmrs.training.train", lambda *arguments, **options: torch.empty(10**13))
     assert main(["train"]) == 2
     assert error_line(capsys).startswith(
         "bmrs: error: out of memory; a smaller --batch-size or --hidden may fit"
@@ -433,7 +433,7 @@ def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
 
 
 def test_other_errors_of_torch_are_not_hidden(monkeypatch):
-    monkeypatch.setattr("bmrs.cli.train", lambda *arguments, **options: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr("bmrs.training.train", lambda *arguments, **options: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         main(["train"])
 
@@ -455,7 +455,7 @@ def test_interruption_before_the_run_starts(options, monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bmrs.cli.train", interrupt)
+    monkeypatch.setattr("bmrs.training.train", interrupt)
     assert main(options) == 130
     assert error_line(capsys) == "bmrs: interrupted"
 

@@ -519,7 +519,7 @@ def main():
     summary.latency = lambda models, *_: [1.0] * len(models)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Corpus(Path(folder).resolve())
-        bmrs.cli.train = train_or_check
+        bmrs.training.train = train_or_check
         bound_memory()
         end = time.monotonic() + given.seconds
         names = given.case or (f"{kind}:{i}" for i in itertools.count(given.first) for kind in given.target)
