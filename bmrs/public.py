@@ -16,7 +16,7 @@ from bmrs.compaction import (
     structure_prices,
 )
 from bmrs.criteria import L2, SNR, BMRSNormal, BMRSOdds, BMRSUniform, GradientNorm, Mean
-from bmrs.files import ExportReport, export, load, save
+from bmrs.files import ExportReport, export, load, load_pretrained, save, save_pretrained
 from bmrs.graph.suggestions import Suggestions, suggest
 from bmrs.noise.divergence import kl_divergence
 from bmrs.noise.hooks import restore_noise
@@ -56,6 +56,7 @@ __all__ = [
     "kl_divergence",
     "learn_posteriors",
     "load",
+    "load_pretrained",
     "models",
     "negative_log_likelihood",
     "noise_outlook",
@@ -65,6 +66,7 @@ __all__ = [
     "prune_to",
     "restore_noise",
     "save",
+    "save_pretrained",
     "structure_costs",
     "structure_prices",
     "suggest",

@@ -98,9 +98,14 @@ def outputs(model: nn.Module, inputs: Inputs, *, double: bool) -> list[Tensor]:
     network = copied(model, share=False).eval()
     if double:
         network, inputs = network.double(), map_tensors(_double, inputs)
+    return run(network, inputs)
+
+
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the tensors that a model returns on inputs, which are left as they are."""
     args, kwargs = map_tensors(torch.clone, inputs)
     with without_fast_path():
-        return _tensors(network(*args, **kwargs))
+        return _tensors(model(*args, **kwargs))
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> int:

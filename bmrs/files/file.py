@@ -155,11 +155,19 @@ def _loaded(
 def _inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     if example_inputs is not None:
         return as_inputs(example_inputs)
-    record = record_of(model)
-    if record is None:
+    inputs = recorded_inputs(model)
+    if inputs is None:
         raise TypeError(
             f"save needs a network that bmrs.compact returned or example_inputs, and got {type(model).__name__} alone"
         )
+    return inputs
+
+
+def recorded_inputs(model: nn.Module) -> Inputs | None:
+    """Return examples for a compacted model, on its device and in its dtype; None if `compact` did not make it."""
+    record = record_of(model)
+    if record is None:
+        return None
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), None)
     return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), record.inputs)

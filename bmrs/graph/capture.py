@@ -220,12 +220,21 @@ def export_program(
         try:
             shapes = None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example))
             # A copy: what a forward keeps in attributes would be symbols.
-            exported = copied(model, share=True)
+            exported = _without_caches(copied(model, share=True))
             with _quiet_export(), torch.no_grad():
                 return torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             failure = error
     raise ValueError(_why_not(model, inputs, purpose, failure, advice)) from failure
+
+
+def _without_caches(model: nn.Module) -> nn.Module:
+    """Have a model of transformers return no keys and values for further tokens, which torch.export cannot return."""
+    for module in model.modules():
+        settings = getattr(getattr(module, "config", None), "__dict__", {})
+        if settings.get("use_cache") is True:
+            settings["use_cache"] = False
+    return model
 
 
 @contextmanager
