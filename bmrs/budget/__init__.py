@@ -1,6 +1,7 @@
 """Pruning to a budget: `prune_to` prunes by evidence, and beyond it until the network is as small as was asked for.
 
-`search` finds the least evidence to give up, `latency` measures what operations take, `report` says what it cost.
+`objective` says what a network loses with the evidence that is given up, `search` finds the least of it, `latency`
+measures what operations take, `report` says what it cost.
 """
 
 from bmrs.budget.prune_to import prune_to

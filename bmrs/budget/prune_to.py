@@ -1,4 +1,4 @@
-"""`prune_to`: by evidence first, and beyond it in the order of evidence per cost."""
+"""`prune_to`: by evidence first, and beyond it in the order of relative evidence per cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bmrs.budget.latency import Latency
+from bmrs.budget.objective import relative_losses
 from bmrs.budget.report import BudgetReport, LatencySetting, LayerBudget, NetworkCost
 from bmrs.budget.search import Found, least_loss, least_possible
 from bmrs.checks import check_number, shown
@@ -46,11 +47,13 @@ def prune_to(
     """Prune by a criterion, and beyond it until the compacted network is within a budget, in place and for good.
 
     What `bmrs.prune` with ``example_inputs`` prunes goes first, whatever the budget. If that is not enough, further
-    structures go so that as little as can be of what speaks for them is given up: ΔF or log odds in nats for criteria
-    of evidence, the score itself for the others. Their costs are those of the compacted network, where a structure of
-    one layer saves the less the fewer are left in the next; tied structures, and structures of a grouped convolution,
-    go together. The structure of each layer that is most worth keeping stays. With some hundred thousand combinations
-    of widths at most all are tried, and nothing less would do; otherwise the report has a bound.
+    structures go, in each layer those first for which least speaks: ΔF or log odds in nats for criteria of evidence,
+    the score itself for the others. How many go of each layer is chosen so that what is given up over what stays, added
+    up over the layers, is least: the sum itself would empty layers that are expensive. Their costs are those of the
+    compacted network, where a structure of one layer saves the less the fewer are left in the next; tied structures,
+    and structures of a grouped convolution, go together. The structure of each layer that is most worth keeping stays.
+    With some hundred thousand combinations of widths at most all are tried, and nothing less would do; otherwise the
+    report has a bound.
 
     Args:
         model: a model with noise layers that `bmrs.compact` takes.
@@ -129,6 +132,14 @@ class _Evidence:
             self._known |= dict(zip(its_units, worth.tolist(), strict=True))
         return [self._known[unit] for unit in units]
 
+    def staying(self, units: Sequence[Unit]) -> float:
+        """Return what is worth keeping in the layers of some units beside these units."""
+        rest = {s.layer: self.judgement.masks[s.layer].clone() for unit in units for s in unit.structures}
+        for unit in units:
+            for layer, number in unit.structures:
+                rest[layer][number] = False
+        return sum(self.of_structures(layer, mask) for layer, mask in rest.items())
+
     def of_structures(self, layer: str, pruned: Tensor) -> float:
         """Return what some structures of a layer are worth by themselves."""
         return float(self._for_keeping(self.judgement.decisions[layer].scores[pruned]).sum())
@@ -148,6 +159,10 @@ class _Budget:
     def __init__(self, graph: MaskedGraph, costs: CostModel, evidence: _Evidence, target: float) -> None:
         self.graph, self.costs, self.evidence, self.target = graph, costs, evidence, target
         self.worths = [np.array(evidence.of(units)) for units in costs.units]
+        self.losses = [
+            relative_losses(worths, evidence.staying(units))
+            for worths, units in zip(self.worths, costs.units, strict=True)
+        ]
         self.nothing = np.zeros(len(costs.units))
         self.everything = np.array([len(units) for units in costs.units], dtype=np.float64)
         self.masks = evidence.judgement.masks
@@ -194,7 +209,8 @@ class _Budget:
             target=self.target,
             met_by_evidence=not found.pruned.any(),
             layers=layers,
-            lost=found.lost,
+            lost=float(sum(w[:number].sum() for w, number in zip(self.worths, found.pruned, strict=True))),
+            relative_loss=found.lost,
             **rest,
         )
 
@@ -232,11 +248,11 @@ class _CountedBudget(_Budget):
             dense=NetworkCost(dense.parameters, dense.flops),
             by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops),
             after=NetworkCost(after.parameters, after.flops),
-            least_lost=found.lost if found.exact else least_possible(self.worths, savings, needed),
+            least_relative_loss=found.lost if found.exact else least_possible(self.losses, savings, needed),
         )
 
     def _within(self, budget: float, limit: float) -> Found:
-        found = least_loss(self.worths, self.count, budget)
+        found = least_loss(self.losses, self.count, budget)
         if found is None:
             smallest = round(float(self.count(self.everything)))
             whole = getattr(self.costs.dense, self.measure)
@@ -305,16 +321,16 @@ class _LatencyBudget(_Budget):
             dense=NetworkCost(kept.parameters, kept.flops, dense),
             by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops, now),
             after=NetworkCost(after.parameters, after.flops, measured),
-            least_lost=None,
+            least_relative_loss=None,
             latency=LatencySetting(latency.batch, latency.threads, latency.device, predicted, tries),
         )
 
     def _within(self, latency: Latency, budget: float) -> Found:
-        found = least_loss(self.worths, latency, budget)
+        found = least_loss(self.losses, latency, budget)
         if found is None:
             # By the tables none is, by the measurement of the smallest network some are.
             everything = self.everything.astype(np.int64)
-            found = Found(everything, sum(float(w.sum()) for w in self.worths), exact=False)
+            found = Found(everything, sum(float(w.sum()) for w in self.losses), exact=False)
         return found
 
     def _compacted(self, masks: Mapping[str, Tensor]) -> nn.Module:

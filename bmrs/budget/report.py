@@ -83,8 +83,10 @@ class BudgetReport:
         after: what it takes now.
         layers: one entry for each noise layer, in module order.
         lost: the scores that the budget gave up beyond the criterion, those of tied structures together.
-        least_lost: no choice within the budget gives up less than this; ``lost`` itself where that was found by trying
-            all, None for latency.
+        relative_loss: of each layer the scores given up over those that stay, added up over the layers: what the choice
+            makes least.
+        least_relative_loss: no choice within the budget has less than this; ``relative_loss`` itself where that was
+            found by trying all, None for latency.
         latency: how latency was measured, None for the other targets.
     """
 
@@ -101,7 +103,8 @@ class BudgetReport:
     after: NetworkCost
     layers: tuple[LayerBudget, ...]
     lost: float
-    least_lost: float | None
+    relative_loss: float
+    least_relative_loss: float | None
     latency: LatencySetting | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,11 +164,12 @@ class BudgetReport:
             lost += " (nats, if the posteriors have settled; before, a rank of structures)"
         else:
             lost += " (a rank of structures, no evidence)"
-        if self.least_lost is None:
+        lost += f"; over what stays, added up over the layers, that is {self.relative_loss:.4g}"
+        if self.least_relative_loss is None:
             return lost
-        if self.least_lost >= self.lost:
-            return f"{lost}; no choice gives up less"
-        return f"{lost}; no choice gives up less than {self.least_lost:.4g}"
+        if self.least_relative_loss >= self.relative_loss:
+            return f"{lost}, and no choice gives up less"
+        return f"{lost}, and no choice gives up less than {self.least_relative_loss:.4g}"
 
 
 _NAMES = {"parameters": "parameters", "flops": "FLOPs", "latency": "latency in ms"}

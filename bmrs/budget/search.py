@@ -1,7 +1,7 @@
-"""The least evidence to give up for a given cost.
+"""The least loss for a given cost.
 
 Of structures that cost the same the one least worth keeping goes first, so that all there is to choose is how many go
-of each group. What they are worth adds up; what they cost does not, as a layer's weight is a product of the numbers
+of each group. What is lost with them adds up; what they cost does not, as a layer's weight is a product of the numbers
 kept on both of its sides. Where few enough combinations exist all of them are tried. Otherwise the search goes down the
 path of Lagrangian optima, group by group, and down a second path that takes the least worth per saving at every step;
 from where these end, and from the smallest network, it changes the numbers of two groups at a time until no such change

@@ -26,7 +26,7 @@ from bmrs.training.checkpoint import TrainingState
 from bmrs.training.epoch import batches_of
 from bmrs.training.evaluation import accuracy
 from bmrs.training.fit import fit, fitting_state
-from bmrs.training.settings import PaperNetwork
+from bmrs.training.settings import PAPER_SETTINGS, PaperNetwork
 
 CPU = torch.device("cpu")
 SIZES = ("own", "40 %", "20 %", "8 %")
@@ -60,7 +60,7 @@ def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainCon
     """Return what `bmrs train` would be told.
 
     The settings were chosen on validation images, of other seeds' splits, and the learning rate is one that suits the
-    small networks of all ways.
+    small networks of all ways; that of the MLPs on the full sets is the paper's, as eight layers need a small one.
 
     Args:
         subject: what is pruned.
@@ -77,11 +77,17 @@ def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainCon
         model=subject.network,
         seed=subject.seed,
         device="cpu",
-        lr=3e-3 if embedded else 4e-3,
+        lr=_learning_rate(subject),
         batch_size=32 if embedded else 128,
         noise_lr=5e-2 if embedded else 1e-1,
         **schedule,
     ).resolved()
+
+
+def _learning_rate(subject: Subject) -> float:
+    if subject.data == EMBEDDED:
+        return 3e-3
+    return PAPER_SETTINGS[subject.network, subject.data].lr if subject.network == "mlp" else 4e-3
 
 
 class Built(NamedTuple):
@@ -310,7 +316,7 @@ class PeerComparison:
 
     def _own_widths(self, size: str) -> tuple[int, ...] | None:
         if size != "own":
-            return self.chain.best(self.evidence, self.chain.cost(self._uniform(size)))
+            return self.chain.best(self.evidence, self.chain.cost(self._uniform(size)), relative=True)
         kept = [int((~bmrs.BMRSOdds()(layer).prune).sum()) for layer in noise_layers(self.noisy).values()]
         return tuple(max(1, count) for count in kept)
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 
@@ -39,6 +40,15 @@ def masks(model: nn.Module) -> dict[str, list[bool]]:
     return {name: layer.mask.tolist() for name, layer in noise_layers(model).items()}
 
 
+def relative_loss(model: nn.Module) -> float:
+    """What went of each layer over what stays, by the evidence of each structure."""
+    total = 0.0
+    for layer in noise_layers(model).values():
+        worth = (-bmrs.BMRSNormal()(layer).scores).clamp(min=0)
+        total += float(worth[~layer.mask].sum() / worth[layer.mask].sum())
+    return total
+
+
 @pytest.mark.parametrize("target", [{"parameters": 0.4}, {"flops": 20_000}])
 def test_the_compacted_network_is_within_the_target(model, target):
     alone = copy.deepcopy(model)
@@ -60,7 +70,8 @@ def test_the_compacted_network_is_within_the_target(model, target):
     for layer in report.layers:
         assert layer.after == int(noise_layers(model)[layer.name].mask.sum())
         assert layer.by_evidence == int(noise_layers(alone)[layer.name].mask.sum())
-    assert report.least_lost == report.lost == pytest.approx(sum(layer.lost for layer in report.layers))
+    assert report.lost == pytest.approx(sum(layer.lost for layer in report.layers))
+    assert report.least_relative_loss == report.relative_loss == pytest.approx(relative_loss(model))
     assert json.loads(json.dumps(report.to_dict()))["after"] == {
         "parameters": report.after.parameters,
         "flops": report.after.flops,
@@ -77,6 +88,34 @@ def test_cheap_layers_are_left_alone_where_operations_are_wanted(model):
     assert layers["0.noise"].after < 8
     # In each layer those worth least go first.
     assert all(mask == sorted(mask) for mask in masks(model).values())
+
+
+def test_no_layer_is_emptied_because_it_is_expensive():
+    """A sum over all layers would leave one neuron of the first, and all that later ones keep could read it alone."""
+    torch.manual_seed(0)
+    sizes = [500, 20, 20, 20, 20]
+    layers = [nn.Sequential(nn.Linear(*pair), nn.ReLU()) for pair in itertools.pairwise(sizes)]
+    model = nn.Sequential(*layers, nn.Linear(20, 2))
+    bmrs.add_noise(model, where="?.0")
+    settle(model, dict.fromkeys(noise_layers(model), (-2.0, 0.0)))
+    report = bmrs.prune_to(model, bmrs.BMRSNormal(), example_inputs=torch.randn(1, 500), flops=0.12)
+    kept = [layer.after for layer in report.layers]
+    assert 2 <= kept[0] <= min(kept[1:])
+
+
+def test_the_scale_of_a_layers_scores_does_not_matter():
+    """Norms of weights that are a thousand times larger in one layer say nothing about which layer matters."""
+    kept = []
+    for scale in (1.0, 1000.0):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        bmrs.add_noise(model, where=lambda name, _: name in ("0", "2"))
+        with torch.no_grad():
+            model[2].weight.mul_(scale)
+        bmrs.prune_to(model, bmrs.L2(ratio=0.0), example_inputs=torch.randn(1, 16), parameters=0.4)
+        kept.append(masks(model))
+    assert kept[0] == kept[1]
+    assert all(1 < sum(mask) < 16 for mask in kept[0].values())
 
 
 def test_what_evidence_prunes_is_enough_or_not(model):
