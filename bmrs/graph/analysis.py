@@ -19,9 +19,10 @@ from bmrs.graph.channels import (
     AtLeastOne,
     Staying,
     smallest_staying,
+    varying_axes,
     without_repetition,
 )
-from bmrs.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.values import Findings, Value
 
@@ -71,10 +72,12 @@ class Analysis:
 
     def kept_shape(self, value: Value) -> torch.Size:
         """Return the shape of what is kept of a value."""
-        sizes = []
-        for axis, size in enumerate(value.shape):
-            kept = self.kept(value, axis)
-            sizes.append(size if kept is None else len(kept))
+        sizes = list(value.shape)
+        for layer in value.layers:
+            stays = self.stays(without_repetition(layer)[0])
+            for axis in varying_axes(layer):
+                # Where channels lie along several dimensions, equally many stay in all rows that do.
+                sizes[axis] = int(stays.sum(dim=axis).max())
         return torch.Size(sizes)
 
     def reason(self, channel: int) -> str:
@@ -207,7 +210,7 @@ class _Reader:
         self.calls[node] = call
         constant = self._evaluated(call)
         if constant is not None and not any(value.layers for value in call.values()):
-            return constant
+            return self._initial_state(node, constant) if call.operator in FILLS else constant
         result: Any = RULES.get(call.operator, unknown)(self.findings, call)
         if isinstance(result, list) and not isinstance(example, list | tuple):
             (result,) = result
@@ -215,6 +218,17 @@ class _Reader:
             result = replace(result, constant=None, tensor=constant.tensor)
         self._overwrite(node, result)
         return result
+
+    def _initial_state(self, node: fx.Node, constant: Any) -> Any:
+        """Give zeros that a recurrent layer starts from channels, as they can be made with fewer entries."""
+        only = all(
+            isinstance(u.target, torch._ops.OpOverload) and _operator_name(u) in GATES for u in node.users
+        )
+        if not only or not isinstance(constant, Value) or len(constant.shape) < 2:
+            return constant
+        first, *between, last = constant.shape
+        channels = self.findings.ties.new(first, *[1] * len(between), last)
+        return replace(constant, layers=(channels.expand(constant.shape),))
 
     def _described(self, node: fx.Node, example: Any) -> Call:
         assert isinstance(node.target, torch._ops.OpOverload)

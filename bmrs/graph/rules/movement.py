@@ -268,6 +268,43 @@ def _indexed_axes(call: Call) -> list[int]:
     return [d for d, index in enumerate(call["indices"]) if index is not None]
 
 
+@rule("select_scatter")
+def placed(findings: Findings, call: Call) -> Value:
+    """Follow a tensor of which one entry along a dimension is replaced; what lies at its place is tied."""
+    value, source, axis = call["self"], call["src"], call["dim"] % len(call.shape)
+    place = call["index"] % value.shape[axis]
+    for layer in value.layers:
+        part = compressed(layer.select(axis, place))
+        axes = varying_axes(part)
+        own = next((other for other in source.layers if varying_axes(other) == axes), None)
+        if own is None:
+            findings.stay(part, "it meets a tensor that cannot be cut")
+        else:
+            findings.tie(part, own)
+    for layer in source.layers:
+        if not any(
+            varying_axes(compressed(x.select(axis, place))) == varying_axes(layer) for x in value.layers
+        ):
+            findings.stay(layer, "it meets a tensor that cannot be cut")
+    known = [value.known(), source.known()]
+    if known == [None, None]:
+        return Value(call.shape, value.layers)
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+    whole, part = (
+        nan.expand(v.shape) if k is None else k for v, k in zip((value, source), known, strict=True)
+    )
+    # Only where a dimension has many entries is it laid out in memory.
+    constant = torch.cat(
+        [
+            whole.narrow(axis, 0, place),
+            part.unsqueeze(axis),
+            whole.narrow(axis, place + 1, whole.shape[axis] - place - 1),
+        ],
+        axis,
+    )
+    return Value(call.shape, value.layers, compressed(constant))
+
+
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def like(findings: Findings, call: Call) -> Value:
     """Follow a tensor made with another's sizes, which loses what the other loses."""
