@@ -49,7 +49,7 @@ NOISE = "NoiseLayer"
 # Pure operators that have no rule of their own: channels that reach them stay.
 # fmt: off
 _WITHOUT_RULE = frozenset((
-    "arange", "full", "zeros", "ones", "scalar_tensor", "sym_size", "new_zeros", "new_ones", "new_full",
+    "arange", "full", "zeros", "ones", "scalar_tensor", "sym_size",
     "new_empty", "empty", "eye", "linspace", "tril", "triu", "item", "_local_scalar_dense", "one_hot",
     "searchsorted", "bucketize", "histc", "isin", "nonzero", "count_nonzero", "index_put", "index_add",
     "scatter", "scatter_add", "slice_scatter", "masked_scatter", "diff", "outer",

@@ -329,6 +329,8 @@ def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> dict[str, dict[st
     changed: dict[str, dict[str, int]] = {}
     for path, new_sizes in sizes.items():
         module = model.get_submodule(path)
+        if isinstance(module, nn.RNNBase):
+            continue  # which knows its own
         for name, value in vars(module).items():
             known = new_sizes.get(value) if type(value) is int else None
             if known is not None and len(known) == 1 and known != {value} and not name.startswith("_"):

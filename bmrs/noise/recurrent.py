@@ -74,8 +74,8 @@ def scale_weights(layer: nn.RNNBase, inputs: tuple[Any, ...]) -> None:
     layer._update_flat_weights()
     if layer._weights_have_changed():
         raise ValueError(
-            f"noise on the hidden units of {layer} cannot act: its weights are computed anew whenever they are looked "
-            "at, as by a parametrization; remove that (torch.nn.utils.parametrize.remove_parametrizations)"
+            f"noise on the hidden units of {type(layer).__name__} cannot act: its weights are computed anew whenever "
+            "they are looked at, as by a parametrization: call torch.nn.utils.parametrize.remove_parametrizations"
         )
     weights: dict[str, Tensor] = {name: getattr(layer, name) for name in layer._flat_weights_names}
     before: list[str] = []
@@ -96,6 +96,11 @@ def scale_states(layer: nn.RNNBase, inputs: tuple[Any, ...], output: Any) -> Any
     if output is None or layer.proj_size:
         noise.drawn = {}
         return output
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise TypeError(
+            f"noise on the hidden units of {type(layer).__name__} needs a layer that returns its output and its state, "
+            f"got {type(output).__name__}"
+        )
     sequence, state = output
     *_, last = _by_layer(layer)
     if isinstance(sequence, PackedSequence):

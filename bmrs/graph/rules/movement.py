@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bmrs.graph.channels import STAYS, compressed, varying_axes
-from bmrs.graph.operators import DROPOUTS
+from bmrs.graph.operators import DROPOUTS, NEW_FILLS
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
@@ -312,6 +312,14 @@ def like(findings: Findings, call: Call) -> Value:
     fill = fills.get(call.operator)
     constant = None if fill is None else torch.tensor(float(fill), dtype=torch.float64).expand(call.shape)
     return Value(call.shape, call["self"].layers, constant)
+
+
+@rule(*NEW_FILLS)
+def new(findings: Findings, call: Call) -> Value:
+    """Follow a tensor of one number, made with nothing but the dtype and device of another."""
+    fill = {"new_zeros": 0.0, "new_ones": 1.0, "new_full": call["fill_value"]}[call.operator]
+    constant = torch.tensor(torch.nan if fill is None else float(fill), dtype=torch.float64)
+    return Value(call.shape, (), constant.expand(call.shape))
 
 
 @rule("meshgrid", "broadcast_tensors")

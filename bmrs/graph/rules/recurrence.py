@@ -151,9 +151,7 @@ def _tie_state(findings: Findings, value: Value, channels: Tensor) -> None:
     states = _along_states(channels, value.shape)
     axis = len(value.shape) - 1
     if not any(axis in varying_axes(layer) for layer in value.layers) and value.shape[axis] > 1:
-        # Zeros come from the layer itself, which makes as many as it has units.
-        if value.tensor is None or bool(value.tensor.any()):
-            findings.stay(channels, "its initial state cannot be cut")
+        findings.stay(channels, "its initial state cannot be cut")
         return
     for layer in value.layers:
         axes = set(varying_axes(layer))
