@@ -51,7 +51,7 @@ def _check_hidden_units(layer: nn.Module, noise: nn.Module) -> None:
         raise ValueError(f"{type(layer).__name__} has no hidden units that noise can multiply")
     for name, part in noise.named_children():
         sizes = {len(tensor) for tensor in (*part.parameters(), *part.buffers())}
-        if name not in hidden_parts(layer) or sizes != {layer.hidden_size}:
+        if name not in hidden_parts(layer) or sizes != {layer.hidden_size} or part.dim != -1:
             raise ValueError(
                 f"noise {name!r} of {sorted(sizes)} hidden units does not fit a {type(layer).__name__} of "
                 f"{layer.hidden_size} in {hidden_parts(layer)}"
