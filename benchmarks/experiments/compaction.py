@@ -184,11 +184,14 @@ def _by_torch_pruning(dense: nn.Module, model: nn.Module, inputs: Any) -> dict[s
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for name, layer in noise_layers(model).items():
-                host = pruned.get_submodule(name.rpartition(".")[0])
+                # Noise on hidden units lies two levels below its layer.
+                host = pruned.get_submodule(name[: name.rindex(".noise")])
                 function = next((f for kind, f in functions.items() if isinstance(host, kind)), None)
+                graph = tp.DependencyGraph().build_dependency(pruned, inputs)
+                if isinstance(host, nn.LSTM):
+                    function = graph.get_pruner_of_module(host).prune_out_channels
                 if function is None:
                     return {"torch_pruning": f"cannot prune {type(host).__name__}"}
-                graph = tp.DependencyGraph().build_dependency(pruned, inputs)
                 group = graph.get_pruning_group(host, function, (~layer.mask).nonzero().flatten().tolist())
                 group.prune()
             _run(pruned, inputs)

@@ -51,7 +51,8 @@ def flops(model: nn.Module, example: Tensor) -> int:
 def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, StructureCost]:
     """Measure what the compacted network saves when one more structure of each noise layer is pruned.
 
-    Structures that additions tie are pruned together, and what that saves is divided among their layers.
+    Structures that additions tie are pruned together, and so are those of the layers and directions of a recurrent
+    layer, of which equally many stay; what that saves is divided among their noise layers.
 
     Args:
         model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
@@ -114,13 +115,18 @@ def _costs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, S
         graph = MaskedGraph(model, inputs, "structure_costs")
         found = make_cost_model(graph, inputs, masks, _last_first, bundled=False)
         groups = {frozenset(unit.structures): g for g, units in enumerate(found.units) for unit in units}
-        together = {name: group for group in graph.tied for name in group}
+        together = {name: tuple(group) for group in graph.tied for name in group}
+        level = {name: group for group in graph.level for name in group}
         one_each = np.eye(len(found.units))
         pruned = {}
         for name in masks:
-            layers = together.get(name, [name])
-            if int(masks[layers[0]].sum()) > 1:
-                pruned[name] = frozenset(Structure(layer, last[layers[0]].number) for layer in layers)
+            groups_of_layers = dict.fromkeys(together.get(n, (n,)) for n in level.get(name, [name]))
+            if all(int(masks[layers[0]].sum()) > 1 for layers in groups_of_layers):
+                pruned[name] = frozenset(
+                    Structure(layer, last[layers[0]].number)
+                    for layers in groups_of_layers
+                    for layer in layers
+                )
         known = {
             structures: one_each[groups[structures]] for structures in pruned.values() if structures in groups
         }
@@ -131,12 +137,12 @@ def _costs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, S
         whole = found.cost(np.zeros(len(found.units)))
         costs = {}
         for name in masks:
-            number, saved = len(together.get(name, [name])), (0, 0)
+            number, saved = len(pruned.get(name, ())), (0, 0)
             if name in pruned:
                 counted = known.get(pruned[name])
                 cost = found.cost_of(graph.without(pruned[name])) if counted is None else found.cost(counted)
                 saved = (whole.parameters - cost.parameters, whole.flops - cost.flops)
-            costs[name] = StructureCost(saved[0] / number, saved[1] / number)
+            costs[name] = StructureCost(saved[0] / max(number, 1), saved[1] / max(number, 1))
     return costs, StructureCost(whole.parameters, whole.flops)
 
 

@@ -26,7 +26,7 @@ from bmrs.compaction.description import (
 )
 from bmrs.compaction.surgery import groups_left
 from bmrs.graph.analysis import Analysis, layer_of
-from bmrs.graph.operators import DROPOUTS
+from bmrs.graph.operators import DROPOUTS, FILLS
 from bmrs.graph.rules import Call
 from bmrs.graph.stock_layers import BATCH_NORMS, constructor_arguments
 from bmrs.graph.values import Value
@@ -196,6 +196,11 @@ class _Describer:
     def _noise(self, node: fx.Node, call: Call) -> None:
         x, name = self._argument(node.args[0]), call["name"]
         if name in self.noise:
+            if self.noise[name].hooked == "hidden":
+                raise UnsupportedError(
+                    f"a network cannot be described with the noise {name!r} on hidden units, of which one draw is "
+                    "multiplied on several tensors"
+                )
             # Its activation, if it has one, is an operation of its own.
             arguments = {**stored_arguments(self.noise[name]), "activation": None}
             self._add(Operation(node.name, "layer", NOISE, (x, name), arguments), node)
@@ -253,7 +258,7 @@ class _Describer:
         analysis, name = self.analysis, call.operator
         result = analysis.values.get(node)
         source = call["self"] if isinstance(call["self"], Value) else call["input"]
-        if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to") and isinstance(
+        if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to", *FILLS) and isinstance(
             result, Value
         ):
             key = "size" if call["size"] is not None else "shape"

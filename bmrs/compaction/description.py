@@ -49,10 +49,10 @@ NOISE = "NoiseLayer"
 # Pure operators that have no rule of their own: channels that reach them stay.
 # fmt: off
 _WITHOUT_RULE = frozenset((
-    "arange", "full", "zeros", "ones", "scalar_tensor", "sym_size", "new_zeros", "new_ones", "new_full",
+    "arange", "full", "zeros", "ones", "scalar_tensor", "sym_size",
     "new_empty", "empty", "eye", "linspace", "tril", "triu", "item", "_local_scalar_dense", "one_hot",
     "searchsorted", "bucketize", "histc", "isin", "nonzero", "count_nonzero", "index_put", "index_add",
-    "scatter", "scatter_add", "slice_scatter", "select_scatter", "masked_scatter", "diff", "outer",
+    "scatter", "scatter_add", "slice_scatter", "masked_scatter", "diff", "outer",
     "tensordot", "chain_matmul", "cross", "cdist", "cosine_similarity", "pairwise_distance", "im2col",
     "col2im", "addmv", "addbmm", "bilinear", "embedding_bag", "affine_grid_generator", "max_unpool2d",
     "cummax", "cummin", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "fft_fft", "fft_ifft",

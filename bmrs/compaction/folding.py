@@ -1,16 +1,18 @@
 """Noise factors moved into the parameters around them.
 
 A noise layer multiplies a tensor y by factors f = E[θ] · mask ≥ 0. A network that computes the same without it is found
-in one of two ways, and exactly so:
+in one of three ways, and exactly so:
 
 - Backward, towards the inputs: f·(W·y + b) = (f·W)·y + f·b, so that linear layers, convolutions and the affine parts of
   normalisations take f up in their rows; f·r(y) = r(f·y) for what is positively homogeneous and keeps channels apart,
   such as ReLU and pooling; f·(a + b) = f·a + f·b; f·(a · b) = (f·a) · b. Nothing else may read a tensor on the way,
   because it would see the factors too.
-- Forward, towards the outputs: W·(f·y) = (W·f)·y, so that linear layers and convolutions take f up in their columns and
-  batch norms in their statistics, behind what is homogeneous. All that read the tensor have to.
+- Forward, towards the outputs: W·(f·y) = (W·f)·y, so that linear layers, convolutions and recurrent layers take f up
+  in their columns and batch norms in their statistics, behind what is homogeneous or moves elements. All that read the
+  tensor have to.
+- Where y is itself a parameter or a part of one, as the weights of recurrent layers are, it becomes f·y.
 
-Parameters that are used several times can take factors up only if they meet the same ones every time. Where neither way
+Parameters that are used several times can take factors up only if they meet the same ones every time. Where no way
 is open, the factors stay, as one multiplication.
 """
 
@@ -26,7 +28,7 @@ from torch import Tensor, fx
 
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import compressed, varying_axes
-from bmrs.graph.operators import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.operators import CONVOLUTIONS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules import Call
 from bmrs.graph.values import Value
 
@@ -41,6 +43,8 @@ _POOLS = (
 )
 _RESHAPINGS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 _PERMUTATIONS = ("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
+_PICKS = ("select", "slice", "narrow", "flip")
+_REDUCTIONS = ("mean", "sum", "amax")
 _MATRIX_PRODUCTS = (*LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 _AFFINE_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1}
 
@@ -58,6 +62,7 @@ _SAME_TENSOR = (
 )
 
 Tensors = dict[str, Tensor]
+Part = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +74,14 @@ class Edit:
         parameters: qualified names of those that change.
         factors: what they are changed by.
         apply: changes them, given all tensors by name; float64, in place.
+        part: where the operation reads a slice of a parameter alone, its dimension, start and end.
     """
 
     node: fx.Node
     parameters: tuple[str, ...]
     factors: Tensor
     apply: Callable[[Tensors], None]
+    part: Part | None = None
 
 
 class _BarredError(Exception):
@@ -141,6 +148,9 @@ class _Folder:
 
     def fold(self, noise: fx.Node, factors: Tensor) -> list[Edit]:
         """Return the edits that stand in for a noise layer's multiplication."""
+        value = self.calls[noise]["x"]
+        if value.parameter is not None:
+            return [self._parameter(noise, value.parameter, factors, None)]
         try:
             return self._backward(noise.args[0], noise, factors)
         except _BarredError as error:
@@ -185,14 +195,32 @@ class _Folder:
             users = self.users[id(tensor)] if tensor is not None else {its_edits[0].node}
             if len(users) == 1:
                 continue
-            same = all(torch.equal(edit.factors, its_edits[0].factors) for edit in its_edits)
-            if {edit.node for edit in its_edits} != users or not same or len(its_edits) != len(users):
-                return f"{name!r} is also used without this noise"
+            for part in dict.fromkeys(edit.part for edit in its_edits):
+                of_part = [edit for edit in its_edits if edit.part == part]
+                same = all(torch.equal(edit.factors, of_part[0].factors) for edit in of_part)
+                readers = {user for user in users if part is None or self._may_read(user, part)}
+                if {edit.node for edit in of_part} != readers or not same or len(of_part) != len(readers):
+                    return f"{name!r} is also used without this noise"
         return ""
+
+    def _may_read(self, user: fx.Node, part: Part) -> bool:
+        """Return whether an operation may read a part of a parameter, as all do but slices beside it."""
+        read = self._slice(user)
+        return read is None or read[0] != part[0] or (read[1] < part[2] and part[1] < read[2])
+
+    def _slice(self, node: fx.Node) -> Part | None:
+        """Return dimension, start and end of a slice of a parameter, None for another operation."""
+        call = self.calls.get(node)
+        if call is None or call.operator != "slice" or call["step"] != 1 or call["self"].parameter is None:
+            return None
+        dim = call["dim"] % len(call.shape)
+        start = call["start"] or 0
+        start += call["self"].shape[dim] if start < 0 else 0
+        return dim, start, start + call.shape[dim]
 
     def once_each(self, edits: list[Edit]) -> list[Edit]:
         """Return one edit for every parameter, where several uses of it ask for the same one."""
-        seen: set[tuple[str, ...]] = set()
+        seen: set[tuple[tuple[str, ...], Part | None]] = set()
         result = []
         for edit in edits:
             shared = any(
@@ -200,9 +228,10 @@ class _Folder:
                 for name in edit.parameters
                 if name in self.tensors
             )
-            if shared and edit.parameters in seen:
+            key = (edit.parameters, edit.part)
+            if shared and key in seen:
                 continue
-            seen.add(edit.parameters)
+            seen.add(key)
             result.append(edit)
         return result
 
@@ -213,6 +242,8 @@ class _Folder:
         if others:
             raise _BarredError(f"backward it would act on {others[0].name} too")
         call = self.calls[node]
+        if (its_part := self._slice(node)) is not None:
+            return [self._parameter(node, call["self"].parameter, factors, its_part)]
         if call.operator in _MATRIX_PRODUCTS or call.operator in _AFFINE_NORMS:
             return [self._rows(node, call, factors)]
         if call.operator in (*_HOMOGENEOUS, *_POOLS):
@@ -244,23 +275,44 @@ class _Folder:
 
     def _forward(self, node: fx.Node, factors: Tensor) -> list[Edit]:
         edits: list[Edit] = []
+        if bool((factors == 1).all()):
+            return edits
         for reader in node.users:
             call = self.calls.get(reader)
             if call is None:
                 raise _BarredError("forward it meets the model's output")
             if call.operator in _MATRIX_PRODUCTS:
                 edits.append(self._columns(reader, call, node, factors))
+            elif call.operator in GATES:
+                edits += self._recurrent_columns(reader, call, node, factors)
             elif call.operator == "batch_norm" and not call["training"]:
                 edits.append(self._statistics(reader, call, factors))
             elif call.operator in (*_HOMOGENEOUS, *_POOLS):
                 edits += self._forward(reader, _resized(factors, call.shape))
-            elif call.operator in (*_RESHAPINGS, *_PERMUTATIONS):
+            elif call.operator in (*_RESHAPINGS, *_PERMUTATIONS, *_PICKS):
                 edits += self._forward(reader, compressed(_run(call, factors)))
+            elif call.operator in _REDUCTIONS:
+                edits += self._forward(reader, _reduced(call, factors))
+            elif call.operator in ("cat", "select_scatter"):
+                edits += self._forward(reader, self._put_together(reader, call, node, factors))
             elif call.operator == "mul" and reader.args[0] is not reader.args[1]:
                 edits += self._forward(reader, factors.expand(call.shape))
             else:
                 raise _BarredError(f"forward it cannot pass {reader.name}")
         return edits
+
+    def _put_together(self, node: fx.Node, call: Call, source: fx.Node, factors: Tensor) -> Tensor:
+        """Return the factors of a tensor that consists of others, of which one has some."""
+
+        def placed(argument: object) -> Tensor:
+            ones = torch.ones((), dtype=factors.dtype)
+            return factors if argument is source else ones.expand(self._shape(argument))
+
+        if call.operator == "cat":
+            parts = [placed(part) for part in node.args[0]]  # type: ignore[union-attr]
+            return compressed(torch.cat(parts, call["dim"]))
+        whole, replacement = map(placed, node.args[:2])
+        return compressed(torch.select_scatter(whole, replacement, call["dim"], call["index"]))
 
     def _shape(self, node: object) -> torch.Size:
         value = self.values.get(node) if isinstance(node, fx.Node) else None
@@ -314,6 +366,38 @@ class _Folder:
             tensors[name].mul_(per_weight.to(tensors[name].device))
 
         return Edit(node, (name,), vector, apply)
+
+    def _recurrent_columns(self, node: fx.Node, call: Call, source: fx.Node, factors: Tensor) -> list[Edit]:
+        """Return the edits of the weights with which a recurrent layer reads its input."""
+        x = "data" if call["input"] is None else "input"
+        states = call["hx"] if isinstance(call["hx"], list) else [call["hx"]]
+        if call[x] is not self.values[source] or any(state is self.values[source] for state in states):
+            raise _BarredError(f"{node.name} takes it as a state")
+        vector = _vector(factors, -1)
+        parameters = call["params"]
+        directions = 2 if call["bidirectional"] else 1
+        per_direction = len(parameters) // (call["num_layers"] * directions)
+        edits = []
+        for value in parameters[: directions * per_direction : per_direction]:
+            name = self._own(value)
+
+            def apply(tensors: Tensors, name: str = name) -> None:
+                tensors[name].mul_(vector.to(tensors[name].device))
+
+            edits.append(Edit(node, (name,), vector, apply))
+        return edits
+
+    def _parameter(self, node: fx.Node, name: str, factors: Tensor, part: Part | None) -> Edit:
+        """Return the edit that multiplies a parameter or a slice of it."""
+
+        def apply(tensors: Tensors) -> None:
+            tensor = tensors[name]
+            if part is not None:
+                dim, start, end = part
+                tensor = tensor.narrow(dim, start, end - start)
+            tensor.mul_(factors.to(tensor.device))
+
+        return Edit(node, (name,), factors, apply, part)
 
     def _statistics(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
         """Return the edit that makes a batch norm of x what it was of f·x.
@@ -374,6 +458,18 @@ def _resized(factors: Tensor, shape: torch.Size) -> Tensor:
                 raise _BarredError("it scales parts of one channel differently")
             factors = factors.narrow(d, 0, 1)
     return factors.expand(shape)
+
+
+def _reduced(call: Call, factors: Tensor) -> Tensor:
+    """Return factors behind a sum, mean or maximum over dimensions along which they do not vary."""
+    rank = factors.dim()
+    dims = call["dim"] if isinstance(call["dim"], list) else [] if call["dim"] is None else [call["dim"]]
+    over = {d % rank for d in dims} or set(range(rank))
+    if over & set(varying_axes(factors)):
+        raise _BarredError("it scales what is summed differently")
+    for d in over:
+        factors = factors.narrow(d, 0, 1)
+    return compressed(factors.reshape(call.shape))
 
 
 def _run(call: Call, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from bmrs.graph.analysis import Analysis
-from bmrs.graph.operators import CONVOLUTIONS, LINEAR, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.operators import CONVOLUTIONS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules import Call
 from bmrs.graph.values import Value
 
@@ -76,10 +76,14 @@ def products(analysis: Analysis, node: fx.Node) -> list[list[Axis]]:
             [*axes("query"), *axes("key", -2)],
             [*axes("query")[:-1], *axes("key", -2), *axes("value", -1)],
         ]
-    if call.operator in ("lstm", "gru", "rnn_tanh", "rnn_relu") and call["input"] and _is_counted(node, call):
-        weights = [value for value in call["params"] if len(value.shape) == 2 and value.parameter]
+    if call.operator in GATES and call["input"] and _is_counted(node, call):
+        weights = [(i, value.parameter) for i, value in enumerate(call["params"]) if len(value.shape) == 2]
         return [
-            [*axes("input")[:-1], *(Axis(weight.parameter, "", d) for d in range(2))] for weight in weights
+            [
+                *axes("input")[:-1],
+                *(Axis(name, "", d) if name else Axis(node, f"params.{i}", d) for d in range(2)),
+            ]
+            for i, name in weights
         ]
     if call.operator == "einsum":
         return _einsum(call, node)

@@ -16,7 +16,7 @@ from bmrs.graph.analysis import Analysis, layer_of
 from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.copies import copied
-from bmrs.graph.operators import LINEAR
+from bmrs.graph.operators import FILLS, GATES, LINEAR
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.values import Value
@@ -24,6 +24,7 @@ from bmrs.noise.activations import ACTIVATION_LAYERS
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.hooks import remove_noise_hook
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.recurrent import HiddenNoise
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,9 @@ def set_sizes(module: nn.Module) -> None:
         module.num_features = len(module.running_mean)
     elif isinstance(module, nn.RNNBase):
         first: Tensor = module.get_parameter("weight_ih_l0")
-        module.input_size = first.shape[1]
+        gates = GATES[module.mode.lower()]
+        module.hidden_size, module.input_size = len(first) // gates, first.shape[1]
+        module._init_flat_weights()
 
 
 def _set_convolution(module: _ConvNd, shape: torch.Size) -> None:
@@ -306,6 +309,7 @@ def groups_left(analysis: Analysis, call: Call) -> int:
 
 _TAKE_SIZES = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), ("size", "shape")),
+    **dict.fromkeys(FILLS, ("size",)),
     "unflatten": ("sizes",),
     "split": ("split_size",),
     "split_with_sizes": ("split_sizes",),
@@ -325,6 +329,8 @@ def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> dict[str, dict[st
     changed: dict[str, dict[str, int]] = {}
     for path, new_sizes in sizes.items():
         module = model.get_submodule(path)
+        if isinstance(module, nn.RNNBase):
+            continue  # which knows its own
         for name, value in vars(module).items():
             known = new_sizes.get(value) if type(value) is int else None
             if known is not None and len(known) == 1 and known != {value} and not name.startswith("_"):
@@ -375,7 +381,15 @@ def replace_noise(
             elif child.activation is not None:
                 # A hook, if there is one, goes on applying it.
                 module._modules[name] = ACTIVATION_LAYERS[child.activation]()
-            elif remove_noise_hook(module) or (type(module) is nn.Sequential and len(module) > 1):
+            elif (
+                isinstance(module, HiddenNoise)
+                or remove_noise_hook(module)
+                or (type(module) is nn.Sequential and len(module) > 1)
+            ):
                 del module._modules[name]
             else:
                 module._modules[name] = nn.Identity()
+    for module in list(model.modules()):
+        rest = module._modules.get("noise")
+        if isinstance(rest, HiddenNoise) and not rest._modules and remove_noise_hook(module):
+            del module._modules["noise"]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+from bmrs.graph.operators import GATES
+
 _OF_LAYERS = (
     "input",
     "hx",
@@ -28,7 +29,7 @@ _BATCH_NORMS = ("_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 def takes_sizes_on_trust(operator: str) -> bool:
     """Return whether an operator, such as ``aten.lstm.input``, is one that `check_sizes` knows."""
     name = operator.split(".")[1]
-    return name.removesuffix("_cell") in _GATES or name in _BATCH_NORMS
+    return name.removesuffix("_cell") in GATES or name in _BATCH_NORMS
 
 
 def check_sizes(*args: Any, operator: str, **kwargs: Any) -> Tensor:
@@ -76,7 +77,7 @@ def _check_recurrent(operator: str, *args: Any, **kwargs: Any) -> Tensor:
         raise ValueError(f"{operator} must have an input and {expected_states} states of {rank} dimensions")
     batch = x.shape[0] if cell or given["batch_first"] else x.shape[1]
     outside, inside = states[0].shape[-1], states[-1].shape[-1]  # with and without projection
-    rows = _GATES[kind.removesuffix("_cell")] * inside
+    rows = GATES[kind.removesuffix("_cell")] * inside
     projected = outside != inside
     first = (batch,) if cell else (layers * directions, batch)
     expected = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +19,13 @@ from bmrs.graph.stock_layers import build_layer
 from bmrs.noise.activations import ACTIVATION_LAYERS
 from bmrs.noise.added import note_what_was_added
 from bmrs.noise.channel_scale import ChannelScale
-from bmrs.noise.hooks import add_noise_hook, has_input_noise
-from bmrs.noise.layer import NoiseLayer, stored_arguments
+from bmrs.noise.hooks import add_noise_hook, noise_position
+from bmrs.noise.layer import NoiseLayer, NoisePosition, stored_arguments
 from bmrs.noise.lookup import noise_layers
+from bmrs.noise.recurrent import HiddenNoise
+
+_CODES: dict[NoisePosition, Any] = {"output": False, "input": True, "hidden": "hidden"}
+"""How a file says what of a layer is multiplied."""
 
 _TENSORS_OF_NOISE = ("mu", "log_sigma", "mask", "pruned")
 
@@ -30,21 +35,22 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         Names of parameters that are ``"frozen"``; by qualified name, ``"groups"`` of convolutions, ``"scales"``,
-        factors that could not be folded (dimension, activation before them, whether they multiply what the layer
-        takes), ``"activations"`` that noise had and that hooks go on applying (name, and again whether to what the
-        layer takes), and ``"noise"`` that was kept (its first name, constructor arguments, and that again).
+        factors that could not be folded (dimension, activation before them, and what of the layer they multiply),
+        ``"activations"`` that noise had and that hooks go on applying (name, and again to what), and ``"noise"`` that
+        was kept (its first name, constructor arguments, and that again). What of a layer is multiplied is false for
+        what it returns, true for what it takes, and ``"hidden"`` for the hidden units of a recurrent one.
     """
     hosts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
     return {
         "frozen": [n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad],
         "groups": {n: m.groups for n, m in model.named_modules() if isinstance(m, _ConvNd)},
         "scales": {
-            n: [m.dim, m.activation, has_input_noise(hosts[n])]
+            n: [m.dim, m.activation, _CODES[noise_position(hosts[n])]]
             for n, m in model.named_modules()
             if isinstance(m, ChannelScale)
         },
         "activations": {
-            n: [kind, has_input_noise(hosts[n])]
+            n: [kind, _CODES[noise_position(hosts[n])]]
             for n, m in model.named_modules()
             for kind, layer in ACTIVATION_LAYERS.items()
             if n.rpartition(".")[2] == "noise" and type(m) is layer
@@ -56,7 +62,7 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
 def _describe_noise(model: nn.Module) -> dict[str, Any]:
     first = {layer: name for name, layer in noise_layers(model).items()}
     return {
-        name: [first[module], stored_arguments(module), module.hooked == "input"]
+        name: [first[module], stored_arguments(module), _CODES[module.hooked or "output"]]
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, NoiseLayer)
     }
@@ -106,12 +112,12 @@ def _set_tensors(
         )
         if name.rpartition(".")[0] not in noise
     }
-    recurrent = {n for n, module in model.named_modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)}
+    cells = {n for n, module in model.named_modules() if isinstance(module, nn.RNNCellBase)}
     for name in sorted(name for name in model.state_dict(keep_vars=True) if name in own):
         if name not in tensors:
             raise ValueError(f"it has no {name!r}, which model ({name_of_class}) has")
-        # The kernels of recurrent layers take the rows of their weights, one for each gate and unit, on trust.
-        rows = name.rpartition(".")[0] in recurrent and tensors[name].shape[:1] != own[name].shape[:1]
+        # Their kernels take the rows of their weights, one for each gate and unit, on trust.
+        rows = name.rpartition(".")[0] in cells and tensors[name].shape[:1] != own[name].shape[:1]
         if rows or not _fits(tensors[name].shape, own[name].shape):
             raise ValueError(
                 f"its {name!r} of shape {tuple(tensors[name].shape)} does not come from one of shape "
@@ -123,6 +129,9 @@ def _set_tensors(
             raise ValueError(
                 f"its {name!r} is {tensors[name].dtype}, and model ({name_of_class}) has it as {own[name].dtype}"
             )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            _check_recurrent(name, module, tensors, name_of_class)
     modules = dict(model.named_modules())
     scaled = {f"{name}.factors" for name in description.get("scales", {})}
     scaled |= {f"{name}.{key}" for name in description.get("noise", {}) for key in _TENSORS_OF_NOISE}
@@ -155,6 +164,36 @@ def _set_tensors(
     frozen = description.get("frozen", [])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
+
+
+def _check_recurrent(path: str, layer: nn.RNNBase, tensors: Mapping[str, Tensor], name_of_class: str) -> None:
+    """Raise ValueError unless the weights of a recurrent layer, whose kernels take sizes on trust, fit each other."""
+    own = {
+        name: tensors[f"{path}.{name}".lstrip(".")].shape
+        for name, _ in layer.named_parameters(recurse=False)
+        if name.startswith(("weight", "bias"))
+    }
+    gates = len(layer.get_parameter("weight_ih_l0")) // layer.hidden_size
+    rows = own["weight_ih_l0"][0]
+    hidden = rows // gates
+    state = layer.proj_size or hidden
+    for name, shape in own.items():
+        if name.startswith("weight_hr"):
+            expected: tuple[int, ...] = (state, hidden)
+        elif name.startswith("bias"):
+            expected = (rows,)
+        elif name.startswith("weight_hh"):
+            expected = (rows, state)
+        elif name.startswith("weight_ih_l0"):
+            expected = (rows, own["weight_ih_l0"][1])
+        else:
+            expected = (rows, state * (1 + layer.bidirectional))
+        if tuple(shape) != expected or rows % gates or hidden <= layer.proj_size:
+            full_name = f"{path}.{name}".lstrip(".")
+            raise ValueError(
+                f"its {full_name!r} of shape {tuple(shape)} does not fit the other weights of this recurrent layer of "
+                f"model ({name_of_class}), with which it has to have {expected}"
+            )
 
 
 def _set_groups(model: nn.Module, groups: Mapping[str, Any], name_of_class: str) -> None:
@@ -198,22 +237,30 @@ def _set_noise(
                     new.hooked, new.backend, new.generator = child.hooked, child.backend, child.generator
                 module._modules[key] = new
     replace_noise(model, {})
-    hooked = {name: (scale, at_input) for name, (scale, at_input) in scales.items()}
+    hooked = dict(scales)
     for name, options in description.get("activations", {}).items():
-        kind, at_input = options if isinstance(options, list) and len(options) == 2 else (None, None)
+        kind, code = options if isinstance(options, list) and len(options) == 2 else (None, None)
         if kind not in ACTIVATION_LAYERS:
             raise ValueError(f"its activation at {name[:100]!r} is unknown")
-        hooked[name] = (ACTIVATION_LAYERS[kind](), bool(at_input))
+        hooked[name] = (ACTIVATION_LAYERS[kind](), _position(code, name))
     modules = dict(model.named_modules())
-    for name, (layer, at_input) in hooked.items():
+    hidden: dict[str, dict[str, nn.Module]] = defaultdict(dict)
+    for name, (layer, position) in hooked.items():
         path, _, key = name.rpartition(".")
         if name in modules and type(modules[name]) is type(layer):
             continue
-        if isinstance(layer, NoiseLayer) and model.get_submodule(path)._modules.get(key) is layer:
+        if isinstance(layer, NoiseLayer) and path in modules and modules[path]._modules.get(key) is layer:
             continue  # a layer that goes by several names
+        if position == "hidden":
+            path, _, child = path.rpartition(".")
+            hidden[path][key] = layer
+            key = child
         if path not in modules or key != "noise" or hasattr(modules[path], "noise"):
             raise ValueError(f"it has noise at {name[:100]!r}, where model ({name_of_class}) has none")
-        add_noise_hook(modules[path], layer, at_input=at_input)
+        if position != "hidden":
+            add_noise_hook(modules[path], layer, position)
+    for path, parts in hidden.items():
+        add_noise_hook(modules[path], HiddenNoise(parts), "hidden")
     if noise := description.get("noise"):
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[0] in noise:
@@ -221,10 +268,15 @@ def _set_noise(
         note_what_was_added(model)
 
 
-def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, bool]:
-    dim, activation, at_input = (
-        options if isinstance(options, list) and len(options) == 3 else (None, None, None)
-    )
+def _position(code: Any, name: str) -> NoisePosition:
+    for position, its_code in _CODES.items():
+        if code == its_code and type(code) is type(its_code):
+            return position
+    raise ValueError(f"what its noise at {name[:100]!r} multiplies is unknown: {str(code)[:50]}")
+
+
+def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, NoisePosition]:
+    dim, activation, code = options if isinstance(options, list) and len(options) == 3 else (None, None, None)
     factors = tensors.get(f"{name}.factors")
     known = activation is None or activation in ACTIVATION_LAYERS
     if (
@@ -235,15 +287,17 @@ def _scale(name: str, options: Any, tensors: Mapping[str, Tensor]) -> tuple[nn.M
         or not factors.is_floating_point()
     ):
         raise ValueError(f"its factors at {name[:100]!r} are not whole")
-    return ChannelScale(factors.clone(), dim=dim, activation=activation), bool(at_input)
+    return ChannelScale(factors.clone(), dim=dim, activation=activation), _position(code, name)
 
 
-def _kept_noise(noise: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, tuple[nn.Module, bool]]:
-    """Return noise layers by each of their names, and whether they multiply what a layer takes."""
+def _kept_noise(
+    noise: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[nn.Module, NoisePosition]]:
+    """Return noise layers by each of their names, and what of a layer they multiply."""
     layers: dict[str, NoiseLayer] = {}
-    found: dict[str, tuple[nn.Module, bool]] = {}
+    found: dict[str, tuple[nn.Module, NoisePosition]] = {}
     for name, options in noise.items():
-        first, arguments, at_input = (
+        first, arguments, code = (
             options if isinstance(options, list) and len(options) == 3 else (None, None, None)
         )
         if not isinstance(first, str) or not isinstance(arguments, dict):
@@ -257,7 +311,7 @@ def _kept_noise(noise: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict
                 raise ValueError(f"its noise at {name[:100]!r} cannot be built: {one_line(error)}") from error
             assert isinstance(layer, NoiseLayer)
             layer.compacted, layers[first] = True, layer
-        found[name] = layers[first], bool(at_input)
+        found[name] = layers[first], _position(code, name)
     return found
 
 

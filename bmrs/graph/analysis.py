@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,10 @@ from bmrs.graph.channels import (
     AtLeastOne,
     Staying,
     smallest_staying,
+    varying_axes,
     without_repetition,
 )
-from bmrs.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.values import Findings, Value
 
@@ -75,6 +77,12 @@ class Analysis:
         for axis, size in enumerate(value.shape):
             kept = self.kept(value, axis)
             sizes.append(size if kept is None else len(kept))
+        for layer in value.layers:
+            *rows, last = varying_axes(layer) or (0,)
+            number = int(self.stays(without_repetition(layer)[0]).sum())
+            if rows:
+                # As many in each row, but not always the same ones.
+                sizes[last] = number // math.prod(sizes[axis] for axis in rows)
         return torch.Size(sizes)
 
     def reason(self, channel: int) -> str:
@@ -207,14 +215,22 @@ class _Reader:
         self.calls[node] = call
         constant = self._evaluated(call)
         if constant is not None and not any(value.layers for value in call.values()):
-            return constant
+            return self._initial_state(node, call.operator, constant)
         result: Any = RULES.get(call.operator, unknown)(self.findings, call)
         if isinstance(result, list) and not isinstance(example, list | tuple):
             (result,) = result
         if isinstance(constant, Value) and isinstance(result, Value):
             result = replace(result, constant=None, tensor=constant.tensor)
         self._overwrite(node, result)
-        return result
+        return self._initial_state(node, call.operator, result)
+
+    def _initial_state(self, node: fx.Node, name: str, value: Any) -> Any:
+        """Give what a recurrent layer starts from channels, where it is one number that can be there fewer times."""
+        if name not in FILLS or not isinstance(value, Value) or len(value.shape) < 2 or not _starts(node):
+            return value
+        first, *between, last = value.shape
+        channels = self.findings.ties.new(first, *[1] * len(between), last)
+        return replace(value, layers=(channels.expand(value.shape),))
 
     def _described(self, node: fx.Node, example: Any) -> Call:
         assert isinstance(node.target, torch._ops.OpOverload)
@@ -335,6 +351,15 @@ def _operator_name(node: fx.Node) -> str:
         return getattr(target, "__name__", str(target))
     name = target._schema.name.split("::")[1]
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _starts(node: fx.Node) -> bool:
+    """Return whether nothing but recurrent layers reads a tensor, or others like it."""
+    return all(
+        isinstance(user.target, torch._ops.OpOverload)
+        and (_operator_name(user) in GATES or (_operator_name(user) == "zeros_like" and _starts(user)))
+        for user in node.users
+    )
 
 
 def _groups_of(node: fx.Node) -> int:

@@ -254,15 +254,21 @@ class Read:
 
 @dataclass(frozen=True)
 class EqualNumbers:
-    """Equally many stay in every row of which something stays; those that stay to make it so come in order."""
+    """Equally many stay in every row of which something stays; those that stay to make it so come in order.
+
+    Attributes:
+        channels: the rows.
+        least: how many stay of such a row in any case.
+    """
 
     channels: Tensor
+    least: int = 0
 
     def required(self, staying: Staying) -> Tensor:
         """Return channels that have to stay, see `Constraint`."""
         stays = staying.of(self.channels)
         numbers = stays.sum(dim=1, keepdim=True)
-        most = int(numbers.max()) if numbers.numel() else 0
+        most = max(int(numbers.max()), self.least) if numbers.numel() else 0
         missing = (most - numbers) * (numbers > 0)
         return self.channels[~stays & ((~stays).cumsum(dim=1) <= missing)]
 

@@ -54,6 +54,8 @@ class MaskedGraph:
         example: the arguments that it was captured with.
         structures: number of structures of each noise layer, by name.
         tied: names of the noise layers that have to prune a channel together, two or more in each group.
+        level: names of the noise layers that have to prune equally many, as those of the layers and directions of a
+            recurrent layer; two or more in each group.
 
     Raises:
         TypeError, ValueError: as `bmrs.compact`.
@@ -71,7 +73,9 @@ class MaskedGraph:
         mark(self.masked, self._factors)
         self.captured: Captured = capture(self.masked, inputs, purpose, dynamic="first")
         self.example = several_examples(inputs)
-        groups = same_channels(analyse(self.captured))
+        analysis = analyse(self.captured)
+        self.level = _level(analysis)
+        groups = same_channels(analysis)
         needed = needed_layers(self.captured, self._factors, groups)
         self._needed = dict(zip(map(frozenset, groups), needed, strict=True))
         order = list(layers)
@@ -147,6 +151,21 @@ class MaskedGraph:
                 chosen = tuple(s for s in structures if needed is None or s.layer in needed)
                 units.append(Unit(chosen, frozenset(r for s in structures for r in channels_of[s])))
         return units
+
+
+def _level(analysis: Analysis) -> list[list[str]]:
+    roots = analysis.findings.ties.roots()
+    names = defaultdict(list)
+    for call in analysis.noise_calls():
+        channels = call["x"].channels_along(call["dim"])
+        for root in () if channels is None else roots[channels[channels != STAYS]].tolist():
+            names[root].append(call["name"])
+    groups = []
+    for constraint in analysis.findings.constraints:
+        if isinstance(constraint, EqualNumbers):
+            rows = constraint.channels[constraint.channels != STAYS]
+            groups.append(list(dict.fromkeys(name for root in roots[rows].tolist() for name in names[root])))
+    return [group for group in groups if len(group) > 1]
 
 
 def _in_rows(constraint: Whole, roots: Tensor) -> list[list[int]]:

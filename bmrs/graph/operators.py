@@ -6,3 +6,8 @@ LINEAR = ("linear", "addmm")
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVOLUTIONS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+NEW_FILLS = ("new_zeros", "new_ones", "new_full")
+FILLS = ("zeros", "ones", "full", *NEW_FILLS)
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""The recurrent layers, each with the number of blocks that the rows of its weights consist of, one for each gate."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
-from bmrs.graph.operators import LINEAR
+from bmrs.graph.operators import GATES, LINEAR
 from bmrs.graph.ties import needed_layers, same_channels, sufficient_layers
 from bmrs.noise.lookup import noise_layers
 from bmrs.noise.placement import add_noise, can_get_noise
@@ -26,9 +26,11 @@ class Suggestion:
 
     Attributes:
         layers: qualified names of the layers to put noise behind. One is enough, unless ``together``.
+        hidden: those of them that are recurrent, whose hidden units are the structures: ``structures="hidden"`` and
+            ``granularity="batch"`` of `bmrs.add_noise`.
         together: whether all of them need it: what they make is added, and a channel of the sum leaves only if it is
             pruned in every part.
-        structures: structures of each of the layers.
+        structures: structures of each of the layers, of all its layers and directions if it is recurrent.
         parameters: values of parameters that the network loses with one structure, on average.
         flops: floating-point operations that it loses, two for each multiply-add, for the whole example.
     """
@@ -38,6 +40,7 @@ class Suggestion:
     structures: int
     parameters: float
     flops: float
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Suggestions:
                 f"{place.structures:,}",
                 f"{place.parameters:,.0f}",
                 f"{place.flops:,.0f}",
-                (" and " if place.together else " or ").join(place.layers),
+                (" and " if place.together else " or ").join(
+                    f"{name} (hidden units)" if name in place.hidden else name for name in place.layers
+                ),
             )
             for place in self.places
         ]
@@ -96,7 +101,12 @@ def suggest(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
         names = [name for name, layer in trial.named_modules() if can_get_noise(layer)]
         if not names:
             return Suggestions(())
-        add_noise(trial, where=lambda name, _: name in names)
+        recurrent = [name for name in names if isinstance(trial.get_submodule(name), nn.RNNBase)]
+        if others := [name for name in names if name not in recurrent]:
+            add_noise(trial, where=lambda name, _: name in others)
+        if recurrent:
+            options: dict[str, Any] = {"structures": "hidden", "granularity": "batch"}
+            add_noise(trial, where=lambda name, _: name in recurrent, **options)
         factors = {name: torch.ones(layer.num_structures) for name, layer in noise_layers(trial).items()}
         mark(trial.eval(), factors)
         captured = capture(trial, inputs, "suggest", dynamic="first")
@@ -112,10 +122,36 @@ def _places(captured: Captured, factors: dict[str, Tensor]) -> list[Suggestion]:
         groups, needed, sufficient_layers(captured, factors, groups), strict=True
     ):
         if names:
-            layers = tuple(name.removesuffix(".noise") for name in sufficient or names)
-            parameters, flops = _worth(analysis, group[0])
-            places.append(Suggestion(layers, not sufficient, len(factors[group[0]]), parameters, flops))
-    return sorted(places, key=lambda place: -place.structures * place.parameters)
+            named = {_host(name): _is_hidden(name) for name in sufficient or names}
+            hidden = tuple(host for host, is_hidden in named.items() if is_hidden)
+            worth = _worth(analysis, group[0])
+            places.append(Suggestion(tuple(named), not sufficient, len(factors[group[0]]), *worth, hidden))
+    return sorted(_joined(places), key=lambda place: -place.structures * place.parameters)
+
+
+def _host(noise: str) -> str:
+    """Return the name of the layer that a noise layer was put into, from the noise layer's."""
+    return noise.rpartition(".noise")[0]
+
+
+def _is_hidden(noise: str) -> bool:
+    return not noise.endswith("noise")
+
+
+def _joined(places: Sequence[Suggestion]) -> list[Suggestion]:
+    """Return places with those of one recurrent layer, for its layers and directions, as one."""
+    result: dict[tuple[tuple[str, ...], bool], Suggestion] = {}
+    for place in places:
+        key = (place.layers, place.together)
+        if key not in result or not place.hidden:
+            result[key] = place
+            continue
+        parts = (result[key], place)
+        number = sum(part.structures for part in parts)
+        parameters = sum(part.structures * part.parameters for part in parts) / number
+        flops = sum(part.structures * part.flops for part in parts) / number
+        result[key] = replace(place, structures=number, parameters=parameters, flops=flops)
+    return list(result.values())
 
 
 def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
@@ -137,6 +173,10 @@ def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
     )
     flops = 0.0
     for call in analysis.calls.values():
+        if call.operator in GATES and call["input"]:
+            steps = call["input"].shape[:-1].numel()
+            matrices = [value for value in call["params"] if len(value.shape) == 2]
+            flops += 2 * steps * sum(m.shape.numel() * share(layer) for m in matrices for layer in m.layers)
         weight = call["mat2"] if call.operator == "addmm" else call["weight"]
         if call.operator not in LINEAR and not call.operator.startswith("conv"):
             continue

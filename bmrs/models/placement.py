@@ -29,7 +29,8 @@ class NoisePlace:
 
     Attributes:
         where: the layers, as for `bmrs.add_noise`.
-        structures: ``"features"``, every entry of a layer's output, or ``"heads"``, the attention heads that it reads.
+        structures: ``"features"``, every entry of a layer's output; ``"heads"``, the attention heads that it reads; or
+            ``"hidden"``, the hidden units of a recurrent layer.
         num_heads: for ``"heads"`` their number; None reads it from the attribute ``num_heads`` of the module that the
             layer lies in.
         num_structures: structures of the layers' output, where they cannot be inferred. They can as for
@@ -63,7 +64,7 @@ def place_noise(
         placement: `NoisePlace` records or glob patterns on qualified names, such as those of
             ``NETWORKS["resnet50"].placements["inner"]`` or ``["block?.hidden"]``; or ``"suggest"``: every place that
             `bmrs.suggest` finds, at the last of those layers of which one is enough.
-        granularity: see `bmrs.NoiseLayer`.
+        granularity: see `bmrs.NoiseLayer`; hidden units always have ``"batch"``.
         backend: see `bmrs.NoiseLayer`.
         example_inputs: for ``"suggest"``, as for `bmrs.compact`.
         options: further options of `bmrs.add_noise`.
@@ -82,7 +83,8 @@ def place_noise(
     before = {module for module in model.modules() if isinstance(module, NoiseLayer)}
     try:
         for call in calls:
-            add_noise(model, **call, granularity=granularity, backend=backend, **options)
+            drawn: Granularity = "batch" if call["structures"] == "hidden" else granularity
+            add_noise(model, **call, granularity=drawn, backend=backend, **options)
     except (TypeError, ValueError):
         _remove_noise(model, keep=before)
         raise
@@ -100,7 +102,9 @@ def _places(model: nn.Module, placement: Placement, example_inputs: Any) -> list
                 f'placement="suggest" finds no place in the model ({type(model).__name__}) where noise would remove '
                 "something"
             )
-        return [NoisePlace(lambda name, layer: name in names)]
+        hidden = {name for place in found for name in place.hidden} & names
+        rest = [NoisePlace(lambda name, layer: name in names - hidden)] if names - hidden else []
+        return rest + ([NoisePlace(lambda name, layer: name in hidden, "hidden")] if hidden else [])
     if isinstance(placement, str) or not placement:
         raise ValueError(
             f'placement must be a sequence of patterns or NoisePlace records, or "suggest", got {shown(placement)}'
@@ -164,6 +168,7 @@ def _remove_noise(model: nn.Module, keep: set[NoiseLayer]) -> None:
     """Take away noise layers that `add_noise` put into a model."""
     for layer in list(model.modules()):
         noise = layer._modules.get("noise")
-        if isinstance(noise, NoiseLayer) and noise not in keep and remove_noise_hook(layer):
+        parts = {part for part in (() if noise is None else noise.modules()) if isinstance(part, NoiseLayer)}
+        if parts and not parts & keep and remove_noise_hook(layer):
             del layer._modules["noise"]
     note_what_was_added(inside_wrappers(model))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bmrs.noise.added import lost_noise, note_what_was_added
-from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.layer import NoiseLayer, NoisePosition
+from bmrs.noise.recurrent import HiddenNoise, hidden_parts, scale_states, scale_weights
 from bmrs.noise.wrappers import inside_wrappers, is_sharded
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def added_noise(layer: nn.Module) -> NoiseLayer | None:
@@ -20,12 +23,22 @@ def added_noise(layer: nn.Module) -> NoiseLayer | None:
     return layer.noise if _multiply_output in layer._forward_hooks.values() else None  # type: ignore[return-value]
 
 
-def add_noise_hook(layer: nn.Module, noise: nn.Module, *, at_input: bool = False) -> None:
-    """Make a module, as its child ``noise``, multiply what a layer returns, or what it takes."""
+def add_noise_hook(layer: nn.Module, noise: nn.Module, position: NoisePosition = "output") -> None:
+    """Make a module, as its child ``noise``, multiply what a layer returns, what it takes, or its hidden units.
+
+    Raises:
+        ValueError: the layer has not the hidden units that a `HiddenNoise` multiplies.
+    """
+    if position == "hidden":
+        _check_hidden_units(layer, noise)
     layer.register_module("noise", noise)
-    if isinstance(noise, NoiseLayer):
-        noise.hooked = "input" if at_input else "output"
-    if at_input:
+    for part in noise.modules():
+        if isinstance(part, NoiseLayer):
+            part.hooked = position
+    if position == "hidden":
+        layer.register_forward_pre_hook(scale_weights)
+        layer.register_forward_hook(scale_states, always_call=True)
+    elif position == "input":
         layer.register_forward_pre_hook(_multiply_input)
     else:
         # In tensor parallelism in front of the hook that turns a layer's DTensors into what the next one takes.
@@ -33,16 +46,47 @@ def add_noise_hook(layer: nn.Module, noise: nn.Module, *, at_input: bool = False
         layer.register_forward_hook(_multiply_output, prepend=in_front)
 
 
+def _check_hidden_units(layer: nn.Module, noise: nn.Module) -> None:
+    if not isinstance(layer, nn.RNNBase) or not isinstance(noise, HiddenNoise):
+        raise ValueError(f"{type(layer).__name__} has no hidden units that noise can multiply")
+    for name, part in noise.named_children():
+        sizes = {len(tensor) for tensor in (*part.parameters(), *part.buffers())}
+        if name not in hidden_parts(layer) or sizes != {layer.hidden_size} or part.dim != -1:
+            raise ValueError(
+                f"noise {name!r} of {sorted(sizes)} hidden units does not fit a {type(layer).__name__} of "
+                f"{layer.hidden_size} in {hidden_parts(layer)}"
+            )
+
+
 def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return those of a model's modules that hold noise of `add_noise` but have lost the hook that applies it."""
     found = {}
     for name, layer in modules.items():
-        noise = layer._modules.get("noise")
-        if isinstance(noise, NoiseLayer) and noise.hooked is not None:
-            hooks = layer._forward_hooks if noise.hooked == "output" else layer._forward_pre_hooks
-            if not any(hook in (_multiply_output, _multiply_input) for hook in hooks.values()):
-                found[name] = layer
+        position = _position_of(layer._modules.get("noise"))
+        if position is None:
+            continue
+        wanted = {hook for _, hook in _hooks_at(position)}
+        hooks = {*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()}
+        if not wanted <= hooks:
+            found[name] = layer
     return found
+
+
+def _position_of(noise: nn.Module | None) -> NoisePosition | None:
+    """Return what of its layer a child ``noise`` of `add_noise` multiplies, None for another module."""
+    if isinstance(noise, HiddenNoise):
+        return "hidden"
+    return noise.hooked if isinstance(noise, NoiseLayer) else None
+
+
+def _hooks_at(position: NoisePosition) -> tuple[tuple[str, Any], ...]:
+    """Return the hooks of noise at a position, each with the attribute of a layer that holds it."""
+    behind, in_front = _HOOKS
+    return {
+        "output": ((behind, _multiply_output),),
+        "input": ((in_front, _multiply_input),),
+        "hidden": ((in_front, scale_weights), (behind, scale_states)),
+    }[position]
 
 
 def check_noise_acts(model: nn.Module) -> None:
@@ -98,8 +142,11 @@ def restore_noise(model: nn.Module) -> list[str]:
     lost = without_hook(dict(inside_wrappers(model).named_modules()))
     for layer in lost.values():
         noise = layer._modules["noise"]
-        assert isinstance(noise, NoiseLayer)
-        add_noise_hook(layer, noise, at_input=noise.hooked == "input")
+        position = _position_of(noise)
+        assert noise is not None
+        assert position is not None
+        remove_noise_hook(layer)
+        add_noise_hook(layer, noise, position)
     if lost:
         forget_compiled_code()
     note_what_was_added(inside_wrappers(model))
@@ -114,22 +161,23 @@ def forget_compiled_code() -> None:
 
 
 def remove_noise_hook(layer: nn.Module) -> bool:
-    """Take the hook that `add_noise` registered off a layer; False if it has none."""
+    """Take the hooks that `add_noise` registered off a layer; False if it has none."""
     found = False
-    hooks: dict[int, Any]
-    for hooks, function in (
-        (layer._forward_hooks, _multiply_output),
-        (layer._forward_pre_hooks, _multiply_input),
-    ):
-        for key in [key for key, hook in hooks.items() if hook is function]:
-            del hooks[key]
-            found = True
+    for position in get_args(NoisePosition):
+        for holder, function in _hooks_at(position):
+            hooks = getattr(layer, holder)
+            for key in [key for key, hook in hooks.items() if hook is function]:
+                del hooks[key]
+                layer._forward_hooks_always_called.pop(key, None)
+                found = True
     return found
 
 
-def has_input_noise(layer: nn.Module) -> bool:
-    """Return whether `add_noise` put noise in front of a layer."""
-    return _multiply_input in layer._forward_pre_hooks.values()
+def noise_position(layer: nn.Module) -> NoisePosition:
+    """Return what of a layer, or of the one whose hidden units it multiplies, `add_noise` multiplies."""
+    if isinstance(layer, HiddenNoise):
+        return "hidden"
+    return "input" if _multiply_input in layer._forward_pre_hooks.values() else "output"
 
 
 # Functions of the module, not closures, so that the hooks survive deepcopy and pickle.

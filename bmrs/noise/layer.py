@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from bmrs_kernels.options import Activation, Backend, Granularity
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
+
+NoisePosition: TypeAlias = Literal["output", "input", "hidden"]
+"""What of a layer noise multiplies: what it returns, what it takes, or the hidden units of a recurrent one."""
 
 INITIAL_MU, INITIAL_LOG_SIGMA = 0.0, -5.0
 """Where posteriors start: θ near 1, with a standard deviation below 1 %."""
@@ -79,8 +82,8 @@ class NoiseLayer(nn.Module):
     was_looked_at_for_decay: bool = False
     added: Any = None
     """Where `add_noise` put it, an `Added`; None for a layer of the user's own."""
-    hooked: Literal["output", "input"] | None = None
-    """What of its layer a hook multiplies with the noise, if `add_noise` put it there; else None."""
+    hooked: NoisePosition | None = None
+    """What of its layer hooks multiply with the noise, if `add_noise` put it there; else None."""
 
     def __init__(
         self,

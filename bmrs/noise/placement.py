@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from typing import Literal, TypeAlias, TypeVar, get_args
 
@@ -13,17 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from bmrs.checks import check_choice, check_integer, check_module
 from bmrs.noise.added import note_what_was_added
 from bmrs.noise.hooks import add_noise_hook, added_noise, forget_compiled_code
-from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer
+from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer, NoisePosition
+from bmrs.noise.recurrent import HiddenNoise, hidden_parts
 from bmrs.noise.tensor_parallel import mesh_of, replicate
 from bmrs.noise.wrappers import data_parallel_part, inside_wrappers
 from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
 
-Structures: TypeAlias = Literal["features", "heads"]
+Structures: TypeAlias = Literal["features", "heads", "hidden"]
 Where: TypeAlias = "type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -49,24 +52,31 @@ def add_noise(
     """Put a noise layer behind chosen layers of a model, in place.
 
     Each chosen layer gets a child module ``noise`` that a forward hook applies to its output, or to the first tensor of
-    a tuple, as recurrent layers return. The layer keeps its place, type and state_dict names, so that weights saved
-    without noise still load with ``strict=False``. Between a layer and a following ReLU the noise acts as if behind the
-    ReLU, because θ is positive. Build the optimizer afterwards, so that it sees the new parameters, and compile or wrap
-    the model afterwards; what torch has compiled so far is compiled anew. Tensor parallelism goes first: call
-    ``parallelize_module``, then this function in every process.
+    a tuple, as recurrent layers return; with ``structures="hidden"`` hooks apply it within the layer. The layer keeps
+    its place, type and state_dict names, so that weights saved without noise still load with ``strict=False``. Between
+    a layer and a following ReLU the noise acts as if behind the ReLU, because θ is positive. Build the optimizer
+    afterwards, so that it sees the new parameters, and compile or wrap the model afterwards; what torch has compiled so
+    far is compiled anew. Tensor parallelism goes first: call ``parallelize_module``, then this function in every
+    process.
 
     Args:
         model: any module; it may itself be a chosen layer.
         where: the layers to choose: a module type or tuple of types, a glob pattern on qualified names
             (``"features.*.conv?"``, case-sensitive), or a function of (qualified name, module).
-        structures: ``"features"``, every entry of a layer's output; or ``"heads"``, the attention heads that a chosen
-            output projection reads: the noise then multiplies the input of that layer, one θ for each head.
+        structures: ``"features"``, every entry of a layer's output; ``"heads"``, the attention heads that a chosen
+            output projection reads: the noise then multiplies the input of that layer, one θ for each head; or
+            ``"hidden"``, the hidden units of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: θ multiplies a unit's state
+            wherever it is read, in the recurrence, the next of stacked layers, the output and the last state, and the
+            initial state as well. The child ``noise`` then holds a noise layer for each layer and direction, such as
+            ``noise.l0`` and ``noise.l0_reverse``. Of an LSTM with projections the units are those of the cell.
         num_heads: for ``"heads"``, their number.
         num_structures: structures of each chosen layer's output; needed, with ``dim``, only where they cannot
             be inferred. They can for linear, convolution, normalisation, embedding and recurrent layers.
         dim: dimension along which the structures lie; given exactly when ``num_structures`` is.
-        granularity: see `NoiseLayer`, as for all further arguments.
-        activation: applied to the layer's output before the noise, in addition to the model's own.
+        granularity: see `NoiseLayer`, as for all further arguments. Hidden units take ``"batch"`` alone, one θ for
+            each call of the layer: its kernels have one weight for all examples and times.
+        activation: applied to the layer's output before the noise, in addition to the model's own; none for hidden
+            units.
         lower: lower bound of log θ, in nats.
         upper: upper bound of log θ, in nats.
         initial_mu: value that ``mu`` starts from.
@@ -81,7 +91,9 @@ def add_noise(
     Raises:
         TypeError: ``model`` is not a module, or an option is of the wrong type.
         ValueError: nothing matches, or a matching layer has noise already, is never called, or its structures
-            cannot be inferred; ``num_heads`` is missing or does not divide a layer's input; the model is wrapped
+            cannot be inferred; hidden units are asked for with another granularity than ``"batch"``, an activation or
+            ``num_structures``, or of a layer that is not recurrent or whose weights a parametrization computes;
+            ``num_heads`` is missing or does not divide a layer's input; the model is wrapped
             for data parallelism, where new parameters would not be synchronised; or a chosen layer of a model in tensor
             parallelism has no part in that. The model is then unchanged.
     """
@@ -99,24 +111,29 @@ def add_noise(
             f"num_structures and dim must be given together, got {num_structures} and {dim}; "
             "leave both out to infer them"
         )
+    if structures == "hidden":
+        _check_options_of_hidden_units(granularity, activation, num_structures)
     # By the model's own names, or else by those that torch.compile gives it.
     chosen = chosen_layers(inside_wrappers(model), where) or chosen_layers(model, where)
     if not chosen:
         raise ValueError(f"where={where!r} matches no layer of the model ({type(model).__name__})")
     fallback = next(model.parameters(), torch.empty(0))
-    additions = []
+    additions: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in chosen.items():
         _check_can_get_noise(name, layer)
         size = 1
         if num_heads is not None:
             count, axis, size = num_heads, -1, _head_size(name, layer, num_heads)
+        elif structures == "hidden":
+            count, axis = _hidden_size(name, layer), -1
         elif num_structures is None or dim is None:
             count, axis = output_structures(name, layer)
         else:
             count, axis = num_structures, dim
         tensors = chain(layer.parameters(), layer.buffers())
         like = next((t for t in tensors if t.is_floating_point()), fallback)
-        noise = NoiseLayer(
+        new_layer = partial(
+            NoiseLayer,
             count,
             dim=axis,
             structure_size=size,
@@ -132,11 +149,20 @@ def add_noise(
             device=like.device,
             dtype=like.dtype,
         )
+        noise: nn.Module
+        if structures == "hidden":
+            assert isinstance(layer, nn.RNNBase)
+            noise = HiddenNoise({part: new_layer() for part in hidden_parts(layer)})
+        else:
+            noise = new_layer()
         if mesh := mesh_of(model, name, layer, plain_is_right=same_on_all_ranks, generator=generator):
-            replicate(noise, mesh)
+            for part in noise.modules():
+                if isinstance(part, NoiseLayer):
+                    replicate(part, mesh)
         additions.append((layer, noise.train(layer.training)))
+    positions: dict[Structures, NoisePosition] = {"features": "output", "heads": "input", "hidden": "hidden"}
     for layer, noise in additions:
-        add_noise_hook(layer, noise, at_input=num_heads is not None)
+        add_noise_hook(layer, noise, positions[structures])
     note_what_was_added(inside_wrappers(model))
     forget_compiled_code()
     return model
@@ -167,7 +193,8 @@ def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
 
 def _check_can_get_noise(name: str, layer: nn.Module) -> None:
     if hasattr(layer, "noise"):
-        what = "already has a noise layer" if added_noise(layer) else "already has an attribute 'noise'"
+        has = added_noise(layer) or isinstance(layer.noise, HiddenNoise)
+        what = "already has a noise layer" if has else "already has an attribute 'noise'"
         raise ValueError(f"layer {name!r} ({type(layer).__name__}) {what}")
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         raise ValueError(
@@ -216,6 +243,38 @@ def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
 def _is_transposed_linear(layer: nn.Module) -> bool:
     """Return whether this is the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
     return type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def _check_options_of_hidden_units(
+    granularity: Granularity, activation: Activation | None, num_structures: int | None
+) -> None:
+    if granularity != "batch":
+        raise ValueError(
+            f'structures="hidden" takes granularity="batch", got {granularity!r}: a recurrent layer has one weight for '
+            "all examples and times, so that one θ multiplies a hidden unit in all of them"
+        )
+    if activation is not None:
+        raise ValueError(
+            f'structures="hidden" takes no activation, which a recurrent layer has inside, got {activation!r}'
+        )
+    if num_structures is not None:
+        raise ValueError(
+            f'structures="hidden" takes no num_structures and dim, as layers know their own, got {num_structures}'
+        )
+
+
+def _hidden_size(name: str, layer: nn.Module) -> int:
+    if not isinstance(layer, nn.RNNBase):
+        raise ValueError(
+            f'structures="hidden" needs recurrent layers, nn.LSTM, nn.GRU or nn.RNN, and {name!r} is a '
+            f"{type(layer).__name__}"
+        )
+    if is_parametrized(layer):
+        raise ValueError(
+            f"the weights of layer {name!r} ({type(layer).__name__}) are computed by a parametrization, so that noise "
+            "on its hidden units cannot act: call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    return layer.hidden_size
 
 
 def _head_size(name: str, layer: nn.Module, num_heads: int) -> int:

@@ -159,7 +159,9 @@ class TemporalNetwork(nn.Module):
 
 def sequence_networks() -> Iterable[Entry]:
     """Return the networks of this family."""
-    steps, places = floats((2, 9, 6)), ("project", "hidden")
+    steps = floats((2, 9, 6))
+    units = {"where": "recurrent", "structures": "hidden", "granularity": "batch"}
+    places = ("project", "hidden", units)
     return (
         entry_of("lstm", lambda: RecurrentClassifier(nn.LSTM), steps, *places),
         entry_of("gru", lambda: RecurrentClassifier(nn.GRU), steps, *places),

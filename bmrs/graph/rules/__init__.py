@@ -1,6 +1,16 @@
 """What operators do to channels: a small file for each family of operators."""
 
-from bmrs.graph.rules import contraction, convolution, movement, pointwise, reduction
+from bmrs.graph.rules import contraction, convolution, movement, pointwise, recurrence, reduction
 from bmrs.graph.rules.registry import RULES, Call, unknown
 
-__all__ = ["RULES", "Call", "contraction", "convolution", "movement", "pointwise", "reduction", "unknown"]
+__all__ = [
+    "RULES",
+    "Call",
+    "contraction",
+    "convolution",
+    "movement",
+    "pointwise",
+    "recurrence",
+    "reduction",
+    "unknown",
+]

@@ -304,38 +304,3 @@ def _repeated(value: Value, repeats: int, axis: int) -> Value:
     constant = None if value.constant is None else repeat(value.constant)
     shape = torch.Size([n * repeats if d == axis else n for d, n in enumerate(value.shape)])
     return Value(shape, tuple(compressed(repeat(layer)) for layer in value.layers), constant)
-
-
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(findings: Findings, call: Call) -> list[Value]:
-    """Follow recurrent layers: their input can lose channels; their hidden units feed themselves and stay."""
-    x, parameters = call["input"] or call["data"], list(call["params"])
-    axis = len(x.shape) - 1
-    into = x.channels_along(axis)
-    for layer in x.layers:
-        if varying_axes(layer) != (axis,):
-            findings.stay(layer, "a recurrent layer runs over its dimension")
-    per_direction = 4 if call["has_biases"] else 2
-    directions = 2 if call["bidirectional"] else 1
-    first = [parameters[i * per_direction] for i in range(directions)]
-    for parameter in parameters:
-        if any(parameter is weight for weight in first):
-            findings.stay(parameter.channels_along(0), "hidden units of a recurrent layer feed themselves")
-            columns = parameter.channels_along(1)
-            if columns is None:
-                continue
-            if into is None:
-                findings.stay(columns, "it meets a tensor that cannot be cut")
-            else:
-                findings.tie(columns, into)
-        else:
-            findings.stay_all(parameter, "hidden units of a recurrent layer feed themselves")
-    if into is not None:
-        zero = torch.zeros_like(into, dtype=torch.bool)
-        if x.constant is not None:
-            zero = (uniform(x.constant, range(axis)).flatten().expand(into.shape) == 0) | zero
-        findings.add(Read(into, quiet=zero), "a recurrent layer reads it")
-    for value in call.values():
-        if value is not x and all(value is not p for p in parameters):
-            findings.stay_all(value, "it is the state of a recurrent layer")
-    return [Value(shape) for shape in call.shapes]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bmrs.graph.channels import STAYS, compressed, varying_axes
-from bmrs.graph.operators import DROPOUTS
+from bmrs.graph.operators import DROPOUTS, NEW_FILLS
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
@@ -268,6 +268,43 @@ def _indexed_axes(call: Call) -> list[int]:
     return [d for d, index in enumerate(call["indices"]) if index is not None]
 
 
+@rule("select_scatter")
+def placed(findings: Findings, call: Call) -> Value:
+    """Follow a tensor of which one entry along a dimension is replaced; what lies at its place is tied."""
+    value, source, axis = call["self"], call["src"], call["dim"] % len(call.shape)
+    place = call["index"] % value.shape[axis]
+    for layer in value.layers:
+        part = compressed(layer.select(axis, place))
+        axes = varying_axes(part)
+        own = next((other for other in source.layers if varying_axes(other) == axes), None)
+        if own is None:
+            findings.stay(part, "it meets a tensor that cannot be cut")
+        else:
+            findings.tie(part, own)
+    for layer in source.layers:
+        if not any(
+            varying_axes(compressed(x.select(axis, place))) == varying_axes(layer) for x in value.layers
+        ):
+            findings.stay(layer, "it meets a tensor that cannot be cut")
+    known = [value.known(), source.known()]
+    if known == [None, None]:
+        return Value(call.shape, value.layers)
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+    whole, part = (
+        nan.expand(v.shape) if k is None else k for v, k in zip((value, source), known, strict=True)
+    )
+    # Only where a dimension has many entries is it laid out in memory.
+    constant = torch.cat(
+        [
+            whole.narrow(axis, 0, place),
+            part.unsqueeze(axis),
+            whole.narrow(axis, place + 1, whole.shape[axis] - place - 1),
+        ],
+        axis,
+    )
+    return Value(call.shape, value.layers, compressed(constant))
+
+
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def like(findings: Findings, call: Call) -> Value:
     """Follow a tensor made with another's sizes, which loses what the other loses."""
@@ -275,6 +312,14 @@ def like(findings: Findings, call: Call) -> Value:
     fill = fills.get(call.operator)
     constant = None if fill is None else torch.tensor(float(fill), dtype=torch.float64).expand(call.shape)
     return Value(call.shape, call["self"].layers, constant)
+
+
+@rule(*NEW_FILLS)
+def new(findings: Findings, call: Call) -> Value:
+    """Follow a tensor of one number, made with nothing but the dtype and device of another."""
+    fill = {"new_zeros": 0.0, "new_ones": 1.0, "new_full": call["fill_value"]}[call.operator]
+    constant = torch.tensor(torch.nan if fill is None else float(fill), dtype=torch.float64)
+    return Value(call.shape, (), constant.expand(call.shape))
 
 
 @rule("meshgrid", "broadcast_tensors")

@@ -756,7 +756,9 @@ class TestTrustingOperators:
         rewrite(path, silently(lambda d, t: t.update(weight_hh_l0=t["weight_hh_l0"][:2].clone())))
         with pytest.raises(ValueError, match="must have states and weights of shapes"):
             bmrs.load(path)(x)
-        with pytest.raises(ValueError, match=r"'weight_hh_l0' of shape \(2, .* does not come from"):
+        with pytest.raises(
+            ValueError, match=r"'weight_hh_l0' of shape \(2, .* does not fit the other weights"
+        ):
             bmrs.load(path, model=copy.deepcopy(network))
 
     @pytest.mark.parametrize(("position", "value"), [(8, True), (8, -1), (7, True), (4, 2), (3, False)])

@@ -327,7 +327,7 @@ class TestHeads:
                 nn.Linear(6, 4),
                 {"structures": "filters"},
                 ValueError,
-                "one of 'features', 'heads', got 'filters'",
+                "one of 'features', 'heads', 'hidden', got 'filters'",
             ),
             (
                 nn.Linear(6, 4),
