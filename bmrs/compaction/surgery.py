@@ -365,7 +365,7 @@ def queries_of_a_group(analysis: Analysis, model: nn.Module) -> dict[str, dict[s
             old = q.shape[-3] // k.shape[-3]
             new = analysis.kept_shape(q)[-3] // analysis.kept_shape(k)[-3]
         elif (places := analysis.findings.repetitions_in(value := analysis.values[node])) is not None:
-            (axis,) = varying_axes(places)
+            axis = varying_axes(places)[0]
             old, new = value.shape[axis], analysis.kept_shape(value)[axis]
         else:
             continue

@@ -109,15 +109,17 @@ def _joined_with_groups(findings: Findings, value: Value) -> Value:
     places = findings.repetitions_in(value)
     if places is None:
         return value
-    (axis, *_) = varying_axes(places)
+    axis = varying_axes(places)[0]
     others = [layer for layer in value.layers if layer is not places]
     groups = next((x for x in others if axis in varying_axes(x)), next(iter(others), None))
     if groups is None:
         return value
     along = without_repetition(places.movedim(axis, -1))[0].flatten()
     repeats = len(along.unique())
-    order, split = along.view(-1, repeats), groups.unflatten(axis, (-1, repeats))
-    if not (order == order[0]).all() or axis + 1 in varying_axes(compressed(split)):
+    # In turn for each group.
+    order = along.view(-1, repeats) if len(along) == places.shape[axis] and not len(along) % repeats else None
+    split = groups.unflatten(axis, (-1, repeats)) if order is not None else groups
+    if order is None or not (order == order[0]).all() or axis + 1 in varying_axes(compressed(split)):
         findings.stay(places, "repetitions and what they repeat lie in another order")
         return replace(value, layers=tuple(others))
     joined = findings.repeated(split.select(axis + 1, 0), axis, repeats, order[0])
