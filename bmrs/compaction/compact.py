@@ -220,6 +220,8 @@ def compacted(
         except UnsupportedError as unsupported:
             failure = str(unsupported)
         if failure:
+            if "multiple of 16 bytes" in because:
+                because += " (which is so for widths that are multiples of 8: round_to=8 gives such ones)"
             raise RuntimeError(
                 "the compacted model's outputs are not the masked model's, relative tolerance "
                 f"{comparison.tolerance:g}. With the model's own classes: {because}. As a graph of operators: "

@@ -290,11 +290,13 @@ def indexed(findings: Findings, call: Call) -> Value:
             if set(axes) & set(varying_axes(layer)):
                 findings.stay(layer, f"{call.operator} picks from it")
     if any(index.tensor is None for index in indices):
-        if call.operator != "index" or any(
-            set(_indexed_axes(call)) & set(varying_axes(layer)) for layer in value.layers
-        ):
-            findings.stay_all(value, f"{call.operator} picks by the input")
+        picked = set(_indexed_axes(call)) if call.operator == "index" else set(range(len(value.shape)))
+        for layer in value.layers:
+            if picked & set(varying_axes(layer)):
+                findings.stay(layer, f"{call.operator} picks by the input")
+        if call.operator != "index":
             return Value(call.shape)
+        value = Value(value.shape, tuple(x for x in value.layers if not picked & set(varying_axes(x))))
         # Any entry will do, as all carry the same channels.
         plain["indices"] = [
             None if index is None else torch.zeros(index.shape, dtype=torch.int64)
