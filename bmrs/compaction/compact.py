@@ -211,6 +211,8 @@ def compacted(
         set_attributes(result, before)
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
+        if "multiple of 16 bytes" in because:
+            because += " (grouped products of experts: round_to=8 gives such widths)"
         # With sizes of sequences as symbols, so that the graph takes other ones.
         analysis = analyse(capture(masked, inputs, "compact", dynamic="sequences"))
         folding, the_cut, noise = _smaller(analysis, kept_layers)
@@ -220,8 +222,6 @@ def compacted(
         except UnsupportedError as unsupported:
             failure = str(unsupported)
         if failure:
-            if "multiple of 16 bytes" in because:
-                because += " (which is so for widths that are multiples of 8: round_to=8 gives such ones)"
             raise RuntimeError(
                 "the compacted model's outputs are not the masked model's, relative tolerance "
                 f"{comparison.tolerance:g}. With the model's own classes: {because}. As a graph of operators: "

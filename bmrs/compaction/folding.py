@@ -42,8 +42,6 @@ _POOLS = (
 _RESHAPINGS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 _PERMUTATIONS = ("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
 _MATRIX_PRODUCTS = (*LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
-# With a matrix for each example or group of them, as experts have.
-_PRODUCTS_OF_GROUPS = ("bmm", "_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 _AFFINE_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1}
 
 # They may return what they take, as dropout does in evaluation mode.
@@ -254,8 +252,8 @@ class _Folder:
                 raise _BarredError("forward it meets the model's output")
             if call.operator in _MATRIX_PRODUCTS:
                 edits.append(self._columns(reader, call, node, factors))
-            elif call.operator in _PRODUCTS_OF_GROUPS:
-                edits.append(self._columns_of_groups(reader, node, factors))
+            elif call.operator == "bmm":
+                edits.append(self._columns_of_each(reader, node, factors))
             elif call.operator == "batch_norm" and not call["training"]:
                 edits.append(self._statistics(reader, call, factors))
             elif call.operator in (*_HOMOGENEOUS, *_POOLS):
@@ -321,8 +319,8 @@ class _Folder:
 
         return Edit(node, (name,), vector, apply)
 
-    def _columns_of_groups(self, node: fx.Node, source: fx.Node, factors: Tensor) -> Edit:
-        """Return the edit of all matrices of groups that makes the operation W·(f·x), or (x·f)·W."""
+    def _columns_of_each(self, node: fx.Node, source: fx.Node, factors: Tensor) -> Edit:
+        """Return the edit of all matrices, as experts have them, that makes the operation W·(f·x), or (x·f)·W."""
         place = 0 if node.args[0] is source else 1
         summed = factors.dim() - 1 if place == 0 else factors.dim() - 2
         vector = _vector(factors, summed)

@@ -231,15 +231,15 @@ def export_program(
 def _as_export_takes_it(model: nn.Module) -> nn.Module:
     """Have a model of transformers compute, in place, in the one of its ways that torch.export can follow.
 
-    Keys and values for further tokens are not returned, which it does not know, and experts are not called in turn,
-    as many times as the input says.
+    Keys and values for further tokens are not returned, which it does not know, and the matrices of experts are picked
+    for each token, neither called in turn, as often as the input says, nor by kernels for some dtypes alone.
     """
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         settings = getattr(config, "__dict__", {})
         if settings.get("use_cache") is True:
             settings["use_cache"] = False
-        if settings.get("_experts_implementation_internal") == "eager":
+        if settings.get("_experts_implementation_internal") not in (None, "batched_mm"):
             config._experts_implementation = "batched_mm"
     return model
 

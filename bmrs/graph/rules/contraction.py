@@ -209,24 +209,6 @@ def matmul(findings: Findings, call: Call) -> Value:
     return Value(call.shape, layers, _zero_products(a, b, call.shape))
 
 
-@rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
-def grouped_matmul(findings: Findings, call: Call) -> Value:
-    """Follow rows in groups, each times the matrix of its group, as the tokens of each expert."""
-    x, weight = (call[name] for name in (("input", "weight") if call["input"] else ("self", "mat2")))
-    if len(x.shape) != 2 or len(weight.shape) != 3 or call["bias"] is not None:
-        for value in call.values():
-            findings.stay_all(value, f"{call.operator} is followed for matrices of groups alone")
-        return Value(call.shape)
-    groups = weight.layer_along(0)
-    if groups is not None:
-        findings.stay(groups, "which group a row belongs to depends on the input")
-    layers = tuple(layer[0] for layer in weight.layers if layer is not groups)
-    one = Value(weight.shape[1:], layers)
-    return Value(
-        call.shape, tuple(x.expand(call.shape) for x in contract(findings, x, "sk", one, "kn", "sn"))
-    )
-
-
 def with_rank(value: Value, rank: int) -> Value:
     """Return a value with dimensions of size 1 in front."""
     missing = rank - len(value.shape)

@@ -62,13 +62,16 @@ def test_hidden_units_leave_all_experts(way, tmp_path):
 
 
 def test_widths_that_grouped_products_refuse_are_told():
+    """Where this machine and version have such a product, and take another way otherwise."""
     model, layer = mixtral("grouped_mm")
     layer.set_kept(torch.arange(HIDDEN) < 10)
-    with pytest.raises(RuntimeError, match="round_to=8 gives such ones"):
-        bmrs.compact(model, TOKENS)
+    compacted = bmrs.compact(model, TOKENS)
+    report = bmrs.compact_report(compacted)
+    assert report.removed == 14
+    assert report.form == "module" or "round_to=8 gives such widths" in report.form_because
+    torch.testing.assert_close(logits(compacted), logits(model), rtol=1e-4, atol=1e-4)
     rounded = bmrs.compact(model, TOKENS, round_to=8)
     assert rounded.model.layers[0].mlp.experts.down_proj.shape[2] == 16
-    assert model.model.layers[0].mlp.experts.down_proj.shape[2] == HIDDEN
 
 
 def test_experts_are_told_where_their_noise_goes():
