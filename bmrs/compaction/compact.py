@@ -26,9 +26,11 @@ from bmrs.compaction.surgery import (
     cut,
     narrowed,
     new_biases,
+    queries_of_a_group,
     replace_noise,
-    set_sizes_in_code,
+    set_attributes,
     shifts,
+    sizes_in_code,
 )
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import (
@@ -194,12 +196,23 @@ def compacted(
     for layer in noise.values():
         comparison.allow(layer.mu.dtype)  # of which E[θ] was rounded to
     result, form = narrowed(analysis, the_cut, folding.remaining, noise), "module"
+    sizes = queries_of_a_group(analysis, result)
+    set_attributes(result, sizes)
     error, because = comparison.attempt(result)
-    sizes: dict[str, dict[str, int]] = {}
-    if because and (sizes := set_sizes_in_code(analysis, result)):
+    for guess in sizes_in_code(analysis, result) if because else ():
+        before = {
+            path: {n: getattr(result.get_submodule(path), n) for n in new} for path, new in guess.items()
+        }
+        set_attributes(result, guess)
         error, _ = comparison.attempt(result)
+        if error <= comparison.tolerance:
+            sizes = {path: {**sizes.get(path, {}), **guess.get(path, {})} for path in {**sizes, **guess}}
+            break
+        set_attributes(result, before)
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
+        if "multiple of 16 bytes" in because:
+            because += " (grouped products of experts: round_to=8 gives such widths)"
         # With sizes of sequences as symbols, so that the graph takes other ones.
         analysis = analyse(capture(masked, inputs, "compact", dynamic="sequences"))
         folding, the_cut, noise = _smaller(analysis, kept_layers)

@@ -316,27 +316,69 @@ _TAKE_SIZES = {
 }
 
 
-def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> dict[str, dict[str, int]]:
-    """Set attributes from which a module's own code takes sizes, such as a number of heads, and return them.
+# Which layer of its model a layer is, in transformers.
+_NUMBERS_OF_LAYERS = ("layer_idx", "layer_id", "layer_index")
+_QUERIES_OF_A_GROUP = "num_key_value_groups"
+
+
+def sizes_in_code(analysis: Analysis, model: nn.Module) -> list[dict[str, dict[str, int]]]:
+    """Return guesses at attributes from which modules' own code takes sizes, such as a number of heads; the best first.
 
     Where the sizes that an operation is given change, integer attributes of the module around it that are equal to
-    the old size become the new one. That is a guess, which the comparison of outputs confirms or not.
+    the old size may have to become the new one. The comparison of outputs tells a right guess.
+
+    Args:
+        analysis: the network.
+        model: the smaller one, which is left as it is.
+
+    Returns:
+        Guesses: by qualified name of a module the new sizes by name of an attribute.
     """
     sizes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for node, call in analysis.calls.items():
         for old, new in _sizes_given(analysis, node, call):
             sizes[layer_of(node)][old].add(new)
+
+    def guess(*, though_others_stay: bool) -> dict[str, dict[str, int]]:
+        changed: dict[str, dict[str, int]] = {}
+        for path, new_sizes in sizes.items():
+            module = model.get_submodule(path)
+            if isinstance(module, nn.RNNBase):
+                continue  # which knows its own
+            for name, value in vars(module).items():
+                if type(value) is not int or name.startswith("_") or name in _NUMBERS_OF_LAYERS:
+                    continue
+                known = new_sizes.get(value, set()) - ({value} if though_others_stay else set())
+                if len(known) == 1 and known != {value}:
+                    (size,) = known
+                    changed.setdefault(path, {})[name] = size
+        return changed
+
+    most = guess(though_others_stay=True)
+    names = dict.fromkeys(name for attributes in most.values() for name in attributes)
+    singly = [{path: {n: s[n]} for path, s in most.items() if n in s} for n in names]
+    return [g for g in (guess(though_others_stay=False), most, *singly) if g]
+
+
+def queries_of_a_group(analysis: Analysis, model: nn.Module) -> dict[str, dict[str, int]]:
+    """Return how many queries share a key in the attention of transformers, by name of a module, where that changes.
+
+    Its code reads it on one of its ways only, so that the outputs of another would not tell.
+    """
     changed: dict[str, dict[str, int]] = {}
-    for path, new_sizes in sizes.items():
-        module = model.get_submodule(path)
-        if isinstance(module, nn.RNNBase):
-            continue  # which knows its own
-        for name, value in vars(module).items():
-            known = new_sizes.get(value) if type(value) is int else None
-            if known is not None and len(known) == 1 and known != {value} and not name.startswith("_"):
-                (size,) = known
-                changed.setdefault(path, {})[name] = size
-    set_attributes(model, changed)
+    for node, call in analysis.calls.items():
+        if call.operator == "scaled_dot_product_attention" and call["enable_gqa"]:
+            q, k = call["query"], call["key"]
+            old = q.shape[-3] // k.shape[-3]
+            new = analysis.kept_shape(q)[-3] // analysis.kept_shape(k)[-3]
+        elif (places := analysis.findings.repetitions_in(value := analysis.values[node])) is not None:
+            axis = varying_axes(places)[0]
+            old, new = value.shape[axis], analysis.kept_shape(value)[axis]
+        else:
+            continue
+        path = layer_of(node)
+        if old != new and vars(model.get_submodule(path)).get(_QUERIES_OF_A_GROUP) == old:
+            changed[path] = {_QUERIES_OF_A_GROUP: new}
     return changed
 
 

@@ -220,7 +220,7 @@ def export_program(
         try:
             shapes = None if dimensions is None else _shapes_by_name(model, tree_map(dimensions, example))
             # A copy: what a forward keeps in attributes would be symbols.
-            exported = _without_caches(copied(model, share=True))
+            exported = _as_export_takes_it(copied(model, share=True))
             with _quiet_export(), torch.no_grad():
                 return torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -228,12 +228,19 @@ def export_program(
     raise ValueError(_why_not(model, inputs, purpose, failure, advice)) from failure
 
 
-def _without_caches(model: nn.Module) -> nn.Module:
-    """Have a model of transformers return no keys and values for further tokens, which torch.export cannot return."""
+def _as_export_takes_it(model: nn.Module) -> nn.Module:
+    """Have a model of transformers compute, in place, in the one of its ways that torch.export can follow.
+
+    Keys and values for further tokens are not returned, which it does not know, and the matrices of experts are picked
+    for each token, neither called in turn, as often as the input says, nor by kernels for some dtypes alone.
+    """
     for module in model.modules():
-        settings = getattr(getattr(module, "config", None), "__dict__", {})
+        config: Any = getattr(module, "config", None)
+        settings = getattr(config, "__dict__", {})
         if settings.get("use_cache") is True:
             settings["use_cache"] = False
+        if settings.get("_experts_implementation_internal") not in (None, "batched_mm"):
+            config._experts_implementation = "batched_mm"
     return model
 
 

@@ -257,20 +257,33 @@ class EqualNumbers:
     """Equally many stay in every row of which something stays; those that stay to make it so come in order.
 
     Attributes:
-        channels: the rows.
-        least: how many stay of such a row in any case.
+        channels: of shape (rows, entries), or (rows, entries, parts) where an entry stays as long as a part of it does.
+        places: as many of these stay, the first ones, as entries of a row; of shape (entries,), None if there are none.
+        least: how many stay in any case of a row of which something stays.
     """
 
     channels: Tensor
+    places: Tensor | None = None
     least: int = 0
 
     def required(self, staying: Staying) -> Tensor:
         """Return channels that have to stay, see `Constraint`."""
-        stays = staying.of(self.channels)
+        parts = self.channels if self.channels.dim() == 3 else self.channels[..., None]
+        parts_stay = staying.of(parts)
+        stays = parts_stay.any(dim=2)
         numbers = stays.sum(dim=1, keepdim=True)
         most = max(int(numbers.max()), self.least) if numbers.numel() else 0
+        found = []
+        if self.places is not None:
+            gone = ~staying.of(self.places)
+            held = int((~gone).sum())
+            found.append(self.places[gone & (gone.cumsum(dim=0) <= most - held)])
+            most = max(most, held)
         missing = (most - numbers) * (numbers > 0)
-        return self.channels[~stays & ((~stays).cumsum(dim=1) <= missing)]
+        chosen = ~stays & ((~stays).cumsum(dim=1) <= missing)
+        # Of an entry the parts that stay in others.
+        found.append(parts[chosen[..., None] & parts_stay.any(dim=1, keepdim=True).any(dim=0, keepdim=True)])
+        return torch.cat(found)
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def leaves(analysis: Analysis, units: Iterable[Unit], structures: Mapping[str, i
 
 
 def bundles(analysis: Analysis, units: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
-    """Join units that can only leave with as many of other groups of a grouped convolution.
+    """Join units that can only leave with as many of other groups, of a grouped convolution or of queries.
 
     Args:
         analysis: of the network with all of them.
@@ -205,7 +205,7 @@ def bundles(analysis: Analysis, units: Sequence[Unit]) -> tuple[list[Unit], list
     for constraint in analysis.findings.constraints:
         if not isinstance(constraint, EqualNumbers) or len(constraint.channels) < 2:
             continue
-        channels = constraint.channels
+        channels = constraint.channels.flatten(1)
         own = torch.where(channels == STAYS, STAYS, roots[channels.clamp(min=0)]).tolist()
         rows = [sorted({of_root[root] for root in row if root in of_root}) for row in own]
         free -= {place for row in rows for place in row}

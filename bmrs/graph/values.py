@@ -12,6 +12,7 @@ from bmrs.graph.channels import (
     STAYS,
     AtLeastOne,
     Constraint,
+    EqualNumbers,
     Product,
     SameEntries,
     Stay,
@@ -77,12 +78,14 @@ class Findings:
         constraints: what holds for them, in an order of computation.
         notes: for each constraint, why it is there, as a part of a sentence; and the operation, as text.
         place: the operation that is looked at.
+        repetitions: channels along dimensions that were expanded behind groups: of the repetitions of each group.
     """
 
     ties: Ties = field(default_factory=Ties)
     constraints: list[Constraint] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     place: str = ""
+    repetitions: set[int] = field(default_factory=set)
 
     def add(self, constraint: Constraint, note: str) -> None:
         """Note a constraint of the present operation."""
@@ -147,6 +150,39 @@ class Findings:
         channels = self.ties.new(*shape)
         self.same_entries(layer, channels, axes)
         return channels
+
+    def repetitions_in(self, value: object) -> Tensor | None:
+        """Return that layer of a value which has the repetitions of groups by themselves, None if there is none."""
+        layers = value.layers if isinstance(value, Value) else ()
+        return next((x for x in layers if x.numel() and int(x[(0,) * x.dim()]) in self.repetitions), None)
+
+    def repeated(self, groups: Tensor, axis: int, repeats: int, places: Tensor | None = None) -> Tensor:
+        """Make new channels for repetitions of groups, of which equally many of each group stay.
+
+        What is repeated is the same for all of a group, as keys and values are for its queries: it does not matter
+        which of them stay, if each group has as many.
+
+        Args:
+            groups: channels; along ``axis`` those of each group, if they vary.
+            axis: a dimension of ``groups``.
+            repeats: repetitions of each group.
+            places: see `EqualNumbers`.
+
+        Returns:
+            Channels of the shape of ``groups``, ``repeats`` times as many along ``axis``.
+        """
+        behind = axis + 1
+        (small,) = without_repetition(groups)
+        shape = [*small.shape[:axis], groups.shape[axis], repeats, *small.shape[behind:]]
+        channels = self.ties.new(*shape)
+        shared = [d if d <= axis else d + 1 for d in varying_axes(groups)]
+        self.same_entries(channels, small.unsqueeze(behind), shared)
+        rows = channels.movedim([axis, behind], [0, 1]).flatten(2)
+        self.add(EqualNumbers(rows, places=places), "as many queries stay in every group")
+        full = [*groups.shape[:axis], groups.shape[axis] * repeats, *groups.shape[behind:]]
+        layer = channels.flatten(axis, behind).expand(full)
+        self.product(layer)
+        return layer
 
 
 def combine(

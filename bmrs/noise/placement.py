@@ -234,10 +234,28 @@ def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
     if _is_transposed_linear(layer):
         assert isinstance(layer.weight, Tensor)
         return layer.weight.shape[1], -1
+    if (hidden := _hidden_units_of_experts(layer)) is not None:
+        raise ValueError(
+            f"layer {name!r} ({type(layer).__name__}) is experts, whose hidden units get noise behind the activation: "
+            f"where={name + '.act_fn'!r}, num_structures={hidden}, dim=-1"
+        )
     raise ValueError(
         f"the structures of layer {name!r} ({type(layer).__name__}) cannot be inferred: choose linear, convolution, "
         "normalisation, embedding or recurrent layers, or give num_structures and dim"
     )
+
+
+def _hidden_units_of_experts(layer: nn.Module) -> int | None:
+    """Return the hidden units of each expert of a layer that has the matrices of all as one, as in transformers."""
+    first, last = (getattr(layer, name, None) for name in ("gate_up_proj", "down_proj"))
+    if (
+        not isinstance(first, nn.Parameter)
+        or not isinstance(last, nn.Parameter)
+        or (first.dim(), last.dim()) != (3, 3)
+    ):
+        return None
+    hidden = [size for size in last.shape[1:] if 2 * size in first.shape[1:]]
+    return hidden[-1] if hidden and isinstance(getattr(layer, "act_fn", None), nn.Module) else None
 
 
 def _is_transposed_linear(layer: nn.Module) -> bool:

@@ -285,7 +285,7 @@ def attention(findings: Findings, call: Call) -> Value:
     batch = "abcdefgh"[: rank - 2]
     if call["enable_gqa"] and q.shape[-3] != k.shape[-3]:
         repeats = q.shape[-3] // k.shape[-3]
-        k, v = (_repeated(value, repeats, rank - 3) for value in (k, v))
+        k, v = (_repeated(findings, value, repeats, rank - 3) for value in (k, v))
     scores_shape = torch.Size([*call.shape[:-1], k.shape[-2]])
     layers = contract(findings, q, batch + "tw", k, batch + "sw", batch + "ts")
     layers = tuple(layer.expand(scores_shape) for layer in layers)
@@ -297,10 +297,16 @@ def attention(findings: Findings, call: Call) -> Value:
     return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), zeros)
 
 
-def _repeated(value: Value, repeats: int, axis: int) -> Value:
-    def repeat(x: Tensor) -> Tensor:
-        return x.repeat_interleave(repeats, axis)
-
-    constant = None if value.constant is None else repeat(value.constant)
+def _repeated(findings: Findings, value: Value, repeats: int, axis: int) -> Value:
+    """Return keys or values once for each query of their group, in that order."""
+    constant = None if value.constant is None else value.constant.repeat_interleave(repeats, axis)
     shape = torch.Size([n * repeats if d == axis else n for d, n in enumerate(value.shape)])
-    return Value(shape, tuple(compressed(repeat(layer)) for layer in value.layers), constant)
+    along = value.layer_along(axis)
+    if along is None:
+        # One group: whatever varies along some other dimension is in each of its repetitions.
+        along = next(iter(value.layers), None)
+    layers = [
+        findings.repeated(layer, axis, repeats) if layer is along else layer.repeat_interleave(repeats, axis)
+        for layer in value.layers
+    ]
+    return Value(shape, tuple(map(compressed, layers)), constant)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bmrs.graph.channels import STAYS, compressed, varying_axes
+from bmrs.graph.channels import STAYS, compressed, varying_axes, without_repetition
 from bmrs.graph.operators import DROPOUTS, NEW_FILLS
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
@@ -78,7 +79,51 @@ def moved(findings: Findings, call: Call) -> Value | list[Value]:
             return x.reshape(call.shape)
         return call.target(**{**_plain(call), name: x})
 
-    return _moved(findings, call, value, move)
+    results = _moved(findings, call, value, move)
+    if call.operator in ("expand", "expand_as", "broadcast_to"):
+        return [_expanded_behind_groups(findings, value, results[0])]
+    return results
+
+
+def _expanded_behind_groups(findings: Findings, value: Value, result: Value) -> Value:
+    """Let repetitions leave that are next to what they repeat, which is how keys are brought to the queries of a group.
+
+    Nothing else would tell that fewer of them can stay; wherever that cannot be, what they meet keeps them.
+    """
+    offset = len(result.shape) - len(value.shape)
+    axes = [
+        axis + offset
+        for axis, size in enumerate(value.shape)
+        if axis and size == 1 < result.shape[axis + offset]
+        if value.layers and (value.shape[axis - 1] == 1 or value.layer_along(axis - 1) is not None)
+    ]
+    if len(axes) != 1:
+        return result
+    layer = findings.new_layer(result.shape, axes[0])
+    findings.repetitions.update(without_repetition(layer)[0].flatten().tolist())
+    return replace(result, layers=(*result.layers, layer))
+
+
+def _joined_with_groups(findings: Findings, value: Value) -> Value:
+    """Return a value of which groups and their repetitions, if they lie along one dimension, became channels of it."""
+    places = findings.repetitions_in(value)
+    if places is None:
+        return value
+    axis = varying_axes(places)[0]
+    others = [layer for layer in value.layers if layer is not places]
+    groups = next((x for x in others if axis in varying_axes(x)), next(iter(others), None))
+    if groups is None:
+        return value
+    along = without_repetition(places.movedim(axis, -1))[0].flatten()
+    repeats = len(along.unique())
+    # In turn for each group.
+    order = along.view(-1, repeats) if len(along) == places.shape[axis] and not len(along) % repeats else None
+    split = groups.unflatten(axis, (-1, repeats)) if order is not None else groups
+    if order is None or not (order == order[0]).all() or axis + 1 in varying_axes(compressed(split)):
+        findings.stay(places, "repetitions and what they repeat lie in another order")
+        return replace(value, layers=tuple(others))
+    joined = findings.repeated(split.select(axis + 1, 0), axis, repeats, order[0])
+    return replace(value, layers=(*(layer for layer in others if layer is not groups), joined))
 
 
 def _keep_shuffles_whole(findings: Findings, call: Call, value: Value) -> None:
@@ -128,7 +173,8 @@ def _moved(
             else:
                 findings.stay(layer, "it is picked by its number")
         its_layers = tuple(layer for layer in its_layers if varying_axes(layer))
-        results.append(Value(shape, its_layers, None if constants is None else compressed(constants[i])))
+        result = Value(shape, its_layers, None if constants is None else compressed(constants[i]))
+        results.append(_joined_with_groups(findings, result) if len(shape) < len(value.shape) else result)
     return results
 
 
@@ -244,11 +290,13 @@ def indexed(findings: Findings, call: Call) -> Value:
             if set(axes) & set(varying_axes(layer)):
                 findings.stay(layer, f"{call.operator} picks from it")
     if any(index.tensor is None for index in indices):
-        if call.operator != "index" or any(
-            set(_indexed_axes(call)) & set(varying_axes(layer)) for layer in value.layers
-        ):
-            findings.stay_all(value, f"{call.operator} picks by the input")
+        picked = set(_indexed_axes(call)) if call.operator == "index" else set(range(len(value.shape)))
+        for layer in value.layers:
+            if picked & set(varying_axes(layer)):
+                findings.stay(layer, f"{call.operator} picks by the input")
+        if call.operator != "index":
             return Value(call.shape)
+        value = Value(value.shape, tuple(x for x in value.layers if not picked & set(varying_axes(x))))
         # Any entry will do, as all carry the same channels.
         plain["indices"] = [
             None if index is None else torch.zeros(index.shape, dtype=torch.int64)

@@ -70,7 +70,7 @@ def recurrent(findings: Findings, call: Call) -> list[Value]:
     note = (
         "as many hidden units stay in each layer and direction" if len(units) > 1 else "projections are fewer"
     )
-    findings.add(EqualNumbers(units, least), note)
+    findings.add(EqualNumbers(units, least=least), note)
     for value, channels in zip(initial, (states, units), strict=False):
         _tie_state(findings, value, channels)
 

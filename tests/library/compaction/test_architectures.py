@@ -18,8 +18,6 @@ from bmrs.noise.lookup import noise_layers
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
-# Nothing of them can go: experts are picked by number, and four query heads share one key.
-KEEPS_ALL = {("mixtral", "noise"), ("gemma", "heads")}
 PLACES = [(name, "noise") for name in ENTRIES] + [
     (name, "heads") for name, entry in ENTRIES.items() if entry.heads
 ]
@@ -96,7 +94,7 @@ def test_compacted_is_masked_and_smaller(name, place):
         report = bmrs.compact_report(compacted)
         assert largest_difference(run(model, inputs), run(compacted, inputs)) < 1e-10, report
         assert report.parameters_after <= report.parameters_before
-        if (name, place) not in KEEPS_ALL and density < 0.85:
+        if density < 0.85:
             assert 0 < report.removed <= report.pruned
             assert report.parameters_after < report.parameters_before
         for layer in report.layers:
