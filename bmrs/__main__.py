@@ -1,5 +1,6 @@
 """The command ``bmrs``, and ``python -m bmrs``."""
 
+import contextlib
 import os
 import sys
 
@@ -7,14 +8,16 @@ import sys
 def main() -> int:
     """Run the command line, and return its exit code."""
     try:
-        from bmrs.cli import main as run  # which takes seconds, as torch does
-    except KeyboardInterrupt:
+        from bmrs.cli import main as run
+
+        # For networks and data as package.module:factory; python -m looks there first, a script does not.
+        with contextlib.suppress(FileNotFoundError):  # of a folder that has been deleted
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
+        return run()
+    except KeyboardInterrupt:  # while importing, or for the second time
         print("bmrs: interrupted", file=sys.stderr)
         return 130
-    # For networks and data as package.module:factory; python -m looks there first, a script does not.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return run()
 
 
 if __name__ == "__main__":

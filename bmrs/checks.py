@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
+from pathlib import Path
 
 
 def check_integer(name: str, value: object, *, minimum: int | None = None) -> None:
@@ -36,6 +38,13 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def as_path(name: str, value: object) -> Path:
+    """Return a path; raise TypeError if a value is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a str or os.PathLike, got {shown(value)}")
+    return Path(value)
 
 
 def check_module(value: object) -> None:

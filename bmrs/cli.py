@@ -22,11 +22,12 @@ from rich.console import Console
 
 from bmrs.checks import one_line, shown
 from bmrs.runs import COMMANDS
-from bmrs.terminal import any_encoding
+from bmrs.terminal import Output, any_encoding
 from bmrs.training.config import TrainConfig
+from bmrs.training.interruption import InterruptedRunError
 from bmrs.training.options import ConfigError, check_text, flag, in_words, words_of
 from bmrs.training.options_file import check_yaml
-from bmrs.training.torchrun import joined, other_launcher
+from bmrs.training.torchrun import Team, joined, other_launcher
 
 _NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|-\.?inf", re.IGNORECASE)
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         have the code of the first one that failed, which alone says why.
     """
     with any_encoding(), joined() as team:
-        code, line = _outcome(argv)
+        code, line = _outcome(argv, team)
         if line:
             code, says_why = team.failure(code)
             if says_why:
@@ -72,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _outcome(argv: list[str] | None) -> tuple[int, str]:
+def _outcome(argv: list[str] | None, team: Team) -> tuple[int, str]:
     """Run the command line, and return the exit code and in one line what went wrong, if anything."""
-    console = Console(highlight=False)
+    console = Output(highlight=False)
     try:
         # Without defaults, so that what was given can be compared with a run to resume.
         arguments = _parser().parse_args(
@@ -90,15 +91,19 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
         from bmrs import processes
 
         processes.of_first(lambda: act(console))
+    except _Answered:
+        return 0, ""
     except _UsageError as error:
         return _failure(error.args[0], code=2)
-    except SystemExit as exit:  # the parser has written its help
-        return exit.code if isinstance(exit.code, int) else 0, ""
-    except (ConfigError, OSError, ImportError) as error:
-        return _failure(error, code=2)
+    except SystemExit as exit:
+        return _failure(f"code of a network or of data has ended the program: {exit!r}", code=2)
+    except InterruptedRunError as interruption:
+        return _failure(interruption, code=130)
     except KeyboardInterrupt:
         return _failure("interrupted", code=130)
     except Exception as error:
+        if team.interrupted:
+            return _failure("interrupted", code=130)
         outcome = _outcome_of(error)
         if outcome is None:
             raise
@@ -107,7 +112,9 @@ def _outcome(argv: list[str] | None) -> tuple[int, str]:
 
 
 def _outcome_of(error: Exception) -> tuple[int, str] | None:
-    """Return the exit code and the line for an error of what needs torch; None for one that nobody expects."""
+    """Return the exit code and the line for an error; None for one that nobody expects."""
+    if isinstance(error, ConfigError | OSError | ImportError):
+        return _failure(error, code=2)
     import torch
 
     from bmrs import processes, training
@@ -120,8 +127,6 @@ def _outcome_of(error: Exception) -> tuple[int, str] | None:
         return _failure(f"{error}. The checkpoint of the last good epoch is kept; {advice}", code=1)
     if isinstance(error, training.CollapseError | processes.LostProcessError):
         return _failure(error, code=1)
-    if isinstance(error, training.InterruptedRunError):
-        return _failure(error, code=130)
     # On a CPU torch has no type of its own for it.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return _failure(f"out of memory; a smaller --batch-size or --hidden may fit: {error}", code=2)
@@ -197,17 +202,27 @@ class _UsageError(SystemExit):
     """An argument is bad; what the parser raises must not pass for one of its own errors."""
 
 
+class _Answered(SystemExit):
+    """The parser has written what was asked for, such as help."""
+
+
 class _Parser(ArgumentParser):
     """A parser that reports an error in one line."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise _Answered(status, message)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(message.split())
         named = re.match(r'Parser key "(\w+)": (.*)$', line)
-        if named and named[1] in _OPTIONS:
+        kind = named and (_HINTS.get(named[1]) or _number_in(named[2]))
+        if named and kind:
             name, reason = named.groups()
             bad_value = re.match(r".*(?:Given|Got) value: ?(.*)$", reason)
             got = f", got {shown(bad_value[1])}" if bad_value else f": {one_line(reason)}"
-            line = f"{flag(name)} must be {in_words(_HINTS[name])}{got}"
+            line = f"{flag(name)} must be {in_words(kind)}{got}"
+        if re.fullmatch(r"the following arguments are required: \w+\.runs?", line):
+            line = "RUN is missing: give the folder of a run"
         lacking = re.fullmatch(r"argument --([\w-]+): expected one argument", line)
         if lacking and (name := lacking[1].replace("-", "_")) in _OPTIONS:
             line = f"{flag(name)} must be {in_words(_HINTS[name])}, got nothing"
@@ -215,6 +230,11 @@ class _Parser(ArgumentParser):
         if unknown and (near := get_close_matches(unknown[1], map(flag, _OPTIONS), n=1)):
             line += f"; did you mean {near[0]}?"
         raise _UsageError(line)
+
+
+def _number_in(reason: str) -> type | None:
+    """Return the type of number that the parser's words say was expected, None if they speak of another one."""
+    return next((kind for kind in (int, float) if f"Expected a {kind}" in reason), None)
 
 
 class _Help(DefaultHelpFormatter):
@@ -245,7 +265,7 @@ class _ShowVersions(argparse.Action):
     """The option that prints versions and ends the program."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(_versions())
+        sys.stdout.write(f"{_versions()}\n")  # at once, as whoever reads a pipe may take one line
         parser.exit()
 
 
@@ -336,6 +356,6 @@ def _parser() -> ArgumentParser:
 
 def _failure(message: object, *, code: int) -> tuple[int, str]:
     line = one_line(message, limit=_LONGEST_LINE)
-    encoding = sys.stderr.encoding or "utf-8"
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     line = line.encode(encoding, "backslashreplace").decode(encoding)  # whatever a terminal can show
     return code, f"bmrs: {line}" if code == 130 else f"bmrs: error: {line}"

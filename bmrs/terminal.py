@@ -1,11 +1,16 @@
-"""Printing where a terminal or file cannot show every letter."""
+"""Printing where a terminal or file cannot show every letter, and where nobody reads any more."""
 
 from __future__ import annotations
 
 import codecs
+import errno
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from rich.console import Console
 
 _SPELLED_OUT = {
     "×": "x",
@@ -25,6 +30,16 @@ _SPELLED_OUT = {
     "²": "^2",
 }
 _HANDLER = "bmrs.spelled_out"
+
+
+class Output(Console):
+    """Standard output; where its reader has gone, that is an error like others, not an exit without a word."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raise BrokenPipeError; what is printed from now on is lost."""
+        with suppress(SystemExit, OSError):  # an output that is no file has no number
+            super().on_broken_pipe()
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE), "standard output")
 
 
 @contextmanager

@@ -15,5 +15,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a write to a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten
 
-from bmrs.checks import check_choice, check_module, one_line
+from bmrs.checks import as_path, check_choice, check_module, one_line
 from bmrs.compaction.comparison import TOLERANCES, relative_difference
 from bmrs.files.atomic import write_atomically
 from bmrs.graph.analysis import layer_of
@@ -104,7 +104,7 @@ def export(
     check_choice("format", format, FORMATS)
     check_choice("overwrite", overwrite, (False, True))
     check_module(model)
-    path = Path(path)
+    path = as_path("path", path)
     check_target(path, overwrite)
     if noisy := list(noise_layers(model)):
         raise TypeError(

@@ -11,7 +11,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, fx, nn
 
-from bmrs.checks import check_module, one_line, shown
+from bmrs.checks import as_path, check_module, one_line, shown
 from bmrs.compaction.describing import describe
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.record import record_of
@@ -57,6 +56,7 @@ def save(
         ValueError: the model does not run on the example.
         OSError: the file cannot be written.
     """
+    file = as_path("path", path)
     if not isinstance(model, nn.Module):
         raise TypeError(f"save needs a torch.nn.Module, got {type(model).__name__}")
     noisy = [name for name, layer in noise_layers(model).items() if not layer.compacted]
@@ -75,7 +75,7 @@ def save(
     description["channels_last"] = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
     # Cloned, as safetensors refuses tensors that share memory.
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(Path(path), serialize(stored, metadata={_METADATA_KEY: json.dumps(description)}))
+    write_atomically(file, serialize(stored, metadata={_METADATA_KEY: json.dumps(description)}))
 
 
 def load(
@@ -105,7 +105,7 @@ def load(
     if model is not None:
         check_module(model)
     _check_device(device)
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise FileNotFoundError(f"no model file at {path}")
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from bmrs.training.options import ConfigError, checked_texts
+from bmrs.training.options import check_number, checked_texts
 
 HELP = "accuracy against compression, structure by structure"
 _DESCRIPTION = """\
@@ -39,9 +39,8 @@ def action(options: Namespace) -> Callable[[Console], None]:
     """Check the command's options, and return what does what they ask for."""
     checked_texts(vars(options), {"run": "RUN", "data_dir": "--data-dir", "device": "--device"})
     points, images = options.get("points"), options.get("images")
-    for name, value, least in (("points", points, 2), ("images", images, 1)):
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} must be at least {least}, got {value}")
+    check_number("points", points, minimum=2, maximum=10_000)
+    check_number("images", images, minimum=1)
 
     def draw(console: Console) -> None:
         from bmrs.runs.curve import draw_curves

@@ -64,7 +64,8 @@ def build_criterion(name: CriterionName, options: Mapping[str, Any]) -> Criterio
     try:
         criterion = kind(**defaults | given)
         if not criterion.needs_producer:
-            criterion(NoiseLayer(1))  # some limits are those of the layer's interval
+            # Some limits are those of the layer's interval. torch has nothing to compile for that.
+            criterion(NoiseLayer(1, backend="torch"))
     except ValueError as error:
         raise ConfigError(f"--criterion {name}: {one_line(error)}") from error
     return criterion

@@ -59,6 +59,8 @@ def fits(value: object, kind: Any) -> bool:
 
 def check_text(name: str, value: str) -> None:
     """Raise ConfigError unless a text, such as a path, can be written into a file and given to the system."""
+    if not value:
+        raise ConfigError(f"{name} must not be empty")
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ConfigError(f"{name} must be text in UTF-8 without NUL characters, got {shown(value)}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shlex
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,6 +34,7 @@ from bmrs.training.epoch import Progress
 from bmrs.training.events import check_tensorboard, write_epoch
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.images import load_images
+from bmrs.training.interruption import InterruptedRunError, command_to_resume
 from bmrs.training.memory import check_memory
 from bmrs.training.networks import check_training, dense_network, noisy_network, with_weights
 from bmrs.training.options_file import read_json
@@ -51,14 +51,6 @@ from bmrs.training.sharing import check_same_data, check_same_state, share_rando
 from bmrs.training.summary import RunSummary, show_seeds, summarise
 
 _COMPILING = "compiling what draws the noise; up to a minute, the first time on this machine"
-
-
-class InterruptedRunError(Exception):
-    """Training was interrupted by the user; `path` is the run's folder, from which it can be resumed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"interrupted; continue with: bmrs train --resume {shlex.quote(str(path))}")
-        self.path = path
 
 
 def train(
@@ -260,6 +252,11 @@ def _all_seeds(
             summaries.append(_finish_seed(seed_folder, own, data, device, console, meter))
     except KeyboardInterrupt:
         raise InterruptedRunError(folder.path) from None
+    except OSError as error:  # a disk that is full, data that have moved
+        where = ", where --data-dir tells where data are now" * isinstance(error, FileNotFoundError)
+        raise RunError(
+            f"{one_line(error)}; that mended, continue with: {command_to_resume(folder.path)}{where}"
+        ) from error
     if len(summaries) > 1 and processes.is_first():
         write_json(folder.summary, {"seeds": [summary.to_dict() for summary in summaries]})
     show_seeds(summaries, console, _title(config))

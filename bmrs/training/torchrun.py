@@ -19,10 +19,25 @@ class Team:
 
     Args:
         store: what they share beside torch.distributed; None for a process that is alone.
+
+    Attributes:
+        interrupted: whether Ctrl-C or SIGTERM has arrived. Libraries may turn the KeyboardInterrupt into other errors.
     """
 
     def __init__(self, store: Any = None) -> None:
         self._store = store
+        self.interrupted = False
+
+    def interrupt(self, number: int, frame: object) -> None:
+        """Raise KeyboardInterrupt, on a signal."""
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def interrupt_once(self, number: int, frame: object) -> None:
+        """Raise KeyboardInterrupt, and ignore further signals: torchrun may send another one on."""
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        self.interrupt(number, frame)
 
     def failure(self, code: int) -> tuple[int, bool]:
         """Tell the others that this process ends early.
@@ -60,17 +75,18 @@ def joined() -> Iterator[Team]:
     SIGTERM is taken as Ctrl-C. If several processes fail, only the first one to do so
     raises what went wrong; the others end in silence with its exit code.
     """
+    alone = Team()
     if not is_one_of_several():
-        with _on_signals(_interrupt, signal.SIGTERM):
-            yield Team()
+        with _on_signals(alone.interrupt, signal.SIGINT, signal.SIGTERM):
+            yield alone
         return
     import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
     if distributed.is_initialized():
-        with _on_signals(_interrupt, signal.SIGTERM):
-            yield Team()
+        with _on_signals(alone.interrupt, signal.SIGINT, signal.SIGTERM):
+            yield alone
         return
     store, rank, world = next(rendezvous("env://"))
     on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
@@ -85,7 +101,10 @@ def joined() -> Iterator[Team]:
     distributed.all_reduce(torch.zeros(1))
     team = Team(distributed.PrefixStore("bmrs", store))
     try:
-        with _on_signals(_interrupt_once, signal.SIGINT, signal.SIGTERM), open(os.devnull, "w") as nowhere:
+        with (
+            _on_signals(team.interrupt_once, signal.SIGINT, signal.SIGTERM),
+            open(os.devnull, "w") as nowhere,
+        ):
             if rank == 0:
                 yield team
             else:
@@ -105,7 +124,9 @@ def _on_signals(handle: Callable[[int, object], None], *numbers: signal.Signals)
     if threading.current_thread() is not threading.main_thread():  # which alone can have handlers
         yield
         return
-    handlers = {number: signal.signal(number, handle) for number in numbers}
+    # A signal that is ignored, as Ctrl-C is by what a shell runs in the background, stays so.
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield
     finally:
@@ -129,14 +150,3 @@ def other_launcher() -> str | None:
     if world == "1" or _started_by_torchrun():
         return None
     return f"WORLD_SIZE is {world}, but torchrun did not start this process, so that it trains alone"
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _interrupt_once(number: int, frame: object) -> None:
-    # One signal is enough; torchrun may send another on.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt

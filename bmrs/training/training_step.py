@@ -88,14 +88,14 @@ def new_step(
 
 
 def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    count = min(count, len(batch.labels))  # empty parts would take time and memory
     if count == 1:
         yield batch
         return
     for images, labels in zip(
         batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True
     ):
-        if len(labels):
-            yield Batch(images, labels)
+        yield Batch(images, labels)
 
 
 def cross_entropy(config: TrainConfig) -> DataLoss:

@@ -48,6 +48,12 @@ CALLS = {
         lambda m: bmrs.learn_posteriors(m, [X], 5, dataset_size=4),
         r"loss must be a function of \(model, batch\), got 5",
     ),
+    "no path to save": (lambda m: bmrs.save(None, m), "path must be a str or os.PathLike, got None"),
+    "no path to load": (lambda m: bmrs.load(3), "path must be a str or os.PathLike, got 3"),
+    "path and examples the wrong way round": (
+        lambda m: bmrs.export(m, "small.onnx", X),
+        "path must be a str or os.PathLike, got tensor",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """The command line where terminals, folders, signals and other processes are not what one would wish."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -239,6 +240,88 @@ def test_sigterm_ends_like_ctrl_c(images, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert errors == f"bmrs: interrupted; continue with: bmrs train --resume {run}\n"
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/file"), "No space left on device: 'a/file'"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "Broken pipe: 'standard output'"),
+    ],
+)
+def test_a_run_that_cannot_write_says_how_it_goes_on(images, tmp_path, monkeypatch, fault, message):
+    """A full disk, and an output that nobody reads any more."""
+
+    def fail(*arguments, **options):
+        raise fault
+
+    run = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        if isinstance(fault, BrokenPipeError):
+            patch.setattr(TrainingProgress, "epoch", lambda self, row: self._console.on_broken_pipe())
+        else:
+            patch.setattr("bmrs.training.run.write_json_lines", fail)
+        text = printed(
+            "train", *OPTIONS.split(), *SHORT.split(), "--data-dir", str(images), "--output", str(run), code=2
+        )
+    assert text.splitlines()[-1].endswith(
+        f"{message}; that mended, continue with: bmrs train --resume '{run}'"
+    )
+    printed("train", "--resume", str(run))
+
+
+def test_data_that_have_moved_are_asked_for(images, tmp_path):
+    run = tmp_path / "run"
+    RunFolder.create(
+        TrainConfig(data="mnist", data_dir=str(images / "elsewhere"), model="mlp", device="cpu"), run
+    )
+    text = printed("train", "--resume", str(run), code=2)
+    assert f"bmrs train --resume {run}, where --data-dir tells where data are now" in text
+
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), ImportError("half imported")])
+def test_what_libraries_make_of_ctrl_c_is_an_interruption(monkeypatch, capsys, error):
+    def interrupted(*arguments, **options):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise error from None
+
+    monkeypatch.setattr("bmrs.training.train", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "bmrs: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_that_are_ignored_stay_so(monkeypatch, capsys):
+    """As Ctrl-C is by what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("bmrs.training.train", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert main(["train"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("reason", [0, "bye"])
+def test_code_that_ends_the_program_does_not_do_so_in_silence(monkeypatch, capsys, reason):
+    def ended(*arguments, **options):
+        sys.exit(reason)
+
+    monkeypatch.setattr("bmrs.training.train", ended)
+    assert main(["train"]) == 2
+    said = f"bmrs: error: code of a network or of data has ended the program: SystemExit({reason!r})\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_second_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bmrs.cli.main", interrupted)
+    assert bmrs.__main__.main() == 130
+    assert capsys.readouterr().err == "bmrs: interrupted\n"
 
 
 def test_ctrl_c_while_importing(monkeypatch, capsys):

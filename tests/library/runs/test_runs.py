@@ -287,7 +287,7 @@ class TestCurve:
     def test_options(self, seed, capsys):
         for option, least in (("points", 2), ("images", 1)):
             assert main(["curve", str(seed), f"--{option}", "0"]) == 2
-            assert f"--{option} must be at least {least}, got 0" in said(capsys)[1]
+            assert f"--{option} must be a number of at least {least}, got 0" in said(capsys)[1]
 
 
 def test_sizes_are_those_of_compacted_networks():
