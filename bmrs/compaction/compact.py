@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from bmrs.checks import check_choice, check_integer
 from bmrs.compaction.comparison import OutputComparison, forward_flops
+from bmrs.compaction.cutting import Cut, cut, new_biases, shifts
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
@@ -21,15 +22,7 @@ from bmrs.compaction.record import Record, record_of, remember
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
 from bmrs.compaction.rounding import structures_to_give_back
-from bmrs.compaction.surgery import (
-    Cut,
-    cut,
-    narrowed,
-    new_biases,
-    replace_noise,
-    set_sizes_in_code,
-    shifts,
-)
+from bmrs.compaction.surgery import narrowed, replace_noise, set_sizes_in_code
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import (
     Inputs,
@@ -200,6 +193,7 @@ def compacted(
         error, _ = comparison.attempt(result)
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
+        del result, the_cut  # before there is another
         # With sizes of sequences as symbols, so that the graph takes other ones.
         analysis = analyse(capture(masked, inputs, "compact", dynamic="sequences"))
         folding, the_cut, noise = _smaller(analysis, kept_layers)

@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bmrs.compaction.comparison import forward_flops
+from bmrs.compaction.cutting import channel_axis, leaving_constants, new_biases, selection, shifts
 from bmrs.compaction.operation_flops import Axis, products, value_of
-from bmrs.compaction.surgery import channel_axis, leaving_constants, new_biases, selection, shifts
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import STAYS, varying_axes

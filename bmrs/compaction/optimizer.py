@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bmrs.compaction.cutting import Selection
 from bmrs.compaction.record import record_of
-from bmrs.compaction.surgery import Selection
 from bmrs.graph.copies import unwrapped
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)

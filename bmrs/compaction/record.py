@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from bmrs.compaction.cutting import Selection
 from bmrs.compaction.report import CompactReport
-from bmrs.compaction.surgery import Selection
 from bmrs.graph.capture import Inputs
 
 _ATTRIBUTE = "_bmrs_record"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmrs.compaction.cutting import cut, new_biases, shifts
 from bmrs.compaction.folding import Folding
-from bmrs.compaction.surgery import cut, new_biases, shifts
 from bmrs.graph.analysis import analyse
 from bmrs.graph.capture import as_inputs, capture, mark
 from bmrs.graph.copies import evaluation_copy
