@@ -11,7 +11,6 @@ import argparse
 import json
 import resource
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 import bmrs
-from benchmarks.environment import environment, one_line
+from benchmarks.environment import environment
 from benchmarks.markdown import table
 from benchmarks.processes import workers
 from benchmarks.records import RESULTS
@@ -47,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [size for size in options.sizes if size not in SIZES]:
         parser.error(f"sizes must be of {', '.join(SIZES)}, got {', '.join(unknown)}")
-    about = one_line(environment())
+    about = environment()
     rows = []
     for size in options.sizes:
         with workers(1) as pool:
-            rows.append({"parameters": size, **pool.submit(measured, *SIZES[size]).result(), "machine": about})
+            rows.append(
+                {"parameters": size, **pool.submit(measured, *SIZES[size]).result(), "environment": about}
+            )
     options.output.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     (options.output / "memory.jsonl").write_text(text, encoding="utf-8")
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measured(width: int, hidden: int, layers: int, heads: int, words: int) -> dict[str, Any]:
-    """Compact a Llama, and return bytes of it, of the result, and at the peak beside it; and seconds."""
+    """Compact a Llama, and return bytes of it, of the result, and at the peak beside it."""
     import transformers
 
     torch.manual_seed(0)
@@ -81,12 +82,10 @@ def measured(width: int, hidden: int, layers: int, heads: int, words: int) -> di
     with torch.no_grad():
         model(**inputs)
     before = _resident()
-    started = time.perf_counter()
     compacted = bmrs.compact(model, inputs)
-    seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = sum(parameter.nbytes for parameter in compacted.parameters())
-    return {"own": own, "result": result, "peak": peak - before, "seconds": round(seconds, 1)}
+    return {"own": own, "result": result, "peak": peak - before}
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -97,13 +96,14 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['own'] / 2**20:,.0f}",
             f"{row['result'] / row['own']:.2f}",
             f"{row['peak'] / row['own']:.2f}",
-            f"{row['seconds']:.0f}",
         )
         for row in rows
     ]
     columns = (
-        *("parameters", "its memory, MiB", "the result, of it", "at the peak, the result included, of it"),
-        "seconds",
+        "parameters",
+        "its memory, MiB",
+        "the result, of it",
+        "at the peak, the result included, of it",
     )
     return table(columns, cells)
 

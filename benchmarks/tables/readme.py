@@ -209,7 +209,8 @@ def memory(results: Path) -> str:
     """Return the memory that compaction took beside each model."""
     text = (results / "compaction" / "memory.jsonl").read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
-    return f"{rows[0]['machine']}, 1 thread:\n\n{compaction_memory.as_table(rows)}"
+    about = rows[0]["environment"]
+    return f"{about['CPU']}, one thread; torch {about['torch']}:\n\n{compaction_memory.as_table(rows)}"
 
 
 # A few rows that tell the most: where noise costs most, where it costs little, and where the project loses. Networks by
