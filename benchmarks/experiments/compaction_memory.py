@@ -65,7 +65,8 @@ def measured(width: int, hidden: int, layers: int, heads: int, words: int) -> di
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    library: Any = transformers
+    config = library.LlamaConfig(
         hidden_size=width,
         intermediate_size=hidden,
         num_hidden_layers=layers,
@@ -73,7 +74,7 @@ def measured(width: int, hidden: int, layers: int, heads: int, words: int) -> di
         num_key_value_heads=heads // 2,
         vocab_size=words,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = library.LlamaForCausalLM(config).eval()
     own = sum(parameter.nbytes for parameter in model.parameters())
     bmrs.add_noise(model, where=lambda name, _: name.endswith("up_proj"))
     for layer in noise_layers(model).values():
