@@ -35,6 +35,7 @@ from bmrs.graph.capture import (
 )
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied, evaluation_copy, unwrapped
+from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -62,7 +63,8 @@ def compact(
     together); where zero padding makes its constant differ from place to place; where it is counted in the statistics
     of a LayerNorm, in a softmax or in a mean over channels; where sizes would not agree, as the widths of attention
     heads; where an operator is not known. `compact_report` says so, with the reason. Noise that no parameter can take
-    up becomes one multiplication by fixed factors.
+    up becomes one multiplication by fixed factors. Of a residual branch of which all structures are pruned, layers
+    without weights stay, which add what the branch adds.
 
     Args:
         model: any model that torch.export can capture, in any mode, also inside `torch.compile` or
@@ -110,13 +112,14 @@ def compact(
         inputs = as_inputs(example_inputs, model)
         masked = MaskedModel(model, inputs, expected_noise=expected_noise, few_examples=refit_to is not None)
         given_back: Counter[str] = Counter()
-        analysis = analyse(masked.captured)
+        # Noise that stays cannot multiply what a bias would stand in for.
+        analysis = analyse(masked.captured, follow_constants=not keep_noise)
         while round_to > 1 and (structures := structures_to_give_back(analysis, masked.layers, round_to)):
             for name, chosen in structures.items():
                 mask = masked.layers[name].mask
                 masked.set_kept(name, mask.index_fill(0, torch.as_tensor(chosen, device=mask.device), True))
                 given_back[name] += len(chosen)
-            analysis = analyse(masked.captured)
+            analysis = analyse(masked.captured, follow_constants=not keep_noise)
         result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
             refit(result, _origins(analysis, result), unwrapped(refit_to), _single(inputs))
@@ -182,21 +185,27 @@ def compacted(
     """
     masked, layers, inputs = subject.model, subject.layers, subject.examples
     kept_layers = layers if keep_noise else {}
-    folding, the_cut, noise = _smaller(analysis, kept_layers)
+    emptied = NOTHING if keep_noise else emptied_layers(analysis)
+    folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
     comparison = OutputComparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
     for layer in noise.values():
         comparison.allow(layer.mu.dtype)  # of which E[θ] was rounded to
     result, form = narrowed(analysis, the_cut, folding.remaining, noise), "module"
-    error, because = comparison.attempt(result)
-    sizes: dict[str, dict[str, int]] = {}
-    if because and (sizes := set_sizes_in_code(analysis, result)):
-        error, _ = comparison.attempt(result)
+    error, because, sizes = _attempt(comparison, analysis, result)
+    if not error <= comparison.tolerance and emptied is not NOTHING:
+        # Its code asks for more of a layer than its outputs.
+        emptied = NOTHING
+        del result, the_cut  # before there is another
+        folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
+        result = narrowed(analysis, the_cut, folding.remaining, noise)
+        error, because, sizes = _attempt(comparison, analysis, result)
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
-        del result, the_cut  # before there is another
+        del result, the_cut
         # With sizes of sequences as symbols, so that the graph takes other ones.
-        analysis = analyse(capture(masked, inputs, "compact", dynamic="sequences"))
-        folding, the_cut, noise = _smaller(analysis, kept_layers)
+        captured = capture(masked, inputs, "compact", dynamic="sequences")
+        analysis = analyse(captured, follow_constants=not keep_noise)
+        folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
         try:
             result, form = build_graph_network(analysis, the_cut, folding.remaining, noise), "graph"
             error, failure = comparison.attempt(result)
@@ -213,7 +222,7 @@ def compacted(
         form=form,
         form_because=because if form == "graph" else "",
         layers=tuple(
-            _layer_report(analysis, folding, name, layer, given_back.get(name, 0), noise)
+            _layer_report(analysis, emptied, folding, name, layer, given_back.get(name, 0), noise)
             for name, layer in layers.items()
         ),
         parameters_before=_number_of_values(masked),
@@ -221,6 +230,7 @@ def compacted(
         bytes_before=_number_of_bytes(masked),
         bytes_after=_number_of_bytes(result),
         unused=_unused(analysis),
+        emptied=tuple(n for n, _ in masked.named_modules() if n in the_cut.constant or n in the_cut.passing),
         flops_before=forward_flops(masked, inputs),
         flops_after=forward_flops(result, inputs),
         error=error,
@@ -232,26 +242,38 @@ def compacted(
     return result
 
 
+def _attempt(
+    comparison: OutputComparison, analysis: Analysis, result: nn.Module
+) -> tuple[float, str, dict[str, dict[str, int]]]:
+    """Return the error of a network, why it cannot be used before sizes in its code are set, and those sizes."""
+    error, because = comparison.attempt(result)
+    sizes: dict[str, dict[str, int]] = {}
+    if because and (sizes := set_sizes_in_code(analysis, result)):
+        error, _ = comparison.attempt(result)
+    return error, because, sizes
+
+
 def _smaller(
-    analysis: Analysis, kept_layers: Mapping[str, NoiseLayer]
+    analysis: Analysis, kept_layers: Mapping[str, NoiseLayer], emptied: Emptied
 ) -> tuple[Folding, Cut, dict[str, NoiseLayer]]:
     """Return how noise is folded, the smaller tensors, and narrower ones of the noise layers that are to stay."""
-    found = shifts(analysis)
+    found = shifts(analysis, emptied)
     names = new_biases(analysis, found)
     folding = Folding([], {}) if kept_layers else fold_noise(analysis, names)
-    the_cut = cut(analysis, folding, found, names)
+    the_cut = cut(analysis, folding, found, names, emptied)
     return folding, the_cut, narrowed_noise(analysis, the_cut, kept_layers)
 
 
 def _layer_report(
     analysis: Analysis,
+    emptied: Emptied,
     folding: Folding,
     name: str,
     layer: NoiseLayer,
     given_back: int,
     noise: Mapping[str, NoiseLayer],
 ) -> LayerCompaction:
-    entries = reasons_of_entries(analysis, name)
+    entries = reasons_of_entries(analysis, name, emptied)
     reasons: Counter[str] = Counter()
     removed = 0
     for structure in (~layer.mask).nonzero().flatten().tolist():
@@ -285,13 +307,17 @@ def _unused(analysis: Analysis) -> tuple[str, ...]:
     return tuple(name for name, p in analysis.captured.model.named_parameters() if id(p) not in used)
 
 
-def reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
+def reasons_of_entries(analysis: Analysis, name: str, emptied: Emptied = NOTHING) -> list[str]:
     """Return why each entry along a noise layer's dimension stays, "" where it leaves; [] if it is never called."""
     reasons: list[str] = []
-    for call in analysis.noise_calls(name):
+    for node, call in analysis.calls.items():
+        if call.operator != "mark_noise" or call["name"] != name:
+            continue
         axis, value = call["dim"] % len(call.shape), call["x"]
         reasons = reasons or [""] * call.shape[axis]
         layer = value.layer_along(axis)
+        if node in emptied.dead:
+            continue
         if layer is None:
             return ["it multiplies what always stays"] * len(reasons)
         (channels,) = without_repetition(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor, fx
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from bmrs.compaction.folding import Folding, Tensors
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import varying_axes, without_repetition
+from bmrs.graph.emptied import NOTHING, Emptied, layer_name, weight_of
 from bmrs.graph.operators import LINEAR
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
@@ -50,27 +51,37 @@ class Cut:
     Attributes:
         tensors: by qualified name of a parameter or buffer of the masked network; biases that are new too.
         selections: by qualified name, what of the full tensor they are.
+        constant: names of layers that lose their weights, with the channels of their outputs.
+        passing: names of layers that are to return what they take.
+        gone: names of tensors that nothing is left of.
     """
 
     tensors: dict[str, Tensor]
     selections: dict[str, Selection]
+    constant: dict[str, int] = field(default_factory=dict)
+    passing: tuple[str, ...] = ()
+    gone: frozenset[str] = frozenset()
 
 
-def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
-    """Return what leaving constant channels add to each output of the operations that read them; float64."""
+def shifts(analysis: Analysis, emptied: Emptied = NOTHING) -> dict[fx.Node, Tensor]:
+    """Return what constant channels that are no longer read add to each output of an operation; float64.
+
+    Those of a layer that nothing is left of are all no longer read.
+    """
     found = {}
     for node, call in analysis.calls.items():
-        if call.operator in LINEAR or call.operator.startswith("conv"):
-            shift = _shift(analysis, call)
-            if shift is not None and bool(shift.any()):
+        if node in emptied.unread or not (call.operator in LINEAR or call.operator.startswith("conv")):
+            continue
+        constant = emptied.constant.get(node)
+        constant = leaving_constants(analysis, call) if constant is None else constant
+        if constant is not None and constant.any():
+            shift = _shift(call, constant)
+            if bool(shift.any()):
                 found[node] = shift
     return found
 
 
-def _shift(analysis: Analysis, call: Call) -> Tensor | None:
-    constant = leaving_constants(analysis, call)
-    if constant is None or not constant.any():
-        return None
+def _shift(call: Call, constant: Tensor) -> Tensor:
     weight = call["mat2"] if call.operator == "addmm" else call["weight"]
     matrix = (
         weight.tensor.detach().cpu().double().flatten(2).sum(2)
@@ -130,7 +141,11 @@ def new_biases(analysis: Analysis, found: Mapping[fx.Node, Tensor]) -> dict[fx.N
 
 
 def cut(
-    analysis: Analysis, folding: Folding, found_shifts: Mapping[fx.Node, Tensor], names: Mapping[fx.Node, str]
+    analysis: Analysis,
+    folding: Folding,
+    found_shifts: Mapping[fx.Node, Tensor],
+    names: Mapping[fx.Node, str],
+    emptied: Emptied = NOTHING,
 ) -> Cut:
     """Compute the tensors of the smaller network, in float64 where they change in value.
 
@@ -170,7 +185,25 @@ def cut(
         if first not in tensors:
             tensors[first] = selections[first].of(_tensor(value).detach())
         tensors[name] = tensors[first]
-    return Cut(tensors, selections)
+    constant = {}
+    for node in (*emptied.constant, *emptied.unread):
+        call = analysis.calls[node]
+        rows = 1 if call.operator == "addmm" else 0
+        constant[layer_name(call)] = analysis.kept_shape(weight_of(call))[rows]
+    gone = names_gone(analysis, emptied)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    return Cut(kept, {n: s for n, s in selections.items() if n not in gone}, constant, emptied.passing, gone)
+
+
+def names_gone(analysis: Analysis, emptied: Emptied) -> frozenset[str]:
+    """Return names of parameters and buffers that nothing is left of."""
+    gone = {f"{layer_name(analysis.calls[node])}.weight" for node in (*emptied.constant, *emptied.unread)}
+    gone |= {f"{layer_name(analysis.calls[node])}.bias" for node in emptied.unread}
+    for name in emptied.passing:
+        layer = analysis.captured.model.get_submodule(name)
+        own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+        gone |= {f"{name}.{key}" for key, _ in own}
+    return frozenset(gone)
 
 
 def _tensor(value: Value) -> Tensor:
@@ -179,7 +212,7 @@ def _tensor(value: Value) -> Tensor:
 
 
 def _weight(call: Call) -> Tensor:
-    return _tensor(call["mat2"] if call.operator == "addmm" else call["weight"])
+    return _tensor(weight_of(call))
 
 
 def _shifted(call: Call, shift: Tensor) -> _Change:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from bmrs.compaction.constant_layer import make_constant, make_passing
 from bmrs.compaction.cutting import Cut
 from bmrs.graph.analysis import Analysis, layer_of
 from bmrs.graph.capture import MarkedNoise
@@ -36,6 +37,10 @@ def narrowed(
         noise: by name, noise layers that take their places instead.
     """
     model = copied(analysis.captured.model, share=True)
+    for name, channels in the_cut.constant.items():
+        make_constant(model.get_submodule(name), channels, bias=f"{name}.bias" in the_cut.tensors)
+    for name in the_cut.passing:
+        make_passing(model.get_submodule(name))
     old = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -51,7 +56,7 @@ def narrowed(
                     holder[name] = new[id(tensor)]
         bias = f"{path}.bias" if path else "bias"
         if bias in the_cut.tensors and bias not in old:
-            weight = module.get_parameter("weight")
+            weight = analysis.captured.model.get_submodule(path).get_parameter("weight")
             module._parameters["bias"] = nn.Parameter(
                 the_cut.tensors[bias], requires_grad=weight.requires_grad
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bmrs.checks import one_line
+from bmrs.compaction.constant_layer import ConstantLayer, PassingLayer, make_constant, make_passing
 from bmrs.compaction.surgery import replace_noise, set_attributes, set_sizes
 from bmrs.files.layer_arguments import check_arguments
 from bmrs.graph.capture import MarkedNoise
@@ -21,6 +22,7 @@ from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.hooks import add_noise_hook, has_input_noise
 from bmrs.noise.layer import NoiseLayer, stored_arguments
 from bmrs.noise.lookup import noise_layers
+from bmrs.noise.placement import is_transposed_linear
 
 _TENSORS_OF_NOISE = ("mu", "log_sigma", "mask", "pruned")
 
@@ -32,7 +34,8 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
         Names of parameters that are ``"frozen"``; by qualified name, ``"groups"`` of convolutions, ``"scales"``,
         factors that could not be folded (dimension, activation before them, whether they multiply what the layer
         takes), ``"activations"`` that noise had and that hooks go on applying (name, and again whether to what the
-        layer takes), and ``"noise"`` that was kept (its first name, constructor arguments, and that again).
+        layer takes), and ``"noise"`` that was kept (its first name, constructor arguments, and that again);
+        ``"constant"`` layers without weights, with their channels, and ``"passing"`` ones, which return what they take.
     """
     hosts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
     return {
@@ -50,6 +53,8 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
             if n.rpartition(".")[2] == "noise" and type(m) is layer
         },
         "noise": _describe_noise(model),
+        "constant": {n: m.channels for n, m in model.named_modules() if isinstance(m, ConstantLayer)},
+        "passing": [n for n, m in model.named_modules() if isinstance(m, PassingLayer)],
     }
 
 
@@ -78,10 +83,11 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     trial = copied(model, share=True)
     for module in trial.modules():
         materialise_weights(module)
-    for key in ("groups", "scales", "sizes", "activations", "noise"):
+    for key in ("groups", "scales", "sizes", "activations", "noise", "constant"):
         if not isinstance(description.get(key, {}), dict):
             raise ValueError(f"its {key} are not a mapping")
     name_of_class = type(model).__name__
+    _empty_layers(trial, tensors, description, name_of_class)
     _set_tensors(trial, tensors, description, name_of_class)
     _set_groups(trial, description.get("groups", {}), name_of_class)
     for module in trial.modules():
@@ -92,6 +98,28 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     model.__class__ = type(trial)
     model.__dict__.clear()
     model.__dict__.update(vars(trial))
+
+
+def _empty_layers(
+    model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], name_of_class: str
+) -> None:
+    """Turn layers into those without weights."""
+    modules = dict(model.named_modules())
+    for name, channels in description.get("constant", {}).items():
+        layer = modules.get(name)
+        fits = isinstance(layer, nn.Linear | _ConvNd) or (layer is not None and is_transposed_linear(layer))
+        if not fits or type(channels) is not int or channels < 1:
+            raise ValueError(
+                f"its layer {name[:100]!r} without weights is not one of model ({name_of_class})"
+            )
+        make_constant(modules[name], channels, bias=f"{name}.bias" in tensors)
+    passing = description.get("passing", [])
+    if not isinstance(passing, list) or not all(isinstance(n, str) and n in modules for n in passing):
+        raise ValueError(
+            f"its layers {str(passing)[:100]} that do nothing are not those of model ({name_of_class})"
+        )
+    for name in passing:
+        make_passing(modules[name])
 
 
 def _set_tensors(

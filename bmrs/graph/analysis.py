@@ -86,13 +86,17 @@ class Analysis:
         return f"{note} at {place}" if place else note
 
 
-def analyse(captured: Captured) -> Analysis:
+def analyse(captured: Captured, *, follow_constants: bool = True) -> Analysis:
     """Find the channels of a captured model that stay, by asking the rules for every operation.
+
+    Args:
+        captured: the model.
+        follow_constants: see `Findings`.
 
     Raises:
         ValueError: the size of a tensor depends on values of the input; the place is named.
     """
-    reader = _Reader(captured)
+    reader = _Reader(captured, Findings(follow_constants=follow_constants))
     try:
         reader.run(captured.graph)
     except UnknownSizeError:
@@ -124,9 +128,8 @@ def _unread(findings: Findings) -> Tensor:
 class _Reader:
     """Goes through a graph in an order of computation."""
 
-    def __init__(self, captured: Captured) -> None:
-        self.captured = captured
-        self.findings = Findings()
+    def __init__(self, captured: Captured, findings: Findings) -> None:
+        self.captured, self.findings = captured, findings
         self.line = ""
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}

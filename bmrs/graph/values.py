@@ -77,12 +77,14 @@ class Findings:
         constraints: what holds for them, in an order of computation.
         notes: for each constraint, why it is there, as a part of a sentence; and the operation, as text.
         place: the operation that is looked at.
+        follow_constants: whether what linear layers and convolutions make of nothing but constants is one.
     """
 
     ties: Ties = field(default_factory=Ties)
     constraints: list[Constraint] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     place: str = ""
+    follow_constants: bool = True
 
     def add(self, constraint: Constraint, note: str) -> None:
         """Note a constraint of the present operation."""
