@@ -238,7 +238,8 @@ def compacted(
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     kept_inputs = map_tensors(lambda t: t.detach().clone(), subject.few)
-    remember(result, Record(report, kept_inputs, selections, sizes if form == "module" else {}))
+    own_code = (sizes, the_cut.numbers) if form == "module" else ({}, {})
+    remember(result, Record(report, kept_inputs, selections, *own_code))
     return result
 
 

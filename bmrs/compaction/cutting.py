@@ -54,6 +54,7 @@ class Cut:
         constant: names of layers that lose their weights, with the channels of their outputs.
         passing: names of layers that are to return what they take.
         gone: names of tensors that nothing is left of.
+        numbers: by qualified name of a module, attributes that change with the sizes, as ε.
     """
 
     tensors: dict[str, Tensor]
@@ -61,6 +62,7 @@ class Cut:
     constant: dict[str, int] = field(default_factory=dict)
     passing: tuple[str, ...] = ()
     gone: frozenset[str] = frozenset()
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def shifts(analysis: Analysis, emptied: Emptied = NOTHING) -> dict[fx.Node, Tensor]:
@@ -172,6 +174,11 @@ def cut(
     changes: list[_Change] = [((name,), lambda tensors: None) for name in new]
     changes += [_shifted(analysis.calls[n], shift) for n, shift in found_shifts.items() if n not in names]
     changes += [(edit.parameters, edit.apply) for edit in folding.edits]
+    numbers: dict[str, dict[str, float]] = {}
+    for node, norm in analysis.norms.items():
+        if (left := analysis.share_left(node)) < 1:
+            changes.append(_scaled(norm.weight, left**-0.5))
+            numbers[norm.layer] = {norm.attribute: norm.eps / left}
     tensors: Tensors = {}
     for group in _apart(changes):
         # One after another, as float64 copies of all would take twice the memory of a network in single precision.
@@ -192,7 +199,8 @@ def cut(
         constant[layer_name(call)] = analysis.kept_shape(weight_of(call))[rows]
     gone = names_gone(analysis, emptied)
     kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
-    return Cut(kept, {n: s for n, s in selections.items() if n not in gone}, constant, emptied.passing, gone)
+    selections = {name: chosen for name, chosen in selections.items() if name not in gone}
+    return Cut(kept, selections, constant, emptied.passing, gone, numbers)
 
 
 def names_gone(analysis: Analysis, emptied: Emptied) -> frozenset[str]:
@@ -221,6 +229,15 @@ def _shifted(call: Call, shift: Tensor) -> _Change:
 
     def apply(tensors: Tensors) -> None:
         tensors[name].add_(shift.to(tensors[name].device))
+
+    return (name,), apply
+
+
+def _scaled(name: str, factor: float) -> _Change:
+    """Return the change that multiplies a tensor."""
+
+    def apply(tensors: Tensors) -> None:
+        tensors[name].mul_(factor)
 
     return (name,), apply
 

@@ -23,12 +23,14 @@ class Record:
         inputs: a few examples.
         selections: by qualified name of a parameter, what of it is left, where it became smaller.
         code_sizes: by qualified name of a module, integer attributes that its code takes sizes from and that changed.
+        numbers: likewise, other numbers that changed with the sizes, as ε.
     """
 
     report: CompactReport
     inputs: Inputs
     selections: dict[str, Selection] = field(default_factory=dict)
     code_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def remember(network: nn.Module, record: Record) -> None:

@@ -63,6 +63,7 @@ def narrowed(
     _set_groups(analysis, model)
     for module in model.modules():
         set_sizes(module)
+    set_attributes(model, the_cut.numbers)
     replace_noise(model, remaining, noise)
     return model.eval()
 
@@ -162,11 +163,11 @@ def set_sizes_in_code(analysis: Analysis, model: nn.Module) -> dict[str, dict[st
     return changed
 
 
-def set_attributes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+def set_attributes(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> None:
     """Set attributes of modules, by qualified name."""
-    for path, attributes in sizes.items():
-        for name, size in attributes.items():
-            setattr(model.get_submodule(path), name, size)
+    for path, attributes in values.items():
+        for name, value in attributes.items():
+            setattr(model.get_submodule(path), name, value)
 
 
 def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     Args:
         model: the network, with or without noise layers, which it loses.
         description: see `describe_changes`; and ``"sizes"``, by qualified name of a module integer attributes that
-            became smaller.
+            became smaller, and ``"numbers"``, such as ε, that became larger.
         tensors: parameters and buffers by qualified name.
 
     Raises:
@@ -83,7 +84,7 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     trial = copied(model, share=True)
     for module in trial.modules():
         materialise_weights(module)
-    for key in ("groups", "scales", "sizes", "activations", "noise", "constant"):
+    for key in ("groups", "scales", "sizes", "numbers", "activations", "noise", "constant"):
         if not isinstance(description.get(key, {}), dict):
             raise ValueError(f"its {key} are not a mapping")
     name_of_class = type(model).__name__
@@ -93,6 +94,7 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     for module in trial.modules():
         set_sizes(module)
     set_attributes(trial, _checked_sizes(trial, description.get("sizes", {}), name_of_class))
+    set_attributes(trial, _checked_numbers(trial, description.get("numbers", {}), name_of_class))
     _set_noise(trial, tensors, description, name_of_class)
     # Only now, so that the network is untouched by whatever is wrong before.
     model.__class__ = type(trial)
@@ -209,6 +211,24 @@ def _checked_sizes(
             if type(value) is not int or type(size) is not int or not 0 < size <= value:
                 raise ValueError(f"its size {name[:100]!r} of {path!r} is not one of model ({name_of_class})")
     return sizes
+
+
+def _checked_numbers(
+    model: nn.Module, numbers: Mapping[str, Any], name_of_class: str
+) -> Mapping[str, Mapping[str, float]]:
+    modules = dict(model.named_modules())
+    for path, attributes in numbers.items():
+        if not isinstance(attributes, dict) or path not in modules:
+            raise ValueError(f"its numbers of {path[:100]!r} are not those of model ({name_of_class})")
+        for name, number in attributes.items():
+            # Of torch's own layer ε may be None.
+            old = vars(modules[path]).get(name, "")
+            fits = type(old) is float or (old is None and isinstance(modules[path], nn.RMSNorm))
+            if not fits or type(number) is not float or not 0 <= number < math.inf:
+                raise ValueError(
+                    f"its number {name[:100]!r} of {path!r} is not one of model ({name_of_class})"
+                )
+    return numbers
 
 
 def _set_noise(
