@@ -14,6 +14,10 @@ COMMANDS = {
         "benchmarks.experiments.compaction",
         "compact the architectures that people use, beside Torch-Pruning",
     ),
+    "compaction-memory": (
+        "benchmarks.experiments.compaction_memory",
+        "measure the memory that compacting Llamas of rising size takes",
+    ),
     "finite-training": (
         "benchmarks.experiments.finite_training",
         "train with the functions here and with the plain formulas, and look for NaN",
@@ -44,7 +48,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name and return its exit code."""
-    commands = "\n".join(f"  {name:<17}{description}" for name, (_, description) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<19}{description}" for name, (_, description) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"commands:\n{commands}",

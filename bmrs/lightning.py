@@ -15,7 +15,7 @@ from bmrs.criteria import Criterion
 from bmrs.files import save
 from bmrs.noise.divergence import KLWeight
 from bmrs.noise.lookup import required_noise_layers
-from bmrs.pruning.prune import PruneReport
+from bmrs.pruning.report import PruneReport
 from bmrs.schedules import PruningSchedule, WarmUp
 from bmrs.tensorboard import write_histograms
 from bmrs.trainers import TrainedNoise

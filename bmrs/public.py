@@ -25,7 +25,8 @@ from bmrs.noise.parameters import parameter_groups
 from bmrs.noise.placement import add_noise
 from bmrs.prediction import Prediction, predict
 from bmrs.pruning.posteriors import PosteriorReport, learn_posteriors, unsettled
-from bmrs.pruning.prune import PruneReport, prune
+from bmrs.pruning.prune import prune
+from bmrs.pruning.report import PruneReport
 
 __all__ = [
     "L2",

@@ -13,7 +13,8 @@ from bmrs.criteria import BMRSOdds, Criterion
 from bmrs.criteria.base import check_criterion
 from bmrs.noise.divergence import KLWeight, kl_divergence
 from bmrs.noise.lookup import required_noise_layers
-from bmrs.pruning.prune import PruneReport, prune
+from bmrs.pruning.prune import prune
+from bmrs.pruning.report import PruneReport
 from bmrs.schedules import PruningSchedule, WarmUp
 from bmrs.tensorboard import structures_left
 

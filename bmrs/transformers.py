@@ -11,7 +11,7 @@ from bmrs.compaction import compact
 from bmrs.criteria import Criterion
 from bmrs.noise.divergence import KLWeight
 from bmrs.noise.lookup import required_noise_layers
-from bmrs.pruning.prune import PruneReport
+from bmrs.pruning.report import PruneReport
 from bmrs.schedules import PruningSchedule, WarmUp
 from bmrs.tensorboard import Writer, write_noise
 from bmrs.trainers import TrainedNoise

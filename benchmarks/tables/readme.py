@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.experiments import paper_table
+from benchmarks.experiments import compaction_memory, paper_table
 from benchmarks.experiments.peers import picture, rules
 from benchmarks.experiments.peers import table as peers_table
 from benchmarks.experiments.small_networks import pictures as small_pictures
@@ -205,6 +205,14 @@ def compaction(results: Path) -> str:
     return table(columns, rows)
 
 
+def memory(results: Path) -> str:
+    """Return the memory that compaction took beside each model."""
+    text = (results / "compaction" / "memory.jsonl").read_text("utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    about = rows[0]["environment"]
+    return f"{about['CPU']}, one thread; torch {about['torch']}:\n\n{compaction_memory.as_table(rows)}"
+
+
 # A few rows that tell the most: where noise costs most, where it costs little, and where the project loses. Networks by
 # the beginnings of their names.
 _TELLING_STEPS = (("MLP", "element"), ("LeNet-5, batch 32", "element"), ("ResNet-50", "element"))
@@ -283,6 +291,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "contract": contract,
     "compaction": compaction,
+    "compaction-memory": memory,
     "speed": speed,
     "finite-training": finite_training,
     "functions": speed_tables.functions,

@@ -17,7 +17,7 @@ from bmrs.budget.latency import Latency
 from bmrs.budget.objective import relative_losses
 from bmrs.budget.report import BudgetReport, LatencySetting, LayerBudget, NetworkCost
 from bmrs.budget.search import Found, least_loss, least_possible
-from bmrs.checks import check_number, shown
+from bmrs.checks import check_choice, check_number, shown
 from bmrs.compaction.compact import compact
 from bmrs.compaction.cost_model import Cost, CostModel, make_cost_model
 from bmrs.compaction.costs import first_example
@@ -28,7 +28,9 @@ from bmrs.graph.copies import copied
 from bmrs.graph.masked_graph import MaskedGraph, Unit
 from bmrs.noise.lookup import noise_layers, settled_noise_layers
 from bmrs.noise.parameters import warn_of_weight_decay
-from bmrs.pruning.prune import Judgement, check_finite, judge, write_masks
+from bmrs.pruning.emptying import emptied, without_layers
+from bmrs.pruning.prune import check_finite, judge, write_masks
+from bmrs.pruning.report import Judgement
 
 _TRIES = 3
 # Of the target: a network that is faster still gives up more than it has to.
@@ -43,6 +45,7 @@ def prune_to(
     flops: float | None = None,
     parameters: float | None = None,
     latency: float | None = None,
+    empty_layers: bool = False,
 ) -> BudgetReport:
     """Prune by a criterion, and beyond it until the compacted network is within a budget, in place and for good.
 
@@ -51,9 +54,9 @@ def prune_to(
     the score itself for the others. How many go of each layer is chosen so that what is given up over what stays, added
     up over the layers, is least: the sum itself would empty layers that are expensive. Their costs are those of the
     compacted network, where a structure of one layer saves the less the fewer are left in the next; tied structures,
-    and structures of a grouped convolution, go together. The structure of each layer that is most worth keeping stays.
-    With some hundred thousand combinations of widths at most all are tried, and nothing less would do; otherwise the
-    report has a bound.
+    and structures of a grouped convolution, go together. The structure of each layer that is most worth keeping stays,
+    but for ``empty_layers``. With some hundred thousand combinations of widths at most all are tried, and nothing less
+    would do; otherwise the report has a bound.
 
     Args:
         model: a model with noise layers that `bmrs.compact` takes.
@@ -65,6 +68,8 @@ def prune_to(
         latency: milliseconds of its forward pass of all of ``example_inputs``, greater than 0, on their device and with
             as many threads as torch has now. Each operation is timed at a few widths, about 20 seconds at most once
             each has been timed once; then four to six networks are compacted and timed as a whole.
+        empty_layers: True lets layers go whole as in `bmrs.prune`; beyond the criterion only where one structure in
+            each layer is too much for the budget, those first that are worth least.
 
     Returns:
         What went by the criterion, what the budget took beyond, and what evidence that gave up.
@@ -76,6 +81,7 @@ def prune_to(
             or as `bmrs.prune` and `bmrs.compact`. Nothing is pruned then.
     """
     check_criterion(criterion)
+    check_choice("empty_layers", empty_layers, (False, True))
     measure, target = _target(flops=flops, parameters=parameters, latency=latency)
     layers = settled_noise_layers(model)
     warn_of_weight_decay(layers)
@@ -85,17 +91,41 @@ def prune_to(
         first = first_example(inputs)
         graph = MaskedGraph(model, inputs if measure == "latency" else first, "prune_to")
         judgement = judge(model, layers, criterion, graph.tied)
+        if empty_layers:
+            judgement = emptied(judgement, criterion, graph)
         evidence = _Evidence(criterion, judgement)
-        costs = make_cost_model(
-            graph, first, judgement.masks, evidence.of, every_operation=measure == "latency"
-        )
-        if measure == "latency":
-            budget: _Budget = _LatencyBudget(model, graph, costs, evidence, inputs, target)
-        else:
-            budget = _CountedBudget(graph, costs, evidence, measure, target)
-        report = budget.report(layers)
+        start: dict[str, Tensor] | None = judgement.masks
+        while start is not None:
+            costs = make_cost_model(graph, first, start, evidence.of, every_operation=measure == "latency")
+            if measure == "latency":
+                budget: _Budget = _LatencyBudget(model, graph, costs, evidence, start, inputs, target)
+            else:
+                budget = _CountedBudget(graph, costs, evidence, start, measure, target)
+            try:
+                report = budget.report(layers)
+                break
+            except _OutOfReachError:
+                start = _with_one_layer_less(start, evidence, graph) if empty_layers else None
+                if start is None:
+                    raise
         write_masks(layers, budget.masks)
     return report
+
+
+class _OutOfReachError(ValueError):
+    """No network with a structure in each layer that is not empty is within the budget."""
+
+
+def _with_one_layer_less(
+    start: Mapping[str, Tensor], evidence: _Evidence, graph: MaskedGraph
+) -> dict[str, Tensor] | None:
+    """Return masks without the layer that is worth least and can be empty, None if there is none."""
+    tied = {name: tuple(group) for group in graph.tied for name in group}
+    groups = dict.fromkeys(tied.get(name, (name,)) for name, mask in start.items() if mask.any())
+    for names in sorted(groups, key=lambda names: evidence.of_layers(names, start)):
+        if (masks := without_layers(dict(start), names, graph)) is not None:
+            return masks
+    return None
 
 
 def _target(**targets: float | None) -> tuple[str, float]:
@@ -132,13 +162,17 @@ class _Evidence:
             self._known |= dict(zip(its_units, worth.tolist(), strict=True))
         return [self._known[unit] for unit in units]
 
-    def staying(self, units: Sequence[Unit]) -> float:
-        """Return what is worth keeping in the layers of some units beside these units."""
-        rest = {s.layer: self.judgement.masks[s.layer].clone() for unit in units for s in unit.structures}
+    def staying(self, units: Sequence[Unit], masks: Mapping[str, Tensor]) -> float:
+        """Return what is worth keeping in the layers of some units beside these units, by masks."""
+        rest = {s.layer: masks[s.layer].clone() for unit in units for s in unit.structures}
         for unit in units:
             for layer, number in unit.structures:
                 rest[layer][number] = False
         return sum(self.of_structures(layer, mask) for layer, mask in rest.items())
+
+    def of_layers(self, names: Sequence[str], masks: Mapping[str, Tensor]) -> float:
+        """Return what all that is kept of some layers is worth by itself."""
+        return sum(self.of_structures(name, masks[name]) for name in names)
 
     def of_structures(self, layer: str, pruned: Tensor) -> float:
         """Return what some structures of a layer are worth by themselves."""
@@ -153,25 +187,33 @@ class _Budget:
     """A search for masks within a target.
 
     Attributes:
+        start: masks that it starts from, those of the criterion less layers that have to go whole.
         masks: what it keeps, by name of the noise layer.
     """
 
-    def __init__(self, graph: MaskedGraph, costs: CostModel, evidence: _Evidence, target: float) -> None:
-        self.graph, self.costs, self.evidence, self.target = graph, costs, evidence, target
+    def __init__(
+        self,
+        graph: MaskedGraph,
+        costs: CostModel,
+        evidence: _Evidence,
+        start: dict[str, Tensor],
+        target: float,
+    ) -> None:
+        self.graph, self.costs, self.evidence, self.start, self.target = graph, costs, evidence, start, target
         self.worths = [np.array(evidence.of(units)) for units in costs.units]
         self.losses = [
-            relative_losses(worths, evidence.staying(units))
+            relative_losses(worths, evidence.staying(units, start))
             for worths, units in zip(self.worths, costs.units, strict=True)
         ]
         self.nothing = np.zeros(len(costs.units))
         self.everything = np.array([len(units) for units in costs.units], dtype=np.float64)
-        self.masks = evidence.judgement.masks
+        self.masks = start
 
     def report(self, layers: Mapping[str, Any]) -> BudgetReport:
         raise NotImplementedError
 
     def masks_without(self, pruned: NDArray[Any]) -> dict[str, Tensor]:
-        masks = {name: mask.clone() for name, mask in self.evidence.judgement.masks.items()}
+        masks = {name: mask.clone() for name, mask in self.start.items()}
         for units, number in zip(self.costs.units, pruned, strict=True):
             for unit in units[: int(number)]:
                 for layer, structure in unit.structures:
@@ -182,6 +224,17 @@ class _Budget:
         """Return what compaction with these masks gives."""
         self.graph.set_masks(masks)
         return self.costs.cost_of(self.graph.without())
+
+    def cost_by_evidence(self) -> Cost:
+        """Return what the criterion alone leaves."""
+        return self.cost_with(self.evidence.judgement.masks)
+
+    def lost_at_the_start(self) -> float:
+        """Return what layers that had to go whole were worth."""
+        masks = self.evidence.judgement.masks
+        return sum(
+            self.evidence.of_structures(name, mask & ~self.start[name]) for name, mask in masks.items()
+        )
 
     def described(self, found: Found, **rest: Any) -> BudgetReport:
         judgement, criterion = self.evidence.judgement, self.evidence.criterion
@@ -207,9 +260,10 @@ class _Budget:
             score_name=criterion.score_name,
             in_nats=isinstance(criterion, BMRSNormal | BMRSUniform | BMRSOdds),
             target=self.target,
-            met_by_evidence=not found.pruned.any(),
+            met_by_evidence=not found.pruned.any() and self.start is judgement.masks,
             layers=layers,
-            lost=float(sum(w[:number].sum() for w, number in zip(self.worths, found.pruned, strict=True))),
+            lost=self.lost_at_the_start()
+            + sum(float(w[:number].sum()) for w, number in zip(self.worths, found.pruned, strict=True)),
             relative_loss=found.lost,
             **rest,
         )
@@ -219,14 +273,20 @@ class _CountedBudget(_Budget):
     """For FLOPs and parameters, which are known exactly."""
 
     def __init__(
-        self, graph: MaskedGraph, costs: CostModel, evidence: _Evidence, measure: str, target: float
+        self,
+        graph: MaskedGraph,
+        costs: CostModel,
+        evidence: _Evidence,
+        start: dict[str, Tensor],
+        measure: str,
+        target: float,
     ) -> None:
-        super().__init__(graph, costs, evidence, target)
+        super().__init__(graph, costs, evidence, start, target)
         self.measure = measure
         self.count = costs.flops if measure == "flops" else costs.parameters
 
     def report(self, layers: Mapping[str, Any]) -> BudgetReport:
-        dense, by_evidence = self.costs.dense, self.costs.cost(self.nothing)
+        dense, by_evidence = self.costs.dense, self.cost_by_evidence()
         whole = getattr(dense, self.measure)
         limit = self.target * whole if self.target < 1 else self.target
         budget = limit
@@ -238,8 +298,10 @@ class _CountedBudget(_Budget):
                 break
             # More of a network stays than the numbers say, where structures depend on each other.
             budget -= now - limit
-        savings = self._most_saved()
         needed = float(self.operations_alone(self.nothing)) - limit
+        least = found.lost if found.exact else least_possible(self.losses, self._most_saved(), needed)
+        if self.start is not self.evidence.judgement.masks:
+            least = 0.0  # which layers go whole was not searched for
         return self.described(
             found,
             measure=self.measure,
@@ -248,7 +310,7 @@ class _CountedBudget(_Budget):
             dense=NetworkCost(dense.parameters, dense.flops),
             by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops),
             after=NetworkCost(after.parameters, after.flops),
-            least_relative_loss=found.lost if found.exact else least_possible(self.losses, savings, needed),
+            least_relative_loss=least,
         )
 
     def _within(self, budget: float, limit: float) -> Found:
@@ -256,7 +318,7 @@ class _CountedBudget(_Budget):
         if found is None:
             smallest = round(float(self.count(self.everything)))
             whole = getattr(self.costs.dense, self.measure)
-            raise ValueError(_too_little(self.measure, self.target, limit, smallest, whole))
+            raise _OutOfReachError(_too_little(self.measure, self.target, limit, smallest, whole))
         return found
 
     def operations_alone(self, pruned: NDArray[Any]) -> NDArray[Any]:
@@ -277,10 +339,11 @@ class _LatencyBudget(_Budget):
         graph: MaskedGraph,
         costs: CostModel,
         evidence: _Evidence,
+        start: dict[str, Tensor],
         inputs: Any,
         target: float,
     ) -> None:
-        super().__init__(graph, costs, evidence, target)
+        super().__init__(graph, costs, evidence, start, target)
         self.model, self.inputs = model, inputs
 
     def report(self, layers: Mapping[str, Any]) -> BudgetReport:
@@ -293,7 +356,7 @@ class _LatencyBudget(_Budget):
         predicted, measured, tries = now, now, 0
         if now > self.target:
             if least > self.target:
-                raise ValueError(_too_little("latency", self.target, self.target, least, dense))
+                raise _OutOfReachError(_too_little("latency", self.target, self.target, least, dense))
             latency.calibrate(self.nothing, now, self.everything, least)
             # Better is within the target, and of those what gives up least; of others what is fastest.
             best: tuple[bool, float] | None = None
@@ -311,7 +374,7 @@ class _LatencyBudget(_Budget):
                 if _CLOSE * self.target <= time <= self.target:
                     break
                 budget *= self.target / time
-        kept, by_evidence = self.costs.dense, self.costs.cost(self.nothing)
+        kept, by_evidence = self.costs.dense, self.cost_by_evidence()
         after = self.cost_with(self.masks)
         return self.described(
             replace(found, exact=False),

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from bmrs.checks import check_choice, check_integer
 from bmrs.compaction.comparison import OutputComparison, forward_flops
+from bmrs.compaction.cutting import Cut, cut, new_biases, shifts
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
@@ -22,14 +23,10 @@ from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import CompactReport, LayerCompaction
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import (
-    Cut,
-    cut,
     narrowed,
-    new_biases,
     queries_of_a_group,
     replace_noise,
     set_attributes,
-    shifts,
     sizes_in_code,
 )
 from bmrs.graph.analysis import Analysis, analyse
@@ -44,6 +41,7 @@ from bmrs.graph.capture import (
 )
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied, evaluation_copy, unwrapped
+from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -71,7 +69,8 @@ def compact(
     together); where zero padding makes its constant differ from place to place; where it is counted in the statistics
     of a LayerNorm, in a softmax or in a mean over channels; where sizes would not agree, as the widths of attention
     heads; where an operator is not known. `compact_report` says so, with the reason. Noise that no parameter can take
-    up becomes one multiplication by fixed factors.
+    up becomes one multiplication by fixed factors. Of a residual branch of which all structures are pruned, layers
+    without weights stay, which add what the branch adds.
 
     Args:
         model: any model that torch.export can capture, in any mode, also inside `torch.compile` or
@@ -119,13 +118,14 @@ def compact(
         inputs = as_inputs(example_inputs, model)
         masked = MaskedModel(model, inputs, expected_noise=expected_noise, few_examples=refit_to is not None)
         given_back: Counter[str] = Counter()
-        analysis = analyse(masked.captured)
+        # Noise that stays cannot multiply what a bias would stand in for.
+        analysis = analyse(masked.captured, follow_constants=not keep_noise)
         while round_to > 1 and (structures := structures_to_give_back(analysis, masked.layers, round_to)):
             for name, chosen in structures.items():
                 mask = masked.layers[name].mask
                 masked.set_kept(name, mask.index_fill(0, torch.as_tensor(chosen, device=mask.device), True))
                 given_back[name] += len(chosen)
-            analysis = analyse(masked.captured)
+            analysis = analyse(masked.captured, follow_constants=not keep_noise)
         result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
             refit(result, _origins(analysis, result), unwrapped(refit_to), _single(inputs))
@@ -191,31 +191,29 @@ def compacted(
     """
     masked, layers, inputs = subject.model, subject.layers, subject.examples
     kept_layers = layers if keep_noise else {}
-    folding, the_cut, noise = _smaller(analysis, kept_layers)
+    emptied = NOTHING if keep_noise else emptied_layers(analysis)
+    folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
     comparison = OutputComparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
     for layer in noise.values():
         comparison.allow(layer.mu.dtype)  # of which E[θ] was rounded to
     result, form = narrowed(analysis, the_cut, folding.remaining, noise), "module"
-    sizes = queries_of_a_group(analysis, result)
-    set_attributes(result, sizes)
-    error, because = comparison.attempt(result)
-    for guess in sizes_in_code(analysis, result) if because else ():
-        before = {
-            path: {n: getattr(result.get_submodule(path), n) for n in new} for path, new in guess.items()
-        }
-        set_attributes(result, guess)
-        error, _ = comparison.attempt(result)
-        if error <= comparison.tolerance:
-            sizes = {path: {**sizes.get(path, {}), **guess.get(path, {})} for path in {**sizes, **guess}}
-            break
-        set_attributes(result, before)
+    error, because, sizes = _attempt(comparison, analysis, result)
+    if not error <= comparison.tolerance and emptied is not NOTHING:
+        # Its code asks for more of a layer than its outputs.
+        emptied = NOTHING
+        del result, the_cut  # before there is another
+        folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
+        result = narrowed(analysis, the_cut, folding.remaining, noise)
+        error, because, sizes = _attempt(comparison, analysis, result)
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
         if "multiple of 16 bytes" in because:
             because += " (grouped products of experts: round_to=8 gives such widths)"
+        del result, the_cut
         # With sizes of sequences as symbols, so that the graph takes other ones.
-        analysis = analyse(capture(masked, inputs, "compact", dynamic="sequences"))
-        folding, the_cut, noise = _smaller(analysis, kept_layers)
+        captured = capture(masked, inputs, "compact", dynamic="sequences")
+        analysis = analyse(captured, follow_constants=not keep_noise)
+        folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
         try:
             result, form = build_graph_network(analysis, the_cut, folding.remaining, noise), "graph"
             error, failure = comparison.attempt(result)
@@ -232,7 +230,7 @@ def compacted(
         form=form,
         form_because=because if form == "graph" else "",
         layers=tuple(
-            _layer_report(analysis, folding, name, layer, given_back.get(name, 0), noise)
+            _layer_report(analysis, emptied, folding, name, layer, given_back.get(name, 0), noise)
             for name, layer in layers.items()
         ),
         parameters_before=_number_of_values(masked),
@@ -240,6 +238,7 @@ def compacted(
         bytes_before=_number_of_bytes(masked),
         bytes_after=_number_of_bytes(result),
         unused=_unused(analysis),
+        emptied=tuple(n for n, _ in masked.named_modules() if n in the_cut.constant or n in the_cut.passing),
         flops_before=forward_flops(masked, inputs),
         flops_after=forward_flops(result, inputs),
         error=error,
@@ -247,30 +246,52 @@ def compacted(
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     kept_inputs = map_tensors(lambda t: t.detach().clone(), subject.few)
-    remember(result, Record(report, kept_inputs, selections, sizes if form == "module" else {}))
+    own_code = (sizes, the_cut.numbers) if form == "module" else ({}, {})
+    remember(result, Record(report, kept_inputs, selections, *own_code))
     return result
 
 
+def _attempt(
+    comparison: OutputComparison, analysis: Analysis, result: nn.Module
+) -> tuple[float, str, dict[str, dict[str, int]]]:
+    """Return the error of a network, why it cannot be used before sizes in its code are set, and those sizes."""
+    sizes = queries_of_a_group(analysis, result)
+    set_attributes(result, sizes)
+    error, because = comparison.attempt(result)
+    for guess in sizes_in_code(analysis, result) if because else ():
+        before = {
+            path: {n: getattr(result.get_submodule(path), n) for n in new} for path, new in guess.items()
+        }
+        set_attributes(result, guess)
+        error, _ = comparison.attempt(result)
+        if error <= comparison.tolerance:
+            sizes = {path: {**sizes.get(path, {}), **guess.get(path, {})} for path in {**sizes, **guess}}
+            break
+        set_attributes(result, before)
+    return error, because, sizes
+
+
 def _smaller(
-    analysis: Analysis, kept_layers: Mapping[str, NoiseLayer]
+    analysis: Analysis, kept_layers: Mapping[str, NoiseLayer], emptied: Emptied
 ) -> tuple[Folding, Cut, dict[str, NoiseLayer]]:
     """Return how noise is folded, the smaller tensors, and narrower ones of the noise layers that are to stay."""
-    found = shifts(analysis)
+    found = shifts(analysis, emptied)
     names = new_biases(analysis, found)
     folding = Folding([], {}) if kept_layers else fold_noise(analysis, names)
-    the_cut = cut(analysis, folding, found, names)
+    the_cut = cut(analysis, folding, found, names, emptied)
     return folding, the_cut, narrowed_noise(analysis, the_cut, kept_layers)
 
 
 def _layer_report(
     analysis: Analysis,
+    emptied: Emptied,
     folding: Folding,
     name: str,
     layer: NoiseLayer,
     given_back: int,
     noise: Mapping[str, NoiseLayer],
 ) -> LayerCompaction:
-    entries = reasons_of_entries(analysis, name)
+    entries = reasons_of_entries(analysis, name, emptied)
     reasons: Counter[str] = Counter()
     removed = 0
     for structure in (~layer.mask).nonzero().flatten().tolist():
@@ -304,13 +325,17 @@ def _unused(analysis: Analysis) -> tuple[str, ...]:
     return tuple(name for name, p in analysis.captured.model.named_parameters() if id(p) not in used)
 
 
-def reasons_of_entries(analysis: Analysis, name: str) -> list[str]:
+def reasons_of_entries(analysis: Analysis, name: str, emptied: Emptied = NOTHING) -> list[str]:
     """Return why each entry along a noise layer's dimension stays, "" where it leaves; [] if it is never called."""
     reasons: list[str] = []
-    for call in analysis.noise_calls(name):
+    for node, call in analysis.calls.items():
+        if call.operator != "mark_noise" or call["name"] != name:
+            continue
         axis, value = call["dim"] % len(call.shape), call["x"]
         reasons = reasons or [""] * call.shape[axis]
         layer = value.layer_along(axis)
+        if node in emptied.dead:
+            continue
         if layer is None:
             return ["it multiplies what always stays"] * len(reasons)
         (channels,) = without_repetition(layer)

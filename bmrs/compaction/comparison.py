@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from bmrs.graph.capture import Inputs, map_tensors
@@ -95,10 +96,12 @@ class OutputComparison:
 
 def outputs(model: nn.Module, inputs: Inputs, *, double: bool) -> list[Tensor]:
     """Return the tensors that a model returns, computed in float64 or as it is."""
-    network = copied(model, share=False).eval()
+    network = copied(model, share="parameters").eval()
     if double:
-        network, inputs = network.double(), map_tensors(_double, inputs)
-    return run(network, inputs)
+        _double_buffers(network)
+        inputs = map_tensors(_double, inputs)
+    with _DoubleParameters(network) if double else nullcontext():
+        return run(network, inputs)
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -106,6 +109,32 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     args, kwargs = map_tensors(torch.clone, inputs)
     with without_fast_path():
         return _tensors(model(*args, **kwargs))
+
+
+class _DoubleParameters(TorchFunctionMode):
+    """Gives every function float64 copies of a network's parameters.
+
+    They last for one call each, as all of them at once would take twice the memory of a network in single precision.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._parameters = {id(p) for p in network.parameters() if p.is_floating_point()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(self._cast, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _cast(self, leaf: Any) -> Any:
+        return leaf.detach().double() if id(leaf) in self._parameters else leaf
+
+
+def _double_buffers(network: nn.Module) -> None:
+    doubles = {id(buffer): _double(buffer) for buffer in network.buffers()}
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = doubles[id(buffer)]
 
 
 def forward_flops(model: nn.Module, inputs: Inputs) -> int:

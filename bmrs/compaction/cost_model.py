@@ -20,11 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bmrs.compaction.comparison import forward_flops
+from bmrs.compaction.cutting import channel_axis, leaving_constants, names_gone, new_biases, selection, shifts
 from bmrs.compaction.operation_flops import Axis, products, value_of
-from bmrs.compaction.surgery import channel_axis, leaving_constants, new_biases, selection, shifts
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import STAYS, varying_axes
+from bmrs.graph.emptied import emptied_layers
 from bmrs.graph.masked_graph import MaskedGraph, Unit, bundles, leaves
 
 Floats = NDArray[np.float64]
@@ -214,9 +215,9 @@ class _Finder:
         self.parameters = {
             v.parameter: v for n, v in dense.parameters.items() if n in trained and v.parameter
         }
-        self.products = [axes for node in dense.calls for axes in products(dense, node)]
+        self.products = [(node, axes) for node in dense.calls for axes in products(dense, node)]
         axes = [Axis(name, "", d) for name, v in self.parameters.items() for d in range(len(v.shape))]
-        axes += [axis for product in self.products for axis in product]
+        axes += [axis for _, product in self.products for axis in product]
         if every_operation:
             axes += _all_axes(dense)
         self.axes = list(dict.fromkeys(axes))
@@ -231,18 +232,22 @@ class _Finder:
         flops = forward_flops(self.graph.masked, inputs)
         same = self.graph.example is inputs
         of_graph = flops if same else forward_flops(self.graph.masked, self.graph.example)
-        known = sum(2.0 * math.prod(place[axis] for axis in product) for product in self.products)
+        known = sum(2.0 * math.prod(place[axis] for axis in product) for _, product in self.products)
         return Cost(values, flops), (values - used, of_graph - known, flops / of_graph if of_graph else 1.0)
 
     def terms(self, analysis: Analysis, constants: tuple[float, float, float]) -> tuple[Terms, Terms]:
         """Return the products that parameters and FLOPs are sums of, with the new biases that an analysis needs."""
         other_values, other_flops, scale = constants
+        emptied = emptied_layers(analysis)
+        gone = names_gone(analysis, emptied)
         values: Terms = [
             (1.0, [Axis(name, "", d) for d in range(len(value.shape))])
             for name, value in self.parameters.items()
+            if name not in gone
         ]
-        values += [(1.0, [self.rows(node)]) for node in new_biases(analysis, shifts(analysis))]
-        operations: Terms = [(2.0 * scale, product) for product in self.products]
+        values += [(1.0, [self.rows(node)]) for node in new_biases(analysis, shifts(analysis, emptied))]
+        idle = {*emptied.constant, *emptied.unread}
+        operations: Terms = [(2.0 * scale, product) for node, product in self.products if node not in idle]
         return [*values, (other_values, [])], [*operations, (other_flops * scale, [])]
 
     def cost_of(self, analysis: Analysis, constants: tuple[float, float, float]) -> Cost:

@@ -60,6 +60,8 @@ class _Describer:
         self.references: dict[fx.Node, Any] = {}
         self.layers: set[str] = set()
         self.constants: dict[str, Tensor] = {}
+        left = {node: analysis.share_left(node) for node in analysis.norms}
+        self.eps = {n.adds_eps: n.eps / left[node] for node, n in analysis.norms.items() if left[node] < 1}
 
     def description(self) -> Description:
         program = self.analysis.captured.program
@@ -281,9 +283,16 @@ class _Describer:
             return self._positions(call, source)
         if name in ("index", "index_select") and isinstance(result, Value):
             return self._renumbered(node, call, source, result)
+        if node in self.eps:
+            return {"other": self.eps[node]}
         if name in ("layer_norm", "rms_norm"):
             rank = len(call["normalized_shape"])
             shape = list(analysis.kept_shape(source)[-rank:])
+            if node in analysis.norms and shape != list(call["normalized_shape"]):
+                return {
+                    "normalized_shape": shape,
+                    "eps": analysis.norms[node].eps / analysis.share_left(node),
+                }
             return {} if shape == list(call["normalized_shape"]) else {"normalized_shape": shape}
         if name == "group_norm":
             size = source.shape[1] // call["num_groups"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import keyword
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from bmrs.compaction.cutting import Cut
 from bmrs.compaction.describing import describe
 from bmrs.compaction.description import (
     NOISE,
@@ -25,7 +26,6 @@ from bmrs.compaction.description import (
     Reference,
     check_operator,
 )
-from bmrs.compaction.surgery import Cut
 from bmrs.compaction.trusting_operators import check_sizes, takes_sizes_on_trust
 from bmrs.graph.analysis import Analysis
 from bmrs.noise.layer import NoiseLayer
@@ -47,6 +47,7 @@ def build_graph_network(
     tensors = {**the_cut.tensors, **description.constants, **of_noise}
     for placeholder, tensor in analysis.captured.tensors.items():
         tensors.setdefault(analysis.captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
+    tensors = _apart_from(analysis.captured.tensors.values(), tensors)
     frozen = {n for n, p in analysis.captured.model.named_parameters() if not p.requires_grad}
     for name, layer in noise.items():
         frozen |= {f"{name}.{key}" for key, p in layer.named_parameters() if not p.requires_grad}
@@ -60,6 +61,13 @@ def build_graph_network(
     return network
 
 
+def _apart_from(old: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors, with copies of those that lie in the memory of others."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in old}
+    own = {id(t): t.clone() if t.untyped_storage().data_ptr() in taken else t for t in tensors.values()}
+    return {name: own[id(tensor)] for name, tensor in tensors.items()}
+
+
 def build(
     description: Description, tensors: Mapping[str, Tensor], *, parameters: set[str], frozen: set[str]
 ) -> fx.GraphModule:
@@ -67,7 +75,7 @@ def build(
 
     Args:
         description: its operations.
-        tensors: its tensors by name.
+        tensors: its tensors by name; the network takes them over.
         parameters: names of those that are parameters; the others are buffers.
         frozen: names of parameters that are not trained.
 
@@ -103,11 +111,10 @@ def build(
             tensor = tensors[operation.target]
             if id(tensor) not in made:
                 is_parameter = operation.target in parameters
-                clone = tensor.detach().clone()
                 made[id(tensor)] = (
-                    nn.Parameter(clone, requires_grad=operation.target not in frozen)
+                    nn.Parameter(tensor.detach(), requires_grad=operation.target not in frozen)
                     if is_parameter
-                    else clone
+                    else tensor.detach()
                 )
             path = _register(root, operation.target, made[id(tensor)])
             nodes[name] = graph.get_attr(path)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bmrs.compaction.surgery import Cut, Selection
+from bmrs.compaction.cutting import Cut, Selection
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bmrs.compaction.cutting import Selection
 from bmrs.compaction.record import record_of
-from bmrs.compaction.surgery import Selection
 from bmrs.graph.copies import unwrapped
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
@@ -53,6 +53,9 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
                     f"the optimizer has a parameter of shape {tuple(old.shape)} that is not one of the model "
                     f"({type(model).__name__})"
                 )
+            bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
+            if name.endswith("weight") and bias in new and bias not in names.values():
+                parameters.append(new[bias])
             if name not in new:
                 continue
             parameters.append(new[name])
@@ -61,9 +64,6 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
             for key, value in optimizer.state.get(old, {}).items():
                 cut = isinstance(value, Tensor) and value.shape == old.shape
                 state[new[name]][key] = selection.of(value).clone() if cut else _copied(value)
-            bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
-            if name.endswith("weight") and bias in new and bias not in names.values():
-                parameters.append(new[bias])
         groups.append({**group, "params": parameters})
     result: OptimizerT = type(optimizer).__new__(type(optimizer))
     result.__dict__.update(optimizer.__dict__)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from bmrs.compaction.cutting import Selection
 from bmrs.compaction.report import CompactReport
-from bmrs.compaction.surgery import Selection
 from bmrs.graph.capture import Inputs
 
 _ATTRIBUTE = "_bmrs_record"
@@ -23,12 +23,14 @@ class Record:
         inputs: a few examples.
         selections: by qualified name of a parameter, what of it is left, where it became smaller.
         code_sizes: by qualified name of a module, integer attributes that its code takes sizes from and that changed.
+        numbers: likewise, other numbers that changed with the sizes, as ε.
     """
 
     report: CompactReport
     inputs: Inputs
     selections: dict[str, Selection] = field(default_factory=dict)
     code_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def remember(network: nn.Module, record: Record) -> None:

@@ -54,6 +54,8 @@ class CompactReport:
         flops_after: the same of the compacted network.
         error: largest difference of the outputs from the masked network's, relative to the largest output.
         compared_in: what these outputs were computed in, as text.
+        emptied: names of layers that nothing is left of, as of a residual branch of which all structures are pruned:
+            they lost their weights, and what the branch adds is a constant.
     """
 
     form: str
@@ -68,6 +70,7 @@ class CompactReport:
     flops_after: int
     error: float
     compared_in: str
+    emptied: tuple[str, ...] = ()
 
     @property
     def pruned(self) -> int:
@@ -124,6 +127,8 @@ class CompactReport:
                 lines.append(f"{name}: the noise of {layer.noise_kept} structures stays, as keep_noise asks")
             elif not layer.folded:
                 lines.append(f"{name}: one multiplication by its factors remains: {layer.not_folded_because}")
+        if self.emptied:
+            lines.append(f"nothing is left of these, what they add is a constant: {', '.join(self.emptied)}")
         if self.unused:
             lines.append(f"not used in evaluation mode, left as they are: {', '.join(self.unused)}")
         if self.form == "graph":

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmrs.compaction.cutting import cut, new_biases, shifts
 from bmrs.compaction.folding import Folding
-from bmrs.compaction.surgery import cut, new_biases, shifts
 from bmrs.graph.analysis import analyse
 from bmrs.graph.capture import as_inputs, capture, mark
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.emptied import emptied_layers
 from bmrs.noise.lookup import noise_layers, required_noise_layers
 
 
@@ -41,10 +42,15 @@ class CompactedSizes:
             for name, factors in self._factors.items():
                 factors.copy_(self._kept(name))
             analysis = analyse(self._captured)
-            found = shifts(analysis)
+            emptied = emptied_layers(analysis)
+            found = shifts(analysis, emptied)
             names = new_biases(analysis, found)
-            tensors = cut(analysis, Folding([], {}), found, names).tensors
-        own = {name: p for name, p in self._captured.model.named_parameters() if p.requires_grad}
+            the_cut = cut(analysis, Folding([], {}), found, names, emptied)
+        tensors, gone = the_cut.tensors, the_cut.gone
+        trained = (
+            x for x in self._captured.model.named_parameters() if x[1].requires_grad and x[0] not in gone
+        )
+        own = dict(trained)
         return sum({**own, **tensors}[name].numel() for name in {*own, *names.values()})
 
     def _kept(self, name: str) -> Tensor:

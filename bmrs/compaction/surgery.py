@@ -4,200 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bmrs.compaction.folding import Folding
+from bmrs.compaction.constant_layer import make_constant, make_passing
+from bmrs.compaction.cutting import Cut
 from bmrs.graph.analysis import Analysis, layer_of
 from bmrs.graph.capture import MarkedNoise
-from bmrs.graph.channels import varying_axes, without_repetition
+from bmrs.graph.channels import varying_axes
 from bmrs.graph.copies import copied
-from bmrs.graph.operators import FILLS, GATES, LINEAR
+from bmrs.graph.operators import FILLS, GATES
 from bmrs.graph.rules import Call
-from bmrs.graph.rules.contraction import uniform
-from bmrs.graph.values import Value
 from bmrs.noise.activations import ACTIVATION_LAYERS
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.hooks import remove_noise_hook
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.recurrent import HiddenNoise
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What stays of a tensor.
-
-    Attributes:
-        axes: for every dimension that becomes smaller, the entries that stay, int64.
-        columns: for grouped convolutions, of which each group keeps other columns, those of each row that stays.
-    """
-
-    axes: dict[int, Tensor]
-    columns: Tensor | None = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return what stays of a tensor of the full shape."""
-        for axis, entries in self.axes.items():
-            tensor = tensor.index_select(axis, entries.to(tensor.device))
-        if self.columns is not None:
-            index = self.columns.to(tensor.device)
-            index = index.view(*index.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
-            tensor = tensor.gather(1, index)
-        return tensor
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The tensors of a smaller network.
-
-    Attributes:
-        tensors: by qualified name of a parameter or buffer of the masked network; biases that are new too.
-        selections: by qualified name, what of the full tensor they are.
-    """
-
-    tensors: dict[str, Tensor]
-    selections: dict[str, Selection]
-
-
-def shifts(analysis: Analysis) -> dict[fx.Node, Tensor]:
-    """Return what leaving constant channels add to each output of the operations that read them; float64."""
-    found = {}
-    for node, call in analysis.calls.items():
-        if call.operator in LINEAR or call.operator.startswith("conv"):
-            shift = _shift(analysis, call)
-            if shift is not None and bool(shift.any()):
-                found[node] = shift
-    return found
-
-
-def _shift(analysis: Analysis, call: Call) -> Tensor | None:
-    constant = leaving_constants(analysis, call)
-    if constant is None or not constant.any():
-        return None
-    weight = call["mat2"] if call.operator == "addmm" else call["weight"]
-    matrix = (
-        weight.tensor.detach().cpu().double().flatten(2).sum(2)
-        if weight.tensor.dim() > 2
-        else (weight.tensor.detach().cpu().double())
-    )
-    if call.operator == "addmm":
-        return constant @ matrix
-    groups = 1 if call.operator in LINEAR else call["groups"]
-    per_row = constant.view(groups, -1).repeat_interleave(len(matrix) // groups, dim=0)
-    return (matrix * per_row).sum(dim=1)
-
-
-def leaving_constants(analysis: Analysis, call: Call) -> Tensor | None:
-    """Return what each channel of the input of a linear layer or convolution is if it leaves as a constant, else 0.
-
-    Args:
-        analysis: the network.
-        call: one of a linear layer or convolution.
-
-    Returns:
-        float64, one number for each channel, in their order; None if a bias behind the operation cannot take it up.
-    """
-    x: Value = call["mat1"] if call.operator == "addmm" else call["input"]
-    weight = call["mat2"] if call.operator == "addmm" else call["weight"]
-    if x.constant is None or not call.can_shift or weight.tensor is None:
-        return None
-    if call.operator.startswith("conv_transpose"):
-        return None
-    if call.operator not in LINEAR and call["groups"] > 1 and weight.shape[1] == 1:
-        # Every channel of the input leaves with its own outputs.
-        return None
-    axis = channel_axis(call)
-    layer = x.layer_along(axis)
-    if layer is None or varying_axes(layer) != (axis,):
-        return None
-    constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != axis])
-    constant = constant.movedim(axis, -1).flatten().expand(x.shape[axis])
-    (channels,) = without_repetition(layer)
-    return constant.nan_to_num(0.0) * ~analysis.stays(channels).flatten()
-
-
-def channel_axis(call: Call) -> int:
-    """Return the dimension of the input of a linear layer or convolution along which its channels lie."""
-    x: Value = call["mat1"] if call.operator == "addmm" else call["input"]
-    return len(x.shape) - 1 if call.operator in LINEAR else len(x.shape) + 1 - len(call["weight"].shape)
-
-
-def new_biases(analysis: Analysis, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, str]:
-    """Return names for the biases of operations that need one and have none."""
-    names = {}
-    for node in found:
-        call = analysis.calls[node]
-        if call.operator != "addmm" and call["bias"] is None:
-            names[node] = call["weight"].parameter.rpartition(".")[0] + ".bias"
-    return {node: name.lstrip(".") for node, name in names.items()}
-
-
-def cut(
-    analysis: Analysis, folding: Folding, found_shifts: Mapping[fx.Node, Tensor], names: Mapping[fx.Node, str]
-) -> Cut:
-    """Compute the tensors of the smaller network, in float64 where they change in value."""
-    changed: dict[str, Tensor] = {}
-
-    def changing(name: str) -> Tensor:
-        if name not in changed:
-            tensor = analysis.parameters[name].tensor
-            assert tensor is not None
-            # Even a tensor that is double already is changed in a copy.
-            changed[name] = tensor.detach().double().clone()
-        return changed[name]
-
-    dtypes = {
-        name: value.tensor.dtype for name, value in analysis.parameters.items() if value.tensor is not None
-    }
-    for node, shift in found_shifts.items():
-        call = analysis.calls[node]
-        weight = call["mat2"] if call.operator == "addmm" else call["weight"]
-        bias = call["self"] if call.operator == "addmm" else call["bias"]
-        if bias is None:
-            changed[names[node]] = shift.to(weight.tensor.device)
-            dtypes[names[node]] = weight.tensor.dtype
-        else:
-            changing(bias.parameter).add_(shift.to(bias.tensor.device))
-    for edit in folding.edits:
-        for name in edit.parameters:
-            if name not in changed:
-                changing(name)
-        edit.apply(changed)
-    tensors, selections = {}, {}
-    for name, value in analysis.parameters.items():
-        assert value.tensor is not None
-        # By the name of its first use, where it has several.
-        tensor = changed.get(value.parameter or name, value.tensor.detach())
-        selections[name] = selection(analysis, value)
-        tensors[name] = selections[name].of(tensor).to(dtypes[name])
-    for node, name in names.items():
-        weight = analysis.calls[node]["weight"]
-        transposed = "transpose" in analysis.calls[node].operator
-        rows = selections[weight.parameter].axes.get(1 if transposed else 0)
-        bias = changed[name]
-        tensors[name] = (bias if rows is None else bias[rows.to(bias.device)]).to(dtypes[name])
-    return Cut(tensors, selections)
-
-
-def selection(analysis: Analysis, value: Value) -> Selection:
-    """Return what stays of a parameter or buffer."""
-    joint = next((layer for layer in value.layers if len(varying_axes(layer)) > 1), None)
-    axes = {}
-    for axis in range(len(value.shape)):
-        kept = None if joint is not None and axis == 1 else analysis.kept(value, axis)
-        if kept is not None:
-            axes[axis] = kept
-    if joint is None:
-        return Selection(axes)
-    stays = analysis.stays(joint.flatten(2)[..., 0] if joint.dim() > 2 else joint)
-    stays = stays[axes[0]] if 0 in axes else stays
-    if stays.all():
-        return Selection(axes)
-    return Selection(axes, stays.nonzero()[:, 1].view(len(stays), -1))
 
 
 def narrowed(
@@ -215,6 +40,10 @@ def narrowed(
         noise: by name, noise layers that take their places instead.
     """
     model = copied(analysis.captured.model, share=True)
+    for name, channels in the_cut.constant.items():
+        make_constant(model.get_submodule(name), channels, bias=f"{name}.bias" in the_cut.tensors)
+    for name in the_cut.passing:
+        make_passing(model.get_submodule(name))
     old = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -222,7 +51,7 @@ def narrowed(
     new: dict[int, Tensor] = {}
     for name, tensor in old.items():
         if id(tensor) not in new:
-            new[id(tensor)] = _like(the_cut.tensors.get(name, tensor.detach()), tensor)
+            new[id(tensor)] = _like(the_cut.tensors.get(name, tensor), tensor)
     for path, module in model.named_modules(remove_duplicate=False):
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
@@ -230,20 +59,22 @@ def narrowed(
                     holder[name] = new[id(tensor)]
         bias = f"{path}.bias" if path else "bias"
         if bias in the_cut.tensors and bias not in old:
-            weight = module.get_parameter("weight")
+            weight = analysis.captured.model.get_submodule(path).get_parameter("weight")
             module._parameters["bias"] = nn.Parameter(
                 the_cut.tensors[bias], requires_grad=weight.requires_grad
             )
     _set_groups(analysis, model)
     for module in model.modules():
         set_sizes(module)
+    set_attributes(model, the_cut.numbers)
     replace_noise(model, remaining, noise)
     return model.eval()
 
 
 def _like(tensor: Tensor, old: Tensor) -> Tensor:
-    """Return a copy of a tensor with the flags and the memory format of another."""
-    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    """Return a tensor with the flags and the memory format of another, in memory of its own."""
+    shared = tensor.untyped_storage().data_ptr() == old.untyped_storage().data_ptr()
+    tensor = (tensor.detach().clone() if shared else tensor.detach()).contiguous()
     if old.dim() in (4, 5) and not old.is_contiguous():
         channels_last = torch.channels_last if old.dim() == 4 else torch.channels_last_3d
         if old.is_contiguous(memory_format=channels_last):
@@ -382,11 +213,11 @@ def queries_of_a_group(analysis: Analysis, model: nn.Module) -> dict[str, dict[s
     return changed
 
 
-def set_attributes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+def set_attributes(model: nn.Module, values: Mapping[str, Mapping[str, float]]) -> None:
     """Set attributes of modules, by qualified name."""
-    for path, attributes in sizes.items():
-        for name, size in attributes.items():
-            setattr(model.get_submodule(path), name, size)
+    for path, attributes in values.items():
+        for name, value in attributes.items():
+            setattr(model.get_submodule(path), name, value)
 
 
 def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[int, int]]:

@@ -187,6 +187,7 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
     }
     record = record_of(model)
     description["sizes"] = record.code_sizes if record is not None else {}
+    description["numbers"] = record.numbers if record is not None else {}
     # Whatever masks say now, the network is saved at the widths that it has.
     mark(copy_of_model, {n: torch.ones_like(layer.spread(layer.mu.detach())) for n, layer in noise.items()})
     for dynamic in ("sequences", "first", "none"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bmrs.checks import one_line
+from bmrs.compaction.constant_layer import ConstantLayer, PassingLayer, make_constant, make_passing
 from bmrs.compaction.surgery import replace_noise, set_attributes, set_sizes
 from bmrs.files.layer_arguments import check_arguments
 from bmrs.graph.capture import MarkedNoise
@@ -22,6 +24,7 @@ from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.hooks import add_noise_hook, noise_position
 from bmrs.noise.layer import NoiseLayer, NoisePosition, stored_arguments
 from bmrs.noise.lookup import noise_layers
+from bmrs.noise.placement import is_transposed_linear
 from bmrs.noise.recurrent import HiddenNoise
 
 _CODES: dict[NoisePosition, Any] = {"output": False, "input": True, "hidden": "hidden"}
@@ -38,7 +41,8 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
         factors that could not be folded (dimension, activation before them, and what of the layer they multiply),
         ``"activations"`` that noise had and that hooks go on applying (name, and again to what), and ``"noise"`` that
         was kept (its first name, constructor arguments, and that again). What of a layer is multiplied is false for
-        what it returns, true for what it takes, and ``"hidden"`` for the hidden units of a recurrent one.
+        what it returns, true for what it takes, and ``"hidden"`` for the hidden units of a recurrent one;
+        ``"constant"`` layers without weights, with their channels, and ``"passing"`` ones, which return what they take.
     """
     hosts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_modules() if name}
     return {
@@ -56,6 +60,8 @@ def describe_changes(model: nn.Module) -> dict[str, Any]:
             if n.rpartition(".")[2] == "noise" and type(m) is layer
         },
         "noise": _describe_noise(model),
+        "constant": {n: m.channels for n, m in model.named_modules() if isinstance(m, ConstantLayer)},
+        "passing": [n for n, m in model.named_modules() if isinstance(m, PassingLayer)],
     }
 
 
@@ -74,7 +80,7 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     Args:
         model: the network, with or without noise layers, which it loses.
         description: see `describe_changes`; and ``"sizes"``, by qualified name of a module integer attributes that
-            became smaller.
+            became smaller, and ``"numbers"``, such as ε, that became larger.
         tensors: parameters and buffers by qualified name.
 
     Raises:
@@ -84,20 +90,44 @@ def install(model: nn.Module, description: Mapping[str, Any], tensors: Mapping[s
     trial = copied(model, share=True)
     for module in trial.modules():
         materialise_weights(module)
-    for key in ("groups", "scales", "sizes", "activations", "noise"):
+    for key in ("groups", "scales", "sizes", "numbers", "activations", "noise", "constant"):
         if not isinstance(description.get(key, {}), dict):
             raise ValueError(f"its {key} are not a mapping")
     name_of_class = type(model).__name__
+    _empty_layers(trial, tensors, description, name_of_class)
     _set_tensors(trial, tensors, description, name_of_class)
     _set_groups(trial, description.get("groups", {}), name_of_class)
     for module in trial.modules():
         set_sizes(module)
     set_attributes(trial, _checked_sizes(trial, description.get("sizes", {}), name_of_class))
+    set_attributes(trial, _checked_numbers(trial, description.get("numbers", {}), name_of_class))
     _set_noise(trial, tensors, description, name_of_class)
     # Only now, so that the network is untouched by whatever is wrong before.
     model.__class__ = type(trial)
     model.__dict__.clear()
     model.__dict__.update(vars(trial))
+
+
+def _empty_layers(
+    model: nn.Module, tensors: Mapping[str, Tensor], description: Mapping[str, Any], name_of_class: str
+) -> None:
+    """Turn layers into those without weights."""
+    modules = dict(model.named_modules())
+    for name, channels in description.get("constant", {}).items():
+        layer = modules.get(name)
+        fits = isinstance(layer, nn.Linear | _ConvNd) or (layer is not None and is_transposed_linear(layer))
+        if not fits or type(channels) is not int or channels < 1:
+            raise ValueError(
+                f"its layer {name[:100]!r} without weights is not one of model ({name_of_class})"
+            )
+        make_constant(modules[name], channels, bias=f"{name}.bias" in tensors)
+    passing = description.get("passing", [])
+    if not isinstance(passing, list) or not all(isinstance(n, str) and n in modules for n in passing):
+        raise ValueError(
+            f"its layers {str(passing)[:100]} that do nothing are not those of model ({name_of_class})"
+        )
+    for name in passing:
+        make_passing(modules[name])
 
 
 def _set_tensors(
@@ -220,6 +250,24 @@ def _checked_sizes(
             if type(value) is not int or type(size) is not int or not 0 < size <= value:
                 raise ValueError(f"its size {name[:100]!r} of {path!r} is not one of model ({name_of_class})")
     return sizes
+
+
+def _checked_numbers(
+    model: nn.Module, numbers: Mapping[str, Any], name_of_class: str
+) -> Mapping[str, Mapping[str, float]]:
+    modules = dict(model.named_modules())
+    for path, attributes in numbers.items():
+        if not isinstance(attributes, dict) or path not in modules:
+            raise ValueError(f"its numbers of {path[:100]!r} are not those of model ({name_of_class})")
+        for name, number in attributes.items():
+            # Of torch's own layer ε may be None.
+            old = vars(modules[path]).get(name, "")
+            fits = type(old) is float or (old is None and isinstance(modules[path], nn.RMSNorm))
+            if not fits or type(number) is not float or not 0 <= number < math.inf:
+                raise ValueError(
+                    f"its number {name[:100]!r} of {path!r} is not one of model ({name_of_class})"
+                )
+    return numbers
 
 
 def _set_noise(

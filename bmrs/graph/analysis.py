@@ -24,6 +24,7 @@ from bmrs.graph.channels import (
     without_repetition,
 )
 from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.rms_norms import RmsNorm, rms_norms
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.values import Findings, Value
 
@@ -42,6 +43,7 @@ class Analysis:
         calls: of each node that calls an operator.
         parameters: values of parameters and buffers by qualified name, once each.
         staying: the channels that stay with the masks as they are.
+        norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
     """
 
     captured: Captured
@@ -50,6 +52,13 @@ class Analysis:
     calls: dict[fx.Node, Call]
     parameters: dict[str, Value]
     staying: Staying
+    norms: dict[fx.Node, RmsNorm]
+
+    def share_left(self, node: fx.Node) -> float:
+        """Return the share of the channels that is left in the mean square that an operation of `norms` takes."""
+        call = self.calls[node]
+        x: Value = call["input"] or call["self"]
+        return self.kept_shape(x)[-1] / x.shape[-1]
 
     def noise_calls(self, name: str | None = None) -> Iterator[Call]:
         """Iterate over the calls of noise layers, or of the one of a name, in an order of computation."""
@@ -94,13 +103,17 @@ class Analysis:
         return f"{note} at {place}" if place else note
 
 
-def analyse(captured: Captured) -> Analysis:
+def analyse(captured: Captured, *, follow_constants: bool = True) -> Analysis:
     """Find the channels of a captured model that stay, by asking the rules for every operation.
+
+    Args:
+        captured: the model.
+        follow_constants: see `Findings`.
 
     Raises:
         ValueError: the size of a tensor depends on values of the input; the place is named.
     """
-    reader = _Reader(captured)
+    reader = _Reader(captured, Findings(follow_constants=follow_constants))
     try:
         reader.run(captured.graph)
     except UnknownSizeError:
@@ -118,7 +131,7 @@ def analyse(captured: Captured) -> Analysis:
         findings.place = ""
         findings.stay(unread, "nothing reads it in any case")
     staying = smallest_staying(findings.ties, findings.constraints)
-    return Analysis(captured, findings, reader.values, reader.calls, reader.parameters, staying)
+    return Analysis(captured, findings, reader.values, reader.calls, reader.parameters, staying, reader.norms)
 
 
 def _unread(findings: Findings) -> Tensor:
@@ -132,13 +145,15 @@ def _unread(findings: Findings) -> Tensor:
 class _Reader:
     """Goes through a graph in an order of computation."""
 
-    def __init__(self, captured: Captured) -> None:
-        self.captured = captured
-        self.findings = Findings()
+    def __init__(self, captured: Captured, findings: Findings) -> None:
+        self.captured, self.findings = captured, findings
         self.line = ""
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
+        self.norms = rms_norms(
+            captured, {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
+        )
         self._by_tensor: dict[int, Value] = {}
         # A tensor can have several placeholders, of which one is used.
         self._users: dict[int, list[fx.Node]] = defaultdict(list)
@@ -243,7 +258,8 @@ class _Reader:
             else:
                 arguments[argument.name] = argument.default_value
         shapes = tuple(_sizes(tensor.shape) for tensor in _tensors_in(example))
-        return Call(_operator_name(node), node.target, arguments, shapes, self._can_shift(node, arguments))
+        can_shift = self._can_shift(node, arguments)
+        return Call(_operator_name(node), node.target, arguments, shapes, can_shift, node in self.norms)
 
     def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> bool:
         weight = arguments.get("weight") or arguments.get("mat2")

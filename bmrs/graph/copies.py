@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def copied(model: nn.Module, *, share: bool) -> nn.Module:
+def copied(model: nn.Module, *, share: bool | Literal["parameters"]) -> nn.Module:
     """Return a copy of a model.
 
     Args:
         model: any module, also one of which a layer holds a computed tensor, which `copy.deepcopy` refuses.
-        share: whether parameters and buffers are shared with the original.
+        share: whether parameters and buffers, or parameters alone, are shared with the original.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -52,7 +52,7 @@ def copied(model: nn.Module, *, share: bool) -> nn.Module:
             clone = tensor.clone()
             trained = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(clone, requires_grad=tensor.requires_grad) if trained else clone
-        elif share:
+        elif share is True or (share == "parameters" and isinstance(tensor, nn.Parameter)):
             memo[id(tensor)] = tensor
     try:
         copy_of_model = copy.deepcopy(model, dict(memo))

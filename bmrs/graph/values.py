@@ -79,6 +79,7 @@ class Findings:
         notes: for each constraint, why it is there, as a part of a sentence; and the operation, as text.
         place: the operation that is looked at.
         repetitions: channels along dimensions that were expanded behind groups: of the repetitions of each group.
+        follow_constants: whether what linear layers and convolutions make of nothing but constants is one.
     """
 
     ties: Ties = field(default_factory=Ties)
@@ -86,6 +87,7 @@ class Findings:
     notes: list[tuple[str, str]] = field(default_factory=list)
     place: str = ""
     repetitions: set[int] = field(default_factory=set)
+    follow_constants: bool = True
 
     def add(self, constraint: Constraint, note: str) -> None:
         """Note a constraint of the present operation."""

@@ -231,7 +231,7 @@ def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
         return layer.embedding_dim, -1
     if isinstance(layer, nn.RNNBase):
         return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1), -1
-    if _is_transposed_linear(layer):
+    if is_transposed_linear(layer):
         assert isinstance(layer.weight, Tensor)
         return layer.weight.shape[1], -1
     if (hidden := _hidden_units_of_experts(layer)) is not None:
@@ -258,7 +258,7 @@ def _hidden_units_of_experts(layer: nn.Module) -> int | None:
     return hidden[-1] if hidden and isinstance(getattr(layer, "act_fn", None), nn.Module) else None
 
 
-def _is_transposed_linear(layer: nn.Module) -> bool:
+def is_transposed_linear(layer: nn.Module) -> bool:
     """Return whether this is the linear layer of GPT-2 in transformers, whose weight is (inputs, outputs)."""
     return type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "weight", None), Tensor)
 
@@ -299,7 +299,7 @@ def _head_size(name: str, layer: nn.Module, num_heads: int) -> int:
     check_integer("num_heads", num_heads)
     if isinstance(layer, nn.Linear):
         features = layer.in_features
-    elif _is_transposed_linear(layer):
+    elif is_transposed_linear(layer):
         assert isinstance(layer.weight, Tensor)
         features = layer.weight.shape[0]
     else:

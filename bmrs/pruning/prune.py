@@ -5,130 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bmrs.checks import check_choice
 from bmrs.criteria import Criterion, Decision, PosteriorCriterion, check_criterion
+from bmrs.graph.capture import as_inputs
+from bmrs.graph.masked_graph import MaskedGraph
 from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import layers_of_one_kind, settled_noise_layers
 from bmrs.noise.parameters import warn_of_weight_decay
+from bmrs.pruning.emptying import emptied
+from bmrs.pruning.report import Judgement, LayerReport, PruneReport
 from bmrs.pruning.travel import travelled, way_to_go
-from bmrs.text_table import table_lines
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What pruning did to one noise layer.
-
-    Attributes:
-        name: qualified name of the noise layer.
-        structures: all its structures, pruned ones included.
-        before: structures kept before.
-        after: structures kept now.
-        lowest_score: lowest score of the structures kept before.
-        highest_score: highest score of them.
-        best_kept: True if the criterion asked for all of them and the best one was kept nevertheless.
-    """
-
-    name: str
-    structures: int
-    before: int
-    after: int
-    lowest_score: float
-    highest_score: float
-    best_kept: bool
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What pruning did to a model; ``str()`` gives a text table.
-
-    Attributes:
-        criterion: the criterion as text.
-        score_name: what its scores are.
-        layers: one entry for each noise layer, in module order.
-        tied: names of noise layers that were judged together, in groups.
-        times_longer: where nothing went because the posteriors have hardly left their start: how many times as many
-            steps bring a structure that the data say nothing about to where the criterion prunes, infinity if they have
-            not moved at all; else None.
-    """
-
-    criterion: str
-    score_name: str
-    layers: tuple[LayerReport, ...]
-    tied: tuple[tuple[str, ...], ...] = ()
-    times_longer: float | None = None
-
-    @property
-    def before(self) -> int:
-        """Structures kept before, over all layers."""
-        return sum(layer.before for layer in self.layers)
-
-    @property
-    def after(self) -> int:
-        """Structures kept now, over all layers."""
-        return sum(layer.after for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings, lists and dicts, ready for JSON; a non-finite score becomes None."""
-        layers = [asdict(layer) for layer in self.layers]
-        for layer in layers:
-            for key in ("lowest_score", "highest_score"):
-                layer[key] = layer[key] if math.isfinite(layer[key]) else None
-        return {
-            "criterion": self.criterion,
-            "score_name": self.score_name,
-            "before": self.before,
-            "after": self.after,
-            "layers": layers,
-            "tied": [list(group) for group in self.tied],
-            "times_longer": None if self.times_longer == math.inf else self.times_longer,
-        }
-
-    def __str__(self) -> str:
-        columns = ("layer", "structures", "before", "after")
-        header = (*columns, f"lowest {self.score_name}", f"highest {self.score_name}")
-        rows = [
-            (
-                layer.name or "(model)",
-                str(layer.structures),
-                str(layer.before),
-                str(layer.after),
-                f"{layer.lowest_score:.4g}",
-                f"{layer.highest_score:.4g}",
-            )
-            for layer in self.layers
-        ]
-        structures = sum(layer.structures for layer in self.layers)
-        total = ("total", str(structures), str(self.before), str(self.after), "", "")
-        lines = table_lines([header, *rows, total], left=0)
-        notes = [
-            f"{layer.name or '(model)'}: the criterion asked for every structure; the best one was kept"
-            for layer in self.layers
-            if layer.best_kept
-        ]
-        if self.times_longer == math.inf:
-            notes.append(
-                "nothing went, because no posterior has left its start: are μ and log σ in the optimizer, which has to "
-                "be built after the noise was added?"
-            )
-        elif self.times_longer is not None:
-            notes.append(
-                "nothing went, because the posteriors are still near their start: about "
-                f"{self.times_longer:.2g} times as many steps at this rate bring one that the data say nothing about "
-                "to where this criterion prunes; bmrs.learn_posteriors goes on until they have settled"
-            )
-        ties = [f"judged together: {', '.join(group)}" for group in self.tied]
-        return "\n".join([f"pruned by {self.criterion}", *lines, *ties, *notes])
 
 
 @torch.no_grad()
 def prune(
-    model: nn.Module, criterion: Criterion, *, example_inputs: Tensor | Sequence[Tensor] | None = None
+    model: nn.Module,
+    criterion: Criterion,
+    *,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    empty_layers: bool = False,
 ) -> PruneReport:
     """Prune the structures of a model's noise layers that a criterion asks for, in place and for good.
 
@@ -145,6 +45,8 @@ def prune(
         model: a model with noise layers.
         criterion: one of the criteria of `bmrs`.
         example_inputs: an input of the model, as `bmrs.compact` takes it, to find the additions with.
+        empty_layers: True lets a layer lose its best structure too where the criterion asks for it and every output
+            still depends on the input, as in a residual branch; of the branch `bmrs.compact` then leaves a constant.
 
     Returns:
         The change in every layer, with the scores of the structures that were kept before; for layers judged
@@ -154,34 +56,24 @@ def prune(
         TypeError: ``model`` is not a module, ``criterion`` is not a criterion, or ``example_inputs`` is nothing that
             `bmrs.compact` takes.
         ValueError: the model has no noise layer, a ``mu`` or ``log_sigma`` is not finite (layers and
-            counts are named), the criterion does not suit a layer, or ``example_inputs`` is given and `bmrs.compact`
-            does not take the model. Nothing is pruned then.
+            counts are named), the criterion does not suit a layer, ``example_inputs`` is given and `bmrs.compact`
+            does not take the model, or ``empty_layers`` is True without it. Nothing is pruned then.
     """
     check_criterion(criterion)
+    check_choice("empty_layers", empty_layers, (False, True))
+    if empty_layers and example_inputs is None:
+        raise ValueError("empty_layers=True needs example_inputs, to find the shortcuts with")
     layers = settled_noise_layers(model)
     warn_of_weight_decay(layers)
     check_finite(layers)
     tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs)
     judgement = judge(model, layers, criterion, tied)
+    if empty_layers and any(layer.best_kept for layer in judgement.report.layers):
+        with torch.inference_mode(False), torch.no_grad():
+            graph = MaskedGraph(model, as_inputs(example_inputs, model), "prune with example_inputs")
+            judgement = emptied(judgement, criterion, graph)
     write_masks(layers, judgement.masks)
     return judgement.report
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a criterion decides on a model, before anything is pruned; all on the CPU.
-
-    Attributes:
-        decisions: by name of a noise layer, what it says of each structure by itself.
-        kept: bool, what was kept of each noise layer before.
-        masks: bool, what is to be kept.
-        report: what that changes.
-    """
-
-    decisions: dict[str, Decision]
-    kept: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    report: PruneReport
 
 
 def judge(
@@ -307,8 +199,8 @@ def _judge(
 ) -> tuple[Tensor, LayerReport]:
     """Return the layer's new mask, on the CPU like the one before, and its report."""
     mask = kept & ~decision.prune
-    emptied = bool(kept.any() and not mask.any())
-    if emptied:
+    asked_for_all = bool(kept.any() and not mask.any())
+    if asked_for_all:
         candidates = kept.nonzero().flatten()
         mask[candidates[criterion.best_first(decision.scores[candidates])[0]]] = True
     scores = decision.scores[kept]
@@ -319,6 +211,6 @@ def _judge(
         after=int(mask.sum()),
         lowest_score=float(scores.min()) if len(scores) else math.nan,
         highest_score=float(scores.max()) if len(scores) else math.nan,
-        best_kept=emptied,
+        best_kept=asked_for_all,
     )
     return mask, report

@@ -161,7 +161,26 @@ def _affine(
     layers = tuple(layer.expand(call.shape) for layer in layers)
     if bias is not None:
         layers = combine(findings, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
-    return Value(call.shape, layers)
+    follow = findings.follow_constants
+    constant = _affine_constant(x, weight, weight_axes, bias, call.shape) if follow else None
+    return Value(call.shape, layers, constant)
+
+
+def _affine_constant(
+    x: Value, weight: Value, weight_axes: str, bias: Value | None, shape: torch.Size
+) -> Tensor | None:
+    """Return the results where all inputs are constant, NaN elsewhere."""
+    if x.constant is None or weight.tensor is None or (bias is not None and bias.tensor is None):
+        return None
+    (read,) = without_repetition(x.constant)
+    read = read.expand(*read.shape[:-1], x.shape[-1])
+    if not (~read.isnan()).all(dim=-1).any():
+        return None
+    matrix = weight.tensor.detach().cpu().double()
+    result = read @ (matrix if weight_axes == "io" else matrix.T)
+    if bias is not None and bias.tensor is not None:
+        result = result + bias.tensor.detach().cpu().double()
+    return compressed(result).expand(shape)
 
 
 def _movable_constants(call: Call, x: Value, axis: int) -> Tensor | None:

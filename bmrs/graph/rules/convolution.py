@@ -44,7 +44,7 @@ def convolution(findings: Findings, call: Call) -> Value:
     x = Value(x.shape, tuple(layers_of_x), x.constant, x.tensor)
     transposed = "transpose" in call.operator or bool(call["transposed"])
     groups = call["groups"]
-    readable = _constants_through(call, x, transposed)
+    readable = constants_through(call, x.constant, transposed=transposed)
     if groups > 1:
         layers, constant = _grouped(findings, call, x, weight, readable, transposed)
     else:
@@ -70,6 +70,9 @@ def convolution(findings: Findings, call: Call) -> Value:
             for layer in contract(findings, reduced, "ni", kernel, axes, "no", ignored=ignored)
         )
         constant = None
+        known = readable if findings.follow_constants and not transposed else None
+        if known is not None and weight.tensor is not None:
+            constant = _grouped_constants(call, known.view(1, -1), weight.tensor)
     if bias is not None:
         view = (1, -1, *[1] * spatial)
         bias_layers = [y.view(view) for y in bias.layers]
@@ -78,12 +81,13 @@ def convolution(findings: Findings, call: Call) -> Value:
     return Value(call.shape, layers, constant)
 
 
-def _constants_through(call: Call, x: Value, transposed: bool) -> Tensor | None:
-    """Return constants of the input's channels that a convolution reads as such, else NaN; of shape (channels,)."""
-    if x.constant is None:
+def constants_through(call: Call, constant: Tensor | None, *, transposed: bool) -> Tensor | None:
+    """Return constants of a batch's channels that a convolution reads as such, else NaN; of shape (channels,)."""
+    if constant is None:
         return None
-    constant = uniform(x.constant, [d for d in range(len(x.shape)) if d != 1])
-    constant = constant.expand(1, x.shape[1], *[1] * (len(x.shape) - 2)).flatten()
+    rank, channels = constant.dim(), constant.shape[1]
+    constant = uniform(constant, [d for d in range(rank) if d != 1])
+    constant = constant.expand(1, channels, *[1] * (rank - 2)).flatten()
     if transposed or pads(call["padding"], call["weight"].shape[2:]):
         # Beside zeros, and where fewer weights overlap, all constants but 0 differ from place to place.
         constant = constant.where(constant == 0, torch.nan)

@@ -45,7 +45,7 @@ def reduced(findings: Findings, call: Call) -> list[Value]:
     dims = _dimensions(call, rank)
     known = x.known()
     silent = None
-    if call.operator == "sum" and x.constant is not None:
+    if (call.operator == "sum" or call.ignores_zeros) and x.constant is not None:
         silent = without_repetition(x.constant)[0] == 0
     layers = []
     for layer in sum_layers(findings, x.layers, dims, silent):
@@ -223,6 +223,9 @@ def layer_norm(findings: Findings, call: Call) -> list[Value]:
     rank = len(call["normalized_shape"])
     dims = range(len(x.shape) - rank, len(x.shape))
     for layer in x.layers:
+        if call.ignores_zeros and varying_axes(layer) == (len(x.shape) - 1,):
+            sum_layers(findings, [layer], list(dims), None if x.constant is None else x.constant == 0)
+            continue
         findings.whole(layer, dims, "the statistics of a normalisation count it")
         if x.constant is not None and set(varying_axes(layer)) & set(dims):
             # Constant before, and no longer behind.
@@ -230,7 +233,11 @@ def layer_norm(findings: Findings, call: Call) -> list[Value]:
             findings.stay(channels[~constant.isnan()], "the statistics of a normalisation count it")
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     operands += [(p.shape, p.layers) for p in (call["weight"], call["bias"]) if p is not None]
-    value = Value(x.shape, combine(findings, x.shape, operands))
+    zeros = None
+    if call.ignores_zeros and x.constant is not None:
+        (known,) = without_repetition(x.constant)
+        zeros = compressed(known.where(known == 0, torch.nan)).expand(x.shape)
+    value = Value(x.shape, combine(findings, x.shape, operands), zeros)
     return [value, *(Value(shape) for shape in call.shapes[1:])]
 
 

@@ -22,6 +22,8 @@ class Call:
         shapes: of its results; one, unless it returns several tensors.
         can_shift: whether a constant can be added to what it returns, in a bias that nothing else uses: its own, or one
             that its layer has not and can get.
+        ignores_zeros: whether the layer makes up for channels that leave the mean square that it takes, if they are
+            zero.
     """
 
     operator: str
@@ -29,6 +31,7 @@ class Call:
     arguments: Mapping[str, Any]
     shapes: tuple[torch.Size, ...]
     can_shift: bool = False
+    ignores_zeros: bool = False
 
     @property
     def shape(self) -> torch.Size:

@@ -80,11 +80,11 @@ def test_outputs_in_evaluation_mode_are_the_masked_networks(seed, dtype):
     assert_equal_outputs(kept, model, x)
     assert type(kept) is type(model)
     before, after = bmrs.compact_report(plain), bmrs.compact_report(kept)
-    assert (after.removed, after.parameters_after, after.bytes_before) == (
-        before.removed,
-        before.parameters_after,
-        before.bytes_before,
-    )
+    assert after.bytes_before == before.bytes_before
+    # Noise that stays cannot multiply a constant, so that what adds one is not emptied.
+    assert not after.emptied
+    sizes = [(-report.removed, report.parameters_after) for report in (before, after)]
+    assert sizes[0] == sizes[1] if not before.emptied else sizes[0] < sizes[1]
     assert list(required_noise_layers(kept)) == list(noise_layers(model))
     for (name, layer), report in zip(noise_layers(kept).items(), after.layers, strict=True):
         full = noise_layers(model)[name]

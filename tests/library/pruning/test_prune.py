@@ -11,7 +11,7 @@ import bmrs_kernels
 from bmrs.criteria import PosteriorCriterion
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.prune import LayerReport, PruneReport
+from bmrs.pruning.report import LayerReport, PruneReport
 
 NEEDLESS, NEEDED = -19.5, -0.5
 
@@ -260,6 +260,7 @@ class TestReport:
             "lowest_score": 0.25,
             "highest_score": 123.456,
             "best_kept": False,
+            "emptied": False,
         }
         assert found["layers"][1]["highest_score"] is None
 
