@@ -112,7 +112,7 @@ def read_cached(
     except OSError as error:
         raise DataError(
             f"{error.filename or place.parent}: images cannot be kept there ({error.strerror or error}); "
-            "choose another folder with cache"
+            "choose another folder with cache (bmrs train: XDG_CACHE_HOME)"
         ) from error
     return CachedImages(
         images, torch.tensor(index["labels"]), index["splits"], tuple(_notes(listing.root, index, images))
@@ -157,7 +157,8 @@ def _write(
     if needed > free:
         raise DataError(
             f"{place.parent}: {total:,} images of {image_shape[1]}×{image_shape[2]} pixels take {needed / 1e9:,.1f} GB "
-            f"there, and {free / 1e9:,.1f} GB are free; choose another folder with cache or smaller images"
+            f"there, and {free / 1e9:,.1f} GB are free; choose another folder with cache (bmrs train: "
+            "XDG_CACHE_HOME) or smaller images"
         )
     kept: list[int] = []
     unreadable: list[tuple[str, str]] = []
@@ -231,7 +232,8 @@ def _sizes(reader: _Reader, kept: Sequence[int]) -> dict[SplitName, int]:
 def _unreadable(root: Path, images: Sequence[Sequence[str]]) -> DataError:
     found = counted([f"{name}: {reason}" for name, reason in images], "image")
     return DataError(
-        f"{root}: cannot read {found}; repair or remove them, or leave them out with skip_unreadable"
+        f"{root}: cannot read {found}; repair or remove them, or leave them out with skip_unreadable "
+        "(bmrs train: --skip-unreadable true)"
     )
 
 

@@ -295,7 +295,9 @@ def test_unreadable_images_are_named_and_counted(load, animals):
     for name in ("ant/000", "ant/001", "bee/005"):
         truncated(animals / f"{name}.png")
     (animals / "bee" / "lost.png").symlink_to(animals / "nowhere")
-    with pytest.raises(DataError, match=r"animals: cannot read 4 images \(ant/000.png: .*skip_unreadable"):
+    with pytest.raises(
+        DataError, match=r"animals: cannot read 4 images \(ant/000.png: .*--skip-unreadable true"
+    ):
         load(animals)
 
 
