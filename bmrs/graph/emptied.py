@@ -109,12 +109,20 @@ def _is_layer(analysis: Analysis, node: fx.Node, call: Call) -> bool:
     if bias is not None and bias.parameter != f"{name}.bias":
         return False
     layer = analysis.captured.model.get_submodule(name)
+    if _is_read_by_a_fast_path(analysis, name):
+        return False
     if isinstance(layer, nn.Linear):
         return type(layer).forward is nn.Linear.forward
     if isinstance(layer, _ConvNd):
         stock = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
         return not isinstance(layer, _ConvTransposeNd) and type(layer).forward in stock
     return is_transposed_linear(layer)
+
+
+def _is_read_by_a_fast_path(analysis: Analysis, name: str) -> bool:
+    """Return whether a layer's weights are read by torch's kernel for encoder layers, which calls no layers."""
+    parent = analysis.captured.model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, nn.TransformerEncoderLayer)
 
 
 def _constant_input(call: Call) -> Tensor | None:
@@ -181,6 +189,7 @@ def _passing(analysis: Analysis, dead: frozenset[fx.Node]) -> Iterator[str]:
             layer is None
             or not dead.issuperset(nodes)
             or not any(True for _ in layer.parameters(recurse=False))
+            or _is_read_by_a_fast_path(analysis, name)
         ):
             continue
         if not all(isinstance(child, MarkedNoise) for child in layer.children()):

@@ -195,3 +195,17 @@ def test_a_write_into_what_is_passed_on_reaches_the_shortcut():
     compacted = bmrs.compact(model, x)
     _same(compacted(x), model(x))
     assert bmrs.compact_report(compacted).emptied == ("conv1", "conv2")
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_torchs_encoder_layers_go_on_running_by_their_own_kernel(norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=norm_first)
+    model = nn.Sequential(layer, nn.Linear(8, 3)).double().eval()
+    bmrs.add_noise(model, where=lambda name, _: name.endswith("linear1")).double()
+    layer.linear1.noise.set_kept(torch.zeros(12, dtype=torch.bool))
+    x = torch.randn(2, 4, 8).double()
+    compacted = bmrs.compact(model, x)
+    expected = model(x)
+    with torch.no_grad():
+        _same(compacted(x), expected)
