@@ -50,7 +50,8 @@ def documents() -> list[tuple[int, list[str]]]:
     for topic, modules in enumerate(TOPICS.values()):
         for module in modules:
             scipy = needed(f"scipy.{module}")
-            for name in sorted(scipy.__all__):
+            names = getattr(scipy, "__all__", [name for name in vars(scipy) if name[0] != "_"])
+            for name in sorted(names):
                 thing = getattr(scipy, name)
                 members = (
                     [v for k, v in sorted(vars(thing).items()) if k[0] != "_"]

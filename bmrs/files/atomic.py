@@ -16,7 +16,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(path)  # a write to a full disk names no file
+        if error.errno is not None:
+            error.filename = str(path)  # a write to a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -79,7 +79,11 @@ def contract(
 
 
 def sum_layers(
-    findings: Findings, layers: Sequence[Tensor], summed: Sequence[int], silent: Tensor | None
+    findings: Findings,
+    layers: Sequence[Tensor],
+    summed: Sequence[int],
+    silent: Tensor | None,
+    note: str = "it is read",
 ) -> list[Tensor]:
     """Return the layers of a sum over dimensions, which vanish.
 
@@ -89,6 +93,7 @@ def sum_layers(
         summed: the dimensions.
         silent: bool, broadcasting with the layers: elements that can leave the sum without changing it; None if there
             are none.
+        note: why what is summed stays.
     """
     rest: list[Tensor] = []
     read: list[tuple[Tensor, Tensor | None]] = []
@@ -104,7 +109,7 @@ def sum_layers(
             shape = list(layer.shape)
             rest.append(_without_axes(entries.expand(shape), summed))
     for read_layer, entries_of_it in read:
-        _read(findings, read_layer, entries_of_it, rest, silent)
+        _read(findings, read_layer, entries_of_it, rest, silent, note)
     return rest
 
 
@@ -120,6 +125,7 @@ def _read(
     entries: Tensor | None,
     results: Sequence[Tensor],
     silent: Tensor | None,
+    note: str,
 ) -> None:
     """Note that a sum reads channels, where what it results in stays."""
     if silent is None:
@@ -131,10 +137,10 @@ def _read(
     (channels,) = without_repetition(layer)
     quiet = quiet.expand(channels.shape)
     if entries is not None:
-        findings.add(Read(channels, by=entries.expand(channels.shape), quiet=quiet), "it is read")
+        findings.add(Read(channels, by=entries.expand(channels.shape), quiet=quiet), note)
         return
     by_any = tuple(without_repetition(r)[0].flatten() for r in results if varying_axes(r))
-    findings.add(Read(channels.flatten(), by_any=by_any, quiet=quiet.flatten()), "it is read")
+    findings.add(Read(channels.flatten(), by_any=by_any, quiet=quiet.flatten()), note)
 
 
 @rule("linear")

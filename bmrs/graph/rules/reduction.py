@@ -224,7 +224,8 @@ def layer_norm(findings: Findings, call: Call) -> list[Value]:
     dims = range(len(x.shape) - rank, len(x.shape))
     for layer in x.layers:
         if call.ignores_zeros and varying_axes(layer) == (len(x.shape) - 1,):
-            sum_layers(findings, [layer], list(dims), None if x.constant is None else x.constant == 0)
+            zero = None if x.constant is None else x.constant == 0
+            sum_layers(findings, [layer], list(dims), zero, "the statistics of a normalisation count it")
             continue
         findings.whole(layer, dims, "the statistics of a normalisation count it")
         if x.constant is not None and set(varying_axes(layer)) & set(dims):

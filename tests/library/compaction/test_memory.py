@@ -27,7 +27,7 @@ class _Pairs(nn.Module):
 
 def _most_allocated(call):
     """Return the bytes that a call had allocated at its peak, and what it returns."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0

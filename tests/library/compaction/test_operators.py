@@ -192,8 +192,12 @@ class TestLayers:
         assert layer_report(compacted, "1").removed == removed
         assert compacted[0].out_channels == 6 - removed
 
-    @pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6)], ids=str)
-    @pytest.mark.parametrize("before", [False, True])
+    # Zeros in front of a root mean square can leave it; what it makes is not zero before the noise.
+    @pytest.mark.parametrize(
+        ("norm", "before"),
+        [(nn.LayerNorm(6), False), (nn.LayerNorm(6), True), (nn.RMSNorm(6), True)],
+        ids=str,
+    )
     def test_statistics_keep_channels_and_the_report_says_so(self, norm, before):
         layers = [norm, NoiseLayer(6)] if before else [NoiseLayer(6), norm]
         model = nn.Sequential(nn.Linear(4, 6), *layers, nn.Linear(6, 2))
