@@ -27,9 +27,10 @@ def relative_losses(worths: Floats, staying: float) -> Floats:
         At least 0 and rising, shape (n,); infinite where the worth is.
     """
     finite = np.isfinite(worths)
-    its_worths = worths[finite]
-    most = float(its_worths.max(initial=0.0))
+    most = float(worths[finite].max(initial=0.0))
     rest = max(staying, most) if np.isfinite(staying) else most
+    # Ratios have no scale, and sums of the largest numbers would overflow.
+    its_worths, rest = worths[finite] / (rest or 1.0), float(rest > 0)
     kept = rest + np.append(np.cumsum(its_worths[::-1])[::-1], 0.0)[1:]
     going = np.cumsum(its_worths)
     ratios = np.divide(going, kept, out=np.zeros_like(going), where=going > 0)

@@ -31,3 +31,6 @@ def test_worthless_structures_cost_nothing_and_infinite_ones_are_last():
     assert np.isfinite(losses[1])
     assert losses[2] == np.inf
     assert (relative_losses(np.array([]), 1.0) == np.zeros(0)).all()
+    # As scores that are infinite are given to it.
+    largest = np.finfo(np.float64).max
+    assert relative_losses(np.array([1.0, largest]), np.inf).sum() == pytest.approx(1.0)
