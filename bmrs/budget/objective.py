@@ -1,11 +1,12 @@
-"""What a budget gives up: of each layer the worth that goes over the worth that stays, added up over the layers.
+"""What a budget gives up: of each layer the worth that goes over the worth that stays, squared, and added up.
 
 Worths say what a structure is worth while all others are there, so that their sum is right as long as little goes. A
 budget can take most of a layer, and the plain sum would let it: in a chain whose first layer is expensive it leaves one
 neuron of a hundred there, and nothing that later layers keep can make up for that. What goes of a layer disturbs what
-the next one reads, in proportion to what stays; such ratios of noise to signal add along a network while they are
-small, and grow without limit where a layer is emptied. The ratio of a layer has no unit, so that scores of layers
-which are on different scales, as norms of weights are, can be weighed against each other too.
+the next one reads, in proportion to what stays, and the more layers are disturbed the less it matters that one more is:
+disturbances that know nothing of each other add up in their squares. The ratio grows without limit where a layer is
+emptied, and has no unit, so that scores of layers which are on different scales, as norms of weights are, can be
+weighed against each other too. That it is the square was chosen by what networks can do after fine-tuning.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+_MOST = 1e100
+"""A ratio whose square can still be added up."""
+
 
 def relative_losses(worths: Floats, staying: float) -> Floats:
-    """Return by how much each structure of a group raises the ratio of what goes to what stays.
+    """Return by how much each structure of a group raises the square of the ratio of what goes to what stays.
 
     Args:
         worths: of the structures in the order in which they go: at least 0 and rising, shape (n,).
@@ -35,5 +39,6 @@ def relative_losses(worths: Floats, staying: float) -> Floats:
     going = np.cumsum(its_worths)
     ratios = np.divide(going, kept, out=np.zeros_like(going), where=going > 0)
     # Rounding must not undo that they rise.
-    steps = np.maximum.accumulate(np.maximum(np.diff(ratios, prepend=0.0), 0.0))
+    squares = np.minimum(ratios, _MOST) ** 2
+    steps = np.maximum.accumulate(np.maximum(np.diff(squares, prepend=0.0), 0.0))
     return np.append(steps, np.full(int((~finite).sum()), np.inf))

@@ -264,7 +264,7 @@ class _Budget:
             layers=layers,
             lost=self.lost_at_the_start()
             + sum(float(w[:number].sum()) for w, number in zip(self.worths, found.pruned, strict=True)),
-            relative_loss=found.lost,
+            relative_loss=math.sqrt(found.lost),
             **rest,
         )
 
@@ -310,7 +310,7 @@ class _CountedBudget(_Budget):
             dense=NetworkCost(dense.parameters, dense.flops),
             by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops),
             after=NetworkCost(after.parameters, after.flops),
-            least_relative_loss=least,
+            least_relative_loss=math.sqrt(least),
         )
 
     def _within(self, budget: float, limit: float) -> Found:

@@ -83,8 +83,8 @@ class BudgetReport:
         after: what it takes now.
         layers: one entry for each noise layer, in module order.
         lost: the scores that the budget gave up beyond the criterion, those of tied structures together.
-        relative_loss: of each layer the scores given up over those that stay, added up over the layers: what the choice
-            makes least.
+        relative_loss: of each layer the scores given up over those that stay; the root of the sum of their squares,
+            which the choice makes least.
         least_relative_loss: no choice within the budget has less than this; ``relative_loss`` itself where that was
             found by trying all, None for latency.
         latency: how latency was measured, None for the other targets.
@@ -164,7 +164,7 @@ class BudgetReport:
             lost += " (nats, if the posteriors have settled; before, a rank of structures)"
         else:
             lost += " (a rank of structures, no evidence)"
-        lost += f"; over what stays, added up over the layers, that is {self.relative_loss:.4g}"
+        lost += f"; over what stays, the root of the sum of squares over the layers, that is {self.relative_loss:.4g}"
         if self.least_relative_loss is None:
             return lost
         if self.least_relative_loss >= self.relative_loss:

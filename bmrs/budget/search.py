@@ -25,6 +25,8 @@ CostFunction = Callable[[Floats], Floats]
 # Combinations that are tried one by one, a second or two.
 _MOST_COMBINATIONS = 1_000_000
 _ROUNDS = 50
+# Powers of ten of the loss of everything over the cost of everything; losses of groups can lie far apart.
+_PRICES, _HALVINGS = (-30.0, 4.0), 24
 _STEPS = (0, 1, -1, 2, -2, 4, -4, 8, -8, 16, -16, 32, -32, 64, -64)
 
 
@@ -143,16 +145,19 @@ class _Problem:
         return best
 
     def by_multipliers(self) -> Counts:
-        """Return the best of what is optimal group by group for prices of the cost, each found from the one before."""
+        """Return the best of what is optimal group by group for prices of the cost, down to the lowest that does."""
         scale = float(self.loss(self.most)) / max(float(self.cost(np.zeros(len(self.most)))), 1e-300)
         best, least = self.most, float(self.loss(self.most))
-        pruned = np.zeros_like(self.most)
-        for price in (scale * np.logspace(-6, 4, 61)).tolist():
-            pruned = self._optimal(pruned, price)
-            if float(self.cost(pruned.astype(np.float64))) <= self.budget:
-                if self.loss(pruned) < least:
-                    best = pruned
-                break
+        pruned, (low, high) = np.zeros_like(self.most), _PRICES
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            tried = self._optimal(pruned, scale * 10**middle)
+            if float(self.cost(tried.astype(np.float64))) <= self.budget:
+                high = middle
+                if self.loss(tried) < least:
+                    best, least = tried, float(self.loss(tried))
+            else:
+                low, pruned = middle, tried
         return best
 
     def _optimal(self, pruned: Counts, price: float) -> Counts:

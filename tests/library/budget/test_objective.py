@@ -15,13 +15,13 @@ def test_what_goes_over_what_stays(worths, more):
     assert (np.diff(losses, prepend=0.0) >= 0).all()
     for number in range(1, len(worths) + 1):
         going, kept = worths[:number].sum(), staying + worths[number:].sum()
-        assert losses[:number].sum() == pytest.approx(going / kept if going else 0.0, rel=1e-9, abs=1e-9)
+        assert losses[:number].sum() == pytest.approx((going / kept) ** 2 if going else 0.0, rel=1e-9, abs=1e-9)
 
 
-def test_little_is_lost_as_the_sum_says_and_without_limit_where_a_layer_is_emptied():
+def test_the_first_of_many_is_little_and_the_last_much():
     losses = relative_losses(np.ones(999), 1.0)
-    assert losses[0] == pytest.approx(1 / 1000, rel=0.01)
-    assert losses.sum() == pytest.approx(999)
+    assert losses[0] == pytest.approx(1e-6, rel=0.01)
+    assert losses.sum() == pytest.approx(999**2)
 
 
 def test_worthless_structures_cost_nothing_and_infinite_ones_are_last():

@@ -45,8 +45,8 @@ def relative_loss(model: nn.Module) -> float:
     total = 0.0
     for layer in noise_layers(model).values():
         worth = (-bmrs.BMRSNormal()(layer).scores).clamp(min=0)
-        total += float(worth[~layer.mask].sum() / worth[layer.mask].sum())
-    return total
+        total += float(worth[~layer.mask].sum() / worth[layer.mask].sum()) ** 2
+    return math.sqrt(total)
 
 
 @pytest.mark.parametrize("target", [{"parameters": 0.4}, {"flops": 20_000}])
