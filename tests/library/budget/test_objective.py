@@ -15,7 +15,9 @@ def test_what_goes_over_what_stays(worths, more):
     assert (np.diff(losses, prepend=0.0) >= 0).all()
     for number in range(1, len(worths) + 1):
         going, kept = worths[:number].sum(), staying + worths[number:].sum()
-        assert losses[:number].sum() == pytest.approx((going / kept) ** 2 if going else 0.0, rel=1e-9, abs=1e-9)
+        assert losses[:number].sum() == pytest.approx(
+            (going / kept) ** 2 if going else 0.0, rel=1e-9, abs=1e-9
+        )
 
 
 def test_the_first_of_many_is_little_and_the_last_much():
