@@ -51,12 +51,12 @@ def prune_to(
 
     What `bmrs.prune` with ``example_inputs`` prunes goes first, whatever the budget. If that is not enough, further
     structures go, in each layer those first for which least speaks: ΔF or log odds in nats for criteria of evidence,
-    the score itself for the others. How many go of each layer is chosen so that what is given up over what stays, added
-    up over the layers, is least: the sum itself would empty layers that are expensive. Their costs are those of the
-    compacted network, where a structure of one layer saves the less the fewer are left in the next; tied structures,
-    and structures of a grouped convolution, go together. The structure of each layer that is most worth keeping stays,
-    but for ``empty_layers``. With some hundred thousand combinations of widths at most all are tried, and nothing less
-    would do; otherwise the report has a bound.
+    the score itself for the others. How many go of each layer is chosen so that what is given up over what stays, in
+    squares added up over the layers, is least: the sum itself would empty layers that are expensive. Their costs are
+    those of the compacted network, where a structure of one layer saves the less the fewer are left in the next; tied
+    structures, and structures of a grouped convolution, go together. The structure of each layer that is most worth
+    keeping stays, but for ``empty_layers``. With some hundred thousand combinations of widths at most all are tried,
+    and nothing less would do; otherwise the report has a bound.
 
     Args:
         model: a model with noise layers that `bmrs.compact` takes.
@@ -110,6 +110,28 @@ def prune_to(
                     raise
         write_masks(layers, budget.masks)
     return report
+
+
+def check_latency(
+    model: nn.Module,
+    criterion: Criterion,
+    *,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    latency: float,
+) -> None:
+    """Refuse a latency that `prune_to` could not reach whatever the posteriors say, as before they are learned.
+
+    Raises:
+        ValueError: even with one structure left in each layer the network takes longer; the message says how long.
+    """
+    layers = settled_noise_layers(model)
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = as_inputs(example_inputs, model)
+        graph = MaskedGraph(model, inputs, "prune_to")
+        evidence = _Evidence(criterion, judge(model, layers, criterion, graph.tied))
+        start = {name: torch.ones_like(layer.mask) for name, layer in layers.items()}
+        costs = make_cost_model(graph, first_example(inputs), start, evidence.of, every_operation=True)
+        _LatencyBudget(model, graph, costs, evidence, start, inputs, latency).check()
 
 
 class _OutOfReachError(ValueError):
@@ -346,6 +368,16 @@ class _LatencyBudget(_Budget):
         super().__init__(graph, costs, evidence, start, target)
         self.model, self.inputs = model, inputs
 
+    def check(self) -> None:
+        """Raise if even the smallest network takes longer than the target."""
+        networks = [self._compacted(masks) for masks in (self.start, self.masks_without(self.everything))]
+        dense, least = Latency(self.graph, self.costs, self.inputs).of_networks(networks)
+        self._check_reach(least, dense)
+
+    def _check_reach(self, least: float, dense: float) -> None:
+        if least > self.target:
+            raise _OutOfReachError(_too_little("latency", self.target, self.target, least, dense))
+
     def report(self, layers: Mapping[str, Any]) -> BudgetReport:
         everything_kept = {n: torch.ones_like(mask) for n, mask in self.masks.items()}
         smallest = self.masks_without(self.everything)
@@ -355,8 +387,7 @@ class _LatencyBudget(_Budget):
         found = Found(self.nothing.astype(np.int64), 0.0, True)
         predicted, measured, tries = now, now, 0
         if now > self.target:
-            if least > self.target:
-                raise _OutOfReachError(_too_little("latency", self.target, self.target, least, dense))
+            self._check_reach(least, dense)
             latency.calibrate(self.nothing, now, self.everything, least)
             # Better is within the target, and of those what gives up least; of others what is fastest.
             best: tuple[bool, float] | None = None

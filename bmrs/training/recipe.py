@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from bmrs import processes
 from bmrs.budget import prune_to
+from bmrs.budget.prune_to import check_latency
 from bmrs.checks import one_line
 from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import structure_prices
@@ -198,16 +200,47 @@ def decide(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, An
     return report
 
 
+def check_target(noisy: nn.Module, config: TrainConfig, data: Dataset) -> None:
+    """Refuse, before anything is trained, a size or a latency that the network could not have, whatever is learned.
+
+    Args:
+        noisy: the network with noise, on the device of the images; it may be pruned afterwards.
+        config: the options.
+        data: the images.
+
+    Raises:
+        RunError: the smallest possible network is larger or slower.
+    """
+    if config.target_latency is not None:
+        example, latency = data.train.examples(1), config.target_latency
+        with _told_by_option(config):
+            processes.of_first(
+                lambda: check_latency(
+                    noisy, config.build_criterion(), example_inputs=example, latency=latency
+                )
+            )
+    elif config.target is not None:
+        decide(noisy, config, data)
+
+
 def _decided(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, Any]:
     criterion = config.build_criterion()
     if config.target is None:
         return prune(noisy, criterion, example_inputs=example_of_ties(config, data)).to_dict()
     target = {config.target.removeprefix("target_"): getattr(config, config.target)}
-    try:
+    with _told_by_option(config):
         report = prune_to(noisy, criterion, example_inputs=data.train.examples(1), **target)
+    return {"budget": report.to_dict(), "text": str(report)}
+
+
+@contextmanager
+def _told_by_option(config: TrainConfig) -> Iterator[None]:
+    """Name the option of the target in what is wrong with it."""
+    assert config.target is not None, "asked only where there is one"
+    try:
+        yield
     except ValueError as error:
         raise RunError(f"{flag(config.target)}: {one_line(error)}") from error
-    return {"budget": report.to_dict(), "text": str(report)}
 
 
 def noise_epochs(config: TrainConfig, data: Dataset) -> int:

@@ -94,8 +94,7 @@ def train(
     check_training(with_weights(dense_network(config, data), config), config, data)
     if not config.is_sequence:
         _say_what_stays(noisy, data, console)
-    if config.target_flops or config.target_parameters:
-        recipe.decide(noisy, config, data)
+    recipe.check_target(noisy.to(device), config, data)
     folder = processes.of_first(lambda: RunFolder.create(config, output))
     return _finish(folder, config, device, console, meter)
 

@@ -151,6 +151,10 @@ def test_a_budget_is_kept_and_without_rivals_there_is_what_it_came_from(tmp_path
         ("--weights nowhere.pt", "--weights: no file with weights at "),
         ("--data folder:nowhere", "nowhere: no such folder"),
         ("--target-parameters 2", "--target-parameters: "),
+        (
+            "--target-latency 1e-6",
+            "--target-latency: latency=1e-06 is less than the smallest possible network has: ",
+        ),
         ("--normalization paper", "--normalization paper goes with --data fashion-mnist-subset, "),
         ("--noise-on inner", "--noise-on inner goes with networks of bmrs only"),
     ],
