@@ -23,9 +23,6 @@ from torch.utils.hooks import RemovableHandle
 
 from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer, is_depthwise
 
-RIDGE = 1e-3
-"""Weight of the present weights, relative to the mean square of the inputs."""
-
 _BATCH = 100
 # Equations for each unknown: of positions of feature maps beyond the most a random choice is taken, and with fewer than
 # the least a layer keeps its weights.
@@ -46,7 +43,9 @@ class Origin:
 
 
 @torch.no_grad()
-def refit(compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Module, inputs: Tensor) -> None:
+def refit(
+    compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Module, inputs: Tensor, *, ridge: float
+) -> None:
     """Refit a compacted network's linear and convolution layers, in place, in an order of execution.
 
     Depthwise convolutions and batch norms, which do not mix channels, keep their weights. So do layers that read what
@@ -57,6 +56,7 @@ def refit(compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Mod
         origins: by name of its layers, in an order of execution, where each comes from.
         reference: the full network with layers of these names, such as the trained one before noise was added.
         inputs: examples, the more the better: a few for each input of the widest layer at least.
+        ridge: how much the present weights count, relative to the mean variance of a layer's inputs.
 
     Raises:
         ValueError: the reference lacks a layer or has one of another type or with fewer outputs; it is named. Or its
@@ -78,7 +78,7 @@ def refit(compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Mod
     with _evaluating(compacted), _evaluating(reference):
         for name, layer in chosen.items():
             if not _reads_the_same(compacted, layer, reference, origins[name], inputs[:_BATCH]):
-                _refit_layer(compacted, name, layer, reference, origins[name], inputs)
+                _refit_layer(compacted, name, layer, reference, origins[name], inputs, ridge)
 
 
 def _refit_layer(
@@ -88,6 +88,7 @@ def _refit_layer(
     reference: nn.Module,
     origin: Origin,
     inputs: Tensor,
+    ridge: float,
 ) -> None:
     axis = -1 if isinstance(layer, nn.Linear) else 1
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
@@ -112,7 +113,7 @@ def _refit_layer(
             stacklevel=4,
         )
         return
-    solutions = [part.solve() for part in equations]
+    solutions = [part.solve(ridge) for part in equations]
     # Pruned structures that stay, in rows of zeros, stay pruned.
     dead = ~layer.weight.flatten(1).any(dim=1)
     if layer.bias is not None:
@@ -149,7 +150,7 @@ class _NormalEquations:
         self._gram += x.T @ x
         self._cross += x.T @ y
 
-    def solve(self) -> tuple[Tensor, Tensor]:
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Return W and b, which is 0 if the layer has none."""
         count = self._gram[-1, -1]
         # Columns of zeros are of pruned structures that stay: they go on being ignored.
@@ -161,8 +162,8 @@ class _NormalEquations:
         cross = self._cross[:-1] / count - mean_x.outer(mean_y)
         # Inputs that never vary, and leave rounding errors only, leave their weights as they are.
         size = self._gram.diagonal()[:-1].mean() / count
-        ridge = RIDGE * gram.diagonal().mean() + 1e-9 * size + torch.finfo(gram.dtype).tiny
-        system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        added = ridge * gram.diagonal().mean() + 1e-9 * size + torch.finfo(gram.dtype).tiny
+        system = gram + added * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         missing = cross - gram @ self._weight.T
         weight = self._weight.clone()
         weight[:, read] += torch.linalg.solve(system[read][:, read], missing[read]).T

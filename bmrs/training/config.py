@@ -16,6 +16,7 @@ from bmrs.training.settings import (
     PaperNetwork,
     RecipeName,
     RecipeSettings,
+    StartName,
     default_settings,
 )
 
@@ -30,6 +31,7 @@ _OWN_OPTIONS: dict[RecipeName, dict[str, Any]] = {
         "weight_lr": 0.0,
         "price_exponent": 0.5,
         "distillation": 0.0,
+        "fine_tune_from": None,
         "schedule": "cosine",
         "warm_up": 0.05,
         "average": 0.0,
@@ -264,6 +266,12 @@ class TrainConfig:
         group="training",
         metavar="WEIGHT",
     )
+    fine_tune_from: StartName | None = option(
+        None,
+        "bmrs: weights that fine-tuning starts from: those that pruning leaves, or refitted ones, by least squares; "
+        "goes with --weight-lr 0; default: pruned (mlp, lenet_300_100: refitted)",
+        group="training",
+    )
     noise_lr: float | None = option(
         None,
         "learning rate of mu and log sigma, Adam's in recipe bmrs, --optimizer's in recipe paper; default: 0.05 "
@@ -474,6 +482,10 @@ class TrainConfig:
             self._fill_in("criterion", _DEFAULT_CRITERION[self.recipe])
         if self.cuda_graph and self.settings.optimizer == "sgd":
             raise ConfigError("--cuda-graph true goes with --optimizer adam or adamw only")
+        if self.fine_tune_from == "refitted" and self.weight_lr:
+            raise ConfigError(
+                "--fine-tune-from refitted goes with --weight-lr 0 only: weights are refitted to the trained network"
+            )
         targets = [name for name in _TARGETS if getattr(self, name)]
         if len(targets) > 1:
             raise ConfigError(
@@ -546,6 +558,8 @@ class TrainConfig:
             weights=self.weights is not None,
             pretrained=self.pretrained,
         )
+        if self.weight_lr:  # weights that went on training are not what the trained network was
+            defaults = defaults._replace(fine_tune_from="pruned")
         given = {name: getattr(self, name) for name in RecipeSettings._fields}
         return defaults._replace(**{name: value for name, value in given.items() if value is not None})
 

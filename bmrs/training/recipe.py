@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,12 +48,21 @@ Save = Callable[[TrainingState], None]
 EXAMPLES = 2000
 """Training images of 32 × 32 pixels that the compacted network is refitted on; of larger ones there are fewer."""
 
+_RIDGE_OF_START = 0.3
+
 FEW_EXAMPLES = 8
 """Training images that compaction is tried on."""
 
 
 class CollapseError(Exception):
     """The posteriors leave nothing of a layer at any temperature that was tried; the message says what to do."""
+
+
+def start_refitted(noisy: nn.Module, trained: nn.Module, data: Dataset) -> nn.Module:
+    """Return the compacted network with weights refitted as fine-tuning likes them: nearer to those that were there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # told already, of the network that is not fine-tuned
+        return compact(noisy, refitting_examples(data), refit_to=trained, refit_ridge=_RIDGE_OF_START)
 
 
 def refitting_examples(data: Dataset) -> Tensor:

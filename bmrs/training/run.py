@@ -435,7 +435,8 @@ def _run_recipe(
     # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
     frozen = not config.weight_lr
     refitted = pruned
-    if frozen and not isinstance(pruned, GraphModule):
+    can_be_refitted = frozen and not isinstance(pruned, GraphModule)
+    if can_be_refitted:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             refitted = compact(noisy.model, recipe.refitting_examples(data), refit_to=trained.model)
@@ -443,7 +444,9 @@ def _run_recipe(
             trainer.console.print(f"note: {text}", soft_wrap=True, markup=False)
     tuning_epochs = recipe.fine_tuning_epochs(config, data, noisy)
     start: nn.Module = refitted
-    if tuning_epochs:
+    if tuning_epochs and can_be_refitted and settings.fine_tune_from == "refitted":
+        start = recipe.start_refitted(noisy.model, trained.model, data)
+    elif tuning_epochs:
         start = compact(noisy.model, few, expected_noise=not frozen)
     fine_tuned = trainer.fit(
         "fine-tuned",

@@ -241,7 +241,10 @@ class PeerComparison:
             "pruned": accuracy(bmrs.compact(model, examples), self.data.test),
             "refitted": accuracy(bmrs.compact(model, examples, refit_to=self.trained), self.data.test),
         }
-        start = bmrs.compact(model, examples, expected_noise=False)
+        if self.config.settings.fine_tune_from == "refitted":
+            start = recipe.start_refitted(model, self.trained, self.data)
+        else:
+            start = bmrs.compact(model, examples, expected_noise=False)
         return Built(
             self._fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
         )

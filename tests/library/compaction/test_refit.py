@@ -67,6 +67,21 @@ def test_weights_are_those_of_least_squares(mlp):
     torch.testing.assert_close(found[2].bias, exact[-1], rtol=0.02, atol=0.02)
 
 
+def test_the_more_the_ridge_counts_the_nearer_weights_stay(mlp):
+    model = masked_copy(mlp, 0.5, where="0")
+    inputs = torch.randn(300, 6, generator=generator(), dtype=torch.float64)
+    plain = bmrs.compact(model, inputs)
+    refitted = [bmrs.compact(model, inputs, refit_to=mlp, refit_ridge=ridge) for ridge in (1e-3, 0.3, 1e6)]
+    moved = [(network[2].weight - plain[2].weight).norm().item() for network in refitted]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[1] < 0.9 * moved[0]
+    assert moved[2] < 1e-4 * moved[0]
+    errors = [error(network, mlp, inputs) for network in refitted]
+    assert errors == sorted(errors)
+    with pytest.raises(ValueError, match="refit_ridge must be finite and greater than 0, got 0"):
+        bmrs.compact(model, inputs, refit_to=mlp, refit_ridge=0.0)
+
+
 def test_nothing_pruned_and_no_noise_to_speak_of_changes_nothing(mlp):
     model = bmrs.add_noise(copy.deepcopy(mlp), where="0", initial_mu=0.0, initial_log_sigma=-20.0)
     inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)

@@ -127,6 +127,14 @@ def test_given_options_win_over_defaults():
             "--cuda-graph true goes with --optimizer adam or adamw only",
         ),
         (
+            {"fine_tune_from": "refitted", "weight_lr": 1e-3},
+            "--fine-tune-from refitted goes with --weight-lr 0 only: weights are refitted to the trained network",
+        ),
+        (
+            {"recipe": "paper", "fine_tune_from": "pruned"},
+            "--fine-tune-from pruned goes with --recipe bmrs only",
+        ),
+        (
             {"target_flops": 0.5, "target_latency": 1.0},
             "--target-flops and --target-latency do not go together",
         ),
@@ -284,3 +292,17 @@ def test_runs_from_before_there_were_recipes_are_the_papers(tmp_path):
     old = {name: value for name, value in config.to_dict().items() if name not in new}
     folder.config.write_text(json.dumps(old))
     assert RunFolder.open(tmp_path / "run") == (folder, config)
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({"model": "mlp"}, "refitted"),
+        ({"model": "mlp", "weight_lr": 1e-3}, "pruned"),
+        ({"model": "lenet5"}, "pruned"),
+        ({"model": "lenet5", "fine_tune_from": "refitted"}, "refitted"),
+        ({"model": "mlp", "recipe": "paper"}, None),
+    ],
+)
+def test_what_fine_tuning_starts_from(given, start):
+    assert TrainConfig(**given).resolved().fine_tune_from == start
