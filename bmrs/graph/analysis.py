@@ -6,8 +6,8 @@ import functools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,42 @@ from bmrs.graph.channels import (
     varying_axes,
     without_repetition,
 )
-from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.layer_norms import Fit, LayerNorm, layer_norms
+from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rms_norms import RmsNorm, rms_norms
 from bmrs.graph.rules import RULES, Call, unknown
+from bmrs.graph.rules.convolution import pads
 from bmrs.graph.values import Findings, Value
 
 _LARGEST_CONSTANT = 10_000_000
+_PRODUCTS = (
+    *(*LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *GATES),
+    *("matmul", "bmm", "mm", "baddbmm", "einsum", "scaled_dot_product_attention"),
+)
 _CONVOLUTIONS = {*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "convolution"}
+
+
+@dataclass(frozen=True)
+class NormChange:
+    """What makes up for the channels that leave a normalisation.
+
+    Attributes:
+        layer: its qualified name.
+        weight: qualified name of its weight.
+        attribute: of the layer, where it takes ε from.
+        eps: the new ε.
+        gain: factor on the weight.
+        bias: qualified name of its bias, None if there is none.
+        shift: what is added to what the weight multiplies, through the bias.
+    """
+
+    layer: str
+    weight: str
+    attribute: str
+    eps: float
+    gain: float
+    bias: str | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,8 @@ class Analysis:
         parameters: values of parameters and buffers by qualified name, once each.
         staying: the channels that stay with the masks as they are.
         norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
+        layer_norms: layer norms that constants may leave, by their operation.
+        fits: what makes up for the channels that leave layer norms, by the name of the weight, as far as it is known.
     """
 
     captured: Captured
@@ -53,12 +84,31 @@ class Analysis:
     parameters: dict[str, Value]
     staying: Staying
     norms: dict[fx.Node, RmsNorm]
+    layer_norms: dict[fx.Node, LayerNorm]
+    fits: Mapping[str, Fit] = field(default_factory=dict)
 
     def share_left(self, node: fx.Node) -> float:
-        """Return the share of the channels that is left in the mean square that an operation of `norms` takes."""
+        """Return the share of the channels that is left in the statistics that a normalisation takes."""
         call = self.calls[node]
         x: Value = call["input"] or call["self"]
         return self.kept_shape(x)[-1] / x.shape[-1]
+
+    def approximated(self) -> dict[fx.Node, LayerNorm]:
+        """Return the layer norms that channels leave, by their operation."""
+        return {node: norm for node, norm in self.layer_norms.items() if self.share_left(node) < 1}
+
+    def changes(self) -> dict[fx.Node, NormChange]:
+        """Return what changes in normalisations that channels leave, by their operation."""
+        found = {}
+        for node, norm in self.norms.items():
+            if (left := self.share_left(node)) < 1:
+                found[node] = NormChange(norm.layer, norm.weight, norm.attribute, norm.eps / left, left**-0.5)
+        for node, layer_norm in self.approximated().items():
+            if (fit := self.fits.get(layer_norm.weight)) is not None:
+                own = (layer_norm.layer, layer_norm.weight, layer_norm.attribute)
+                eps = layer_norm.eps / self.share_left(node)
+                found[node] = NormChange(*own, eps, fit.gain, layer_norm.bias, fit.shift)
+        return found
 
     def noise_calls(self, name: str | None = None) -> Iterator[Call]:
         """Iterate over the calls of noise layers, or of the one of a name, in an order of computation."""
@@ -131,7 +181,11 @@ def analyse(captured: Captured, *, follow_constants: bool = True) -> Analysis:
         findings.place = ""
         findings.stay(unread, "nothing reads it in any case")
     staying = smallest_staying(findings.ties, findings.constraints)
-    return Analysis(captured, findings, reader.values, reader.calls, reader.parameters, staying, reader.norms)
+    return Analysis(
+        *(captured, findings, reader.values, reader.calls, reader.parameters, staying),
+        norms=reader.norms,
+        layer_norms=reader.layer_norms,
+    )
 
 
 def _unread(findings: Findings) -> Tensor:
@@ -151,9 +205,8 @@ class _Reader:
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
-        self.norms = rms_norms(
-            captured, {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
-        )
+        path_of = {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
+        self.norms, self.layer_norms = rms_norms(captured, path_of), layer_norms(captured, path_of)
         self._by_tensor: dict[int, Value] = {}
         # A tensor can have several placeholders, of which one is used.
         self._users: dict[int, list[fx.Node]] = defaultdict(list)
@@ -226,6 +279,8 @@ class _Reader:
             return _concrete(example)
         if not _tensors_in(example):
             return _concrete(example)
+        if node in self.layer_norms and not self._is_taken_up(node, set()):
+            self.layer_norms[node] = replace(self.layer_norms[node], dropped=True)
         call = self._described(node, example)
         self.calls[node] = call
         constant = self._evaluated(call)
@@ -259,7 +314,11 @@ class _Reader:
                 arguments[argument.name] = argument.default_value
         shapes = tuple(_sizes(tensor.shape) for tensor in _tensors_in(example))
         can_shift = self._can_shift(node, arguments)
-        return Call(_operator_name(node), node.target, arguments, shapes, can_shift, node in self.norms)
+        norm = self.layer_norms.get(node)
+        behind = None if norm is None else norm.constants_behind
+        return Call(
+            _operator_name(node), node.target, arguments, shapes, can_shift, node in self.norms, behind
+        )
 
     def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> bool:
         weight = arguments.get("weight") or arguments.get("mat2")
@@ -279,6 +338,21 @@ class _Reader:
                 stock = type(layer).forward in (nn.Linear.forward, *_forwards_of_convolutions())
                 return name == "weight" and stock and layer.bias is None
         return False
+
+    def _is_taken_up(self, node: fx.Node, seen: set[fx.Node]) -> bool:
+        """Return whether all that multiply what an operation makes by matrices have biases that could stand in."""
+        for user in node.users.keys() - seen:
+            seen.add(user)
+            name = _operator_name(user) if isinstance(user.target, torch._ops.OpOverload) else ""
+            if name in _PRODUCTS:
+                call = self._described(user, user.meta["val"])
+                if not call.can_shift or (
+                    name in CONVOLUTIONS and pads(call["padding"], call["weight"].shape[2:])
+                ):
+                    return False
+            elif user not in self.layer_norms and not self._is_taken_up(user, seen):
+                return False
+        return True
 
     def _evaluated(self, call: Call) -> Value | list[Value] | None:
         """Return the result itself, if it does not depend on the input."""

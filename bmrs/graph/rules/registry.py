@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from bmrs.graph.values import Findings, Value
 
@@ -24,6 +25,8 @@ class Call:
             that its layer has not and can get.
         ignores_zeros: whether the layer makes up for channels that leave the mean square that it takes, if they are
             zero.
+        constants_behind: of a layer norm that constants may leave, as an approximation, what gives what they are behind
+            it, NaN for NaN; None of all others.
     """
 
     operator: str
@@ -32,6 +35,7 @@ class Call:
     shapes: tuple[torch.Size, ...]
     can_shift: bool = False
     ignores_zeros: bool = False
+    constants_behind: Callable[[Tensor], Tensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
