@@ -71,10 +71,10 @@ def compact(
     A pruned structure stays, with zero weights, where removal would not be exact: where it is an output of the model;
     where a branch that is added to it keeps its channel (`bmrs.prune` with ``example_inputs`` decides on such channels
     together); where zero padding makes its constant differ from place to place; where it is counted in the statistics
-    of a LayerNorm (see ``approximate``), in a softmax or in a mean over channels; where sizes would not agree, as the widths of attention
-    heads; where an operator is not known. `compact_report` says so, with the reason. Noise that no parameter can take
-    up becomes one multiplication by fixed factors. Of a residual branch of which all structures are pruned, layers
-    without weights stay, which add what the branch adds.
+    of a LayerNorm (unless ``approximate`` lets it leave), in a softmax or in a mean over channels; where sizes would
+    not agree, as the widths of attention heads; where an operator is not known. `compact_report` says so, with the
+    reason. Noise that no parameter can take up becomes one multiplication by fixed factors. Of a residual branch of
+    which all structures are pruned, layers without weights stay, which add what the branch adds.
 
     Args:
         model: any model that torch.export can capture, in any mode, also inside `torch.compile` or

@@ -134,12 +134,7 @@ def channel_axis(call: Call) -> int:
 
 def new_biases(analysis: Analysis, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, str]:
     """Return names for the biases of operations that need one and have none."""
-    names = {}
-    for node in found:
-        call = analysis.calls[node]
-        if call.operator != "addmm" and call["bias"] is None:
-            names[node] = call["weight"].parameter.rpartition(".")[0] + ".bias"
-    return {node: name.lstrip(".") for node, name in names.items()}
+    return {node: name for node in found if (name := analysis.calls[node].new_bias)}
 
 
 def cut(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bmrs.text_table import table_lines
+
+_MOST_NAMES = 6
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,14 @@ class Approximated:
             for (before, after), number in widths.items()
         )
         dropped = [norm.name for norm in self.norms if norm.dropped]
-        return (
-            f"approximated, as asked: {left} ({', '.join(norm.name for norm in self.norms)}), by which outputs differ "
+        text = (
+            f"approximated, as asked: {left} ({_listed([norm.name for norm in self.norms])}), by which outputs differ "
             f"from the masked network's by {self.largest_difference:.1e} of the largest and "
             f"{self.root_mean_square:.1e} in the root mean square"
-            + (
-                f"; dropped behind {', '.join(dropped)}, as no bias takes up what they added"
-                if dropped
-                else ""
-            )
         )
+        if dropped:
+            text += f"; what they added behind {_listed(dropped)} is dropped, as no bias takes it up"
+        return text
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,11 @@ class CompactReport:
         if self.form == "graph":
             lines.append(f"a graph of operators instead of the model's own classes: {self.form_because}")
         return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _percent(before: int, after: int) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.nn.modules.conv import _ConvNd
 
 from bmrs.graph.capture import Captured
 from bmrs.graph.channels import (
@@ -279,7 +278,7 @@ class _Reader:
             return _concrete(example)
         if not _tensors_in(example):
             return _concrete(example)
-        if node in self.layer_norms and not self._is_taken_up(node, set()):
+        if node in self.layer_norms and not self._can_shift_behind(node):
             self.layer_norms[node] = replace(self.layer_norms[node], dropped=True)
         call = self._described(node, example)
         self.calls[node] = call
@@ -313,44 +312,52 @@ class _Reader:
             else:
                 arguments[argument.name] = argument.default_value
         shapes = tuple(_sizes(tensor.shape) for tensor in _tensors_in(example))
-        can_shift = self._can_shift(node, arguments)
-        norm = self.layer_norms.get(node)
+        can_shift, new_bias = self._can_shift(node, arguments)
+        norm, zeros = self.layer_norms.get(node), node in self.norms
         behind = None if norm is None else norm.constants_behind
-        return Call(
-            _operator_name(node), node.target, arguments, shapes, can_shift, node in self.norms, behind
-        )
+        return Call(_operator_name(node), node.target, arguments, shapes, can_shift, new_bias, zeros, behind)
 
-    def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> bool:
+    def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> tuple[bool, str]:
+        """Return whether a bias of its own can take up a constant, and the name of one that there is not yet."""
         weight = arguments.get("weight") or arguments.get("mat2")
         bias = arguments.get("bias") or (arguments.get("self") if _operator_name(node) == "addmm" else None)
-        if (
-            not isinstance(weight, Value)
-            or weight.parameter is None
-            or len(self._users[id(weight.tensor)]) != 1
-        ):
-            return False
+        if not isinstance(weight, Value) or weight.parameter is None:
+            return False, ""
+        others = [user for user in self._users[id(weight.tensor)] if user is not node]
+        if any(_operator_name(user) != "embedding" for user in others):
+            return False, ""
         if isinstance(bias, Value):
-            return bias.parameter is not None and len(self._users[id(bias.tensor)]) == 1
-        path, _, name = weight.parameter.rpartition(".")
+            return bias.parameter is not None and len(self._users[id(bias.tensor)]) == 1, ""
+        # Of a table that is shared, the weight has the table's name.
+        path = layer_of(node) if others else weight.parameter.rpartition(".")[0]
         layer = self.captured.model.get_submodule(path)
-        for kind in (nn.Linear, _ConvNd):
-            if isinstance(layer, kind):
-                stock = type(layer).forward in (nn.Linear.forward, *_forwards_of_convolutions())
-                return name == "weight" and stock and layer.bias is None
-        return False
+        own = getattr(layer, "weight", None) is weight.tensor and getattr(layer, "bias", None) is None
+        stock = type(layer).forward in (nn.Linear.forward, *_forwards_of_convolutions())
+        return (True, f"{path}.bias".lstrip(".")) if own and stock else (False, "")
 
-    def _is_taken_up(self, node: fx.Node, seen: set[fx.Node]) -> bool:
-        """Return whether all that multiply what an operation makes by matrices have biases that could stand in."""
+    def _can_shift_behind(self, node: fx.Node) -> bool:
+        """Return whether biases could stand in for constants that a layer norm takes, wherever they are read."""
+        constant = self._resolve(node.args[0]).constant
+        if constant is None:
+            return True
+        known = ~constant.isnan().flatten(0, -2).all(dim=0)
+        return self._can_shift_in(node, known, set())
+
+    def _can_shift_in(self, node: fx.Node, constants: Tensor, seen: set[fx.Node]) -> bool:
         for user in node.users.keys() - seen:
             seen.add(user)
             name = _operator_name(user) if isinstance(user.target, torch._ops.OpOverload) else ""
+            if name == "mark_noise":
+                factors = self._resolve(user.args[1]).tensor
+                if len(factors) == len(constants) and not factors.cpu()[constants].any():
+                    continue  # all zero from here on
             if name in _PRODUCTS:
                 call = self._described(user, user.meta["val"])
                 if not call.can_shift or (
                     name in CONVOLUTIONS and pads(call["padding"], call["weight"].shape[2:])
                 ):
                     return False
-            elif user not in self.layer_norms and not self._is_taken_up(user, seen):
+            elif user not in self.layer_norms and not self._can_shift_in(user, constants, seen):
                 return False
         return True
 

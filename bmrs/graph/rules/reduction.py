@@ -228,7 +228,7 @@ def layer_norm(findings: Findings, call: Call) -> list[Value]:
     leaving = call.ignores_zeros or call.constants_behind is not None
     for layer in x.layers:
         if leaving and varying_axes(layer) == (len(x.shape) - 1,):
-            silent: Tensor | None = None
+            silent = None
             if x.constant is not None:
                 silent = x.constant == 0 if call.ignores_zeros else ~x.constant.isnan()
             sum_layers(findings, [layer], list(dims), silent, "the statistics of a normalisation count it")
@@ -240,13 +240,12 @@ def layer_norm(findings: Findings, call: Call) -> list[Value]:
             findings.stay(channels[~constant.isnan()], "the statistics of a normalisation count it")
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     operands += [(p.shape, p.layers) for p in (call["weight"], call["bias"]) if p is not None]
-    constant = None
-    if call.ignores_zeros and x.constant is not None:
+    behind = None
+    if leaving and x.constant is not None:
         (known,) = without_repetition(x.constant)
-        constant = compressed(known.where(known == 0, torch.nan)).expand(x.shape)
-    elif call.constants_behind is not None and x.constant is not None:
-        constant = compressed(call.constants_behind(x.constant))
-    value = Value(x.shape, combine(findings, x.shape, operands), constant)
+        found = call.constants_behind(known) if call.constants_behind else known.where(known == 0, torch.nan)
+        behind = compressed(found).expand(x.shape)
+    value = Value(x.shape, combine(findings, x.shape, operands), behind)
     return [value, *(Value(shape) for shape in call.shapes[1:])]
 
 
