@@ -258,6 +258,37 @@ def test_no_other_factor_or_shift_is_closer():
     assert best < 0.5 * error(1.0, 0.0)  # that is, than leaving the layer as it was
 
 
+class _Own(nn.Module):
+    """A norm of a class of its own."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.bias, self.eps = (
+            nn.Parameter(torch.ones(width)),
+            nn.Parameter(torch.ones(width)),
+            eps,
+        )
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class _Twice(_Small):
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.down(torch.relu(self.up(self.norm(x))))
+        return self.head(self.norm(x))
+
+
+def test_a_norm_of_another_class_that_is_called_twice():
+    torch.manual_seed(0)
+    report = bmrs.compact_report(
+        bmrs.compact(_noisy(_Twice(_Own), ("embed", "down")), ROWS, approximate=ASKED)
+    )
+    assert (report.form, report.removed, len(report.approximated.norms)) == ("module", 2 * len(PRUNED), 1)
+    assert report.error < 1e-6
+
+
 def test_without_being_asked_the_channels_stay():
     model, examples, _ = _masked("convnext")
     report = bmrs.compact_report(bmrs.compact(model, examples))
