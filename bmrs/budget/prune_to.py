@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from bmrs.criteria import Criterion, Decision, check_criterion
 from bmrs.criteria.evidence import BMRSNormal, BMRSOdds, BMRSUniform
 from bmrs.graph.capture import as_inputs
 from bmrs.graph.copies import copied
+from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.masked_graph import MaskedGraph, Unit
 from bmrs.noise.lookup import noise_layers, settled_noise_layers
 from bmrs.noise.parameters import warn_of_weight_decay
@@ -46,6 +47,7 @@ def prune_to(
     parameters: float | None = None,
     latency: float | None = None,
     empty_layers: bool = False,
+    approximate: Collection[str] = (),
 ) -> BudgetReport:
     """Prune by a criterion, and beyond it until the compacted network is within a budget, in place and for good.
 
@@ -70,6 +72,7 @@ def prune_to(
             each has been timed once; then four to six networks are compacted and timed as a whole.
         empty_layers: True lets layers go whole as in `bmrs.prune`; beyond the criterion only where one structure in
             each layer is too much for the budget, those first that are worth least.
+        approximate: what `bmrs.compact` will be asked to approximate, so that more can leave.
 
     Returns:
         What went by the criterion, what the budget took beyond, and what evidence that gave up.
@@ -82,6 +85,7 @@ def prune_to(
     """
     check_criterion(criterion)
     check_choice("empty_layers", empty_layers, (False, True))
+    allowed = check_approximate(approximate)
     measure, target = _target(flops=flops, parameters=parameters, latency=latency)
     layers = settled_noise_layers(model)
     warn_of_weight_decay(layers)
@@ -89,7 +93,7 @@ def prune_to(
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
         first = first_example(inputs)
-        graph = MaskedGraph(model, inputs if measure == "latency" else first, "prune_to")
+        graph = MaskedGraph(model, inputs if measure == "latency" else first, "prune_to", approximate=allowed)
         judgement = judge(model, layers, criterion, graph.tied)
         if empty_layers:
             judgement = emptied(judgement, criterion, graph)
@@ -432,7 +436,7 @@ class _LatencyBudget(_Budget):
         for name, layer in noise_layers(masked).items():
             layer.set_kept(masks[name].to(layer.mask.device))
         args, kwargs = self.inputs
-        return compact(masked, kwargs if kwargs else args)
+        return compact(masked, kwargs if kwargs else args, approximate=self.graph.captured.approximate)
 
 
 def _too_little(measure: str, target: float, limit: float, smallest: float, dense: float) -> str:

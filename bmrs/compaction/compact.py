@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bmrs.checks import check_choice, check_integer, check_number
+from bmrs.compaction.approximate_norms import ApproximateNorms
 from bmrs.compaction.comparison import OutputComparison, forward_flops
 from bmrs.compaction.cutting import Cut, cut, new_biases, shifts
 from bmrs.compaction.description import UnsupportedError
@@ -20,7 +22,7 @@ from bmrs.compaction.kept_noise import narrowed_noise
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, record_of, remember
 from bmrs.compaction.refit import Origin, refit
-from bmrs.compaction.report import CompactReport, LayerCompaction
+from bmrs.compaction.report import Approximated, CompactReport, LayerCompaction, NormApproximation
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import (
     narrowed,
@@ -42,6 +44,7 @@ from bmrs.graph.capture import (
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied, evaluation_copy, unwrapped
 from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
+from bmrs.graph.layer_norms import check_approximate
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -56,6 +59,7 @@ def compact(
     refit_ridge: float = 1e-3,
     round_to: int = 1,
     keep_noise: bool = False,
+    approximate: Collection[str] = (),
 ) -> nn.Module:
     """Return the network that a masked model is in evaluation mode, without pruned structures and, by default, noise.
 
@@ -68,10 +72,10 @@ def compact(
     A pruned structure stays, with zero weights, where removal would not be exact: where it is an output of the model;
     where a branch that is added to it keeps its channel (`bmrs.prune` with ``example_inputs`` decides on such channels
     together); where zero padding makes its constant differ from place to place; where it is counted in the statistics
-    of a LayerNorm, in a softmax or in a mean over channels; where sizes would not agree, as the widths of attention
-    heads; where an operator is not known. `compact_report` says so, with the reason. Noise that no parameter can take
-    up becomes one multiplication by fixed factors. Of a residual branch of which all structures are pruned, layers
-    without weights stay, which add what the branch adds.
+    of a LayerNorm (unless ``approximate`` lets it leave), in a softmax or in a mean over channels; where sizes would
+    not agree, as the widths of attention heads; where an operator is not known. `compact_report` says so, with the
+    reason. Noise that no parameter can take up becomes one multiplication by fixed factors. Of a residual branch of
+    which all structures are pruned, layers without weights stay, which add what the branch adds.
 
     Args:
         model: any model that torch.export can capture, in any mode, also inside `torch.compile` or
@@ -95,6 +99,12 @@ def compact(
         keep_noise: True leaves the noise layers where they are, with the posteriors of the structures that stay, so
             that `bmrs.predict` can draw them and learning can go on. Nothing is folded; outputs in evaluation mode are
             as without it.
+        approximate: names of what may be approximated so that more can leave, of which there is one: ``"layer_norm"``.
+            A pruned channel that is constant where a LayerNorm counts it, such as one of the residual stream of which
+            every part is pruned, then leaves it, and with it the stream. The layer takes its statistics over the
+            channels that stay; its weight, bias and ε make up for the others as well as they can on ``example_inputs``
+            (`bmrs.graph.layer_norms` has the formulas). The outputs then differ from the masked model's, and
+            `compact_report` says by how much. Nothing changes where nothing leaves through such a layer.
 
     Returns:
         A copy of the model with narrower layers: its own classes, names, hooks, shared weights, frozen parameters,
@@ -103,13 +113,14 @@ def compact(
         equal the masked model's, both computed in float64 from the stored numbers: within 1e-9 of the largest for a
         float64 model, 1e-4 for a float32 one and 16 units of rounding for 16-bit ones and for autocast in the model's
         own code. That is checked on the example. (A model that casts to a dtype of its own choice is compared as it
-        is.)
+        is.) With ``approximate`` they equal, as closely, those of the masked model with these layers approximated.
 
     Raises:
         TypeError: ``model`` is not a module, ``example_inputs`` hold no tensor, or an option is of the wrong type.
         ValueError: the model does not run on the example or cannot be captured, has NaN parameters or such on the meta
             device, is sharded, or ``refit_to`` is another network; the place is named. ``keep_noise`` is given with
-            ``expected_noise=False``, or noise would multiply a constant that only a bias can take up.
+            ``expected_noise=False``, or noise would multiply a constant that only a bias can take up. ``approximate``
+            names what there is not.
         RuntimeError: the outputs differ on the example.
     """
     check_number("refit_ridge", refit_ridge, above=0.0)
@@ -121,16 +132,22 @@ def compact(
         )
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
-        masked = MaskedModel(model, inputs, expected_noise=expected_noise, few_examples=refit_to is not None)
+        masked = MaskedModel(
+            model,
+            inputs,
+            expected_noise=expected_noise,
+            few_examples=refit_to is not None,
+            approximate=check_approximate(approximate),
+        )
         given_back: Counter[str] = Counter()
         # Noise that stays cannot multiply what a bias would stand in for.
-        analysis = analyse(masked.captured, follow_constants=not keep_noise)
+        analysis = masked.analysis(follow_constants=not keep_noise)
         while round_to > 1 and (structures := structures_to_give_back(analysis, masked.layers, round_to)):
             for name, chosen in structures.items():
                 mask = masked.layers[name].mask
                 masked.set_kept(name, mask.index_fill(0, torch.as_tensor(chosen, device=mask.device), True))
                 given_back[name] += len(chosen)
-            analysis = analyse(masked.captured, follow_constants=not keep_noise)
+            analysis = masked.analysis(follow_constants=not keep_noise)
         result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
             reference = unwrapped(refit_to)
@@ -199,7 +216,12 @@ def compacted(
     kept_layers = layers if keep_noise else {}
     emptied = NOTHING if keep_noise else emptied_layers(analysis)
     folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
-    comparison = OutputComparison(masked, inputs, autocast=has_autocast(analysis.captured.graph))
+    comparison = OutputComparison(
+        masked,
+        inputs,
+        autocast=has_autocast(analysis.captured.graph),
+        approximation=ApproximateNorms(analysis) if analysis.fits else None,
+    )
     for layer in noise.values():
         comparison.allow(layer.mu.dtype)  # of which E[θ] was rounded to
     result, form = narrowed(analysis, the_cut, folding.remaining, noise), "module"
@@ -217,8 +239,10 @@ def compacted(
             because += " (grouped products of experts: round_to=8 gives such widths)"
         del result, the_cut
         # With sizes of sequences as symbols, so that the graph takes other ones.
-        captured = capture(masked, inputs, "compact", dynamic="sequences")
-        analysis = analyse(captured, follow_constants=not keep_noise)
+        before = analysis.captured
+        captured = capture(masked, inputs, "compact", dynamic="sequences", approximate=before.approximate)
+        captured = replace(captured, moments=before.moments)
+        analysis = replace(analyse(captured, follow_constants=not keep_noise), fits=analysis.fits)
         folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
         try:
             result, form = build_graph_network(analysis, the_cut, folding.remaining, noise), "graph"
@@ -249,12 +273,27 @@ def compacted(
         flops_after=forward_flops(result, inputs),
         error=error,
         compared_in=comparison.dtype,
+        approximated=_approximated(analysis, comparison, masked, result),
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     kept_inputs = map_tensors(lambda t: t.detach().clone(), subject.few)
     own_code = (sizes, the_cut.numbers) if form == "module" else ({}, {})
     remember(result, Record(report, kept_inputs, selections, *own_code))
     return result
+
+
+def _approximated(
+    analysis: Analysis, comparison: OutputComparison, masked: nn.Module, result: nn.Module
+) -> Approximated | None:
+    if not analysis.fits:
+        return None
+    norms = {}
+    for node, norm in analysis.approximated().items():
+        before = analysis.calls[node]["input"].shape[-1]
+        norms[norm.layer] = NormApproximation(
+            norm.layer, before, round(before * analysis.share_left(node)), dropped=norm.dropped
+        )
+    return Approximated(tuple(norms.values()), *comparison.differences(masked, result))
 
 
 def _attempt(

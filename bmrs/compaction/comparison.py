@@ -29,6 +29,8 @@ class OutputComparison:
         masked: the masked network, in evaluation mode.
         inputs: the examples.
         autocast: whether it has torch.autocast in its code.
+        approximation: what changes the functions of the masked network, if others are to equal it so changed; else
+            None.
 
     Attributes:
         tolerance: largest difference that is accepted, relative to the largest output.
@@ -38,15 +40,22 @@ class OutputComparison:
         ValueError: the network returns no tensor.
     """
 
-    def __init__(self, masked: nn.Module, inputs: Inputs, *, autocast: bool = False) -> None:
+    def __init__(
+        self,
+        masked: nn.Module,
+        inputs: Inputs,
+        *,
+        autocast: bool = False,
+        approximation: TorchFunctionMode | None = None,
+    ) -> None:
         dtypes = {p.dtype for p in masked.parameters() if p.is_floating_point()}
         self.tolerance = max((TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
-        self._inputs, self._double = inputs, True
+        self._inputs, self._double, self._approximation = inputs, True, approximation
         try:
-            self._expected = outputs(masked, inputs, double=True)
+            self._expected = outputs(masked, inputs, double=True, mode=approximation)
         except Exception:
             self._double = False
-            self._expected = outputs(masked, inputs, double=False)
+            self._expected = outputs(masked, inputs, double=False, mode=approximation)
         if not self._double:
             # It casts to another dtype in its code, single precision most often.
             self.tolerance = max(self.tolerance, TOLERANCES[torch.float32])
@@ -73,13 +82,22 @@ class OutputComparison:
         Raises:
             ValueError: it does.
         """
-        if self.error(masked) > self.tolerance:
+        again = outputs(masked, self._inputs, double=self._double, mode=self._approximation)
+        if relative_difference(self._expected, again) > self.tolerance:
             raise ValueError(
                 f"the model ({type(masked).__name__}) gives other outputs every time in evaluation mode, as with "
                 "F.dropout(x) without training=self.training or torch.randn in forward, so that a smaller one "
                 "cannot be compared with it. Without removing anything, bmrs.fold(model) makes a network without "
                 "noise layers"
             )
+
+    def differences(self, masked: nn.Module, network: nn.Module) -> tuple[float, float]:
+        """Return how much a network's outputs differ from those of the masked one, whatever is approximated.
+
+        The largest difference is relative to the largest magnitude, the root mean square to that of the outputs.
+        """
+        expected, found = (outputs(n, self._inputs, double=self._double) for n in (masked, network))
+        return relative_difference(expected, found), relative_root_mean_square(expected, found)
 
     def attempt(self, network: nn.Module) -> tuple[float, str]:
         """Return the error, and why the network cannot be used; "" if it can."""
@@ -94,13 +112,16 @@ class OutputComparison:
         )
 
 
-def outputs(model: nn.Module, inputs: Inputs, *, double: bool) -> list[Tensor]:
-    """Return the tensors that a model returns, computed in float64 or as it is."""
+def outputs(
+    model: nn.Module, inputs: Inputs, *, double: bool, mode: TorchFunctionMode | None = None
+) -> list[Tensor]:
+    """Return the tensors that a model returns, computed in float64 or as it is, with functions changed by a mode."""
     network = copied(model, share="parameters").eval()
     if double:
         _double_buffers(network)
         inputs = map_tensors(_double, inputs)
-    with _DoubleParameters(network) if double else nullcontext():
+    # The mode inside, so that it is given the parameters themselves.
+    with _DoubleParameters(network) if double else nullcontext(), mode or nullcontext():
         return run(network, inputs)
 
 
@@ -200,4 +221,18 @@ def relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
         if error != error:
             return torch.inf
         largest = max(largest, error / scale if scale else error)
+    return largest
+
+
+def relative_root_mean_square(expected: list[Tensor], found: list[Tensor]) -> float:
+    """Return the root mean square of differences, relative to that of what is expected; the largest of all outputs.
+
+    What is the same infinity in both, as in attention masks, does not count.
+    """
+    largest = 0.0
+    for a, b in zip(expected, found, strict=True):
+        a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+        counts = a.isfinite() | (a != b)
+        difference, scale = ((a - b)[counts].abs().norm().item(), a[counts].abs().norm().item())
+        largest = max(largest, difference / scale if scale else difference)
     return largest

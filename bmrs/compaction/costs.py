@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from bmrs.checks import check_number
 from bmrs.compaction.comparison import forward_flops
 from bmrs.compaction.cost_model import make_cost_model
 from bmrs.graph.capture import Inputs, as_inputs, map_tensors
+from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.masked_graph import MaskedGraph, Structure, Unit
 from bmrs.noise.lookup import settled_noise_layers
 
@@ -48,7 +49,9 @@ def flops(model: nn.Module, example: Tensor) -> int:
         return forward_flops(model.eval(), ((example,), {}))
 
 
-def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, StructureCost]:
+def structure_costs(
+    model: nn.Module, example_inputs: ExampleInputs, *, approximate: Collection[str] = ()
+) -> dict[str, StructureCost]:
     """Measure what the compacted network saves when one more structure of each noise layer is pruned.
 
     Structures that additions tie are pruned together, and so are those of the layers and directions of a recurrent
@@ -57,6 +60,7 @@ def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str
     Args:
         model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
         example_inputs: as for `bmrs.compact`; FLOPs are those of its first example.
+        approximate: as for `bmrs.compact`.
 
     Returns:
         By qualified name of the noise layer. All zeros where a structure cannot be removed alone: as an output of the
@@ -65,11 +69,15 @@ def structure_costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str
     Raises:
         TypeError, ValueError, RuntimeError: as `bmrs.compact`.
     """
-    return _costs(model, example_inputs)[0]
+    return _costs(model, example_inputs, check_approximate(approximate))[0]
 
 
 def structure_prices(
-    model: nn.Module, example_inputs: ExampleInputs, *, exponent: float = 0.5
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    exponent: float = 0.5,
+    approximate: Collection[str] = (),
 ) -> dict[str, float]:
     """Return prices that make pruning save parameters and operations, for `bmrs.learn_posteriors`.
 
@@ -82,6 +90,7 @@ def structure_prices(
         example_inputs: see `structure_costs`.
         exponent: 0 has all structures pay alike, 1 in proportion to what they take. With ½, the default, LeNet-5 on
             images keeps its accuracy with fewer parameters and fewer FLOPs than with either.
+        approximate: as for `bmrs.compact`.
 
     Returns:
         By qualified name of the noise layer.
@@ -90,10 +99,11 @@ def structure_prices(
         TypeError, ValueError, RuntimeError: as `bmrs.compact`, or ``exponent`` is not a finite number at least 0.
     """
     check_number("exponent", exponent, minimum=0.0)
+    allowed = check_approximate(approximate)
     layers = settled_noise_layers(model)
     if exponent == 0:
         return dict.fromkeys(layers, 1.0)
-    costs, whole = _costs(model, example_inputs)
+    costs, whole = _costs(model, example_inputs, allowed)
     shares = {
         name: (cost.parameters / whole.parameters + cost.flops / max(whole.flops, 1)) / 2
         for name, cost in costs.items()
@@ -106,13 +116,15 @@ def structure_prices(
     return {name: max(price / mean, _LEAST_PRICE) for name, price in raised.items()}
 
 
-def _costs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, StructureCost], StructureCost]:
+def _costs(
+    model: nn.Module, example_inputs: ExampleInputs, approximate: frozenset[str]
+) -> tuple[dict[str, StructureCost], StructureCost]:
     """Return what `structure_costs` does, and what the whole network takes."""
     masks = {name: layer.kept.cpu() for name, layer in settled_noise_layers(model).items()}
     last = {name: Structure(name, int(mask.nonzero()[-1])) for name, mask in masks.items() if mask.any()}
     with torch.inference_mode(False), torch.no_grad():
         inputs = first_example(as_inputs(example_inputs, model))
-        graph = MaskedGraph(model, inputs, "structure_costs")
+        graph = MaskedGraph(model, inputs, "structure_costs", approximate=approximate)
         found = make_cost_model(graph, inputs, masks, _last_first, bundled=False)
         groups = {frozenset(unit.structures): g for g, units in enumerate(found.units) for unit in units}
         together = {name: tuple(group) for group in graph.tied for name in group}

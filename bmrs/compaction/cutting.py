@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import Tensor, fx
 
 from bmrs.compaction.folding import Folding, Tensors
-from bmrs.graph.analysis import Analysis
+from bmrs.graph.analysis import Analysis, NormChange
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.emptied import NOTHING, Emptied, layer_name, weight_of
 from bmrs.graph.operators import LINEAR
@@ -134,12 +134,7 @@ def channel_axis(call: Call) -> int:
 
 def new_biases(analysis: Analysis, found: Mapping[fx.Node, Tensor]) -> dict[fx.Node, str]:
     """Return names for the biases of operations that need one and have none."""
-    names = {}
-    for node in found:
-        call = analysis.calls[node]
-        if call.operator != "addmm" and call["bias"] is None:
-            names[node] = call["weight"].parameter.rpartition(".")[0] + ".bias"
-    return {node: name.lstrip(".") for node, name in names.items()}
+    return {node: name for node in found if (name := analysis.calls[node].new_bias)}
 
 
 def cut(
@@ -174,11 +169,10 @@ def cut(
     changes: list[_Change] = [((name,), lambda tensors: None) for name in new]
     changes += [_shifted(analysis.calls[n], shift) for n, shift in found_shifts.items() if n not in names]
     changes += [(edit.parameters, edit.apply) for edit in folding.edits]
-    numbers: dict[str, dict[str, float]] = {}
-    for node, norm in analysis.norms.items():
-        if (left := analysis.share_left(node)) < 1:
-            changes.append(_scaled(norm.weight, left**-0.5))
-            numbers[norm.layer] = {norm.attribute: norm.eps / left}
+    # Once for each layer, as several operations can be of the same one.
+    norms = {change.weight: change for change in analysis.changes().values()}
+    changes += map(_of_norm, norms.values())
+    numbers = {change.layer: {change.attribute: change.eps} for change in norms.values()}
     tensors: Tensors = {}
     for group in _apart(changes):
         # One after another, as float64 copies of all would take twice the memory of a network in single precision.
@@ -233,13 +227,15 @@ def _shifted(call: Call, shift: Tensor) -> _Change:
     return (name,), apply
 
 
-def _scaled(name: str, factor: float) -> _Change:
-    """Return the change that multiplies a tensor."""
+def _of_norm(change: NormChange) -> _Change:
+    """Return the change of the weight and bias of a normalisation that channels leave."""
 
     def apply(tensors: Tensors) -> None:
-        tensors[name].mul_(factor)
+        if change.bias is not None:
+            tensors[change.bias].add_(tensors[change.weight], alpha=change.shift)
+        tensors[change.weight].mul_(change.gain)
 
-    return (name,), apply
+    return (change.weight, *(() if change.bias is None else (change.bias,))), apply
 
 
 def _apart(changes: Iterable[_Change]) -> list[list[_Change]]:

@@ -60,8 +60,8 @@ class _Describer:
         self.references: dict[fx.Node, Any] = {}
         self.layers: set[str] = set()
         self.constants: dict[str, Tensor] = {}
-        left = {node: analysis.share_left(node) for node in analysis.norms}
-        self.eps = {n.adds_eps: n.eps / left[node] for node, n in analysis.norms.items() if left[node] < 1}
+        takes_eps = {node: norm.adds_eps or node for node, norm in analysis.norms.items()}
+        self.eps = {takes_eps.get(node, node): change.eps for node, change in analysis.changes().items()}
 
     def description(self) -> Description:
         program = self.analysis.captured.program
@@ -283,17 +283,13 @@ class _Describer:
             return self._positions(call, source)
         if name in ("index", "index_select") and isinstance(result, Value):
             return self._renumbered(node, call, source, result)
-        if node in self.eps:
-            return {"other": self.eps[node]}
         if name in ("layer_norm", "rms_norm"):
             rank = len(call["normalized_shape"])
             shape = list(analysis.kept_shape(source)[-rank:])
-            if node in analysis.norms and shape != list(call["normalized_shape"]):
-                return {
-                    "normalized_shape": shape,
-                    "eps": analysis.norms[node].eps / analysis.share_left(node),
-                }
-            return {} if shape == list(call["normalized_shape"]) else {"normalized_shape": shape}
+            changed = {} if shape == list(call["normalized_shape"]) else {"normalized_shape": shape}
+            return {**changed, "eps": self.eps[node]} if node in self.eps else changed
+        if node in self.eps:
+            return {"other": self.eps[node]}
         if name == "group_norm":
             size = source.shape[1] // call["num_groups"]
             left = analysis.kept_shape(source)[1] // size

@@ -117,7 +117,7 @@ def fold_noise(analysis: Analysis, new_biases: Mapping[fx.Node, str]) -> Folding
         name, factors = call["name"], call["factors"].tensor.detach().cpu().double()
         if folder.would_overwrite(node):
             remaining[name] = "what follows works in place, on a tensor that others read"
-        if bool((factors == 1).all()):
+        if bool((_of_what_stays(analysis, call, factors) == 1).all()):
             continue
         shape = [1] * len(call.shape)
         shape[call["dim"]] = len(factors)
@@ -134,6 +134,11 @@ def fold_noise(analysis: Analysis, new_biases: Mapping[fx.Node, str]) -> Folding
         else:
             edits += folder.once_each(proposed)
     return Folding(edits, remaining)
+
+
+def _of_what_stays(analysis: Analysis, call: Call, factors: Tensor) -> Tensor:
+    kept = analysis.kept(call["x"], call["dim"])
+    return factors if kept is None else factors[kept]
 
 
 class _Folder:
@@ -246,6 +251,8 @@ class _Folder:
             return [self._parameter(node, call["self"].parameter, factors, its_part)]
         if call.operator in _MATRIX_PRODUCTS or call.operator in _AFFINE_NORMS:
             return [self._rows(node, call, factors)]
+        if call.operator == "embedding":
+            return [self._parameter(node, self._own(call["weight"]), _vector(factors, -1), None)]
         if call.operator in (*_HOMOGENEOUS, *_POOLS):
             return self._backward(node.args[0], node, _resized(factors, self._shape(node.args[0])))
         if call.operator in _RESHAPINGS:

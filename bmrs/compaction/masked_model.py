@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from bmrs.compaction.approximate_norms import fits, moments
 from bmrs.compaction.comparison import cut_examples, without_fast_path
+from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Inputs, capture, does_not_run, map_tensors, mark
 from bmrs.graph.copies import evaluation_copy
 from bmrs.noise.hooks import check_noise_acts
@@ -21,6 +25,7 @@ class MaskedModel:
         inputs: an example.
         expected_noise: whether structures that stay are multiplied by E[θ] instead of 1.
         few_examples: whether a few of the examples are enough, where the model allows that.
+        approximate: names of what may be approximated.
 
     Attributes:
         model: the copy, with `MarkedNoise` in place of noise layers.
@@ -35,7 +40,13 @@ class MaskedModel:
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Inputs, *, expected_noise: bool = True, few_examples: bool = False
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        expected_noise: bool = True,
+        few_examples: bool = False,
+        approximate: frozenset[str] = frozenset(),
     ) -> None:
         self._expected_noise = expected_noise
         self.model = inside_a_module(evaluation_copy(model))
@@ -51,7 +62,24 @@ class MaskedModel:
         _check_that_it_runs(self.model, inputs)
         self.few = cut_examples(self.model, inputs)
         self.examples = self.few if few_examples else inputs
-        self.captured = capture(self.model, self.examples, "compact", dynamic="first")
+        self.captured = capture(
+            self.model, self.examples, "compact", dynamic="first", approximate=approximate
+        )
+
+    def analysis(self, *, follow_constants: bool = True) -> Analysis:
+        """Return what leaves with the masks as they are; nothing is approximated where nothing leaves through it.
+
+        Args:
+            follow_constants: see `bmrs.graph.values.Findings`.
+        """
+        captured = self.captured
+        if captured.approximate:
+            known = replace(captured, moments=moments(self.model, captured, self.examples))
+            analysis = analyse(known, follow_constants=follow_constants)
+            if approximated := fits(self.model, analysis, self.examples):
+                return replace(analysis, fits=approximated)
+            captured = replace(captured, approximate=frozenset())
+        return analyse(captured, follow_constants=follow_constants)
 
     def set_kept(self, name: str, kept: Tensor) -> None:
         """Change the mask of the copy's noise layer of a name to this one, bool of shape (num_structures,)."""

@@ -39,7 +39,10 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
         raise TypeError(
             f"compact_optimizer needs a network that bmrs.compact returned, got {type(compacted).__name__}"
         )
-    names = {id(parameter): name for name, parameter in unwrapped(model).named_parameters()}
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    every_name = {name for aliases in names.values() for name in aliases}
     new = dict(compacted.named_parameters())
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     groups = []
@@ -47,15 +50,16 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
     for group in optimizer.param_groups:
         parameters = []
         for old in group["params"]:
-            name = names.get(id(old))
-            if name is None:
+            if id(old) not in names:
                 raise ValueError(
                     f"the optimizer has a parameter of shape {tuple(old.shape)} that is not one of the model "
                     f"({type(model).__name__})"
                 )
-            bias = f"{name.rpartition('.')[0]}.bias".lstrip(".")
-            if name.endswith("weight") and bias in new and bias not in names.values():
-                parameters.append(new[bias])
+            name = names[id(old)][0]
+            for alias in names[id(old)]:
+                bias = f"{alias.rpartition('.')[0]}.bias".lstrip(".")
+                if alias.endswith("weight") and bias in new and bias not in every_name:
+                    parameters.append(new[bias])
             if name not in new:
                 continue
             parameters.append(new[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from bmrs.compaction.masked_model import MaskedModel
 from bmrs.compaction.report import LayerCompaction
 from bmrs.graph.analysis import analyse
 from bmrs.graph.capture import as_inputs
+from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.ties import needed_layers, same_channels, sufficient_layers
 from bmrs.noise.lookup import required_noise_layers
 from bmrs.text_table import table_lines
@@ -89,7 +90,10 @@ class NoiseOutlook:
 
 
 def noise_outlook(
-    model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    approximate: Collection[str] = (),
 ) -> NoiseOutlook:
     """Say what compaction will be able to do with the noise layers of a model, before anything is trained.
 
@@ -100,6 +104,7 @@ def noise_outlook(
     Args:
         model: a model with noise layers that `bmrs.compact` takes, in any mode; it is left as it is.
         example_inputs: as for `bmrs.compact`.
+        approximate: as for `bmrs.compact`.
 
     Returns:
         For each noise layer how many structures can leave, and why others cannot.
@@ -109,10 +114,15 @@ def noise_outlook(
     """
     required_noise_layers(model)
     with torch.inference_mode(False), torch.no_grad():
-        masked = MaskedModel(model, as_inputs(example_inputs, model), few_examples=True)
+        masked = MaskedModel(
+            model,
+            as_inputs(example_inputs, model),
+            few_examples=True,
+            approximate=check_approximate(approximate),
+        )
         partners, not_singly = _partners(masked), _reasons_of_last(masked)
         _prune_all_but_first(masked)
-        report = compact_report(compacted(masked, analyse(masked.captured)))
+        report = compact_report(compacted(masked, masked.analysis()))
     layers = tuple(
         _outlook(layer, partners.get(layer.name, ()), not_singly[layer.name]) for layer in report.layers
     )

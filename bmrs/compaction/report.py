@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bmrs.text_table import table_lines
+
+_MOST_NAMES = 6
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,55 @@ class LayerCompaction:
 
 
 @dataclass(frozen=True)
+class NormApproximation:
+    """A layer norm that channels left, which ``approximate`` of `bmrs.compact` asked for.
+
+    Attributes:
+        name: its qualified name.
+        before: channels that it counted.
+        after: channels that it counts.
+        dropped: whether what the channels that left it added behind it is gone too, as something reads them that has no
+            bias to take up its mean.
+    """
+
+    name: str
+    before: int
+    after: int
+    dropped: bool
+
+
+@dataclass(frozen=True)
+class Approximated:
+    """What compaction approximated, and by how much the outputs differ for it from those of the masked network.
+
+    Attributes:
+        norms: the layer norms.
+        largest_difference: of outputs on the example, before refitting, relative to the largest magnitude.
+        root_mean_square: of the differences, relative to that of the outputs.
+    """
+
+    norms: tuple[NormApproximation, ...]
+    largest_difference: float
+    root_mean_square: float
+
+    def __str__(self) -> str:
+        widths = Counter((norm.before, norm.after) for norm in self.norms)
+        left = " and ".join(
+            f"{number} layer norm{'s' * (number > 1)} lost {before - after} of {before} channels"
+            for (before, after), number in widths.items()
+        )
+        dropped = [norm.name for norm in self.norms if norm.dropped]
+        text = (
+            f"approximated, as asked: {left} ({_listed([norm.name for norm in self.norms])}), by which outputs differ "
+            f"from the masked network's by {self.largest_difference:.1e} of the largest and "
+            f"{self.root_mean_square:.1e} in the root mean square"
+        )
+        if dropped:
+            text += f"; what they added behind {_listed(dropped)} is dropped, as no bias takes it up"
+        return text
+
+
+@dataclass(frozen=True)
 class CompactReport:
     """What compaction did; ``str()`` gives a text.
 
@@ -52,10 +105,12 @@ class CompactReport:
             heads that only training has: they are left at their sizes, even where what they read became smaller.
         flops_before: floating-point operations for the example, two for each multiply-add.
         flops_after: the same of the compacted network.
-        error: largest difference of the outputs from the masked network's, relative to the largest output.
+        error: largest difference of the outputs from the masked network's, relative to the largest output; where
+            something was approximated, from the masked network's with that approximated.
         compared_in: what these outputs were computed in, as text.
         emptied: names of layers that nothing is left of, as of a residual branch of which all structures are pruned:
             they lost their weights, and what the branch adds is a constant.
+        approximated: what ``approximate`` let leave and how much the outputs differ for it; None if nothing.
     """
 
     form: str
@@ -71,6 +126,7 @@ class CompactReport:
     error: float
     compared_in: str
     emptied: tuple[str, ...] = ()
+    approximated: Approximated | None = None
 
     @property
     def pruned(self) -> int:
@@ -114,7 +170,13 @@ class CompactReport:
             ("FLOPs", self.flops_before, self.flops_after),
         ):
             lines.append(f"{what}: {before:,} before, {after:,} after ({_percent(before, after)})")
-        lines.append(f"outputs differ by {self.error:.1e} of the largest, in {self.compared_in}")
+        if self.approximated is None:
+            lines.append(f"outputs differ by {self.error:.1e} of the largest, in {self.compared_in}")
+        else:
+            lines.append(str(self.approximated))
+            lines.append(
+                f"apart from that outputs differ by {self.error:.1e} of the largest, in {self.compared_in}"
+            )
         for layer in self.layers:
             name = layer.name or "(model)"
             lines += [
@@ -134,6 +196,11 @@ class CompactReport:
         if self.form == "graph":
             lines.append(f"a graph of operators instead of the model's own classes: {self.form_because}")
         return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _percent(before: int, after: int) -> str:

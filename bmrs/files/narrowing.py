@@ -54,10 +54,8 @@ def describe_narrowing(model: nn.Module, full: nn.Module) -> dict[str, Any]:
             f"the model ({type(model).__name__}) has no {lost[0]!r}, which its class builds from its config: save it "
             "with bmrs.save"
         )
-    record, earlier = record_of(model), getattr(model.config, KEY, None)
-    sizes = dict(earlier.get("sizes", {})) if isinstance(earlier, dict) else {}
-    for path, attributes in (record.code_sizes if record else {}).items():
-        sizes[path] = {**sizes.get(path, {}), **attributes}
+    record = record_of(model)
+    sizes = _with_earlier(model, "sizes", record.code_sizes if record else {})
     changes = describe_changes(model)
     del changes["frozen"]  # which these folders never say
     groups_before = describe_changes(full)["groups"]
@@ -65,8 +63,23 @@ def describe_narrowing(model: nn.Module, full: nn.Module) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "shapes": {n: "x".join(map(str, shape)) for n, shape in own.items() if shape != before.get(n)},
-        **{key: value for key, value in {**changes, "sizes": sizes}.items() if value},
+        **{k: v for k, v in {**changes, "sizes": sizes, "numbers": numbers_of(model)}.items() if v},
     }
+
+
+def numbers_of(model: nn.Module) -> dict[str, Any]:
+    """Return attributes of a model's modules that changed with its sizes, as ε, by qualified name."""
+    record = record_of(model)
+    return _with_earlier(model, "numbers", record.numbers if record else {})
+
+
+def _with_earlier(model: nn.Module, key: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return attributes that a compaction changed, with those that an earlier one had."""
+    earlier = getattr(model.config, KEY, None)
+    result = dict(earlier.get(key, {})) if isinstance(earlier, dict) else {}
+    for path, attributes in found.items():
+        result[path] = {**result.get(path, {}), **attributes}
+    return result
 
 
 def narrow(model: nn.Module, description: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -13,12 +13,18 @@ from bmrs.files.narrowing import built, shapes_of
 
 Axis: TypeAlias = "tuple[str, int]"
 # Of a sub-config ("" for the config itself): values of its fields.
-Change: TypeAlias = "tuple[str, dict[str, int]]"
+Change: TypeAlias = "tuple[str, dict[str, Any]]"
 _UNSET_WIDTHS = ("inner", "intermediate", "ff", "head_dim")
 _MOST_TRIALS = 16
 
 
-def own_config(model: nn.Module, config: Any, full: nn.Module, is_right: Callable[[Any], bool]) -> Any | None:
+def own_config(
+    model: nn.Module,
+    config: Any,
+    full: nn.Module,
+    numbers: Mapping[str, Mapping[str, float]],
+    is_right: Callable[[Any], bool],
+) -> Any | None:
     """Return a config that builds a compacted model, None if none is found.
 
     Compaction that leaves all layers equally wide is, to a class, another number in a field of its config: a width, or
@@ -29,8 +35,10 @@ def own_config(model: nn.Module, config: Any, full: nn.Module, is_right: Callabl
         model: the compacted model.
         config: that of the model before compaction.
         full: the model that this builds.
+        numbers: by qualified name of a module, attributes that changed with the sizes, as ε.
         is_right: whether a config builds the model; asked last.
     """
+    config = _with(config, list(_changes_of_numbers(config, full, numbers)))
     wanted, before = _sizes(shapes_of(model)), _sizes(shapes_of(full))
     if wanted.keys() != before.keys():
         return None
@@ -50,11 +58,38 @@ def own_config(model: nn.Module, config: Any, full: nn.Module, is_right: Callabl
     for changes in islice(_covers(wrong, effects), _MOST_TRIALS):
         candidate = _with(config, changes)
         try:
-            if is_right(candidate):
+            if _has_numbers(built(type(model), candidate), numbers) and is_right(candidate):
                 return candidate
         except Exception:
             continue
     return None
+
+
+def _changes_of_numbers(
+    config: Any, full: nn.Module, numbers: Mapping[str, Mapping[str, float]]
+) -> Iterator[Change]:
+    """Generate new values of fields that say numbers which changed, all in the same way."""
+    pairs = {
+        (vars(full.get_submodule(path)).get(name), new)
+        for path, attributes in numbers.items()
+        for name, new in attributes.items()
+    }
+    if len(pairs) == 1:
+        ((old, new),) = pairs
+        for part in ("", *getattr(config, "sub_configs", ())):
+            fields = vars(getattr(config, part) if part else config)
+            yield (
+                part,
+                {n: new for n, v in fields.items() if type(v) is float and v == old and n.endswith("eps")},
+            )
+
+
+def _has_numbers(trial: nn.Module, numbers: Mapping[str, Mapping[str, float]]) -> bool:
+    return all(
+        vars(trial.get_submodule(path)).get(name) == number
+        for path, attributes in numbers.items()
+        for name, number in attributes.items()
+    )
 
 
 def _sizes(shapes: dict[str, tuple[int, ...]]) -> dict[Axis, int]:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from bmrs.checks import one_line, shown
 from bmrs.compaction.comparison import TOLERANCES, relative_difference, run
 from bmrs.files.file import recorded_inputs
-from bmrs.files.narrowing import KEY, built, describe_narrowing, narrow, shapes_of
+from bmrs.files.narrowing import KEY, built, describe_narrowing, narrow, numbers_of, shapes_of
 from bmrs.files.own_config import own_config
 from bmrs.graph.capture import Inputs
 from bmrs.graph.copies import evaluation_copy, unwrapped
@@ -197,6 +197,7 @@ def _own_config(model: PreTrainedModel, config: Any, full: nn.Module, inputs: In
         model,
         config,
         full,
+        numbers_of(model),
         lambda candidate: _computes_the_same(built(type(model), candidate), model, inputs),
     )
 

@@ -6,14 +6,13 @@ import functools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.nn.modules.conv import _ConvNd
 
 from bmrs.graph.capture import Captured
 from bmrs.graph.channels import (
@@ -23,13 +22,42 @@ from bmrs.graph.channels import (
     varying_axes,
     without_repetition,
 )
-from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.layer_norms import Fit, LayerNorm, layer_norms
+from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rms_norms import RmsNorm, rms_norms
 from bmrs.graph.rules import RULES, Call, unknown
+from bmrs.graph.rules.convolution import pads
 from bmrs.graph.values import Findings, Value
 
 _LARGEST_CONSTANT = 10_000_000
+_PRODUCTS = (
+    *(*LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *GATES),
+    *("matmul", "bmm", "mm", "baddbmm", "einsum", "scaled_dot_product_attention"),
+)
 _CONVOLUTIONS = {*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "convolution"}
+
+
+@dataclass(frozen=True)
+class NormChange:
+    """What makes up for the channels that leave a normalisation.
+
+    Attributes:
+        layer: its qualified name.
+        weight: qualified name of its weight.
+        attribute: of the layer, where it takes ε from.
+        eps: the new ε.
+        gain: factor on the weight.
+        bias: qualified name of its bias, None if there is none.
+        shift: what is added to what the weight multiplies, through the bias.
+    """
+
+    layer: str
+    weight: str
+    attribute: str
+    eps: float
+    gain: float
+    bias: str | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +72,8 @@ class Analysis:
         parameters: values of parameters and buffers by qualified name, once each.
         staying: the channels that stay with the masks as they are.
         norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
+        layer_norms: layer norms that constants may leave, by their operation.
+        fits: what makes up for the channels that leave layer norms, by the name of the weight, as far as it is known.
     """
 
     captured: Captured
@@ -53,12 +83,31 @@ class Analysis:
     parameters: dict[str, Value]
     staying: Staying
     norms: dict[fx.Node, RmsNorm]
+    layer_norms: dict[fx.Node, LayerNorm]
+    fits: Mapping[str, Fit] = field(default_factory=dict)
 
     def share_left(self, node: fx.Node) -> float:
-        """Return the share of the channels that is left in the mean square that an operation of `norms` takes."""
+        """Return the share of the channels that is left in the statistics that a normalisation takes."""
         call = self.calls[node]
         x: Value = call["input"] or call["self"]
         return self.kept_shape(x)[-1] / x.shape[-1]
+
+    def approximated(self) -> dict[fx.Node, LayerNorm]:
+        """Return the layer norms that channels leave, by their operation."""
+        return {node: norm for node, norm in self.layer_norms.items() if self.share_left(node) < 1}
+
+    def changes(self) -> dict[fx.Node, NormChange]:
+        """Return what changes in normalisations that channels leave, by their operation."""
+        found = {}
+        for node, norm in self.norms.items():
+            if (left := self.share_left(node)) < 1:
+                found[node] = NormChange(norm.layer, norm.weight, norm.attribute, norm.eps / left, left**-0.5)
+        for node, layer_norm in self.approximated().items():
+            if (fit := self.fits.get(layer_norm.weight)) is not None:
+                own = (layer_norm.layer, layer_norm.weight, layer_norm.attribute)
+                eps = layer_norm.eps / self.share_left(node)
+                found[node] = NormChange(*own, eps, fit.gain, layer_norm.bias, fit.shift)
+        return found
 
     def noise_calls(self, name: str | None = None) -> Iterator[Call]:
         """Iterate over the calls of noise layers, or of the one of a name, in an order of computation."""
@@ -131,7 +180,11 @@ def analyse(captured: Captured, *, follow_constants: bool = True) -> Analysis:
         findings.place = ""
         findings.stay(unread, "nothing reads it in any case")
     staying = smallest_staying(findings.ties, findings.constraints)
-    return Analysis(captured, findings, reader.values, reader.calls, reader.parameters, staying, reader.norms)
+    return Analysis(
+        *(captured, findings, reader.values, reader.calls, reader.parameters, staying),
+        norms=reader.norms,
+        layer_norms=reader.layer_norms,
+    )
 
 
 def _unread(findings: Findings) -> Tensor:
@@ -151,9 +204,8 @@ class _Reader:
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
-        self.norms = rms_norms(
-            captured, {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
-        )
+        path_of = {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
+        self.norms, self.layer_norms = rms_norms(captured, path_of), layer_norms(captured, path_of)
         self._by_tensor: dict[int, Value] = {}
         # A tensor can have several placeholders, of which one is used.
         self._users: dict[int, list[fx.Node]] = defaultdict(list)
@@ -226,6 +278,8 @@ class _Reader:
             return _concrete(example)
         if not _tensors_in(example):
             return _concrete(example)
+        if node in self.layer_norms and not self._can_shift_behind(node):
+            self.layer_norms[node] = replace(self.layer_norms[node], dropped=True)
         call = self._described(node, example)
         self.calls[node] = call
         constant = self._evaluated(call)
@@ -258,27 +312,54 @@ class _Reader:
             else:
                 arguments[argument.name] = argument.default_value
         shapes = tuple(_sizes(tensor.shape) for tensor in _tensors_in(example))
-        can_shift = self._can_shift(node, arguments)
-        return Call(_operator_name(node), node.target, arguments, shapes, can_shift, node in self.norms)
+        can_shift, new_bias = self._can_shift(node, arguments)
+        norm, zeros = self.layer_norms.get(node), node in self.norms
+        behind = None if norm is None else norm.constants_behind
+        return Call(_operator_name(node), node.target, arguments, shapes, can_shift, new_bias, zeros, behind)
 
-    def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> bool:
+    def _can_shift(self, node: fx.Node, arguments: dict[str, Any]) -> tuple[bool, str]:
+        """Return whether a bias of its own can take up a constant, and the name of one that there is not yet."""
         weight = arguments.get("weight") or arguments.get("mat2")
         bias = arguments.get("bias") or (arguments.get("self") if _operator_name(node) == "addmm" else None)
-        if (
-            not isinstance(weight, Value)
-            or weight.parameter is None
-            or len(self._users[id(weight.tensor)]) != 1
-        ):
-            return False
+        if not isinstance(weight, Value) or weight.parameter is None:
+            return False, ""
+        others = [user for user in self._users[id(weight.tensor)] if user is not node]
+        if any(_operator_name(user) != "embedding" for user in others):
+            return False, ""
         if isinstance(bias, Value):
-            return bias.parameter is not None and len(self._users[id(bias.tensor)]) == 1
-        path, _, name = weight.parameter.rpartition(".")
+            return bias.parameter is not None and len(self._users[id(bias.tensor)]) == 1, ""
+        # Of a table that is shared, the weight has the table's name.
+        path = layer_of(node) if others else weight.parameter.rpartition(".")[0]
         layer = self.captured.model.get_submodule(path)
-        for kind in (nn.Linear, _ConvNd):
-            if isinstance(layer, kind):
-                stock = type(layer).forward in (nn.Linear.forward, *_forwards_of_convolutions())
-                return name == "weight" and stock and layer.bias is None
-        return False
+        own = getattr(layer, "weight", None) is weight.tensor and getattr(layer, "bias", None) is None
+        stock = type(layer).forward in (nn.Linear.forward, *_forwards_of_convolutions())
+        return (True, f"{path}.bias".lstrip(".")) if own and stock else (False, "")
+
+    def _can_shift_behind(self, node: fx.Node) -> bool:
+        """Return whether biases could stand in for constants that a layer norm takes, wherever they are read."""
+        constant = self._resolve(node.args[0]).constant
+        if constant is None:
+            return True
+        known = ~constant.isnan().flatten(0, -2).all(dim=0)
+        return self._can_shift_in(node, known, set())
+
+    def _can_shift_in(self, node: fx.Node, constants: Tensor, seen: set[fx.Node]) -> bool:
+        for user in node.users.keys() - seen:
+            seen.add(user)
+            name = _operator_name(user) if isinstance(user.target, torch._ops.OpOverload) else ""
+            if name == "mark_noise":
+                factors = self._resolve(user.args[1]).tensor
+                if len(factors) == len(constants) and not factors.cpu()[constants].any():
+                    continue  # all zero from here on
+            if name in _PRODUCTS:
+                call = self._described(user, user.meta["val"])
+                if not call.can_shift or (
+                    name in CONVOLUTIONS and pads(call["padding"], call["weight"].shape[2:])
+                ):
+                    return False
+            elif user not in self.layer_norms and not self._can_shift_in(user, constants, seen):
+                return False
+        return True
 
     def _evaluated(self, call: Call) -> Value | list[Value] | None:
         """Return the result itself, if it does not depend on the input."""

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -59,6 +59,21 @@ class MarkedNoise(ChannelScale):
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Means over examples of a layer norm's statistics: of mean / deviation, and of 1 / deviation.
+
+    The deviation is the root of variance plus ε.
+    """
+
+    mean: float = 0.0
+    inverse: float = 1.0
+
+    def normalised(self, constant: Tensor) -> Tensor:
+        """Return the mean of what a layer norm makes of constants, before its weight and bias."""
+        return constant * self.inverse - self.mean
+
+
+@dataclass(frozen=True)
 class Captured:
     """A model and its graph.
 
@@ -68,12 +83,16 @@ class Captured:
         program: its graph.
         tensors: by the name of a placeholder of the graph, the parameter, buffer or constant that it stands for.
         names: by the name of a placeholder, the qualified name of the parameter or buffer.
+        approximate: names of what may be approximated, so that more can leave; see `bmrs.graph.layer_norms`.
+        moments: of layer norms that may be, by the qualified name of their weight; None if they are not known yet.
     """
 
     model: nn.Module
     program: ExportedProgram
     tensors: dict[str, Tensor]
     names: dict[str, str]
+    approximate: frozenset[str] = frozenset()
+    moments: Mapping[str, Moments] | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -170,7 +189,12 @@ def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
 
 
 def capture(
-    model: nn.Module, inputs: Inputs, purpose: str, *, dynamic: Literal["none", "first", "sequences"] = "none"
+    model: nn.Module,
+    inputs: Inputs,
+    purpose: str,
+    *,
+    dynamic: Literal["none", "first", "sequences"] = "none",
+    approximate: frozenset[str] = frozenset(),
 ) -> Captured:
     """Capture what a model in evaluation mode does.
 
@@ -180,12 +204,14 @@ def capture(
         purpose: who asks, for errors.
         dynamic: which sizes of the inputs may be other ones later, where the model allows it: none, those of the first
             dimensions, as the number of examples, or lengths of sequences too.
+        approximate: see `Captured`.
 
     Raises:
         ValueError: the model does not run on the example, or cannot be captured.
     """
     advice = "Without removing anything, bmrs.fold(model) makes a network without noise layers"
-    return _captured(model, export_program(model, inputs, purpose, dynamic=dynamic, advice=advice))
+    captured = _captured(model, export_program(model, inputs, purpose, dynamic=dynamic, advice=advice))
+    return replace(captured, approximate=approximate)
 
 
 def export_program(

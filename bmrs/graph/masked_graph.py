@@ -47,6 +47,7 @@ class MaskedGraph:
         model: as for `bmrs.compact`; it is left as it is.
         inputs: its arguments.
         purpose: who asks, for errors.
+        approximate: names of what compaction may approximate.
 
     Attributes:
         masked: the model with marked noise layers.
@@ -61,7 +62,9 @@ class MaskedGraph:
         TypeError, ValueError: as `bmrs.compact`.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, purpose: str) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, purpose: str, *, approximate: frozenset[str] = frozenset()
+    ) -> None:
         copy = evaluation_copy(model)
         self.masked: nn.Module = nn.Sequential(copy).eval() if isinstance(copy, NoiseLayer) else copy
         check_noise_acts(self.masked)
@@ -71,7 +74,9 @@ class MaskedGraph:
         self._factors = {name: torch.ones_like(layer.spread(layer.mu)) for name, layer in layers.items()}
         self._kept = {name: factors.clone() for name, factors in self._factors.items()}
         mark(self.masked, self._factors)
-        self.captured: Captured = capture(self.masked, inputs, purpose, dynamic="first")
+        self.captured: Captured = capture(
+            self.masked, inputs, purpose, dynamic="first", approximate=approximate
+        )
         self.example = several_examples(inputs)
         analysis = analyse(self.captured)
         self.level = _level(analysis)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, as_inputs, capture, mark
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.operators import GATES, LINEAR
 from bmrs.graph.ties import needed_layers, same_channels, sufficient_layers
 from bmrs.noise.lookup import noise_layers
@@ -75,7 +76,12 @@ class Suggestions:
         return "\n".join(table_lines([header, *rows], left=len(header) - 1))
 
 
-def suggest(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Suggestions:
+def suggest(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    approximate: Collection[str] = (),
+) -> Suggestions:
     """List the places of a model where noise would make structures removable.
 
     Every layer that `bmrs.add_noise` takes is tried: its last structure is pruned, together with the structures that it
@@ -84,6 +90,7 @@ def suggest(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
     Args:
         model: a model that `bmrs.compact` takes, with or without noise, in any mode; it is left as it is.
         example_inputs: as for `bmrs.compact`.
+        approximate: as for `bmrs.compact`.
 
     Returns:
         The places, the one that can save most parameters first.
@@ -91,6 +98,7 @@ def suggest(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
     Raises:
         TypeError, ValueError: as `bmrs.compact`.
     """
+    allowed = check_approximate(approximate)
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs)
         trial = evaluation_copy(model)
@@ -109,7 +117,7 @@ def suggest(model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[s
             add_noise(trial, where=lambda name, _: name in recurrent, **options)
         factors = {name: torch.ones(layer.num_structures) for name, layer in noise_layers(trial).items()}
         mark(trial.eval(), factors)
-        captured = capture(trial, inputs, "suggest", dynamic="first")
+        captured = capture(trial, inputs, "suggest", dynamic="first", approximate=allowed)
         return Suggestions(tuple(_places(captured, factors)))
 
 

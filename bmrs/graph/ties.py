@@ -25,7 +25,10 @@ _PRODUCERS = (*WEIGHT_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTra
 
 
 def tied_noise_layers(
-    model: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    approximate: frozenset[str] = frozenset(),
 ) -> list[list[str]]:
     """Find the noise layers that have to prune a channel together if `bmrs.compact` is to remove it.
 
@@ -36,6 +39,7 @@ def tied_noise_layers(
     Args:
         model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
         example_inputs: as for `bmrs.compact`.
+        approximate: names of what compaction may approximate.
 
     Returns:
         Qualified names of tied layers, two or more in each group and in the order of their use; all of a group have
@@ -51,7 +55,10 @@ def tied_noise_layers(
             name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(masked).items()
         }
         mark(masked, factors)
-        return tied_in(capture(masked, inputs, "prune with example_inputs", dynamic="first"), factors)
+        captured = capture(
+            masked, inputs, "prune with example_inputs", dynamic="first", approximate=approximate
+        )
+        return tied_in(captured, factors)
 
 
 def tied_in(captured: Captured, factors: Mapping[str, Tensor]) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bmrs.checks import check_choice
 from bmrs.criteria import Criterion, Decision, PosteriorCriterion, check_criterion
 from bmrs.graph.capture import as_inputs
+from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.masked_graph import MaskedGraph
 from bmrs.graph.ties import producers, tied_noise_layers
 from bmrs.noise.layer import NoiseLayer
@@ -29,6 +30,7 @@ def prune(
     *,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
     empty_layers: bool = False,
+    approximate: Collection[str] = (),
 ) -> PruneReport:
     """Prune the structures of a model's noise layers that a criterion asks for, in place and for good.
 
@@ -47,6 +49,8 @@ def prune(
         example_inputs: an input of the model, as `bmrs.compact` takes it, to find the additions with.
         empty_layers: True lets a layer lose its best structure too where the criterion asks for it and every output
             still depends on the input, as in a residual branch; of the branch `bmrs.compact` then leaves a constant.
+        approximate: what `bmrs.compact` will be asked to approximate: layers whose channels leave only so are pruned
+            together too, as those of a residual stream that a LayerNorm counts.
 
     Returns:
         The change in every layer, with the scores of the structures that were kept before; for layers judged
@@ -63,14 +67,19 @@ def prune(
     check_choice("empty_layers", empty_layers, (False, True))
     if empty_layers and example_inputs is None:
         raise ValueError("empty_layers=True needs example_inputs, to find the shortcuts with")
+    allowed = check_approximate(approximate)
+    if allowed and example_inputs is None:
+        raise ValueError("approximate needs example_inputs, to find what leaves together with")
     layers = settled_noise_layers(model)
     warn_of_weight_decay(layers)
     check_finite(layers)
-    tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs)
+    tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs, approximate=allowed)
     judgement = judge(model, layers, criterion, tied)
     if empty_layers and any(layer.best_kept for layer in judgement.report.layers):
         with torch.inference_mode(False), torch.no_grad():
-            graph = MaskedGraph(model, as_inputs(example_inputs, model), "prune with example_inputs")
+            graph = MaskedGraph(
+                model, as_inputs(example_inputs, model), "prune with example_inputs", approximate=allowed
+            )
             judgement = emptied(judgement, criterion, graph)
     write_masks(layers, judgement.masks)
     return judgement.report

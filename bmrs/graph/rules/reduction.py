@@ -218,14 +218,20 @@ def _normalised_constant(
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(findings: Findings, call: Call) -> list[Value]:
-    """Keep all channels along the last dimensions, since the statistics over them count zeros too."""
+    """Keep all channels along the last dimensions, since the statistics over them count zeros too.
+
+    Zeros leave a mean square that its layer makes up for, and constants a layer norm that may be approximated.
+    """
     x: Value = call["input"]
     rank = len(call["normalized_shape"])
     dims = range(len(x.shape) - rank, len(x.shape))
+    leaving = call.ignores_zeros or call.constants_behind is not None
     for layer in x.layers:
-        if call.ignores_zeros and varying_axes(layer) == (len(x.shape) - 1,):
-            zero = None if x.constant is None else x.constant == 0
-            sum_layers(findings, [layer], list(dims), zero, "the statistics of a normalisation count it")
+        if leaving and varying_axes(layer) == (len(x.shape) - 1,):
+            silent = None
+            if x.constant is not None:
+                silent = x.constant == 0 if call.ignores_zeros else ~x.constant.isnan()
+            sum_layers(findings, [layer], list(dims), silent, "the statistics of a normalisation count it")
             continue
         findings.whole(layer, dims, "the statistics of a normalisation count it")
         if x.constant is not None and set(varying_axes(layer)) & set(dims):
@@ -234,11 +240,12 @@ def layer_norm(findings: Findings, call: Call) -> list[Value]:
             findings.stay(channels[~constant.isnan()], "the statistics of a normalisation count it")
     operands: list[tuple[Sequence[int], Sequence[Tensor]]] = [(x.shape, x.layers)]
     operands += [(p.shape, p.layers) for p in (call["weight"], call["bias"]) if p is not None]
-    zeros = None
-    if call.ignores_zeros and x.constant is not None:
+    behind = None
+    if leaving and x.constant is not None:
         (known,) = without_repetition(x.constant)
-        zeros = compressed(known.where(known == 0, torch.nan)).expand(x.shape)
-    value = Value(x.shape, combine(findings, x.shape, operands), zeros)
+        found = call.constants_behind(known) if call.constants_behind else known.where(known == 0, torch.nan)
+        behind = compressed(found).expand(x.shape)
+    value = Value(x.shape, combine(findings, x.shape, operands), behind)
     return [value, *(Value(shape) for shape in call.shapes[1:])]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from bmrs.graph.values import Findings, Value
 
@@ -22,8 +23,11 @@ class Call:
         shapes: of its results; one, unless it returns several tensors.
         can_shift: whether a constant can be added to what it returns, in a bias that nothing else uses: its own, or one
             that its layer has not and can get.
+        new_bias: qualified name of that bias, where its layer has none.
         ignores_zeros: whether the layer makes up for channels that leave the mean square that it takes, if they are
             zero.
+        constants_behind: of a layer norm that constants may leave, as an approximation, what gives what they are behind
+            it, NaN for NaN; None of all others.
     """
 
     operator: str
@@ -31,7 +35,9 @@ class Call:
     arguments: Mapping[str, Any]
     shapes: tuple[torch.Size, ...]
     can_shift: bool = False
+    new_bias: str = ""
     ignores_zeros: bool = False
+    constants_behind: Callable[[Tensor], Tensor] | None = None
 
     @property
     def shape(self) -> torch.Size:
