@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bmrs.budget.joint_choice import JointChoice
 from bmrs.budget.latency import Latency
 from bmrs.budget.objective import relative_losses
 from bmrs.budget.report import BudgetReport, LatencySetting, LayerBudget, NetworkCost
@@ -46,6 +47,7 @@ def prune_to(
     flops: float | None = None,
     parameters: float | None = None,
     latency: float | None = None,
+    examples: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     empty_layers: bool = False,
     approximate: Collection[str] = (),
 ) -> BudgetReport:
@@ -70,6 +72,12 @@ def prune_to(
         latency: milliseconds of its forward pass of all of ``example_inputs``, greater than 0, on their device and with
             as many threads as torch has now. Each operation is timed at a few widths, about 20 seconds at most once
             each has been timed once; then four to six networks are compacted and timed as a whole.
+        examples: some thousand training examples, as ``example_inputs`` is given. Which structures of a layer go beyond
+            the criterion is then not left to what each is worth alone: of those that do the same one is enough, and
+            those go that the layers which read them can best do without, by least squares on these examples. How many
+            go stays as it is. The weights are those of the model with θ = 1, and what is chosen is meant for weights
+            that are refitted (``refit_to`` of `bmrs.compact`) or fine-tuned. Structures that are read by anything
+            but linear and convolution layers, such as heads, go by evidence.
         empty_layers: True lets layers go whole as in `bmrs.prune`; beyond the criterion only where one structure in
             each layer is too much for the budget, those first that are worth least.
         approximate: what `bmrs.compact` will be asked to approximate, so that more can leave.
@@ -105,6 +113,8 @@ def prune_to(
                 budget: _Budget = _LatencyBudget(model, graph, costs, evidence, start, inputs, target)
             else:
                 budget = _CountedBudget(graph, costs, evidence, start, measure, target)
+            if examples is not None:
+                budget.joint = JointChoice(graph, costs.base, as_inputs(examples, model))
             try:
                 report = budget.report(layers)
                 break
@@ -231,6 +241,8 @@ class _Budget:
             relative_losses(worths, evidence.staying(units, start))
             for worths, units in zip(self.worths, costs.units, strict=True)
         ]
+        self.joint: JointChoice | None = None
+        self.orders = [np.arange(len(units)) for units in costs.units]
         self.nothing = np.zeros(len(costs.units))
         self.everything = np.array([len(units) for units in costs.units], dtype=np.float64)
         self.masks = start
@@ -240,11 +252,16 @@ class _Budget:
 
     def masks_without(self, pruned: NDArray[Any]) -> dict[str, Tensor]:
         masks = {name: mask.clone() for name, mask in self.start.items()}
-        for units, number in zip(self.costs.units, pruned, strict=True):
-            for unit in units[: int(number)]:
-                for layer, structure in unit.structures:
+        for units, order, number in zip(self.costs.units, self.orders, pruned, strict=True):
+            for place in order[: int(number)]:
+                for layer, structure in units[place].structures:
                     masks[layer][structure] = False
         return masks
+
+    def choose_jointly(self, pruned: NDArray[Any]) -> None:
+        """Let those units of each group go first that the others make up for, where there are examples."""
+        if self.joint is not None:
+            self.orders = self.joint.order(self.costs.units, pruned)
 
     def cost_with(self, masks: Mapping[str, Tensor]) -> Cost:
         """Return what compaction with these masks gives."""
@@ -265,10 +282,13 @@ class _Budget:
     def described(self, found: Found, **rest: Any) -> BudgetReport:
         judgement, criterion = self.evidence.judgement, self.evidence.criterion
         pruned_by_units: dict[str, list[bool]] = defaultdict(list)
-        for units, number in zip(self.costs.units, found.pruned, strict=True):
-            for place, unit in enumerate(units):
+        lost = self.lost_at_the_start()
+        chosen = zip(self.costs.units, self.worths, self.orders, found.pruned, strict=True)
+        for units, worths, order, number in chosen:
+            lost += float(worths[order[:number]].sum())
+            for unit in units:
                 for structure in unit.structures:
-                    pruned_by_units[structure.layer].append(place < number)
+                    pruned_by_units[structure.layer].append(len(units) == number)
         layers = tuple(
             LayerBudget(
                 name=name,
@@ -288,8 +308,7 @@ class _Budget:
             target=self.target,
             met_by_evidence=not found.pruned.any() and self.start is judgement.masks,
             layers=layers,
-            lost=self.lost_at_the_start()
-            + sum(float(w[:number].sum()) for w, number in zip(self.worths, found.pruned, strict=True)),
+            lost=lost,
             relative_loss=math.sqrt(found.lost),
             **rest,
         )
@@ -318,6 +337,7 @@ class _CountedBudget(_Budget):
         budget = limit
         for _ in range(_TRIES):
             found = self._within(budget, limit)
+            self.choose_jointly(found.pruned)
             self.masks = self.masks_without(found.pruned)
             after = self.cost_with(self.masks)
             if (now := getattr(after, self.measure)) <= limit:
@@ -399,6 +419,7 @@ class _LatencyBudget(_Budget):
             while tries < _TRIES:
                 tries += 1
                 tried = self._within(latency, budget)
+                self.choose_jointly(tried.pruned)
                 masks = self.masks_without(tried.pruned)
                 time = latency.of_networks([networks[1], self._compacted(masks)])[1]
                 rank = (True, -tried.lost) if time <= self.target else (False, -time)
@@ -409,6 +430,7 @@ class _LatencyBudget(_Budget):
                 if _CLOSE * self.target <= time <= self.target:
                     break
                 budget *= self.target / time
+        self.choose_jointly(found.pruned)  # the last try is not always the best
         kept, by_evidence = self.costs.dense, self.cost_by_evidence()
         after = self.cost_with(self.masks)
         return self.described(

@@ -119,6 +119,7 @@ class CostModel:
         biases: layers that get a bias once something of a group is pruned that is a constant behind its noise: its size
             and the groups.
         cost_of: what is left of the network by any analysis of it.
+        base: the analysis that all of this was found with, by the masks.
     """
 
     units: tuple[tuple[Unit, ...], ...]
@@ -128,6 +129,7 @@ class CostModel:
     operations: Polynomial
     biases: tuple[tuple[Axis, tuple[int, ...]], ...]
     cost_of: Callable[[Analysis], Cost]
+    base: Analysis
 
     def parameters(self, pruned: ArrayLike) -> Floats:
         """Return the values of all parameters."""
@@ -191,6 +193,7 @@ def make_cost_model(
         Polynomial(sizes, operations),
         tuple((finder.rows(node), its_groups) for node, its_groups in triggers.items()),
         lambda analysis: finder.cost_of(analysis, constants),
+        base,
     )
 
 

@@ -104,7 +104,7 @@ def _refit_layer(
             # At random: a regular stride would meet the same few positions in every feature map.
             chosen = torch.randperm(wanted[..., 0].numel(), generator=generator)[:most].to(wanted.device)
             for part, x, y in zip(equations, read.chunk(groups, -1), wanted.chunk(groups, -1), strict=True):
-                features = x if isinstance(layer, nn.Linear) else _patches(layer, x.movedim(-1, 1))
+                features = x if isinstance(layer, nn.Linear) else patches(layer, x.movedim(-1, 1))
                 part.add(features.flatten(0, -2)[chosen].double(), y.flatten(0, -2)[chosen].double())
     if equations[0].count < _LEAST_EQUATIONS * unknowns:
         warnings.warn(
@@ -170,7 +170,7 @@ class _NormalEquations:
         return weight, mean_y - weight @ mean_x
 
 
-def _patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+def patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """Return what each output position of a convolution reads, of shape (N, *positions, channels · kernel size)."""
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

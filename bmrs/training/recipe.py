@@ -239,7 +239,13 @@ def _decided(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, 
         return prune(noisy, criterion, example_inputs=example_of_ties(config, data)).to_dict()
     target = {config.target.removeprefix("target_"): getattr(config, config.target)}
     with _told_by_option(config):
-        report = prune_to(noisy, criterion, example_inputs=data.train.examples(1), **target)
+        report = prune_to(
+            noisy,
+            criterion,
+            example_inputs=data.train.examples(1),
+            examples=refitting_examples(data),
+            **target,
+        )
     return {"budget": report.to_dict(), "text": str(report)}
 
 

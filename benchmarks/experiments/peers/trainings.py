@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +18,11 @@ import bmrs
 from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers.budget import Chain
 from benchmarks.rivals import torch_pruning
+from bmrs.budget.joint_choice import JointChoice
 from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import EMBEDDED, DataName, Dataset
+from bmrs.graph.capture import as_inputs
+from bmrs.graph.masked_graph import MaskedGraph, Unit
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training import TrainConfig, algorithm1, recipe
@@ -235,8 +239,11 @@ class PeerComparison:
         widths = self._uniform(size) if uniform else self._own_widths(size)
         if widths is None:
             return None
-        model = _masked(self.noisy, self.evidence, widths)
         examples = self.data.train.examples(recipe.EXAMPLES)
+        if size == "own":
+            model = _masked(self.noisy, self.evidence, widths)
+        else:
+            model = _jointly_masked(self.noisy, self.evidence, widths, examples)
         before = {
             "pruned": accuracy(bmrs.compact(model, examples), self.data.test),
             "refitted": accuracy(bmrs.compact(model, examples, refit_to=self.trained), self.data.test),
@@ -358,4 +365,29 @@ def _masked(model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int]) -
     model = copy.deepcopy(model)
     for layer, each, width in zip(noise_layers(model).values(), scores, widths, strict=True):
         layer.set_kept(torch.zeros_like(layer.mask).index_fill_(0, _best(each, width), True))
+    return model
+
+
+def _jointly_masked(
+    model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int], examples: Tensor
+) -> nn.Module:
+    """Return a copy of a noisy chain with so many structures in each layer, chosen as `bmrs.prune_to` chooses them."""
+    model = _masked(model, scores, [len(each) for each in scores])
+    graph = MaskedGraph(model, as_inputs(examples[:2]), "peers")
+    base = graph.without()
+    units: dict[str, list[Unit]] = defaultdict(list)
+    for unit in graph.units(base):
+        units[unit.structures[0].layer].append(unit)
+    layers = noise_layers(model)
+    groups = []
+    for name, each in zip(layers, scores, strict=True):
+        unit_of = {unit.structures[0].number: unit for unit in units[name]}
+        groups.append([unit_of[number] for number in each.argsort(stable=True).tolist()][:-1])
+    numbers = [len(each) - width for each, width in zip(scores, widths, strict=True)]
+    orders = JointChoice(graph, base, as_inputs(examples)).order(groups, numbers)
+    for layer, group, order, number in zip(layers.values(), groups, orders, numbers, strict=True):
+        gone = torch.tensor(
+            [group[place].structures[0].number for place in order[:number]], dtype=torch.int64
+        )
+        layer.set_kept(torch.ones_like(layer.mask).index_fill(0, gone, False))
     return model

@@ -7,7 +7,7 @@ from residual_cases import SmallResNet
 from torch import nn
 
 import bmrs
-from bmrs.compaction.refit import _patches
+from bmrs.compaction.refit import patches
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
@@ -127,14 +127,14 @@ def test_positions_of_feature_maps_are_chosen_at_random(monkeypatch):
     """Every 20th of 10 × 10 positions would be five of one column."""
     seen = []
     refit = importlib.import_module("bmrs.compaction.refit")  # the package has a function of this name
-    patches = refit._patches
+    patches = refit.patches
 
     def watching(layer, x):
         found = patches(layer, x)
         seen.append(found.shape[1:3])
         return found
 
-    monkeypatch.setattr(refit, "_patches", watching)
+    monkeypatch.setattr(refit, "patches", watching)
     monkeypatch.setattr(refit, "_MOST_EQUATIONS", 20)
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 6, 5)).double()
@@ -176,7 +176,7 @@ def test_inputs_that_never_vary_leave_the_weights_as_they_are(mlp, value):
 )
 def test_patches_are_what_a_convolution_reads(layer):
     x = torch.randn(2, 4, *[7] * (layer.weight.dim() - 2), generator=generator())
-    found = _patches(layer, x) @ layer.weight.flatten(1).T + layer.bias
+    found = patches(layer, x) @ layer.weight.flatten(1).T + layer.bias
     torch.testing.assert_close(found.movedim(-1, 1), layer(x), rtol=1e-5, atol=1e-5)
 
 

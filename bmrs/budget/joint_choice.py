@@ -1,0 +1,276 @@
+"""Which structures of a layer go, where a budget says how many: those that the others can stand in for.
+
+Evidence says what a structure is worth while all others are there. Of two that do the same each is worth little or
+each is worth much, and where few may stay, the best ones by evidence can be the same thing twice. How many go of each
+layer is for evidence to say; which ones is decided here by what the layers behind can still make of those that are
+left, X_S, after a change of their weights: by how much the least squares fit
+
+    min ‖Y - X_S·B‖²
+
+of what these layers compute now, Y = X·W, gets worse. Structures go one by one (a hundredth of the layer at a time in
+large ones), that one first for which this rises least: with H = (XᵀX + ridge)⁻¹ over the columns that are left, and
+H_bb and B_b the parts of one structure,
+
+    tr(B_bᵀ · H_bb⁻¹ · B_b),
+
+after which H and B follow by one step of elimination (Hassibi & Stork, "Second order derivatives for network pruning:
+optimal brain surgeon", 1993, for a layer and whole structures). From the last layer to the first, so that what layers
+compute for structures that go does not count.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from bmrs.compaction.cutting import channel_axis
+from bmrs.compaction.refit import patches
+from bmrs.graph.analysis import Analysis
+from bmrs.graph.capture import Inputs
+from bmrs.graph.channels import STAYS
+from bmrs.graph.masked_graph import MaskedGraph, Unit
+from bmrs.graph.operators import CONVOLUTIONS
+from bmrs.graph.rules import Call
+from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
+
+_BATCH = 100
+_RIDGE = 1e-3
+"""Relative to the mean variance of a layer's inputs, as in `bmrs.compaction.refit`."""
+
+_MOST_COLUMNS = 8192
+"""Inputs of a layer, kernel positions counted, for which least squares are solved: the matrix takes half a GiB."""
+
+_MOST_ROWS = 20_000
+"""Positions of feature maps of a batch beyond which a random choice is taken."""
+
+_STEPS = 100
+
+
+@dataclass
+class _Reader:
+    """A layer that reads structures.
+
+    Attributes:
+        columns: for each input of its matrix the channel that it belongs to, by its representative; `STAYS` for none.
+        rows: the same of its outputs.
+        weight: of shape (inputs, outputs), float64.
+        gram: covariance of the inputs over examples.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    weight: Tensor
+    gram: Tensor
+
+
+class JointChoice:
+    """What the layers of a network read, for examples.
+
+    Args:
+        graph: the network; its masks are changed.
+        base: its analysis; what its masks prune is not there to stand in for anything.
+        examples: arguments of its forward pass, some thousand examples.
+    """
+
+    def __init__(self, graph: MaskedGraph, base: Analysis, examples: Inputs) -> None:
+        self._base = base
+        self._roots = base.findings.ties.roots()
+        self._readers = _readers(graph, base, self._roots, examples)
+        self._gone = {
+            root
+            for reader in self._readers
+            for channels in (reader.columns, reader.rows)
+            for root in channels[~base.stays(channels)].unique().tolist()
+        }
+
+    def order(
+        self, groups: Sequence[Sequence[Unit]], numbers: Sequence[int] | NDArray[np.int64]
+    ) -> list[NDArray[np.int64]]:
+        """Return for each group the places of its units, those that go first.
+
+        Args:
+            groups: units of which equally much leaves, the one least worth keeping first.
+            numbers: how many go of each.
+        """
+        gone = set(self._gone)
+        orders = [np.arange(len(units)) for units in groups]
+        place = {call["name"]: i for i, call in enumerate(self._base.noise_calls())}
+        last_first = sorted(
+            range(len(groups)),
+            key=lambda g: max(place[s.layer] for s in groups[g][0].structures),
+            reverse=True,
+        )
+        for g in last_first:
+            units, number = groups[g], int(numbers[g])
+            if 0 < number < len(units) and (going := self._going(units, number, gone)) is not None:
+                orders[g] = np.array([*going, *sorted(set(range(len(units))) - set(going))])
+            gone |= {root for u in orders[g][:number].tolist() for root in units[u].roots}
+        return orders
+
+    def _going(self, units: Sequence[Unit], number: int, gone: set[int]) -> list[int] | None:
+        """Return the places of the units that go, None if layers that are known here do not read all of them alike."""
+        of_root = {root: place for place, unit in enumerate(units) for root in unit.roots}
+        eliminations = []
+        for reader in self._readers:
+            places = torch.tensor([of_root.get(root, -1) for root in reader.columns.tolist()])
+            if (places < 0).all():
+                continue
+            counts = places[places >= 0].bincount(minlength=len(units))
+            if (counts != counts[0]).any():
+                return None
+            eliminations.append(_Elimination(reader, places, gone, int(counts[0])))
+        if not eliminations:
+            return None
+        going: list[int] = []
+        left = torch.ones(len(units), dtype=torch.bool)
+        at_once = max(1, len(units) // _STEPS)
+        while len(going) < number:
+            rise = (
+                torch.stack([each.rises() for each in eliminations]).sum(dim=0).masked_fill(~left, torch.inf)
+            )
+            chosen = rise.argsort(stable=True)[: min(at_once, number - len(going))]
+            for each in eliminations:
+                each.eliminate(chosen)
+            left[chosen] = False
+            going += chosen.tolist()
+        return going
+
+
+class _Elimination:
+    """The least squares fit of what a layer computes, from the inputs that are left.
+
+    Args:
+        reader: the layer.
+        places: for each of its inputs the unit that it belongs to, -1 for none.
+        gone: channels that are not there any more.
+        each: inputs of a unit.
+    """
+
+    def __init__(self, reader: _Reader, places: Tensor, gone: set[int], each: int) -> None:
+        there = torch.tensor([root not in gone for root in reader.columns.tolist()])
+        wanted = torch.tensor([root not in gone for root in reader.rows.tolist()])
+        wanted |= ~wanted.any()  # what nobody wants cannot tell
+        weight = reader.weight[:, wanted]
+        gram = reader.gram[there][:, there]
+        ridge = _RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        self._inverse = torch.linalg.inv(system)
+        # What has gone already is made up for first.
+        missing = reader.gram[there][:, ~there] @ weight[~there]
+        self._fit = weight[there] + self._inverse @ missing
+        variance = float((weight * (reader.gram @ weight)).sum())
+        self._scale = 1 / variance if variance > 0 else 0.0
+        own = places[there]
+        self._inputs = own.argsort(stable=True)[(own < 0).sum() :].view(-1, each)
+
+    def rises(self) -> Tensor:
+        """Return by how much each unit's absence makes the fit worse, over the variance of what is fitted."""
+        rows = self._inputs
+        own = self._inverse[rows[:, :, None], rows[:, None, :]]
+        fit = self._fit[rows]
+        return (fit * torch.linalg.solve(own, fit)).sum(dim=(1, 2)).cpu() * self._scale
+
+    def eliminate(self, units: Tensor) -> None:
+        """Fit without some units; what they had becomes 0, and never counts again."""
+        rows = self._inputs[units].flatten()
+        across = self._inverse[:, rows]
+        step = torch.linalg.solve(self._inverse[rows][:, rows], torch.cat([self._fit[rows], across.T], dim=1))
+        change = across @ step
+        outputs = self._fit.shape[1]
+        self._fit = self._fit - change[:, :outputs]
+        self._inverse = self._inverse - change[:, outputs:]
+        self._fit[rows] = 0.0
+        self._inverse[rows] = 0.0
+        self._inverse[:, rows] = 0.0
+        self._inverse[rows, rows] = 1.0
+
+
+@torch.no_grad()
+def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs) -> list[_Reader]:
+    """Run the whole network on examples, and return what linear and convolution layers read."""
+    found: dict[WeightLayer, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for call in base.calls.values():
+        layer = _layer_of(graph, call)
+        read = None if layer is None else call["input"].channels_along(channel_axis(call))
+        if layer is not None and read is not None:
+            made = call["weight"].channels_along(0)
+            made = torch.full((len(layer.weight),), STAYS) if made is None else made
+            found[layer].append((_representatives(read, roots), _representatives(made, roots)))
+    # A layer that is called several times reads other things each time.
+    sums = {layer: _Covariance() for layer, calls in found.items() if len(calls) == 1}
+    graph.set_masks({name: torch.ones(n, dtype=torch.bool) for name, n in graph.structures.items()})
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, args, its=its: its.add(layer, args[0]))
+        for layer, its in sums.items()
+    ]
+    try:
+        for args, kwargs in _in_batches(examples):
+            graph.masked(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    readers = []
+    for layer, its in sums.items():
+        ((read, made),) = found[layer]
+        weight = layer.weight.detach().double().flatten(1).T
+        readers.append(_Reader(read.repeat_interleave(len(weight) // len(read)), made, weight, its.matrix()))
+    return readers
+
+
+def _layer_of(graph: MaskedGraph, call: Call) -> WeightLayer | None:
+    """Return the linear or convolution layer that an operation is, if it is one whose inputs are told apart here."""
+    if call.operator not in ("linear", *CONVOLUTIONS) or call["weight"].parameter is None:
+        return None
+    layer = graph.masked.get_submodule(call["weight"].parameter.rpartition(".")[0])
+    if not isinstance(layer, WEIGHT_LAYERS) or getattr(layer, "groups", 1) != 1:
+        return None
+    return layer if layer.weight[0].numel() <= _MOST_COLUMNS else None
+
+
+def _representatives(channels: Tensor, roots: Tensor) -> Tensor:
+    return torch.where(channels == STAYS, STAYS, roots[channels.clamp(min=0)])
+
+
+class _Covariance:
+    """Of the inputs of a layer, over examples and positions; float64."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._products = 0, torch.zeros(()), torch.zeros(())
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, layer: WeightLayer, x: Tensor) -> None:
+        if isinstance(layer, nn.Linear):
+            features = x.flatten(0, -2)
+        else:
+            features = patches(layer, x if x.dim() == layer.weight.dim() else x[None]).flatten(0, -2)
+        if len(features) > _MOST_ROWS:
+            chosen = torch.randperm(len(features), generator=self._generator)[:_MOST_ROWS]
+            features = features[chosen.to(x.device)]
+        features = features.double()
+        self._count += len(features)
+        self._sum = self._sum.to(x.device) + features.sum(dim=0)
+        self._products = self._products.to(x.device) + features.T @ features
+
+    def matrix(self) -> Tensor:
+        mean = self._sum / self._count
+        return self._products / self._count - mean.outer(mean)
+
+
+def _in_batches(examples: Inputs) -> Iterator[Inputs]:
+    """Cut all tensors along their first dimension, where that is the same for all, into parts that fit the memory."""
+    leaves, tree = tree_flatten(examples)
+    lengths = {len(leaf) if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
+    if len(lengths) != 1 or (number := lengths.pop()) <= _BATCH:
+        yield examples
+        return
+    for start in range(0, number, _BATCH):
+        yield tree_unflatten(
+            [leaf[start : start + _BATCH] if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
+        )

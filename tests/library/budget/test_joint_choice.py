@@ -1,0 +1,154 @@
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from residual_cases import SmallResNet
+from torch import nn
+
+import bmrs
+from bmrs.budget.joint_choice import JointChoice
+from bmrs.graph.capture import as_inputs
+from bmrs.graph.masked_graph import MaskedGraph
+from bmrs.noise.lookup import noise_layers
+
+
+def with_noise(network: nn.Module, *, where) -> nn.Module:
+    model = bmrs.add_noise(copy.deepcopy(network), where=where, granularity="sample")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in noise_layers(model).values():
+            layer.log_sigma.copy_(-2 + torch.rand(layer.log_sigma.shape, generator=generator))
+    return model
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def order_of(model: nn.Module, examples: torch.Tensor, name: str, number: int) -> list[int]:
+    """Which structures of a layer are left of all of them, by number."""
+    graph = MaskedGraph(model, as_inputs(examples[:2]), "test")
+    base = graph.without()
+    units = [unit for unit in graph.units(base) if unit.structures[0].layer == name]
+    (order,) = JointChoice(graph, base, as_inputs(examples)).order([units], [number])
+    return sorted(units[place].structures[0].number for place in order[number:])
+
+
+def residual(x: torch.Tensor, y: torch.Tensor) -> float:
+    """What is left of y after a least squares fit, with a shift."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    return float((y - x @ torch.linalg.lstsq(x, y).solution).square().sum())
+
+
+@pytest.fixture
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def test_of_two_that_do_the_same_one_is_enough(mlp):
+    with torch.no_grad():
+        for tensor in (mlp[0].weight, mlp[0].bias):
+            tensor[1] = tensor[0]
+        mlp[2].weight[:, :2] *= 3  # both matter much
+    model, examples = with_noise(mlp, where=lambda name, layer: name == "0"), images(300, 5)
+    with torch.no_grad():
+        model[0].noise.log_sigma.copy_(torch.tensor([-5.0, -5.0, -3.0, -3.0, -3.0, -3.0, -3.0]))
+    alone, together = (copy.deepcopy(model) for _ in range(2))
+    size = {"parameters": sum(p.numel() for p in mlp.parameters()) - 12}  # one structure less
+    reports = [
+        bmrs.prune_to(alone, bmrs.SNR(), example_inputs=examples[:1], **size),
+        bmrs.prune_to(together, bmrs.SNR(), example_inputs=examples[:1], examples=examples, **size),
+    ]
+    assert [report.layers[0].after for report in reports] == [6, 6]
+    assert reports[0].after == reports[1].after
+    assert reports[1].lost > reports[0].lost
+    assert noise_layers(alone)["0.noise"].mask[:2].all()
+    assert noise_layers(together)["0.noise"].mask[:2].sum() == 1
+    small = [bmrs.compact(m, examples, refit_to=mlp) for m in (alone, together)]
+    with torch.no_grad():
+        full = mlp(examples)
+        errors = [float((network(examples) - full).norm() / full.norm()) for network in small]
+    assert errors[1] < errors[0] / 3
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_goes_is_what_least_squares_miss_least(mlp, number):
+    model, examples = with_noise(mlp, where=lambda name, layer: name == "0"), images(400, 5)
+    with torch.no_grad():
+        hidden = mlp[:2](examples)
+        computed = mlp[:3](examples)
+    left = list(range(7))
+    for _ in range(number):  # one by one
+        left = min(
+            (list(rest) for rest in itertools.combinations(left, len(left) - 1)),
+            key=lambda rest: residual(hidden[:, rest], computed),
+        )
+    assert order_of(model, examples, "0.noise", number) == left
+
+
+def test_filters_and_whole_residual_channels():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3)
+    ).double()
+    examples = images(120, 2, 8, 8)
+    for name, layers, reader in (("0.noise", network[:2], 2), ("2.noise", network[:5], 5)):
+        model = with_noise(network, where=lambda place, layer, name=name: f"{place}.noise" == name)
+        with torch.no_grad():
+            read, computed = layers(examples), network[: reader + 1](examples)
+        if reader == 2:
+            read = read.unfold(2, 3, 1).unfold(3, 3, 1).movedim(1, 3).flatten(4).flatten(0, 2)
+            computed = computed.movedim(1, -1).flatten(0, 2)
+        else:
+            read = read.view(120, 4, 16)
+        best = min(
+            ([u for u in range(read.shape[1]) if u != gone] for gone in range(read.shape[1])),
+            key=lambda rest: residual(read[:, rest].flatten(1), computed),
+        )
+        assert order_of(model, examples, name, 1) == best
+    resnet = SmallResNet().double()
+    model = with_noise(resnet, where=lambda name, layer: isinstance(layer, nn.Conv2d))
+    shape = (60, next(resnet.parameters()).shape[1], 8, 8)
+    plain, jointly = (copy.deepcopy(model) for _ in range(2))
+    reports = [
+        bmrs.prune_to(m, bmrs.SNR(), example_inputs=images(*shape)[:1], parameters=0.5, examples=given)
+        for m, given in ((plain, None), (jointly, images(*shape)))
+    ]
+    assert reports[0].after.parameters == reports[1].after.parameters
+    assert [x.after for x in reports[0].layers] == [x.after for x in reports[1].layers]
+    assert any(
+        (a.mask != b.mask).any()
+        for a, b in zip(noise_layers(plain).values(), noise_layers(jointly).values(), strict=True)
+    )
+    bmrs.compact(jointly, images(*shape)[:2])  # tied ones still go together
+
+
+def test_what_no_known_layer_reads_goes_by_evidence():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Parameter(torch.randn(3, 8))
+
+        def forward(self, x):
+            return torch.tanh(self.up(x)) @ self.down.T
+
+    torch.manual_seed(0)
+    model = with_noise(Gated().double(), where=lambda name, layer: name == "up")
+    graph = MaskedGraph(model, as_inputs(images(2, 4)), "test")
+    base = graph.without()
+    units = graph.units(base)
+    (order,) = JointChoice(graph, base, as_inputs(images(50, 4))).order([units], [3])
+    assert (order == np.arange(8)).all()
+
+
+def test_few_examples_and_constant_inputs_do_no_harm(mlp):
+    model = with_noise(mlp, where=lambda name, layer: name in ("0", "2"))
+    for examples in (images(1, 5), images(50, 5) * 0.0):
+        trial = copy.deepcopy(model)
+        report = bmrs.prune_to(
+            trial, bmrs.SNR(), example_inputs=images(1, 5), parameters=0.5, examples=examples
+        )
+        assert report.met
