@@ -202,7 +202,7 @@ def decide(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, An
     Raises:
         RunError: no network is as small as the options want it.
     """
-    report = processes.of_first(lambda: _decided(noisy, config, data))
+    report = processes.of_first(lambda: _decided(noisy, config, data, refitting_examples(data)))
     layers = noise_layers(noisy)
     masks = processes.of_first(lambda: {name: layer.mask.cpu() for name, layer in layers.items()})
     for name, layer in layers.items():
@@ -230,10 +230,10 @@ def check_target(noisy: nn.Module, config: TrainConfig, data: Dataset) -> None:
                 )
             )
     elif config.target is not None:
-        decide(noisy, config, data)
+        processes.of_first(lambda: _decided(noisy, config, data, None))
 
 
-def _decided(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, Any]:
+def _decided(noisy: nn.Module, config: TrainConfig, data: Dataset, examples: Tensor | None) -> dict[str, Any]:
     criterion = config.build_criterion()
     if config.target is None:
         return prune(noisy, criterion, example_inputs=example_of_ties(config, data)).to_dict()
@@ -243,7 +243,7 @@ def _decided(noisy: nn.Module, config: TrainConfig, data: Dataset) -> dict[str, 
             noisy,
             criterion,
             example_inputs=data.train.examples(1),
-            examples=refitting_examples(data),
+            examples=examples,
             **target,
         )
     return {"budget": report.to_dict(), "text": str(report)}
