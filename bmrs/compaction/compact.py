@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.compaction.approximate_norms import ApproximateNorms
-from bmrs.compaction.comparison import OutputComparison, forward_flops
+from bmrs.compaction.comparison import OutputComparison, all_finite, forward_flops
 from bmrs.compaction.cutting import Cut, cut, new_biases, shifts
 from bmrs.compaction.description import UnsupportedError
 from bmrs.compaction.folding import Folding, fold_noise
@@ -48,6 +48,8 @@ from bmrs.graph.layer_norms import check_approximate
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
+
+_NO_CHANNEL = "it multiplies what always stays"
 
 
 def compact(
@@ -269,7 +271,7 @@ def compacted(
         bytes_after=_number_of_bytes(result),
         unused=_unused(analysis),
         emptied=tuple(n for n, _ in masked.named_modules() if n in the_cut.constant or n in the_cut.passing),
-        flops_before=forward_flops(masked, inputs),
+        flops_before=subject.flops,
         flops_after=forward_flops(result, inputs),
         error=error,
         compared_in=comparison.dtype,
@@ -382,18 +384,20 @@ def reasons_of_entries(analysis: Analysis, name: str, emptied: Emptied = NOTHING
         if node in emptied.dead:
             continue
         if layer is None:
-            return ["it multiplies what always stays"] * len(reasons)
+            return [_NO_CHANNEL] * len(reasons)
         (channels,) = without_repetition(layer)
         channels = channels.movedim(axis, 0).reshape(len(reasons), -1)
         stay = analysis.stays(channels)
-        for entry in stay.any(dim=1).nonzero().flatten().tolist():
-            reasons[entry] = reasons[entry] or analysis.reason(int(channels[entry][stay[entry]][0]))
+        entries = stay.any(dim=1).nonzero().flatten()
+        first = channels[entries, stay[entries].int().argmax(dim=1)]
+        for entry, reason in zip(entries.tolist(), analysis.reasons(first), strict=True):
+            reasons[entry] = reasons[entry] or reason or _NO_CHANNEL
     return reasons
 
 
 def _check_stored(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise RuntimeError(f"parameter {name!r} of the compacted model is not finite in {tensor.dtype}")
 
 

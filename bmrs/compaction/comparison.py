@@ -166,6 +166,12 @@ def forward_flops(model: nn.Module, inputs: Inputs) -> int:
     return int(counter.get_total_flops())
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinity."""
+    # A finite sum has finite parts only, and takes no memory.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def cut_examples(model: nn.Module, inputs: Inputs) -> Inputs:
     """Return the first two examples, if the model's outputs for them do not depend on the others; otherwise all."""
     tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]

@@ -42,7 +42,8 @@ def build_graph_network(
         remaining: names of noise layers of which the multiplication stays.
         noise: by name, noise layers that stay.
     """
-    description = describe(analysis, remaining, noise)
+    new_biases = {name for name in the_cut.tensors if name not in analysis.parameters}
+    description = describe(analysis, remaining, noise, new_biases)
     of_noise = {f"{name}.{key}": t for name, layer in noise.items() for key, t in layer.state_dict().items()}
     tensors = {**the_cut.tensors, **description.constants, **of_noise}
     for placeholder, tensor in analysis.captured.tensors.items():
@@ -52,7 +53,8 @@ def build_graph_network(
     for name, layer in noise.items():
         frozen |= {f"{name}.{key}" for key, p in layer.named_parameters() if not p.requires_grad}
     parameters = {n for n, _ in analysis.captured.model.named_parameters(remove_duplicate=False)}
-    parameters |= {name for name in the_cut.tensors if name not in analysis.parameters}
+    parameters |= new_biases
+    frozen |= {bias for bias in new_biases if f"{bias.removesuffix('bias')}weight" in frozen}
     network = build(description, tensors, parameters=parameters, frozen=frozen)
     placed = dict(network.named_modules())
     for name, layer in noise.items():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from bmrs.compaction.approximate_norms import fits, moments
-from bmrs.compaction.comparison import cut_examples, without_fast_path
+from bmrs.compaction.comparison import all_finite, cut_examples, forward_flops
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Inputs, capture, does_not_run, map_tensors, mark
+from bmrs.graph.capture import Inputs, capture, does_not_run, mark
 from bmrs.graph.copies import evaluation_copy
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
@@ -33,6 +32,7 @@ class MaskedModel:
         factors: by the same names, what multiplies the entries along the layer's dimension.
         few: the first two examples, where the others do not matter to them; otherwise all.
         examples: what was captured.
+        flops: floating-point operations of a forward pass of these.
         captured: the graph, with the number of examples as a symbol.
 
     Raises:
@@ -59,9 +59,10 @@ class MaskedModel:
             name: factors_of(layer, expected_noise=expected_noise) for name, layer in self.layers.items()
         }
         mark(self.model, self.factors)
-        _check_that_it_runs(self.model, inputs)
+        flops = _flops_where_it_runs(self.model, inputs)
         self.few = cut_examples(self.model, inputs)
         self.examples = self.few if few_examples else inputs
+        self.flops = flops if self.examples is inputs else forward_flops(self.model, self.examples)
         self.captured = capture(
             self.model, self.examples, "compact", dynamic="first", approximate=approximate
         )
@@ -107,18 +108,16 @@ def factors_of(layer: NoiseLayer, *, expected_noise: bool) -> Tensor:
 
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not all_finite(parameter):
             raise ValueError(f"parameter {name!r} is NaN or infinite; nothing was compacted")
     for name, buffer in model.named_buffers():
         if bool(buffer.isnan().any()):
             raise ValueError(f"buffer {name!r} is NaN; nothing was compacted")
 
 
-def _check_that_it_runs(model: nn.Module, inputs: Inputs) -> None:
+def _flops_where_it_runs(model: nn.Module, inputs: Inputs) -> int:
     # For real, as tracing overlooks wrong dtypes; and so that what the model keeps from call to call is there.
-    args, kwargs = map_tensors(torch.clone, inputs)
     try:
-        with without_fast_path():
-            model(*args, **kwargs)
+        return forward_flops(model, inputs)
     except Exception as error:
         raise ValueError(does_not_run(model, inputs, error)) from error

@@ -143,13 +143,13 @@ class Analysis:
                 sizes[last] = number // math.prod(sizes[axis] for axis in rows)
         return torch.Size(sizes)
 
-    def reason(self, channel: int) -> str:
-        """Return why a channel stays."""
-        cause = int(self.staying.cause_of(torch.tensor([channel])))
-        if cause < 0:
-            return ""
-        note, place = self.findings.notes[cause]
-        return f"{note} at {place}" if place else note
+    def reasons(self, channels: Tensor) -> list[str]:
+        """Return why channels stay, "" for those that leave, of channels of shape (number,)."""
+        found = []
+        for cause in self.staying.cause_of(channels).tolist():
+            note, place = self.findings.notes[cause] if cause >= 0 else ("", "")
+            found.append(f"{note} at {place}" if place else note)
+        return found
 
 
 def analyse(captured: Captured, *, follow_constants: bool = True) -> Analysis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import logging
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bmrs.graph.copies import copied, unwrapped
@@ -349,15 +351,36 @@ def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> str:
 
 def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception | None, advice: str) -> str:
     try:
-        with torch.no_grad():
-            args, kwargs = map_tensors(torch.clone, inputs)
-            model(*args, **kwargs)
+        packed = _takes_packed_sequence(model, inputs)
     except Exception as error:
         return does_not_run(model, inputs, error)
+    if packed:
+        return (
+            f"{purpose} follows the model with torch.export, which cannot follow packed sequences, as layer {packed} "
+            "takes: let an attribute of the model switch pack_padded_sequence off in its forward, and switch it on "
+            f"again afterwards. {advice}"
+        )
     return (
         f"{purpose} follows the model with torch.export, which failed on {type(model).__name__}{_line_of(failure)}: "
         f"{_in_short(failure)}. {advice}"
     )
+
+
+def _takes_packed_sequence(model: nn.Module, inputs: Inputs) -> str:
+    """Run a model, and return which of its layers first took a packed sequence, as text; "" if none did."""
+    found: list[str] = []
+
+    def note(name: str, layer: nn.Module, given: tuple[Any, ...]) -> None:
+        if any(isinstance(value, PackedSequence) for value in given):
+            found.append(f"{name!r} ({type(layer).__name__})")
+
+    probe = copied(model, share=True)
+    for name, layer in probe.named_modules():
+        layer.register_forward_pre_hook(functools.partial(note, name))
+    args, kwargs = map_tensors(torch.clone, inputs)
+    with torch.no_grad():
+        probe(*args, **kwargs)
+    return next(iter(found), "")
 
 
 def _in_short(error: Exception | None) -> str:

@@ -21,20 +21,21 @@ STAYS = -1
 
 
 class Ties:
-    """Channels and which of them are tied: a union-find structure."""
+    """Channels and which of them are tied."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
+        self._number = 0
+        self._roots = torch.tensor([STAYS])
+        self._pairs: list[Tensor] = []  # tied since then
 
     def __len__(self) -> int:
-        return len(self._parent)
+        return self._number
 
     def new(self, *shape: int) -> Tensor:
         """Make new channels, each tied to itself alone."""
-        start = len(self._parent)
-        channels = torch.arange(start, start + torch.Size(shape).numel())
-        self._parent.extend(range(start, start + channels.numel()))
-        return channels.view(shape)
+        start = self._number
+        self._number += torch.Size(shape).numel()
+        return torch.arange(start, self._number).view(shape)
 
     def tie(self, a: Tensor, b: Tensor) -> Tensor:
         """Tie the channels of two tensors of one shape that lie at the same place.
@@ -49,26 +50,31 @@ class Ties:
             # As one number each, whose sorting is much faster than that of columns.
             numbers = ((pairs[0] + 1) * (len(self) + 1) + pairs[1] + 1).unique()
             pairs = torch.stack([numbers // (len(self) + 1), numbers % (len(self) + 1)]) - 1
-        staying = pairs.max(dim=0).values[pairs.min(dim=0).values == STAYS]
-        for first, second in pairs[:, pairs.min(dim=0).values != STAYS].T.tolist():
-            self._parent[self._root(first)] = self._root(second)
-        return staying
+        low, high = pairs.aminmax(dim=0)
+        self._pairs.append(pairs[:, low != STAYS])
+        return high[low == STAYS]
 
     def roots(self) -> Tensor:
-        """Return a representative for every channel, equal for tied ones, int64 of shape (number of channels,)."""
-        parent = torch.tensor(self._parent, dtype=torch.int64)
-        while True:
-            grandparent = parent[parent]
-            if torch.equal(grandparent, parent):
-                return parent
-            parent = grandparent
+        """Return the first of those that it is tied to for every channel, and STAYS for STAYS, which is the last index.
 
-    def _root(self, channel: int) -> int:
-        parent = self._parent
-        while parent[channel] != channel:
-            parent[channel] = parent[parent[channel]]
-            channel = parent[channel]
-        return channel
+        Returns:
+            int64 of shape (number of channels + 1,), not to be changed.
+        """
+        if len(self._roots) == self._number + 1 and not self._pairs:
+            return self._roots
+        new = torch.arange(len(self._roots) - 1, self._number)
+        roots = torch.cat([self._roots[:-1], new, self._roots[-1:]])
+        pairs = torch.cat([roots.new_empty(2, 0), *self._pairs], dim=1)
+        # Every root that meets a smaller one comes under it, so that each round halves those that are left, at least.
+        while pairs.numel():
+            low, high = roots[pairs].aminmax(dim=0)
+            apart = low != high
+            pairs = pairs[:, apart]
+            roots[high[apart]] = low[apart]
+            while not torch.equal(above := roots[roots], roots):
+                roots = above
+        self._roots, self._pairs = roots, []
+        return roots
 
 
 def varying_axes(x: Tensor) -> tuple[int, ...]:
@@ -115,23 +121,22 @@ class Staying:
 
     def __init__(self, roots: Tensor, *, nothing_is_quiet: bool = False) -> None:
         self.nothing_is_quiet = nothing_is_quiet
-        # Shifted by one, so that STAYS is an index too.
-        self._roots = torch.cat([roots.new_zeros(1), roots + 1])
-        self._stays = torch.zeros(len(roots) + 1, dtype=torch.bool)
-        self._stays[0] = True
-        self._cause = torch.full((len(roots) + 1,), -1)
+        self._roots = roots
+        self._stays = torch.zeros(len(roots), dtype=torch.bool)
+        self._stays[STAYS] = True
+        self._cause = torch.full((len(roots),), -1)
 
     def of(self, channels: Tensor) -> Tensor:
         """Return which of some channels stay, bool of their shape."""
-        return self._stays[self._roots[channels + 1]]
+        return self._stays[self._roots[channels]]
 
     def cause_of(self, channels: Tensor) -> Tensor:
         """Return the number of the constraint that first asked for each channel, -1 for those that leave."""
-        return self._cause[self._roots[channels + 1]]
+        return self._cause[self._roots[channels]]
 
     def add(self, channels: Tensor, cause: int) -> bool:
         """Let channels stay because of a constraint, and return whether one of them did not before."""
-        roots = self._roots[channels.flatten() + 1]
+        roots = self._roots[channels.flatten()]
         roots = roots[~self._stays[roots]]
         self._stays[roots] = True
         self._cause[roots] = cause

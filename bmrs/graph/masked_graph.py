@@ -129,7 +129,7 @@ class MaskedGraph:
             channels = call["x"].channels_along(call["dim"])
             if channels is None:
                 continue
-            its_roots = torch.where(channels == STAYS, STAYS, roots[channels.clamp(min=0)])
+            its_roots = roots[channels]
             stay = analysis.stays(channels).view(self.structures[name], -1).any(dim=1).tolist()
             for number, own in enumerate(its_roots.view(self.structures[name], -1).tolist()):
                 structure = Structure(name, number)
@@ -178,7 +178,7 @@ def _in_rows(constraint: Whole, roots: Tensor) -> list[list[int]]:
     channels = constraint.channels
     axes = list(constraint.axes)
     grouped = channels.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes)).flatten(0, -2)
-    found: list[list[int]] = torch.where(grouped == STAYS, STAYS, roots[grouped.clamp(min=0)]).tolist()
+    found: list[list[int]] = roots[grouped].tolist()
     return found
 
 
@@ -211,7 +211,7 @@ def bundles(analysis: Analysis, units: Sequence[Unit]) -> tuple[list[Unit], list
         if not isinstance(constraint, EqualNumbers) or len(constraint.channels) < 2:
             continue
         channels = constraint.channels.flatten(1)
-        own = torch.where(channels == STAYS, STAYS, roots[channels.clamp(min=0)]).tolist()
+        own = roots[channels].tolist()
         rows = [sorted({of_root[root] for root in row if root in of_root}) for row in own]
         free -= {place for row in rows for place in row}
         for joint in zip(*rows, strict=False):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, as_inputs, capture, mark
-from bmrs.graph.channels import varying_axes, without_repetition
+from bmrs.graph.channels import STAYS, varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.operators import GATES, LINEAR
@@ -170,7 +170,7 @@ def _worth(analysis: Analysis, name: str) -> tuple[float, float]:
 
     def share(layer: Tensor) -> float:
         (channels,) = without_repetition(layer)
-        return float((roots[channels.clamp(min=0)] == root).masked_fill(channels < 0, False).double().mean())
+        return float(((roots[channels] == root) & (channels != STAYS)).double().mean())
 
     trained = dict(analysis.captured.model.named_parameters())
     parameters = sum(

@@ -209,3 +209,40 @@ def test_torchs_encoder_layers_go_on_running_by_their_own_kernel(norm_first):
     expected = model(x)
     with torch.no_grad():
         _same(compacted(x), expected)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_what_is_left_is_compiled(kind):
+    model, x = _emptied(kind, 3)
+    compacted = bmrs.compact(model, x)
+    compiled = torch.compile(compacted, backend="aot_eager", fullgraph=True, dynamic=True)
+    other = torch.cat([x, x], dim=x.dim() - 2)[1:]
+    assert torch.equal(compiled(other), compacted(other))
+
+
+def test_what_is_left_runs_in_onnxruntime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, x = _emptied(_Images, 3)
+    report = bmrs.export(bmrs.compact(model, x).float(), x.float(), tmp_path / "small.onnx")
+    assert report.difference < 1e-5
+
+
+@pytest.mark.parametrize("kept", [6, 0])
+def test_a_graph_of_operators_gets_the_constant_as_a_bias_and_keeps_a_unit(kept, tmp_path):
+    class WithSizes(_Mlp):
+        def forward(self, x):
+            hidden = torch.sigmoid(self.into(self.norm(x)).view(-1, 12))
+            return x + self.back(hidden.view(x.shape[0], -1, 12))
+
+    model = bmrs.add_noise(_model(WithSizes), where="into").double()
+    model.back.weight.requires_grad_(kept == 0)
+    model.into.noise.set_kept(torch.arange(12) < kept)
+    x = torch.randn(2, 5, 6).double()
+    compacted = bmrs.compact(model, x)
+    report = bmrs.compact_report(compacted)
+    assert (report.form, report.layers[0].removed) == ("graph", 12 - max(kept, 1))
+    assert compacted.into.weight.shape == (max(kept, 1), 6)
+    assert compacted.back.bias.requires_grad == (kept == 0)
+    _same(compacted(x[:1]), model(x[:1]))
+    bmrs.save(tmp_path / "small", compacted)
+    assert torch.equal(bmrs.load(tmp_path / "small")(x), compacted(x))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import bmrs
 
@@ -224,3 +225,34 @@ def test_suggestions_costs_and_budgets_count_hidden_units():
     bmrs.prune_to(noise, bmrs.BMRSOdds(), example_inputs=x, parameters=0.4)
     kept = [int(part.kept.sum()) for part in noise.recurrent.noise.children()]
     assert bmrs.compact(noise, x).recurrent.hidden_size == max(kept) == min(kept) < 6
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences_are_refused_with_what_to_do_and_that_works(kind):
+    class Packing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.out, self.packs = kind(4, 6, batch_first=True), nn.Linear(6, 2), True
+
+        def forward(self, x, lengths):
+            if self.packs:
+                x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            y = self.recurrent(x)[0]
+            return self.out(pad_packed_sequence(y, batch_first=True)[0] if self.packs else y)
+
+    torch.manual_seed(0)
+    model = bmrs.add_noise(Packing(), where=kind, structures="hidden", granularity="batch").double()
+    x, lengths = torch.randn(3, 5, 4).double(), torch.tensor([2, 5, 4])
+    model(x, lengths).square().mean().backward()
+    assert (model.recurrent.noise.l0.mu.grad != 0).all()
+    model.eval().recurrent.noise.l0.set_kept(torch.arange(6) < 4)
+    expected = model(x, lengths)
+    assert (bmrs.fold(model)(x, lengths) - expected).abs().max() < 1e-12
+    advice = r"packed sequences, as layer 'recurrent' .* switch pack_padded_sequence off .* bmrs.fold"
+    with pytest.raises(ValueError, match=advice):
+        bmrs.compact(model, (x, lengths))
+    model.packs = False
+    compacted = bmrs.compact(model, (x, lengths))
+    compacted.packs = True
+    assert compacted.recurrent.hidden_size == 4
+    assert (compacted(x, lengths) - expected).abs().max() < 1e-12

@@ -104,6 +104,18 @@ class TestOperators:
         (reason,) = layer_report(compacted, "noise").kept_because
         assert "cannot be cut at add" in reason
 
+    def test_pruned_entries_of_the_input_itself_are_not_counted_as_removed(self):
+        model = calling(
+            lambda self, x: self.last(self.noise(torch.cat([self.first(x), x], dim=1))),
+            first=nn.Linear(4, 3),
+            noise=NoiseLayer(7, dim=-1),
+            last=nn.Linear(7, 2),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [1, 5, 6]}), torch.randn(3, 4))
+        report = layer_report(compacted, "noise")
+        assert (report.removed, report.kept_because) == (1, {"it multiplies what always stays": 2})
+        assert compacted.last.in_features == 6
+
     def test_parameter_of_the_model_itself_shrinks(self):
         model = calling(
             lambda self, x: self.last(torch.relu(self.noise(self.first(x))) * self.scale),
