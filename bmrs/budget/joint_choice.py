@@ -44,8 +44,8 @@ _BATCH = 100
 _RIDGE = 1e-3
 """Relative to the mean variance of a layer's inputs, as in `bmrs.compaction.refit`."""
 
-_MOST_COLUMNS = 8192
-"""Inputs of a layer, kernel positions counted, for which least squares are solved: the matrix takes half a GiB."""
+_MOST_COLUMNS = 4096
+"""Inputs of a layer, kernel positions counted, beyond which time grows too fast: its structures go by evidence."""
 
 _MOST_ROWS = 20_000
 """Positions of feature maps of a batch beyond which a random choice is taken."""
@@ -203,8 +203,13 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
             made = call["weight"].channels_along(0)
             made = torch.full((len(layer.weight),), STAYS) if made is None else made
             found[layer].append((_representatives(read, roots), _representatives(made, roots)))
-    # A layer that is called several times reads other things each time.
-    sums = {layer: _Covariance() for layer, calls in found.items() if len(calls) == 1}
+    scaled = {root for unit in graph.units(base) for root in unit.roots}
+    sums = {
+        layer: _Covariance()
+        for layer, calls in found.items()
+        # One that is called several times reads other things each time.
+        if len(calls) == 1 and not scaled.isdisjoint(calls[0][0].tolist())
+    }
     graph.set_masks({name: torch.ones(n, dtype=torch.bool) for name, n in graph.structures.items()})
     handles = [
         layer.register_forward_pre_hook(lambda layer, args, its=its: its.add(layer, args[0]))

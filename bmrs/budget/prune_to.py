@@ -77,7 +77,8 @@ def prune_to(
             those go that the layers which read them can best do without, by least squares on these examples. How many
             go stays as it is. The weights are those of the model with θ = 1, and what is chosen is meant for weights
             that are refitted (``refit_to`` of `bmrs.compact`) or fine-tuned. Structures that are read by anything
-            but linear and convolution layers, such as heads, go by evidence.
+            but linear and convolution layers, such as heads, go by evidence, and so do those read by a layer of more
+            than 4,096 inputs, kernel positions counted.
         empty_layers: True lets layers go whole as in `bmrs.prune`; beyond the criterion only where one structure in
             each layer is too much for the budget, those first that are worth least.
         approximate: what `bmrs.compact` will be asked to approximate, so that more can leave.
