@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Captured, Inputs, capture, mark, several_examples
+from bmrs.graph.capture import Captured, Inputs, as_inputs, capture, mark, several_examples
 from bmrs.graph.channels import STAYS, EqualNumbers, Whole
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.ties import needed_layers, same_channels
@@ -54,7 +54,10 @@ class MaskedGraph:
         captured: its graph.
         example: the arguments that it was captured with.
         structures: number of structures of each noise layer, by name.
-        tied: names of the noise layers that have to prune a channel together, two or more in each group.
+        tied: qualified names of the noise layers that have to prune a channel together, two or more in each group and
+            in the order of their use; all of a group have equally many structures. An addition z = x₁ + x₂ has a
+            constant channel only if x₁ and x₂ have, and all blocks of a stage with identity shortcuts add to the same
+            channels; a product is constant where one factor is.
         level: names of the noise layers that have to prune equally many, as those of the layers and directions of a
             recurrent layer; two or more in each group.
 
@@ -156,6 +159,27 @@ class MaskedGraph:
                 chosen = tuple(s for s in structures if needed is None or s.layer in needed)
                 units.append(Unit(chosen, frozenset(r for s in structures for r in channels_of[s])))
         return units
+
+
+def graph_for_pruning(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    approximate: frozenset[str] = frozenset(),
+) -> MaskedGraph:
+    """Return the graph in which `bmrs.prune` finds what it prunes together.
+
+    Args:
+        model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
+        example_inputs: as for `bmrs.compact`.
+        approximate: names of what compaction may approximate.
+
+    Raises:
+        TypeError, ValueError: as `bmrs.compact`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = as_inputs(example_inputs, model)
+        return MaskedGraph(model, inputs, "prune with example_inputs", approximate=approximate)
 
 
 def _level(analysis: Analysis) -> list[list[str]]:

@@ -24,55 +24,6 @@ Producer: TypeAlias = WeightLayer | nn.ConvTranspose1d | nn.ConvTranspose2d | nn
 _PRODUCERS = (*WEIGHT_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def tied_noise_layers(
-    model: nn.Module,
-    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
-    *,
-    approximate: frozenset[str] = frozenset(),
-) -> list[list[str]]:
-    """Find the noise layers that have to prune a channel together if `bmrs.compact` is to remove it.
-
-    An addition z = x₁ + x₂ has a constant channel only if x₁ and x₂ have, and all blocks of a stage with identity
-    shortcuts add to the same channels; a product is constant where one factor is. Which noise layers are needed is
-    found by trial: a channel is masked in all noise layers that scale it, and in all but one of them.
-
-    Args:
-        model: a model that `bmrs.compact` takes, in any mode; it is left as it is.
-        example_inputs: as for `bmrs.compact`.
-        approximate: names of what compaction may approximate.
-
-    Returns:
-        Qualified names of tied layers, two or more in each group and in the order of their use; all of a group have
-        equally many structures.
-
-    Raises:
-        TypeError, ValueError: as `bmrs.compact`.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        inputs = as_inputs(example_inputs)
-        masked = evaluation_copy(model)
-        factors = {
-            name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(masked).items()
-        }
-        mark(masked, factors)
-        captured = capture(
-            masked, inputs, "prune with example_inputs", dynamic="first", approximate=approximate
-        )
-        return tied_in(captured, factors)
-
-
-def tied_in(captured: Captured, factors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Find what `tied_noise_layers` does in a captured model.
-
-    Args:
-        captured: the model.
-        factors: of its noise layers by name, all 1, and so they are left; they are changed for the trials.
-    """
-    groups = [group for group in same_channels(analyse(captured)) if len(group) > 1]
-    found = [needed for needed in needed_layers(captured, factors, groups) if needed and len(needed) > 1]
-    return sorted(found, key=lambda group: list(factors).index(group[0]))
-
-
 def same_channels(analysis: Analysis) -> list[list[str]]:
     """Return the noise layers in groups that scale the same channels, in the order of their use."""
     roots = analysis.findings.ties.roots()

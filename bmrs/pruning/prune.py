@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from bmrs.checks import check_choice
 from bmrs.criteria import Criterion, Decision, PosteriorCriterion, check_criterion
-from bmrs.graph.capture import as_inputs
 from bmrs.graph.layer_norms import check_approximate
-from bmrs.graph.masked_graph import MaskedGraph
-from bmrs.graph.ties import producers, tied_noise_layers
+from bmrs.graph.masked_graph import graph_for_pruning
+from bmrs.graph.ties import producers
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import layers_of_one_kind, settled_noise_layers
 from bmrs.noise.parameters import warn_of_weight_decay
@@ -73,13 +72,11 @@ def prune(
     layers = settled_noise_layers(model)
     warn_of_weight_decay(layers)
     check_finite(layers)
-    tied = [] if example_inputs is None else tied_noise_layers(model, example_inputs, approximate=allowed)
-    judgement = judge(model, layers, criterion, tied)
-    if empty_layers and any(layer.best_kept for layer in judgement.report.layers):
+    graph = None if example_inputs is None else graph_for_pruning(model, example_inputs, approximate=allowed)
+    judgement = judge(model, layers, criterion, [] if graph is None else graph.tied)
+    may_empty = empty_layers and not isinstance(model, NoiseLayer)  # which alone has no shortcut
+    if graph is not None and may_empty and any(layer.best_kept for layer in judgement.report.layers):
         with torch.inference_mode(False), torch.no_grad():
-            graph = MaskedGraph(
-                model, as_inputs(example_inputs, model), "prune with example_inputs", approximate=allowed
-            )
             judgement = emptied(judgement, criterion, graph)
     write_masks(layers, judgement.masks)
     return judgement.report

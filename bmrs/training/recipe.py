@@ -28,7 +28,7 @@ from bmrs.compaction.costs import structure_prices
 from bmrs.criteria import PosteriorCriterion
 from bmrs.data import Dataset
 from bmrs.data.dataset import IMAGE_SIZE
-from bmrs.graph.ties import tied_noise_layers
+from bmrs.graph.masked_graph import graph_for_pruning
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.pruning.prune import prune
@@ -286,7 +286,7 @@ def random_structures(trained: nn.Module, noisy: nn.Module, config: TrainConfig,
     generator = torch.Generator().manual_seed(config.seed)
     layers, pruned = noise_layers(model), noise_layers(noisy)
     example = example_of_ties(config, data)
-    tied = [] if example is None else tied_noise_layers(model, example)
+    tied = [] if example is None else graph_for_pruning(model, example).tied
     first_of = {name: group[0] for group in tied for name in group}
     orders: dict[str, Tensor] = {}
     for name, layer in layers.items():

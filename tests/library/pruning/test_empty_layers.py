@@ -69,9 +69,14 @@ def test_a_branch_goes_whole_and_the_trunk_keeps_its_best():
     bmrs.kl_divergence(model, weight="mean").backward()
 
 
-def test_of_two_that_are_each_others_shortcut_the_weaker_goes():
+def test_of_two_that_are_each_others_shortcut_the_weaker_goes(monkeypatch):
+    export, calls = torch.export.export, []
+    monkeypatch.setattr(
+        torch.export, "export", lambda *args, **more: calls.append(1) or export(*args, **more)
+    )
     model = _model(_Two(), off=("1.first.noise", "1.second.noise"))
     bmrs.prune(model, bmrs.BMRSNormal(), example_inputs=X, empty_layers=True)
+    assert len(calls) == 1
     assert _kept(model) == {"0.noise": 6, "1.first.noise": 0, "1.second.noise": 1}
 
 
@@ -79,6 +84,13 @@ def test_without_being_asked_the_best_stays():
     model = _model(_Branch(), off=("1.into.noise",))
     assert bmrs.prune(model, bmrs.BMRSNormal(), example_inputs=X).layers[1].best_kept
     assert _kept(model) == {"0.noise": 6, "1.into.noise": 1}
+
+
+def test_a_noise_layer_alone_keeps_its_best():
+    model = bmrs.NoiseLayer(4, dim=-1, initial_mu=-20.0, initial_log_sigma=-2.0)
+    assert (
+        bmrs.prune(model, bmrs.BMRSNormal(), example_inputs=torch.randn(2, 4), empty_layers=True).after == 1
+    )
 
 
 def test_it_needs_an_example():

@@ -7,7 +7,7 @@ from residual_cases import RandomResidual, SmallResNet, Sum
 from torch import nn
 
 import bmrs
-from bmrs.graph.ties import tied_noise_layers
+from bmrs.graph.masked_graph import graph_for_pruning
 from bmrs.models.resnet import Bottleneck
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -36,7 +36,7 @@ def spread(model: nn.Module, seed: int) -> nn.Module:
 class TestTies:
     def test_identity_shortcuts_tie_a_whole_stage(self, resnet):
         names = list(noise_layers(resnet))
-        groups = tied_noise_layers(resnet.train(), IMAGES)
+        groups = graph_for_pruning(resnet.train(), IMAGES).tied
         assert sorted(map(sorted, groups)) == [sorted(STAGE1), sorted(STAGE2)]
         assert resnet.training
         assert int(resnet.bn1.num_batches_tracked) == 0
@@ -46,7 +46,7 @@ class TestTies:
         stages = [Bottleneck(3, 2, 1), Bottleneck(8, 2, 1), Bottleneck(8, 3, 2), Bottleneck(12, 3, 1)]
         model = nn.Sequential(*stages, nn.Conv2d(12, 2, 1))
         bmrs.add_noise(model, where=nn.BatchNorm2d)
-        groups = tied_noise_layers(model, IMAGES)
+        groups = graph_for_pruning(model, IMAGES).tied
         assert [set(group) for group in groups] == [
             {"0.bn3.noise", "0.downsample.1.noise", "1.bn3.noise"},
             {"2.bn3.noise", "2.downsample.1.noise", "3.bn3.noise"},
@@ -56,7 +56,7 @@ class TestTies:
     def test_a_branch_without_noise_ties_nothing(self, where):
         """The first stage's stem and the second stage's projection would keep every channel anyway."""
         model = bmrs.add_noise(SmallResNet(), where=where)
-        assert tied_noise_layers(model, IMAGES) == []
+        assert graph_for_pruning(model, IMAGES).tied == []
 
     def test_only_the_last_noise_of_a_branch_is_tied(self):
         branches = [
@@ -66,13 +66,13 @@ class TestTies:
             ),
         ]
         model = nn.Sequential(Sum(*branches, way="operator"), nn.ReLU(), nn.Conv2d(4, 2, 1))
-        assert tied_noise_layers(model, IMAGES) == [["0.first.3", "0.second.1"]]
+        assert graph_for_pruning(model, IMAGES).tied == [["0.first.3", "0.second.1"]]
 
     def test_mixing_layers_between_noise_and_addition_untie(self):
         for mixing in (nn.Conv2d(4, 4, 1), nn.Softmax(1), nn.Conv2d(4, 4, 1, groups=2)):
             first = nn.Sequential(nn.Conv2d(3, 4, 1), NoiseLayer(4), mixing)
             second = nn.Sequential(nn.Conv2d(3, 4, 1), NoiseLayer(4))
-            assert tied_noise_layers(Sum(first, second, way="operator"), IMAGES) == []
+            assert graph_for_pruning(Sum(first, second, way="operator"), IMAGES).tied == []
 
     def test_noise_on_a_sum_stands_for_it(self):
         def branch() -> nn.Module:
@@ -84,9 +84,9 @@ class TestTies:
             Sum(branch(), nn.Identity(), way="operator"),
         )
         # As an output it stays whatever is pruned.
-        assert tied_noise_layers(model, IMAGES) == []
+        assert graph_for_pruning(model, IMAGES).tied == []
         model.append(nn.Conv2d(3, 2, 1))
-        assert tied_noise_layers(model, IMAGES) == [["1", "2.first.1"]]
+        assert graph_for_pruning(model, IMAGES).tied == [["1", "2.first.1"]]
         for name in ("1", "2.first.1"):
             prune_structures(noise_layers(model)[name], [2])
         assert assert_compacts(model, IMAGES)[-1].in_channels == 2
@@ -103,7 +103,7 @@ class TestTies:
                 return self.out(torch.sigmoid(self.gate(x)) * self.value(x))
 
         model = bmrs.add_noise(Gated(), where=lambda name, _: name in ("gate", "value"))
-        assert tied_noise_layers(model, EXAMPLE) == []
+        assert graph_for_pruning(model, EXAMPLE).tied == []
         prune_structures(model.value.noise, [1])
         assert assert_compacts(model, EXAMPLE).gate.out_features == 3
 
@@ -114,7 +114,7 @@ class TestTies:
 
         branches = [nn.Sequential(nn.Linear(2, 4), NoiseLayer(4)) for _ in range(2)]
         model = nn.Sequential(Both(*branches, way="operator"), nn.Linear(8, 1))
-        assert tied_noise_layers(model, EXAMPLE) == []
+        assert graph_for_pruning(model, EXAMPLE).tied == []
 
     def test_examples_in_a_mapping(self):
         class Added(nn.Module):
@@ -126,10 +126,12 @@ class TestTies:
                 return self.out(self.first(x) + self.second(y))
 
         model = bmrs.add_noise(Added(), where=lambda name, _: name in ("first", "second"))
-        assert tied_noise_layers(model, {"y": EXAMPLE, "x": EXAMPLE}) == [["first.noise", "second.noise"]]
+        assert graph_for_pruning(model, {"y": EXAMPLE, "x": EXAMPLE}).tied == [
+            ["first.noise", "second.noise"]
+        ]
 
     def test_no_additions(self):
-        assert tied_noise_layers(bmrs.models.LeNet5(), torch.randn(1, 1, 32, 32)) == []
+        assert graph_for_pruning(bmrs.models.LeNet5(), torch.randn(1, 1, 32, 32)).tied == []
 
 
 def two_branches(structures: int) -> tuple[nn.Module, NoiseLayer, NoiseLayer]:
