@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,11 @@ _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_c
 
 
 def describe(
-    analysis: Analysis, remaining: Mapping[str, str], noise: Mapping[str, NoiseLayer] | None = None
+    analysis: Analysis,
+    remaining: Mapping[str, str],
+    noise: Mapping[str, NoiseLayer] | None = None,
+    *,
+    new_biases: Collection[str] = (),
 ) -> Description:
     """Return the operations of a captured model, narrower where channels leave.
 
@@ -44,18 +48,23 @@ def describe(
         analysis: the model.
         remaining: names of noise layers of which a multiplication by fixed factors stays.
         noise: by name, noise layers that stay, as they are to be.
+        new_biases: names of biases that layers without one get.
 
     Raises:
         UnsupportedError: an operation cannot be described; it is named.
     """
-    return _Describer(analysis, remaining, noise or {}).description()
+    return _Describer(analysis, remaining, noise or {}, new_biases).description()
 
 
 class _Describer:
     def __init__(
-        self, analysis: Analysis, remaining: Mapping[str, str], noise: Mapping[str, NoiseLayer]
+        self,
+        analysis: Analysis,
+        remaining: Mapping[str, str],
+        noise: Mapping[str, NoiseLayer],
+        new_biases: Collection[str],
     ) -> None:
-        self.analysis, self.remaining, self.noise = analysis, remaining, noise
+        self.analysis, self.remaining, self.noise, self.new_biases = analysis, remaining, noise, new_biases
         self.operations: list[Operation] = []
         self.references: dict[fx.Node, Any] = {}
         self.layers: set[str] = set()
@@ -245,6 +254,10 @@ class _Describer:
     def _narrower(self, node: fx.Node, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of an operator for smaller tensors."""
         changes = self._changes(node, call)
+        if call.new_bias in self.new_biases:
+            name = f"{node.name}_bias"
+            self.operations.append(Operation(name, "tensor", call.new_bias))
+            changes = {**changes, "bias": Reference(name)}
         assert isinstance(node.target, torch._ops.OpOverload)
         names = [argument.name for argument in node.target._schema.arguments]
         args, kwargs = list(node.args), dict(node.kwargs)
