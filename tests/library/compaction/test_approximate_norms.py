@@ -273,6 +273,13 @@ class _Own(nn.Module):
         return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class _Single(nn.LayerNorm):
+    """A norm that is computed in single precision whatever the network is in, as CLIP's."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
 class _Twice(_Small):
     def forward(self, x):
         x = self.embed(x)
@@ -280,13 +287,22 @@ class _Twice(_Small):
         return self.head(self.norm(x))
 
 
-def test_a_norm_of_another_class_that_is_called_twice():
+@pytest.mark.parametrize("norm", [_Own, _Single])
+def test_a_norm_of_another_class_that_is_called_twice(norm):
     torch.manual_seed(0)
     report = bmrs.compact_report(
-        bmrs.compact(_noisy(_Twice(_Own), ("embed", "down")), ROWS, approximate=ASKED)
+        bmrs.compact(_noisy(_Twice(norm), ("embed", "down")), ROWS, approximate=ASKED)
     )
     assert (report.form, report.removed, len(report.approximated.norms)) == ("module", 2 * len(PRUNED), 1)
     assert report.error < 1e-6
+
+
+def test_a_single_example_without_a_dimension_for_examples():
+    torch.manual_seed(0)
+    report = bmrs.compact_report(
+        bmrs.compact(_noisy(_Small(), ("embed", "down")), ROWS[0], approximate=ASKED)
+    )
+    assert report.removed == 2 * len(PRUNED)
 
 
 def test_without_being_asked_the_channels_stay():
