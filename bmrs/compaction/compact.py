@@ -273,7 +273,7 @@ def compacted(
         flops_after=forward_flops(result, inputs),
         error=error,
         compared_in=comparison.dtype,
-        approximated=_approximated(analysis, comparison, masked, result),
+        approximated=_approximated(analysis, emptied, comparison, masked, result),
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     kept_inputs = map_tensors(lambda t: t.detach().clone(), subject.few)
@@ -286,17 +286,21 @@ def compacted(
 
 
 def _approximated(
-    analysis: Analysis, comparison: OutputComparison, masked: nn.Module, result: nn.Module
+    analysis: Analysis,
+    emptied: Emptied,
+    comparison: OutputComparison,
+    masked: nn.Module,
+    result: nn.Module,
 ) -> Approximated | None:
-    if not analysis.fits:
-        return None
     norms = {}
     for node, norm in analysis.approximated().items():
+        if node in emptied.dead:
+            continue
         before = analysis.calls[node]["input"].shape[-1]
         norms[norm.layer] = NormApproximation(
             norm.layer, before, round(before * analysis.share_left(node)), dropped=norm.dropped
         )
-    return Approximated(tuple(norms.values()), *comparison.differences(masked, result))
+    return Approximated(tuple(norms.values()), *comparison.differences(masked, result)) if norms else None
 
 
 def _attempt(

@@ -297,6 +297,25 @@ def test_a_norm_of_another_class_that_is_called_twice(norm):
     assert report.error < 1e-6
 
 
+def test_norms_that_nothing_is_left_of_are_not_approximated():
+    class Branch(_Small):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.LayerNorm(WIDTH)
+
+        def forward(self, x):
+            x = self.embed(x)
+            return self.head(self.norm(x + self.down(torch.relu(self.up(self.inner(x))))))
+
+    model = _noisy(Branch(), ("embed", "down"))
+    bmrs.add_noise(model, where="up").eval()
+    for noise in (model.up.noise, model.down.noise):
+        noise.set_kept(torch.zeros(noise.num_structures, dtype=torch.bool))
+    report = bmrs.compact_report(bmrs.compact(model, ROWS, approximate=ASKED))
+    assert "inner" in report.emptied
+    assert [norm.name for norm in report.approximated.norms] == ["norm"]
+
+
 def test_a_single_example_without_a_dimension_for_examples():
     torch.manual_seed(0)
     report = bmrs.compact_report(
