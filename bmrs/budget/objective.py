@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_MOST = 1e100
-"""A ratio whose square can still be added up."""
-
 
 def relative_losses(worths: Floats, staying: float) -> Floats:
     """Return by how much each structure of a group raises the square of the ratio of what goes to what stays.
@@ -39,6 +36,5 @@ def relative_losses(worths: Floats, staying: float) -> Floats:
     going = np.cumsum(its_worths)
     ratios = np.divide(going, kept, out=np.zeros_like(going), where=going > 0)
     # Rounding must not undo that they rise.
-    squares = np.minimum(ratios, _MOST) ** 2
-    steps = np.maximum.accumulate(np.maximum(np.diff(squares, prepend=0.0), 0.0))
+    steps = np.maximum.accumulate(np.maximum(np.diff(ratios**2, prepend=0.0), 0.0))
     return np.append(steps, np.full(int((~finite).sum()), np.inf))

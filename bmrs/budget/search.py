@@ -27,6 +27,8 @@ _MOST_COMBINATIONS = 1_000_000
 _ROUNDS = 50
 # Powers of ten of the loss of everything over the cost of everything; losses of groups can lie far apart.
 _PRICES, _HALVINGS = (-30.0, 4.0), 24
+# In place of infinite losses, which have no differences.
+_ENDLESS = 1e100
 _STEPS = (0, 1, -1, 2, -2, 4, -4, 8, -8, 16, -16, 32, -32, 64, -64)
 
 
@@ -57,7 +59,7 @@ def least_loss(worths: Sequence[Floats], cost: CostFunction, budget: float) -> F
         The numbers, None if even with all pruned the cost is higher.
     """
     most = np.array([len(w) for w in worths], dtype=np.int64)
-    lost = [np.concatenate([[0.0], np.cumsum(w)]) for w in worths]
+    lost = [np.concatenate([[0.0], np.cumsum(np.minimum(w, _ENDLESS))]) for w in worths]
     if float(cost(np.zeros(len(most)))) <= budget:
         return Found(np.zeros_like(most), 0.0, True)
     if float(cost(most.astype(np.float64))) > budget:
@@ -68,7 +70,7 @@ def least_loss(worths: Sequence[Floats], cost: CostFunction, budget: float) -> F
         _MOST_COMBINATIONS
     ):
         return problem.found(problem.by_trial(widest), exact=True)
-    starts = [problem.by_multipliers(), problem.by_steps(), most]
+    starts = [problem.by_steps(), problem.by_multipliers(), most]  # of equals the first, which keeps most
     return problem.found(min(map(problem.improved, starts), key=problem.loss), exact=False)
 
 
@@ -88,7 +90,8 @@ def least_possible(worths: Sequence[Floats], savings: Floats, needed: float) -> 
     order = np.argsort(worth / saving, kind="stable")
     before = np.concatenate([[0.0], np.cumsum(saving[order])[:-1]])
     share = np.clip((needed - before) / saving[order], 0.0, 1.0)
-    return float((share * worth[order]).sum())
+    taken = share > 0
+    return float(share[taken] @ worth[order][taken])
 
 
 class _Problem:
@@ -101,7 +104,8 @@ class _Problem:
             self.table[g, : len(values)] = values
 
     def found(self, pruned: Counts, *, exact: bool) -> Found:
-        return Found(pruned, float(self.loss(pruned)), exact)
+        lost = float(self.loss(pruned))
+        return Found(pruned, lost if lost < _ENDLESS else math.inf, exact)
 
     def loss(self, pruned: Counts) -> Floats:
         return np.asarray(self.table[self.groups, pruned].sum(axis=-1))
@@ -132,7 +136,7 @@ class _Problem:
         """Return the best of all combinations; the number of one group follows from the others."""
         others = [g for g in self.groups if g != last]
         shape = tuple(int(self.most[g]) + 1 for g in others)
-        best, least = self.most, float(self.loss(self.most))
+        best, least = self.most, math.inf
         for start in range(0, math.prod(shape), 100_000):
             places = np.arange(start, min(start + 100_000, math.prod(shape)))
             pruned = np.zeros((len(places), len(self.most)), dtype=np.int64)
@@ -146,7 +150,8 @@ class _Problem:
 
     def by_multipliers(self) -> Counts:
         """Return the best of what is optimal group by group for prices of the cost, down to the lowest that does."""
-        scale = float(self.loss(self.most)) / max(float(self.cost(np.zeros(len(self.most)))), 1e-300)
+        finite = sum(float(values[values < _ENDLESS][-1]) for values in self.lost)
+        scale = finite / max(float(self.cost(np.zeros(len(self.most)))), 1e-300)
         best, least = self.most, float(self.loss(self.most))
         pruned, (low, high) = np.zeros_like(self.most), _PRICES
         for _ in range(_HALVINGS):

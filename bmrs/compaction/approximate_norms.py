@@ -53,9 +53,10 @@ class _LayerNorms(TorchFunctionMode):
             **dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)),
             **kwargs,
         }
+        result = func(*args, **kwargs)  # whatever becomes of it, as dtypes that it refuses are to be refused
         name = self.names.get(id(given.get("weight")))
         replaced = None if name is None else self.look(name, given["input"], given)
-        return func(*args, **kwargs) if replaced is None else replaced
+        return result if replaced is None else replaced.to(result.dtype)
 
     def look(self, name: str, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
         """Take note of what a layer norm is given, and return what is to be its output, None for its own."""

@@ -20,7 +20,7 @@ from bmrs.compaction.folding import Folding, fold_noise
 from bmrs.compaction.graph_network import build_graph_network
 from bmrs.compaction.kept_noise import narrowed_noise
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
-from bmrs.compaction.record import Record, record_of, remember
+from bmrs.compaction.record import Record, joined, record_of, remember
 from bmrs.compaction.refit import Origin, refit
 from bmrs.compaction.report import Approximated, CompactReport, LayerCompaction, NormApproximation
 from bmrs.compaction.rounding import structures_to_give_back
@@ -241,9 +241,9 @@ def compacted(
             because += " (grouped products of experts: round_to=8 gives such widths)"
         del result, the_cut
         # With sizes of sequences as symbols, so that the graph takes other ones.
-        before = analysis.captured
-        captured = capture(masked, inputs, "compact", dynamic="sequences", approximate=before.approximate)
-        captured = replace(captured, moments=before.moments)
+        first = analysis.captured
+        captured = capture(masked, inputs, "compact", dynamic="sequences", approximate=first.approximate)
+        captured = replace(captured, moments=first.moments)
         analysis = replace(analyse(captured, follow_constants=not keep_noise), fits=analysis.fits)
         folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
         try:
@@ -275,27 +275,34 @@ def compacted(
         flops_after=forward_flops(result, inputs),
         error=error,
         compared_in=comparison.dtype,
-        approximated=_approximated(analysis, comparison, masked, result),
+        approximated=_approximated(analysis, emptied, comparison, masked, result),
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     kept_inputs = map_tensors(lambda t: t.detach().clone(), subject.few)
-    own_code = (sizes, the_cut.numbers) if form == "module" else ({}, {})
+    own_code: tuple[dict[str, dict[str, Any]], ...] = ()
+    if form == "module":
+        before = record_of(masked) or Record(report, kept_inputs)
+        own_code = (joined(before.code_sizes, sizes), joined(before.numbers, the_cut.numbers))
     remember(result, Record(report, kept_inputs, selections, *own_code))
     return result
 
 
 def _approximated(
-    analysis: Analysis, comparison: OutputComparison, masked: nn.Module, result: nn.Module
+    analysis: Analysis,
+    emptied: Emptied,
+    comparison: OutputComparison,
+    masked: nn.Module,
+    result: nn.Module,
 ) -> Approximated | None:
-    if not analysis.fits:
-        return None
     norms = {}
     for node, norm in analysis.approximated().items():
+        if node in emptied.dead:
+            continue
         before = analysis.calls[node]["input"].shape[-1]
         norms[norm.layer] = NormApproximation(
             norm.layer, before, round(before * analysis.share_left(node)), dropped=norm.dropped
         )
-    return Approximated(tuple(norms.values()), *comparison.differences(masked, result))
+    return Approximated(tuple(norms.values()), *comparison.differences(masked, result)) if norms else None
 
 
 def _attempt(
@@ -312,7 +319,7 @@ def _attempt(
         set_attributes(result, guess)
         error, _ = comparison.attempt(result)
         if error <= comparison.tolerance:
-            sizes = {path: {**sizes.get(path, {}), **guess.get(path, {})} for path in {**sizes, **guess}}
+            sizes = joined(sizes, guess)
             break
         set_attributes(result, before)
     return error, because, sizes

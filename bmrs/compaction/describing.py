@@ -38,7 +38,8 @@ _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_c
 def describe(
     analysis: Analysis,
     remaining: Mapping[str, str],
-    noise: Mapping[str, NoiseLayer],
+    noise: Mapping[str, NoiseLayer] | None = None,
+    *,
     new_biases: Collection[str] = (),
 ) -> Description:
     """Return the operations of a captured model, narrower where channels leave.
@@ -47,12 +48,12 @@ def describe(
         analysis: the model.
         remaining: names of noise layers of which a multiplication by fixed factors stays.
         noise: by name, noise layers that stay, as they are to be.
-        new_biases: names of biases that linear layers and convolutions get, which had none.
+        new_biases: names of biases that layers without one get.
 
     Raises:
         UnsupportedError: an operation cannot be described; it is named.
     """
-    return _Describer(analysis, remaining, noise, new_biases).description()
+    return _Describer(analysis, remaining, noise or {}, new_biases).description()
 
 
 class _Describer:
@@ -252,7 +253,11 @@ class _Describer:
 
     def _narrower(self, node: fx.Node, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of an operator for smaller tensors."""
-        changes = self._changes(node, call) | self._new_bias(node, call)
+        changes = self._changes(node, call)
+        if call.new_bias in self.new_biases:
+            name = f"{node.name}_bias"
+            self.operations.append(Operation(name, "tensor", call.new_bias))
+            changes = {**changes, "bias": Reference(name)}
         assert isinstance(node.target, torch._ops.OpOverload)
         names = [argument.name for argument in node.target._schema.arguments]
         args, kwargs = list(node.args), dict(node.kwargs)
@@ -263,17 +268,6 @@ class _Describer:
             else:
                 kwargs[name] = value
         return tuple(args), kwargs
-
-    def _new_bias(self, node: fx.Node, call: Call) -> dict[str, Any]:
-        weight = call["weight"]
-        if not isinstance(weight, Value) or weight.parameter is None or call["bias"] is not None:
-            return {}
-        bias = f"{weight.parameter.rpartition('.')[0]}.bias".lstrip(".")
-        if bias not in self.new_biases:
-            return {}
-        name = f"{node.name}_bias"
-        self.operations.append(Operation(name, "tensor", bias))
-        return {"bias": Reference(name)}
 
     def _changes(self, node: fx.Node, call: Call) -> dict[str, Any]:
         analysis, name = self.analysis, call.operator

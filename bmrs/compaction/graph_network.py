@@ -42,20 +42,21 @@ def build_graph_network(
         remaining: names of noise layers of which the multiplication stays.
         noise: by name, noise layers that stay.
     """
-    new_biases = {name for name in the_cut.tensors if name not in analysis.parameters}
-    description = describe(analysis, remaining, noise, new_biases)
+    new_biases = the_cut.tensors.keys() - analysis.parameters.keys()
+    description = describe(analysis, remaining, noise, new_biases=new_biases)
     of_noise = {f"{name}.{key}": t for name, layer in noise.items() for key, t in layer.state_dict().items()}
     tensors = {**the_cut.tensors, **description.constants, **of_noise}
     for placeholder, tensor in analysis.captured.tensors.items():
         tensors.setdefault(analysis.captured.names.get(placeholder, f"constants.{placeholder}"), tensor)
     tensors = _apart_from(analysis.captured.tensors.values(), tensors)
-    frozen = {n for n, p in analysis.captured.model.named_parameters() if not p.requires_grad}
+    own = dict(analysis.captured.model.named_parameters(remove_duplicate=False))
+    frozen = {name for name, parameter in own.items() if not parameter.requires_grad}
+    for call in analysis.calls.values():
+        if call.new_bias in new_biases and call["weight"].parameter in frozen:
+            frozen.add(call.new_bias)
     for name, layer in noise.items():
         frozen |= {f"{name}.{key}" for key, p in layer.named_parameters() if not p.requires_grad}
-    parameters = {n for n, _ in analysis.captured.model.named_parameters(remove_duplicate=False)}
-    parameters |= new_biases
-    frozen |= {bias for bias in new_biases if f"{bias.removesuffix('bias')}weight" in frozen}
-    network = build(description, tensors, parameters=parameters, frozen=frozen)
+    network = build(description, tensors, parameters={*own, *new_biases}, frozen=frozen)
     placed = dict(network.named_modules())
     for name, layer in noise.items():
         if isinstance(new := placed.get(_without_keywords(name)), NoiseLayer):

@@ -46,7 +46,6 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
     new = dict(compacted.named_parameters())
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     groups = []
-    taken: set[str] = set()
     for group in optimizer.param_groups:
         parameters = []
         for old in group["params"]:
@@ -55,15 +54,15 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
                     f"the optimizer has a parameter of shape {tuple(old.shape)} that is not one of the model "
                     f"({type(model).__name__})"
                 )
-            name = names[id(old)][0]
             for alias in names[id(old)]:
                 bias = f"{alias.rpartition('.')[0]}.bias".lstrip(".")
                 if alias.endswith("weight") and bias in new and bias not in every_name:
                     parameters.append(new[bias])
-            if name not in new:
+            # Of a shared one the network may have lost the first name.
+            name = next((alias for alias in names[id(old)] if alias in new), "")
+            if not name:
                 continue
             parameters.append(new[name])
-            taken.add(name)
             selection = record.selections.get(name, Selection({}))
             for key, value in optimizer.state.get(old, {}).items():
                 cut = isinstance(value, Tensor) and value.shape == old.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ class Record:
         report: what was done.
         inputs: a few examples.
         selections: by qualified name of a parameter, what of it is left, where it became smaller.
-        code_sizes: by qualified name of a module, integer attributes that its code takes sizes from and that changed.
+        code_sizes: by qualified name of a module, integer attributes that its code takes sizes from and that changed,
+            in this compaction or in one before.
         numbers: likewise, other numbers that changed with the sizes, as ε.
     """
 
@@ -31,6 +33,13 @@ class Record:
     selections: dict[str, Selection] = field(default_factory=dict)
     code_sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def joined(
+    earlier: Mapping[str, Mapping[str, Any]], later: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return attributes that changed, by qualified name of a module, one time after another."""
+    return {path: {**earlier.get(path, {}), **later.get(path, {})} for path in {**earlier, **later}}
 
 
 def remember(network: nn.Module, record: Record) -> None:

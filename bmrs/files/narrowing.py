@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.checks import one_line, shown
-from bmrs.compaction.record import record_of
+from bmrs.compaction.record import joined, record_of
 from bmrs.files.installation import describe_changes, install
 
 KEY = "bmrs"
@@ -76,10 +76,7 @@ def numbers_of(model: nn.Module) -> dict[str, Any]:
 def _with_earlier(model: nn.Module, key: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return attributes that a compaction changed, with those that an earlier one had."""
     earlier = getattr(model.config, KEY, None)
-    result = dict(earlier.get(key, {})) if isinstance(earlier, dict) else {}
-    for path, attributes in found.items():
-        result[path] = {**result.get(path, {}), **attributes}
-    return result
+    return joined(earlier.get(key, {}) if isinstance(earlier, dict) else {}, found)
 
 
 def narrow(model: nn.Module, description: Any) -> None:

@@ -76,8 +76,7 @@ def _changes_of_numbers(
     }
     if len(pairs) == 1:
         ((old, new),) = pairs
-        for part in ("", *getattr(config, "sub_configs", ())):
-            fields = vars(getattr(config, part) if part else config)
+        for part, fields in _fields(config):
             yield (
                 part,
                 {n: new for n, v in fields.items() if type(v) is float and v == old and n.endswith("eps")},
@@ -96,10 +95,17 @@ def _sizes(shapes: dict[str, tuple[int, ...]]) -> dict[Axis, int]:
     return {(name, axis): size for name, shape in shapes.items() for axis, size in enumerate(shape)}
 
 
+def _fields(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Generate the fields of a config and of those of its sub-configs that there are."""
+    yield "", vars(config)
+    for part in getattr(config, "sub_configs", ()):
+        if hasattr(found := getattr(config, part, None), "__dict__"):
+            yield part, vars(found)
+
+
 def _changes(config: Any, ratios: set[tuple[int, int]]) -> Iterator[Change]:
     """Generate values of fields that could be what made sizes change."""
-    for part in ("", *getattr(config, "sub_configs", ())):
-        fields = vars(getattr(config, part) if part else config)
+    for part, fields in _fields(config):
         hidden = next((v for n in ("hidden_size", "d_model") if type(v := fields.get(n)) is int), 0)
         found: dict[str, set[int]] = {}
         for name, value in fields.items():

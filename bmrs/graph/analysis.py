@@ -340,7 +340,7 @@ class _Reader:
         constant = self._resolve(node.args[0]).constant
         if constant is None:
             return True
-        known = ~constant.isnan().flatten(0, -2).all(dim=0)
+        known = ~constant.isnan().reshape(-1, constant.shape[-1]).all(dim=0)
         return self._can_shift_in(node, known, set())
 
     def _can_shift_in(self, node: fx.Node, constants: Tensor, seen: set[fx.Node]) -> bool:

@@ -94,7 +94,9 @@ def train(
     check_training(with_weights(dense_network(config, data), config), config, data)
     if not config.is_sequence:
         _say_what_stays(noisy, data, console)
-    recipe.check_target(noisy.to(device), config, data)
+    if config.target is not None:
+        recipe.check_target(noisy.to(device), config, data)
+    del noisy  # which would lie in the memory of the device for as long as it trains
     folder = processes.of_first(lambda: RunFolder.create(config, output))
     return _finish(folder, config, device, console, meter)
 
@@ -435,8 +437,7 @@ def _run_recipe(
     # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
     frozen = not config.weight_lr
     refitted = pruned
-    can_be_refitted = frozen and not isinstance(pruned, GraphModule)
-    if can_be_refitted:
+    if frozen and not isinstance(pruned, GraphModule):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             refitted = compact(noisy.model, recipe.refitting_examples(data), refit_to=trained.model)
@@ -444,10 +445,10 @@ def _run_recipe(
             trainer.console.print(f"note: {text}", soft_wrap=True, markup=False)
     tuning_epochs = recipe.fine_tuning_epochs(config, data, noisy)
     start: nn.Module = refitted
-    if tuning_epochs and can_be_refitted and settings.fine_tune_from == "refitted":
-        start = recipe.start_refitted(noisy.model, trained.model, data)
-    elif tuning_epochs:
-        start = compact(noisy.model, few, expected_noise=not frozen)
+    if tuning_epochs:
+        start, note = recipe.start_of_fine_tuning(noisy.model, trained.model, pruned, config, data)
+        if note:
+            trainer.console.print(f"note: {note}", soft_wrap=True, markup=False)
     fine_tuned = trainer.fit(
         "fine-tuned",
         "fine-tuning",

@@ -244,14 +244,12 @@ class PeerComparison:
             model = _masked(self.noisy, self.evidence, widths)
         else:
             model = _jointly_masked(self.noisy, self.evidence, widths, examples)
+        pruned = bmrs.compact(model, examples)
         before = {
-            "pruned": accuracy(bmrs.compact(model, examples), self.data.test),
+            "pruned": accuracy(pruned, self.data.test),
             "refitted": accuracy(bmrs.compact(model, examples, refit_to=self.trained), self.data.test),
         }
-        if self.config.settings.fine_tune_from == "refitted":
-            start = recipe.start_refitted(model, self.trained, self.data)
-        else:
-            start = bmrs.compact(model, examples, expected_noise=False)
+        start, _ = recipe.start_of_fine_tuning(model, self.trained, pruned, self.config, self.data)
         return Built(
             self._fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
         )

@@ -49,6 +49,22 @@ def test_a_problem_of_many_widths_is_close_to_its_bound():
     )
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("combinations", [0, 1_000_000])
+def test_worths_of_zero_and_without_an_end(combinations, monkeypatch):
+    monkeypatch.setattr(search, "_MOST_COMBINATIONS", combinations)
+
+    def cost(pruned):
+        return (5 - np.asarray(pruned)).prod(axis=-1)
+
+    nothing = least_loss([np.zeros(4)] * 2, cost, 20.0)
+    assert (nothing.lost, nothing.pruned.sum()) == (0.0, 1)  # no more than has to
+    worths = [np.array([1.0, 2.0, np.inf, np.inf])] * 2
+    assert least_loss(worths, cost, 9.0).lost == 6.0
+    assert least_loss(worths, cost, 8.0).lost == np.inf
+    assert least_possible(worths, np.array([5.0, 5.0]), 16.0) == pytest.approx(4.4)
+
+
 def test_nothing_goes_where_the_budget_is_met_and_nothing_is_found_where_it_cannot_be():
     problem = ChainProblem(0)
     whole, least = float(problem.cost(0 * problem.most)), float(problem.cost(problem.most))

@@ -273,6 +273,13 @@ class _Own(nn.Module):
         return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class _Single(nn.LayerNorm):
+    """A norm that is computed in single precision whatever the network is in, as CLIP's."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
 class _Twice(_Small):
     def forward(self, x):
         x = self.embed(x)
@@ -280,13 +287,41 @@ class _Twice(_Small):
         return self.head(self.norm(x))
 
 
-def test_a_norm_of_another_class_that_is_called_twice():
+@pytest.mark.parametrize("norm", [_Own, _Single])
+def test_a_norm_of_another_class_that_is_called_twice(norm):
     torch.manual_seed(0)
     report = bmrs.compact_report(
-        bmrs.compact(_noisy(_Twice(_Own), ("embed", "down")), ROWS, approximate=ASKED)
+        bmrs.compact(_noisy(_Twice(norm), ("embed", "down")), ROWS, approximate=ASKED)
     )
     assert (report.form, report.removed, len(report.approximated.norms)) == ("module", 2 * len(PRUNED), 1)
     assert report.error < 1e-6
+
+
+def test_norms_that_nothing_is_left_of_are_not_approximated():
+    class Branch(_Small):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.LayerNorm(WIDTH)
+
+        def forward(self, x):
+            x = self.embed(x)
+            return self.head(self.norm(x + self.down(torch.relu(self.up(self.inner(x))))))
+
+    model = _noisy(Branch(), ("embed", "down"))
+    bmrs.add_noise(model, where="up").eval()
+    for noise in (model.up.noise, model.down.noise):
+        noise.set_kept(torch.zeros(noise.num_structures, dtype=torch.bool))
+    report = bmrs.compact_report(bmrs.compact(model, ROWS, approximate=ASKED))
+    assert "inner" in report.emptied
+    assert [norm.name for norm in report.approximated.norms] == ["norm"]
+
+
+def test_a_single_example_without_a_dimension_for_examples():
+    torch.manual_seed(0)
+    report = bmrs.compact_report(
+        bmrs.compact(_noisy(_Small(), ("embed", "down")), ROWS[0], approximate=ASKED)
+    )
+    assert report.removed == 2 * len(PRUNED)
 
 
 def test_without_being_asked_the_channels_stay():
@@ -403,23 +438,62 @@ def test_folders_of_transformers(tmp_path):
     assert relative_difference(_outputs(small, examples), _outputs(loaded, examples)) < 1e-6
 
 
-def test_a_head_that_shares_its_weight_with_a_table_takes_constants_up_exactly():
-    class Shared(nn.Module):
+class _Shared(nn.Module):
+    """With one weight for a table and a head, perhaps with a width in the code, so that only a graph is narrower."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.table, self.middle = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.shift, self.head = nn.Parameter(torch.randn(WIDTH)), nn.Linear(WIDTH, 11, bias=False)
+        self.head.weight, self.form = self.table.weight, form
+
+    def forward(self, tokens):
+        x = self.middle(self.table(tokens)) + self.shift
+        return self.head(x.view(-1, 16) if self.form == "graph" else x)
+
+
+def _missing(model, small):
+    """Return what an optimizer of a model's parameters does not have of the compacted network."""
+    groups = bmrs.compact_optimizer(torch.optim.SGD(model.parameters()), model, small).param_groups
+    trained = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(trained) == len(set(trained))
+    return [name for name, parameter in small.named_parameters() if id(parameter) not in trained]
+
+
+@pytest.mark.parametrize(("form", "frozen"), [("module", False), ("graph", True)])
+def test_a_head_that_shares_its_weight_with_a_table_takes_constants_up_exactly(form, frozen, tmp_path):
+    torch.manual_seed(0)
+    shared = _Shared(form)
+    shared.head.weight.requires_grad_(not frozen)
+    model = _noisy(shared, ("table", "middle"))
+    small = bmrs.compact(model, TOKENS)
+    report = bmrs.compact_report(small)
+    assert (report.form, report.removed) == (form, 2 * len(PRUNED))
+    assert small.head.weight.shape == (11, WIDTH - len(PRUNED))
+    assert small.head.weight.requires_grad == small.head.bias.requires_grad == (not frozen)
+    torch.testing.assert_close(small(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-5)
+    assert _missing(model, small) == []
+    bmrs.save(tmp_path / "small", small)
+    torch.testing.assert_close(bmrs.load(tmp_path / "small")(TOKENS), small(TOKENS))
+
+
+def test_a_table_stays_trained_where_the_head_that_shares_it_is_gone():
+    class Branch(nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.middle = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.shift, self.head = nn.Parameter(torch.randn(WIDTH)), nn.Linear(WIDTH, 11, bias=False)
-            self.head.weight = self.table.weight
+            self.head, self.table = nn.Linear(WIDTH, 11), nn.Embedding(11, WIDTH)
+            self.table.weight = self.head.weight
+            self.middle, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 11)
 
         def forward(self, tokens):
-            return self.head(self.middle(self.table(tokens)) + self.shift)
+            x = self.table(tokens)
+            return self.other(x) + self.head(self.middle(x))
 
-    torch.manual_seed(0)
-    model = _noisy(Shared(), ("table", "middle"))
+    model = bmrs.add_noise(Branch(), where="middle")
+    model.middle.noise.set_kept(torch.zeros(WIDTH, dtype=torch.bool))
     small = bmrs.compact(model, TOKENS)
-    assert small.head.weight.shape == (11, WIDTH - len(PRUNED))
-    assert small.head.bias is not None
-    torch.testing.assert_close(small(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-5)
+    assert "head" in bmrs.compact_report(small).emptied
+    assert _missing(model, small) == []
 
 
 def test_factors_go_into_a_table_that_nothing_else_reads():

@@ -97,6 +97,17 @@ def test_the_stream_becomes_narrower(norm, kind, form, tmp_path):
         assert torch.equal(loaded(TOKENS), compacted(TOKENS))
 
 
+def test_what_an_earlier_compaction_changed_is_not_forgotten(tmp_path):
+    once = bmrs.add_noise(bmrs.compact(_masked("stock"), TOKENS), where="up.*")
+    for layer in noise_layers(once.double()).values():
+        layer.set_kept(torch.arange(12) < 7)
+    twice = bmrs.compact(once, TOKENS)
+    bmrs.save(tmp_path / "small", twice)
+    loaded = bmrs.load(tmp_path / "small", model=_Decoder(NORMS["stock"]).double())
+    assert loaded.last.eps == twice.last.eps > 1e-2
+    torch.testing.assert_close(loaded(TOKENS), twice(TOKENS), rtol=0.0, atol=0.0)
+
+
 def test_where_the_weight_cannot_make_up_for_it_the_channels_stay():
     model = _masked("plus one")
     compacted = bmrs.compact(model, TOKENS)

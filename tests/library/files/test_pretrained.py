@@ -195,6 +195,17 @@ class Inherited(transformers.GPT2LMHeadModel):
     pass
 
 
+def test_a_config_may_lack_a_part_that_its_class_knows(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = transformers.EsmConfig(vocab_size=9, pad_token_id=1, mask_token_id=2, **sizes)
+    model = bmrs.add_noise(transformers.EsmForMaskedLM(config), where="*.intermediate.dense").eval()
+    for layer in noise_layers(model).values():
+        layer.set_kept(torch.arange(12) < 8)
+    assert config.esmfold_config is None
+    assert bmrs.save_pretrained(tmp_path, bmrs.compact(model, {"input_ids": torch.arange(8)[None] + 1}))
+    assert transformers.EsmForMaskedLM.from_pretrained(tmp_path).config.intermediate_size == 8
+
+
 def test_own_classes_are_given(tmp_path):
     model = small_gpt2(Inherited)
     bmrs.save_pretrained(tmp_path, model)
