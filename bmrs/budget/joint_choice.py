@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from bmrs.checks import one_line
 from bmrs.compaction.cutting import channel_axis
 from bmrs.compaction.refit import patches
 from bmrs.graph.analysis import Analysis
@@ -77,6 +78,9 @@ class JointChoice:
         graph: the network; its masks are changed.
         base: its analysis; what its masks prune is not there to stand in for anything.
         examples: arguments of its forward pass, some thousand examples.
+
+    Raises:
+        ValueError: the network does not run on them.
     """
 
     def __init__(self, graph: MaskedGraph, base: Analysis, examples: Inputs) -> None:
@@ -218,6 +222,10 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
     try:
         for args, kwargs in _in_batches(examples):
             graph.masked(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on examples: {one_line(error)}; nothing was pruned"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

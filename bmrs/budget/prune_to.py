@@ -24,7 +24,7 @@ from bmrs.compaction.cost_model import Cost, CostModel, make_cost_model
 from bmrs.compaction.costs import first_example
 from bmrs.criteria import Criterion, Decision, check_criterion
 from bmrs.criteria.evidence import BMRSNormal, BMRSOdds, BMRSUniform
-from bmrs.graph.capture import as_inputs
+from bmrs.graph.capture import Inputs, as_inputs
 from bmrs.graph.copies import copied
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.masked_graph import MaskedGraph, Unit
@@ -115,7 +115,7 @@ def prune_to(
             else:
                 budget = _CountedBudget(graph, costs, evidence, start, measure, target)
             if examples is not None:
-                budget.joint = JointChoice(graph, costs.base, as_inputs(examples, model))
+                budget.joint = JointChoice(graph, costs.base, _as_examples(examples, model))
             try:
                 report = budget.report(layers)
                 break
@@ -163,6 +163,13 @@ def _with_one_layer_less(
         if (masks := without_layers(dict(start), names, graph)) is not None:
             return masks
     return None
+
+
+def _as_examples(examples: Any, model: nn.Module) -> Inputs:
+    try:
+        return as_inputs(examples, model)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("example_inputs", "examples")) from None
 
 
 def _target(**targets: float | None) -> tuple[str, float]:

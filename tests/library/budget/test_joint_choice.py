@@ -152,3 +152,18 @@ def test_few_examples_and_constant_inputs_do_no_harm(mlp):
             trial, bmrs.SNR(), example_inputs=images(1, 5), parameters=0.5, examples=examples
         )
         assert report.met
+
+
+@pytest.mark.parametrize(
+    ("examples", "error", "message"),
+    [
+        (3, TypeError, "examples must be a tensor, a sequence of positional arguments or a mapping"),
+        (torch.zeros(0, 5), ValueError, "examples must hold an example"),
+        (images(20, 4), ValueError, "the model does not run on examples: .*; nothing was pruned"),
+    ],
+)
+def test_examples_that_do_not_fit_are_named(mlp, examples, error, message):
+    model = with_noise(mlp, where=lambda name, layer: name == "0")
+    with pytest.raises(error, match=message):
+        bmrs.prune_to(model, bmrs.SNR(), example_inputs=images(1, 5), parameters=0.5, examples=examples)
+    assert all(layer.mask.all() for layer in noise_layers(model).values())
