@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bmrs.checks import one_line
 from bmrs.compaction.cutting import channel_axis
-from bmrs.compaction.refit import patches
+from bmrs.compaction.refit import RIDGE, patches
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import STAYS
@@ -42,14 +42,14 @@ from bmrs.graph.rules import Call
 from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
 
 _BATCH = 100
-_RIDGE = 1e-3
-"""Relative to the mean variance of a layer's inputs, as in `bmrs.compaction.refit`."""
-
 _MOST_COLUMNS = 4096
 """Inputs of a layer, kernel positions counted, beyond which time grows too fast: its structures go by evidence."""
 
 _MOST_ROWS = 20_000
 """Positions of feature maps of a batch beyond which a random choice is taken."""
+
+_MOST_VALUES = 50_000_000
+"""Of what positions read, that are laid out at a time; a single example may have more."""
 
 _STEPS = 100
 
@@ -96,15 +96,15 @@ class JointChoice:
 
     def order(
         self, groups: Sequence[Sequence[Unit]], numbers: Sequence[int] | NDArray[np.int64]
-    ) -> list[NDArray[np.int64]]:
-        """Return for each group the places of its units, those that go first.
+    ) -> list[NDArray[np.int64] | None]:
+        """Return for each group the places of its units, those that go first; None where evidence has to say it.
 
         Args:
             groups: units of which equally much leaves, the one least worth keeping first.
             numbers: how many go of each.
         """
         gone = set(self._gone)
-        orders = [np.arange(len(units)) for units in groups]
+        orders: list[NDArray[np.int64] | None] = [None] * len(groups)
         place = {call["name"]: i for i, call in enumerate(self._base.noise_calls())}
         last_first = sorted(
             range(len(groups)),
@@ -113,9 +113,12 @@ class JointChoice:
         )
         for g in last_first:
             units, number = groups[g], int(numbers[g])
-            if 0 < number < len(units) and (going := self._going(units, number, gone)) is not None:
+            going = self._going(units, number, gone) if 0 < number < len(units) else None
+            if going is None:
+                going = list(range(number))
+            else:
                 orders[g] = np.array([*going, *sorted(set(range(len(units))) - set(going))])
-            gone |= {root for u in orders[g][:number].tolist() for root in units[u].roots}
+            gone |= {root for place in going for root in units[place].roots}
         return orders
 
     def _going(self, units: Sequence[Unit], number: int, gone: set[int]) -> list[int] | None:
@@ -163,7 +166,7 @@ class _Elimination:
         wanted |= ~wanted.any()  # what nobody wants cannot tell
         weight = reader.weight[:, wanted]
         gram = reader.gram[there][:, there]
-        ridge = _RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+        ridge = RIDGE * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
         system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         self._inverse = torch.linalg.inv(system)
         # What has gone already is made up for first.
@@ -206,7 +209,7 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
         if layer is not None and read is not None:
             made = call["weight"].channels_along(0)
             made = torch.full((len(layer.weight),), STAYS) if made is None else made
-            found[layer].append((_representatives(read, roots), _representatives(made, roots)))
+            found[layer].append((roots[read], roots[made]))
     scaled = {root for unit in graph.units(base) for root in unit.roots}
     sums = {
         layer: _Covariance()
@@ -216,7 +219,10 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
     }
     graph.set_masks({name: torch.ones(n, dtype=torch.bool) for name, n in graph.structures.items()})
     handles = [
-        layer.register_forward_pre_hook(lambda layer, args, its=its: its.add(layer, args[0]))
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs, its=its: its.add(layer, args[0] if args else kwargs["input"]),
+            with_kwargs=True,
+        )
         for layer, its in sums.items()
     ]
     try:
@@ -231,6 +237,8 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
             handle.remove()
     readers = []
     for layer, its in sums.items():
+        if not its.count:  # its weight is used, and it is not called
+            continue
         ((read, made),) = found[layer]
         weight = layer.weight.detach().double().flatten(1).T
         readers.append(_Reader(read.repeat_interleave(len(weight) // len(read)), made, weight, its.matrix()))
@@ -247,33 +255,34 @@ def _layer_of(graph: MaskedGraph, call: Call) -> WeightLayer | None:
     return layer if layer.weight[0].numel() <= _MOST_COLUMNS else None
 
 
-def _representatives(channels: Tensor, roots: Tensor) -> Tensor:
-    return torch.where(channels == STAYS, STAYS, roots[channels.clamp(min=0)])
-
-
 class _Covariance:
     """Of the inputs of a layer, over examples and positions; float64."""
 
     def __init__(self) -> None:
-        self._count, self._sum, self._products = 0, torch.zeros(()), torch.zeros(())
+        self.count, self._sum, self._products = 0, torch.zeros(()), torch.zeros(())
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, layer: WeightLayer, x: Tensor) -> None:
         if isinstance(layer, nn.Linear):
-            features = x.flatten(0, -2)
-        else:
-            features = patches(layer, x if x.dim() == layer.weight.dim() else x[None]).flatten(0, -2)
-        if len(features) > _MOST_ROWS:
-            chosen = torch.randperm(len(features), generator=self._generator)[:_MOST_ROWS]
-            features = features[chosen.to(x.device)]
+            self._add(x.flatten(0, -2), _MOST_ROWS)
+            return
+        x = x if x.dim() == layer.weight.dim() else x[None]
+        values = x[0, 0].numel() * layer.weight[0].numel()
+        for part in x.split(max(1, _MOST_VALUES // values)):
+            self._add(patches(layer, part).flatten(0, -2), -(-_MOST_ROWS * len(part) // len(x)))
+
+    def _add(self, features: Tensor, most: int) -> None:
+        if len(features) > most:
+            chosen = torch.randperm(len(features), generator=self._generator)[:most]
+            features = features[chosen.to(features.device)]
         features = features.double()
-        self._count += len(features)
-        self._sum = self._sum.to(x.device) + features.sum(dim=0)
-        self._products = self._products.to(x.device) + features.T @ features
+        self.count += len(features)
+        self._sum = self._sum.to(features.device) + features.sum(dim=0)
+        self._products = self._products.to(features.device) + features.T @ features
 
     def matrix(self) -> Tensor:
-        mean = self._sum / self._count
-        return self._products / self._count - mean.outer(mean)
+        mean = self._sum / self.count
+        return self._products / self.count - mean.outer(mean)
 
 
 def _in_batches(examples: Inputs) -> Iterator[Inputs]:

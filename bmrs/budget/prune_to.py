@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -101,6 +102,7 @@ def prune_to(
     check_finite(layers)
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
+        given = None if examples is None else _as_examples(examples, model)
         first = first_example(inputs)
         graph = MaskedGraph(model, inputs if measure == "latency" else first, "prune_to", approximate=allowed)
         judgement = judge(model, layers, criterion, graph.tied)
@@ -114,8 +116,7 @@ def prune_to(
                 budget: _Budget = _LatencyBudget(model, graph, costs, evidence, start, inputs, target)
             else:
                 budget = _CountedBudget(graph, costs, evidence, start, measure, target)
-            if examples is not None:
-                budget.joint = JointChoice(graph, costs.base, _as_examples(examples, model))
+            budget.examples = given
             try:
                 report = budget.report(layers)
                 break
@@ -249,8 +250,9 @@ class _Budget:
             relative_losses(worths, evidence.staying(units, start))
             for worths, units in zip(self.worths, costs.units, strict=True)
         ]
-        self.joint: JointChoice | None = None
-        self.orders = [np.arange(len(units)) for units in costs.units]
+        self.examples: Inputs | None = None
+        self.by_evidence = [np.arange(len(units)) for units in costs.units]
+        self.orders, self.jointly = self.by_evidence, [False] * len(costs.units)
         self.nothing = np.zeros(len(costs.units))
         self.everything = np.array([len(units) for units in costs.units], dtype=np.float64)
         self.masks = start
@@ -268,8 +270,18 @@ class _Budget:
 
     def choose_jointly(self, pruned: NDArray[Any]) -> None:
         """Let those units of each group go first that the others make up for, where there are examples."""
-        if self.joint is not None:
-            self.orders = self.joint.order(self.costs.units, pruned)
+        if self.examples is None or not pruned.any():
+            return
+        chosen = self.joint_choice.order(self.costs.units, pruned)
+        self.jointly = [order is not None for order in chosen]
+        self.orders = [
+            plain if order is None else order for order, plain in zip(chosen, self.by_evidence, strict=True)
+        ]
+
+    @functools.cached_property
+    def joint_choice(self) -> JointChoice:
+        assert self.examples is not None, "asked only where there are some"
+        return JointChoice(self.graph, self.costs.base, self.examples)
 
     def cost_with(self, masks: Mapping[str, Tensor]) -> Cost:
         """Return what compaction with these masks gives."""
@@ -290,12 +302,14 @@ class _Budget:
     def described(self, found: Found, **rest: Any) -> BudgetReport:
         judgement, criterion = self.evidence.judgement, self.evidence.criterion
         pruned_by_units: dict[str, list[bool]] = defaultdict(list)
+        jointly: set[str] = set()
         lost = self.lost_at_the_start()
-        chosen = zip(self.costs.units, self.worths, self.orders, found.pruned, strict=True)
-        for units, worths, order, number in chosen:
+        chosen = zip(self.costs.units, self.worths, self.orders, self.jointly, found.pruned, strict=True)
+        for units, worths, order, together, number in chosen:
             lost += float(worths[order[:number]].sum())
             for unit in units:
                 for structure in unit.structures:
+                    jointly |= {structure.layer} if together else set()
                     pruned_by_units[structure.layer].append(len(units) == number)
         layers = tuple(
             LayerBudget(
@@ -306,6 +320,7 @@ class _Budget:
                 after=int(self.masks[name].sum()),
                 lost=self.evidence.of_structures(name, mask & ~self.masks[name]),
                 at_minimum=all(pruned_by_units[name]),
+                jointly=name in jointly,
             )
             for name, mask in judgement.masks.items()
         )
@@ -318,6 +333,7 @@ class _Budget:
             layers=layers,
             lost=lost,
             relative_loss=math.sqrt(found.lost),
+            with_examples=self.examples is not None,
             **rest,
         )
 

@@ -35,6 +35,7 @@ class LayerBudget:
         after: structures kept now.
         lost: scores of the structures between the two, as far as they speak for keeping them.
         at_minimum: whether nothing more can leave it.
+        jointly: whether ``examples`` said which of its structures went beyond the criterion.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerBudget:
     after: int
     lost: float
     at_minimum: bool
+    jointly: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ class BudgetReport:
         layers: one entry for each noise layer, in module order.
         lost: the scores that the budget gave up beyond the criterion, those of tied structures together.
         relative_loss: of each layer the scores given up over those that stay; the root of the sum of their squares,
-            which the choice makes least.
+            which the choice of numbers makes least. With ``examples`` too it is that of as many structures that are
+            least worth keeping, and not of those that went.
         least_relative_loss: no choice within the budget has less than this; ``relative_loss`` itself where that was
             found by trying all, None for latency.
         latency: how latency was measured, None for the other targets.
+        with_examples: whether ``examples`` were given.
     """
 
     criterion: str
@@ -106,6 +110,7 @@ class BudgetReport:
     relative_loss: float
     least_relative_loss: float | None
     latency: LatencySetting | None = None
+    with_examples: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, ready for JSON."""
@@ -133,7 +138,7 @@ class BudgetReport:
         if self.met_by_evidence:
             lines.append("the criterion alone is within the target: nothing went beyond it")
         else:
-            lines.append(self._given_up())
+            lines += [self._given_up(), *self._chosen()]
         minimum = [layer.name or "(model)" for layer in self.layers if layer.at_minimum]
         if minimum:
             lines.append(f"nothing more can leave: {', '.join(minimum)}")
@@ -158,13 +163,31 @@ class BudgetReport:
             )
         return lines
 
+    def _chosen(self) -> list[str]:
+        went = [layer for layer in self.layers if layer.after < layer.by_evidence and not layer.at_minimum]
+        if not self.with_examples or not went:
+            return []
+        together = [layer.name or "(model)" for layer in went if layer.jointly]
+        alone = [layer.name or "(model)" for layer in went if not layer.jointly]
+        lines = []
+        if together:
+            lines.append(f"which ones went was chosen jointly, by the examples: {', '.join(together)}")
+        if alone:
+            lines.append(
+                f"which ones went was left to evidence in spite of the examples, as others than linear and convolution "
+                f"layers of up to 4,096 inputs read them: {', '.join(alone)}"
+            )
+        return lines
+
     def _given_up(self) -> str:
         lost = f"the budget gave up {self.lost:.4g} of {self.score_name} beyond the criterion"
         if self.in_nats:
             lost += " (nats, if the posteriors have settled; before, a rank of structures)"
         else:
             lost += " (a rank of structures, no evidence)"
-        lost += f"; over what stays, the root of the sum of squares over the layers, that is {self.relative_loss:.4g}"
+        of = " of the least worth keeping" if any(layer.jointly for layer in self.layers) else ""
+        lost += "; over what stays, the root of the sum of squares over the layers, that is "
+        lost += f"{self.relative_loss:.4g}{of}"
         if self.least_relative_loss is None:
             return lost
         if self.least_relative_loss >= self.relative_loss:

@@ -21,7 +21,7 @@ from bmrs.compaction.graph_network import build_graph_network
 from bmrs.compaction.kept_noise import narrowed_noise
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, joined, record_of, remember
-from bmrs.compaction.refit import Origin, refit
+from bmrs.compaction.refit import RIDGE, Origin, refit
 from bmrs.compaction.report import Approximated, CompactReport, LayerCompaction, NormApproximation
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import (
@@ -58,7 +58,7 @@ def compact(
     *,
     expected_noise: bool = True,
     refit_to: nn.Module | None = None,
-    refit_ridge: float = 1e-3,
+    refit_ridge: float | None = None,
     round_to: int = 1,
     keep_noise: bool = False,
     approximate: Collection[str] = (),
@@ -92,8 +92,8 @@ def compact(
             convolution layer then gets the weights with which its outputs on ``example_inputs`` are closest to those
             of the full network, by least squares. That takes no training and no labels.
         refit_ridge: how much the weights that a layer has count in ``refit_to``, relative to the mean variance of its
-            inputs; greater than 0. The default is right where no weight is trained afterwards. Where they are, 0.3 was
-            better: what little can be told from the structures that are left stays near what was learned.
+            inputs; greater than 0. None, for 1e-3, is right where no weight is trained afterwards. Where they are, 0.3
+            was better: what little can be told from the structures that are left stays near what was learned.
         round_to: gives pruned structures back, those with the most evidence for them, until the numbers that stay are
             multiples of this one, which hardware may be faster with; or all of them where there are fewer. That is for
             structures that lie along one dimension of a value, such as all of linear and convolution layers. The
@@ -125,7 +125,10 @@ def compact(
             names what there is not.
         RuntimeError: the outputs differ on the example.
     """
-    check_number("refit_ridge", refit_ridge, above=0.0)
+    if refit_ridge is not None:
+        check_number("refit_ridge", refit_ridge, above=0.0)
+        if refit_to is None:
+            raise ValueError("refit_ridge goes with refit_to, the network that weights are refitted to")
     check_integer("round_to", round_to, minimum=1)
     check_choice("keep_noise", keep_noise, (False, True))
     if keep_noise and not expected_noise:
@@ -153,7 +156,7 @@ def compact(
         result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
             reference = unwrapped(refit_to)
-            refit(result, _origins(analysis, result), reference, _single(inputs), ridge=refit_ridge)
+            refit(result, _origins(analysis, result), reference, _single(inputs), ridge=refit_ridge or RIDGE)
     return result
 
 

@@ -23,6 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer, is_depthwise
 
+RIDGE = 1e-3
+"""How much the present weights count where none is trained afterwards, relative to the variance of the inputs."""
+
 _BATCH = 100
 # Equations for each unknown: of positions of feature maps beyond the most a random choice is taken, and with fewer than
 # the least a layer keeps its weights.

@@ -384,8 +384,7 @@ def _jointly_masked(
     numbers = [len(each) - width for each, width in zip(scores, widths, strict=True)]
     orders = JointChoice(graph, base, as_inputs(examples)).order(groups, numbers)
     for layer, group, order, number in zip(layers.values(), groups, orders, numbers, strict=True):
-        gone = torch.tensor(
-            [group[place].structures[0].number for place in order[:number]], dtype=torch.int64
-        )
+        going = range(number) if order is None else order[:number]
+        gone = torch.tensor([group[place].structures[0].number for place in going], dtype=torch.int64)
         layer.set_kept(torch.ones_like(layer.mask).index_fill(0, gone, False))
     return model

@@ -1,7 +1,6 @@
 import copy
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from residual_cases import SmallResNet
@@ -33,6 +32,7 @@ def order_of(model: nn.Module, examples: torch.Tensor, name: str, number: int) -
     base = graph.without()
     units = [unit for unit in graph.units(base) if unit.structures[0].layer == name]
     (order,) = JointChoice(graph, base, as_inputs(examples)).order([units], [number])
+    assert order is not None
     return sorted(units[place].structures[0].number for place in order[number:])
 
 
@@ -126,22 +126,56 @@ def test_filters_and_whole_residual_channels():
     bmrs.compact(jointly, images(*shape)[:2])  # tied ones still go together
 
 
-def test_what_no_known_layer_reads_goes_by_evidence():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(4, 8), nn.Parameter(torch.randn(3, 8))
+class Gated(nn.Module):
+    """Of three hidden layers one is read by a matrix product, one by a layer that is not called, one as usual."""
 
-        def forward(self, x):
-            return torch.tanh(self.up(x)) @ self.down.T
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(3, 8), nn.Linear(3, 8)
+        self.matrix, self.uncalled, self.called = (
+            nn.Parameter(torch.randn(3, 8)),
+            nn.Linear(8, 3),
+            nn.Linear(8, 3),
+        )
 
+    def forward(self, x):
+        x = torch.tanh(self.first(x)) @ self.matrix.T
+        x = nn.functional.linear(torch.tanh(self.second(x)), self.uncalled.weight)
+        return self.called(input=torch.tanh(self.third(x)))
+
+
+def test_what_no_known_layer_reads_goes_by_evidence_and_is_told():
     torch.manual_seed(0)
-    model = with_noise(Gated().double(), where=lambda name, layer: name == "up")
-    graph = MaskedGraph(model, as_inputs(images(2, 4)), "test")
-    base = graph.without()
-    units = graph.units(base)
-    (order,) = JointChoice(graph, base, as_inputs(images(50, 4))).order([units], [3])
-    assert (order == np.arange(8)).all()
+    model = with_noise(Gated().double(), where=lambda name, layer: name in ("first", "second", "third"))
+    alone = copy.deepcopy(model)
+    reports = [
+        bmrs.prune_to(m, bmrs.SNR(), example_inputs=images(2, 4), parameters=0.6, examples=given)
+        for m, given in ((alone, None), (model, images(50, 4)))
+    ]
+    assert [layer.jointly for layer in reports[1].layers] == [False, False, True]
+    for name in ("first.noise", "second.noise"):
+        assert torch.equal(noise_layers(model)[name].mask, noise_layers(alone)[name].mask)
+    assert "by the examples: third.noise" in str(reports[1])
+    assert "left to evidence in spite of the examples" in str(reports[1])
+    assert "layers of up to 4,096 inputs read them: first.noise, second.noise" in str(reports[1])
+    assert "examples" not in str(reports[0])
+
+
+def test_feature_maps_are_laid_out_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)).double()
+    model, examples = with_noise(network, where=lambda name, layer: name == "0"), images(30, 2, 8, 8)
+    whole = order_of(model, examples, "0.noise", 2)
+    monkeypatch.setattr("bmrs.budget.joint_choice._MOST_VALUES", 4000)  # two images
+    assert order_of(model, examples, "0.noise", 2) == whole
+
+
+def test_examples_are_not_run_where_evidence_is_enough(mlp):
+    model = with_noise(mlp, where=lambda name, layer: name == "0")
+    report = bmrs.prune_to(
+        model, bmrs.SNR(), example_inputs=images(1, 5), parameters=1000, examples=images(20, 4)
+    )
+    assert report.met_by_evidence
 
 
 def test_few_examples_and_constant_inputs_do_no_harm(mlp):

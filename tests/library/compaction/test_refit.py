@@ -80,6 +80,8 @@ def test_the_more_the_ridge_counts_the_nearer_weights_stay(mlp):
     assert errors == sorted(errors)
     with pytest.raises(ValueError, match="refit_ridge must be finite and greater than 0, got 0"):
         bmrs.compact(model, inputs, refit_to=mlp, refit_ridge=0.0)
+    with pytest.raises(ValueError, match="refit_ridge goes with refit_to"):
+        bmrs.compact(model, inputs, refit_ridge=0.3)
 
 
 def test_nothing_pruned_and_no_noise_to_speak_of_changes_nothing(mlp):
