@@ -1,7 +1,8 @@
 """Pruning to a budget: `prune_to` prunes by evidence, and beyond it until the network is as small as was asked for.
 
-`objective` says what a network loses with the evidence that is given up, `search` finds the least of it, `latency`
-measures what operations take, `report` says what it cost.
+`worths` says what speaks for each structure and `objective` what a network loses with it; `search` finds how many of
+each layer go, and `joint_choice` which ones. `targets` puts these together for sizes and for latency, which `latency`
+predicts; `report` says what it cost.
 """
 
 from bmrs.budget.prune_to import prune_to
