@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,19 +24,12 @@ def scores(model: nn.Module, names: Sequence[str], split: Split, *, seed: int) -
     import torch_pruning as tp
 
     model = copy.deepcopy(model).eval()
-    examples, labels = next(split.in_order(CALIBRATION))
-    model.zero_grad()
-    F.cross_entropy(model(examples), labels).backward()
-    graph = tp.DependencyGraph().build_dependency(model, examples[:2])
+    _make_gradients(model, split)
+    graph = tp.DependencyGraph().build_dependency(model, next(split.in_order(2))[0])
     torch.manual_seed(seed)
-    importances = {
-        "random": tp.importance.RandomImportance(),
-        "L2": tp.importance.GroupMagnitudeImportance(p=2),
-        "Taylor": tp.importance.GroupTaylorImportance(),
-    }
     return {
         criterion: [importance(_group(graph, model, name)).detach() for name in names]
-        for criterion, importance in importances.items()
+        for criterion, importance in _importances().items()
     }
 
 
@@ -52,6 +45,63 @@ def pruned(model: nn.Module, kept: Mapping[str, Tensor], example: Tensor) -> nn.
             graph = tp.DependencyGraph().build_dependency(model, example)
             _group(graph, model, name, gone).prune()
     return model
+
+
+def pruned_in_rounds(
+    model: nn.Module,
+    widths: Mapping[str, int],
+    criterion: str,
+    split: Split,
+    *,
+    epochs: Sequence[int],
+    train: Callable[[nn.Module, int], None],
+) -> nn.Module:
+    """Return a copy that Torch-Pruning's own pruner has narrowed in as many steps as there are numbers of epochs.
+
+    In each step every layer loses as many structures, those with the least scores of the network as it is then.
+
+    Args:
+        model: the trained network.
+        widths: structures that stay of each named layer in the end.
+        criterion: "L2" or "Taylor".
+        split: training images, for Taylor's gradient.
+        epochs: of training after each step.
+        train: trains a network in place for a number of epochs.
+    """
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model)
+    layers = {model.get_submodule(name): width for name, width in widths.items()}
+    pruner = tp.pruner.BasePruner(
+        model,
+        next(split.in_order(2))[0],
+        importance=_importances()[criterion],
+        pruning_ratio=0.0,  # of layers that are not named
+        # It rounds what stays down; the half keeps the last step safe from rounding errors.
+        pruning_ratio_dict={layer: 1 - (width + 0.5) / len(layer.weight) for layer, width in layers.items()},  # type: ignore[arg-type]
+        iterative_steps=len(epochs),
+    )
+    for number in epochs:
+        _make_gradients(model.eval(), split)
+        pruner.step()
+        train(model, number)
+    return model
+
+
+def _importances() -> dict[str, Any]:
+    import torch_pruning as tp
+
+    return {
+        "random": tp.importance.RandomImportance(),
+        "L2": tp.importance.GroupMagnitudeImportance(p=2),
+        "Taylor": tp.importance.GroupTaylorImportance(),
+    }
+
+
+def _make_gradients(model: nn.Module, split: Split) -> None:
+    examples, labels = next(split.in_order(CALIBRATION))
+    model.zero_grad()
+    F.cross_entropy(model(examples), labels).backward()
 
 
 def _group(graph: Any, model: nn.Module, name: str, indices: Sequence[int] | None = None) -> Any:

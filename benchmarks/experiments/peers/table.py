@@ -33,6 +33,8 @@ METHODS = {
     "Taylor, uniform": "Torch-Pruning, Taylor, uniform",
     "L2, global": "Torch-Pruning, L2, global scores",
     "Taylor, global": "Torch-Pruning, Taylor, global scores",
+    "L2, in rounds": "Torch-Pruning, L2, uniform, in three rounds",
+    "Taylor, in rounds": "Torch-Pruning, Taylor, uniform, in three rounds",
     "paper's training, uniform": "Algorithm 1's training (own rates), ranked by ΔF_N, uniform",
 }
 

@@ -44,6 +44,8 @@ RIVALS = {
     "Taylor, global": ("Taylor", True),
 }
 
+IN_ROUNDS = {"L2, in rounds": "L2", "Taylor, in rounds": "Taylor"}
+"""Torch-Pruning's own recipe, which prunes and trains by turns."""
 
 WEIGHT_RATES = {"weights trained slowly, uniform": 0.1, "weights trained, uniform": 1.0}
 """Variants that train the weights while the noise learns, at a share of the learning rate; on the embedded images."""
@@ -164,6 +166,8 @@ class PeerComparison:
             if size != "own":
                 yield size, "bmrs, uniform", functools.partial(self._bmrs, size, uniform=True)
                 yield size, "paper's training, uniform", functools.partial(self._paper, size)
+                for method, criterion in IN_ROUNDS.items():
+                    yield size, method, functools.partial(self._in_rounds, size, criterion)
             if size != "own" and self.subject.data == EMBEDDED:
                 for method in WEIGHT_RATES:
                     yield size, method, functools.partial(self._weights_trained, size, method)
@@ -277,8 +281,20 @@ class PeerComparison:
         }
         start = torch_pruning.pruned(self.trained, kept, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
-        epochs = recipe.total_epochs(self.config, self.data) - self.config.settings.epochs
-        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config, self.data))
+        epochs = recipe.total_epochs(self.config, self.data)
+        return Built(self._fit(start, epochs - self.config.settings.epochs), before, epochs)
+
+    def _in_rounds(self, size: str, criterion: str) -> Built:
+        epochs = recipe.total_epochs(self.config, self.data)
+        model = torch_pruning.pruned_in_rounds(
+            self.trained,
+            dict(zip(self.chain.names, self._uniform(size), strict=True)),
+            criterion,
+            self.data.train,
+            epochs=in_rounds(epochs - self.config.settings.epochs),
+            train=self._fit_in_place,
+        )
+        return Built(model, {}, epochs)
 
     def _paper(self, size: str) -> Built:
         layers = noise_layers(self.paper_noisy).values()
@@ -337,7 +353,12 @@ class PeerComparison:
         return self.config.settings.fine_tune_epochs
 
     def _fit(self, model: nn.Module, epochs: int) -> nn.Module:
-        state = fitting_state(copy.deepcopy(model), self.config, CPU)
+        model = copy.deepcopy(model)
+        self._fit_in_place(model, epochs)
+        return model
+
+    def _fit_in_place(self, model: nn.Module, epochs: int) -> None:
+        state = fitting_state(model, self.config, CPU)
         fit(
             state,
             self.data,
@@ -347,7 +368,12 @@ class PeerComparison:
             save=_nothing,
             progress=self.deadline,
         )
-        return state.model
+
+
+def in_rounds(epochs: int) -> tuple[int, ...]:
+    """Return how epochs are shared between three rounds: a quarter each, and the rest after the last one."""
+    early = [max(1, epochs // 4)] * min(2, epochs - 1)
+    return (*early, epochs - sum(early))
 
 
 def _nothing(state: TrainingState) -> None:

@@ -102,6 +102,31 @@ class TestRivals:
             mask[indices] = True
         torch.testing.assert_close(pruned(images), silenced.eval()(images), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("criterion", ["L2", "Taylor"])
+    def test_rounds_prune_and_train_by_turns(self, network, criterion):
+        model, images = network
+        chain = Chain.of(model, images[:1])
+        wanted = {name: max(1, width // 3) for name, width in zip(chain.names, chain.widths, strict=True)}
+        trained = []
+
+        def train(model, epochs):
+            trained.append((epochs, [len(model.get_submodule(name).weight) for name in wanted]))
+
+        split = TensorSplit(images, torch.arange(8))
+        small = torch_pruning.pruned_in_rounds(model, wanted, criterion, split, epochs=(1, 1, 5), train=train)
+        assert [epochs for epochs, _ in trained] == [1, 1, 5]
+        steps = [widths for _, widths in trained]
+        assert steps[-1] == list(wanted.values())
+        for one, next_one in zip([chain.widths, *steps], steps, strict=False):
+            assert all(fewer < more for fewer, more in zip(next_one, one, strict=True))
+        assert small(images).shape == (8, 10)
+        assert Chain.of(model, images[:1]) == chain
+
+
+@pytest.mark.parametrize(("epochs", "parts"), [(15, (3, 3, 9)), (7, (1, 1, 5)), (2, (1, 1)), (1, (1,))])
+def test_the_last_round_has_most_epochs(epochs, parts):
+    assert trainings.in_rounds(epochs) == parts
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -158,6 +183,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
         *("bmrs", "bmrs, uniform", "scratch", "paper's training, uniform"),
         *trainings.RIVALS,
         *trainings.WEIGHT_RATES,
+        *trainings.IN_ROUNDS,
     }
     for size in ("own", "20 %"):
         costs = [
@@ -169,7 +195,9 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
     for row in found:
         assert row["epochs"] == (1 if row["method"] == "trained" else 3)
         assert 0 < row["accuracy"] <= 1
-        assert ("pruned_accuracy" in row) == (row["method"] not in ("dense", "trained", "scratch"))
+        assert ("pruned_accuracy" in row) == (
+            row["method"] not in ("dense", "trained", "scratch", *trainings.IN_ROUNDS)
+        )
         assert ("refitted_accuracy" in row) == row["method"].startswith("bmrs")
         assert row["environment"]["torch"] == torch.__version__
     out = capsys.readouterr().out
