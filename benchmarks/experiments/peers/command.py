@@ -21,8 +21,9 @@ import torch
 from benchmarks import processes
 from benchmarks.environment import environment
 from benchmarks.experiments.deadline import Deadline, OutOfTimeError
-from benchmarks.experiments.peers import table
-from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Subject, config_of
+from benchmarks.experiments.peers import residual, table
+from benchmarks.experiments.peers.chains import ChainComparison, config_of
+from benchmarks.experiments.peers.comparison import CPU, Comparison, Row, Subject
 from benchmarks.options import positive
 from benchmarks.records import RESULTS
 from bmrs.data import EMBEDDED, DataError, DataName
@@ -31,6 +32,7 @@ from bmrs.training.run import load
 from bmrs.training.settings import PaperNetwork
 
 SEEDS_OF_FULL_SETS = 3
+RESIDUAL = "resnet20"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("peers: Torch-Pruning is missing: pip install torch-pruning==1.6.1", file=sys.stderr)
         return 2
     subjects = _subjects(options.data, options.networks, options.seeds)
+    if not subjects:
+        print(
+            f"peers: {RESIDUAL} is trained on cifar10 alone, and the other --networks on all --data but that",
+            file=sys.stderr,
+        )
+        return 2
     deadline = Deadline(time.time() + 60 * options.minutes)
     train = functools.partial(_train, options=options, deadline=deadline, about=environment(options.commit))
     if options.jobs == 1:
@@ -61,11 +69,17 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         nargs="+",
-        choices=[name for name in get_args(DataName) if name != "cifar10"],
-        default=[EMBEDDED, "fashion-mnist", "mnist"],
-        help="(the embedded images and both full sets)",
+        choices=get_args(DataName),
+        default=[EMBEDDED, "fashion-mnist", "mnist", "cifar10"],
+        help="(the embedded images and the full sets)",
     )
-    parser.add_argument("--networks", nargs="+", choices=get_args(PaperNetwork), default=["lenet5", "mlp"])
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=[*get_args(PaperNetwork), RESIDUAL],
+        default=["lenet5", "mlp", RESIDUAL],
+        help=f"{RESIDUAL} is trained on cifar10 alone, the others on all but that (all)",
+    )
     parser.add_argument(
         "--seeds",
         type=positive,
@@ -90,15 +104,26 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _subjects(data: Iterable[DataName], networks: Iterable[PaperNetwork], seeds: int) -> list[Subject]:
+def _subjects(data: Iterable[DataName], networks: Iterable[str], seeds: int) -> list[Subject]:
     """Return the subjects, seed after seed, so that the table is balanced whenever the runs are stopped."""
     return [
         Subject(name, network, seed)
         for seed in range(seeds)
         for network in networks
         for name in data
-        if name == EMBEDDED or seed < SEEDS_OF_FULL_SETS
+        if (name == EMBEDDED or seed < SEEDS_OF_FULL_SETS) and (name == "cifar10") == (network == RESIDUAL)
     ]
+
+
+def _comparison(
+    subject: Subject, folder: str | None, deadline: Deadline, methods: Sequence[str] | None
+) -> Comparison:
+    if subject.network == RESIDUAL:
+        config = residual.config_of(subject, folder)
+        data = residual.first_images(load(config, CPU))
+        return residual.ResidualComparison(subject, config, data, deadline, methods)
+    config = config_of(subject, folder)
+    return ChainComparison(subject, config, load(config, CPU), deadline, methods)
 
 
 def _train(subject: Subject, *, options: argparse.Namespace, deadline: Deadline, about: Row) -> str | None:
@@ -111,8 +136,7 @@ def _train(subject: Subject, *, options: argparse.Namespace, deadline: Deadline,
     folder = None if options.data_dir is None else str(options.data_dir / subject.data)
     try:
         deadline.check()
-        config = config_of(subject, folder)
-        comparison = PeerComparison(subject, config, load(config, CPU), deadline, options.methods)
+        comparison = _comparison(subject, folder, deadline, options.methods)
         for row in comparison.rows(done):
             options.output.parent.mkdir(parents=True, exist_ok=True)
             with options.output.open("a", encoding="utf-8") as file:

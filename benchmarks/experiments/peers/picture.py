@@ -51,7 +51,7 @@ def write(results: Path) -> None:
     subjects = [
         (data, network)
         for data in NAMES
-        for network in ("lenet5", "mlp")
+        for network in table.NETWORKS
         if any((row["data"], row["network"]) == (data, network) for row in rows)
     ]
     figure = Figure(figsize=(15, 3.6 * len(subjects)), layout="constrained")

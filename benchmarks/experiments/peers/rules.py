@@ -22,8 +22,9 @@ from torch.nn import functional as F
 import bmrs
 from benchmarks.environment import environment
 from benchmarks.experiments.deadline import Deadline
+from benchmarks.experiments.peers.chains import ChainComparison, config_of
+from benchmarks.experiments.peers.comparison import CPU, Row, Subject
 from benchmarks.experiments.peers.table import NAMES, load
-from benchmarks.experiments.peers.trainings import CPU, PeerComparison, Row, Subject, config_of
 from benchmarks.markdown import table
 from benchmarks.options import positive
 from benchmarks.records import RESULTS
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(subject: Subject, data_dir: str) -> list[Row]:
     config = config_of(subject, data_dir, epochs=3)
-    comparison = PeerComparison(subject, config, load_data(config, CPU), Deadline())
+    comparison = ChainComparison(subject, config, load_data(config, CPU), Deadline())
     train = comparison.data.train
     images, labels = next(train.in_order(len(train)))
     rate = config.settings.noise_lr

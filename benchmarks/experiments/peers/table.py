@@ -15,11 +15,14 @@ NAMES = {
     "fashion-mnist-subset": "embedded images",
     "fashion-mnist": "Fashion-MNIST",
     "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
     "lenet5": "LeNet-5",
     "mlp": "MLP",
+    "resnet20": "ResNet-20",
 }
 # In the order of the tables.
-SIZES = ("dense", "own", "40 %", "20 %", "8 %")
+NETWORKS = ("lenet5", "mlp", "resnet20")
+SIZES = ("dense", "own", "50 %", "40 %", "25 %", "20 %", "8 %")
 METHODS = {
     "dense": "dense, all epochs",
     "trained": "dense, where pruning starts",
@@ -91,7 +94,7 @@ def _short(rows: Sequence[Row]) -> str:
     lines = []
     rivals = ("scratch", "random, uniform", "L2, uniform", "Taylor, uniform")
     for data in NAMES:
-        for network in ("lenet5", "mlp"):
+        for network in NETWORKS:
             own = [row for row in rows if (row["data"], row["network"]) == (data, network)]
             for size in SIZES[1:]:
                 ways = {
@@ -140,7 +143,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     """Return a table for each data set and network."""
     parts = []
     for data in NAMES:
-        for network in ("lenet5", "mlp"):
+        for network in NETWORKS:
             own = [row for row in rows if (row["data"], row["network"]) == (data, network)]
             if own:
                 parts.append(f"**{NAMES[network]}, {NAMES[data]}**\n\n{_table(own)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -10,12 +12,13 @@ from torch import nn
 
 import bmrs
 from benchmarks.__main__ import main as benchmarks
-from benchmarks.experiments.peers import command, picture, rules, table, trainings
+from benchmarks.experiments.deadline import Deadline
+from benchmarks.experiments.peers import chains, command, comparison, picture, residual, rules, table
 from benchmarks.experiments.peers.budget import Chain, Cost
 from benchmarks.rivals import torch_pruning
 from bmrs.compaction.costs import flops, num_parameters
-from bmrs.data import EMBEDDED, TensorSplit
-from bmrs.models import MLP, LeNet5
+from bmrs.data import EMBEDDED, Dataset, TensorSplit
+from bmrs.models import MLP, LeNet5, registry, resnet20
 
 IMAGES = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 NETWORKS = {
@@ -125,13 +128,13 @@ class TestRivals:
 
 @pytest.mark.parametrize(("epochs", "parts"), [(15, (3, 3, 9)), (7, (1, 1, 5)), (2, (1, 1)), (1, (1,))])
 def test_the_last_round_has_most_epochs(epochs, parts):
-    assert trainings.in_rounds(epochs) == parts
+    assert comparison.in_rounds(epochs) == parts
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """One epoch of each phase on a tenth of the embedded images, and one size beside the posteriors' own."""
-    config_of, load = trainings.config_of, command.load
+    config_of, load = chains.config_of, command.load
 
     def short(subject, data_dir):
         return config_of(subject, data_dir, epochs=1, noise_epochs=1, fine_tune_epochs=1)
@@ -149,7 +152,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(command, "config_of", short)
     monkeypatch.setattr(command, "load", few)
-    monkeypatch.setattr(trainings, "SIZES", ("own", "20 %"))
+    monkeypatch.setattr(chains, "SIZES", ("own", "20 %"))
 
 
 @pytest.mark.slow
@@ -160,7 +163,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
     assert table.load(output) == []
 
     trained = []
-    rows = trainings.PeerComparison.rows
+    rows = chains.ChainComparison.rows
 
     def first_ones(self, done):
         for row in rows(self, done):
@@ -170,7 +173,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
                 return
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainings.PeerComparison, "rows", first_ones)
+        patch.setattr(chains.ChainComparison, "rows", first_ones)
         assert benchmarks(arguments) == 0
     assert trained == [("dense", "dense"), ("dense", "trained"), ("own", "bmrs")]
     before = output.read_text("utf-8")
@@ -181,9 +184,9 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
     assert len({(row["size"], row["method"]) for row in found}) == len(found)
     assert {row["method"] for row in found if row["size"] == "20 %"} == {
         *("bmrs", "bmrs, uniform", "scratch", "paper's training, uniform"),
-        *trainings.RIVALS,
-        *trainings.WEIGHT_RATES,
-        *trainings.IN_ROUNDS,
+        *chains.RIVALS,
+        *chains.WEIGHT_RATES,
+        *chains.IN_ROUNDS,
     }
     for size in ("own", "20 %"):
         costs = [
@@ -196,7 +199,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
         assert row["epochs"] == (1 if row["method"] == "trained" else 3)
         assert 0 < row["accuracy"] <= 1
         assert ("pruned_accuracy" in row) == (
-            row["method"] not in ("dense", "trained", "scratch", *trainings.IN_ROUNDS)
+            row["method"] not in ("dense", "trained", "scratch", *chains.IN_ROUNDS)
         )
         assert ("refitted_accuracy" in row) == row["method"].startswith("bmrs")
         assert row["environment"]["torch"] == torch.__version__
@@ -221,6 +224,43 @@ def test_a_failure_is_named_and_the_others_go_on(quick, tmp_path, capsys):
     ]
     assert benchmarks(arguments) == 1
     assert "peers: mnist mlp 0: --data mnist needs --data-dir" in capsys.readouterr().err
+
+
+def test_nothing_to_train_is_an_error(capsys):
+    assert benchmarks(["peers", "--data", "cifar10", "--networks", "mlp", "lenet5"]) == 2
+    assert "resnet20 is trained on cifar10 alone" in capsys.readouterr().err
+
+
+def random_images(number, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorSplit(torch.randn(number, 3, 32, 32, generator=generator), torch.arange(number) % 10)
+
+
+def test_residual_networks_of_one_size(monkeypatch):
+    small = functools.partial(resnet20, width=8, blocks=1)
+    named = dataclasses.replace(registry.NETWORKS["resnet20"], build=small)
+    monkeypatch.setitem(registry.NETWORKS, "resnet20", named)
+    monkeypatch.setattr(residual, "SHARES", {"50 %": 0.5})
+    monkeypatch.setattr(residual, "IMAGES", 128)
+    monkeypatch.setattr(torch_pruning, "_STEPS", 20)
+    subject = comparison.Subject("cifar10", "resnet20", 0)
+    config = residual.config_of(subject, "somewhere", epochs=1, noise_epochs=1, fine_tune_epochs=1)
+    data = Dataset("cifar10", 10, random_images(200, 0), random_images(20, 1), random_images(20, 2))
+    few = residual.first_images(data)
+    assert len(few.train) == 128
+    wanted = ("bmrs", "L2, uniform", "Taylor, global", "Taylor, in rounds", "scratch")
+    ways = residual.ResidualComparison(subject, config, few, Deadline(), wanted)
+    rows = {row["method"]: row for row in ways.rows([])}
+    assert list(rows) == list(wanted)
+    full = flops(ways.trained, few.train.examples(1))
+    for method, found in rows.items():
+        assert found["flops"] <= rows["L2, uniform"]["flops"] <= full / 2
+        assert found["epochs"] == 3
+        assert len(found["widths"]) == 9
+        assert ("pruned_accuracy" in found) == (method not in ("scratch", "Taylor, in rounds"))
+    assert rows["bmrs"]["parameters"] <= rows["L2, uniform"]["parameters"]
+    assert rows["bmrs"]["widths"] == rows["scratch"]["widths"]
+    assert not list(ways.rows(list(rows.values())))
 
 
 def row(**values):
@@ -295,7 +335,7 @@ def test_rules_are_compared_structure_by_structure(tmp_path, monkeypatch, capsys
     load = rules.load_data
 
     def few(config, device):
-        data = load(trainings.config_of(trainings.Subject(EMBEDDED, "lenet5", 0), None), device)
+        data = load(chains.config_of(comparison.Subject(EMBEDDED, "lenet5", 0), None), device)
         return type(data)(
             data.name,
             10,

@@ -1,38 +1,32 @@
-"""The runs of one network, one data set and one seed: every way to a smaller network, in as many epochs."""
+"""Every way to a smaller chain of layers: LeNet-5 and the MLP."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bmrs
-from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers.budget import Chain
+from benchmarks.experiments.peers.comparison import CPU, Built, Comparison, Subject, Way, in_rounds, nothing
 from benchmarks.rivals import torch_pruning
 from bmrs.budget.joint_choice import JointChoice
-from bmrs.compaction.costs import flops, num_parameters
-from bmrs.data import EMBEDDED, DataName, Dataset
+from bmrs.data import EMBEDDED
 from bmrs.graph.capture import as_inputs
 from bmrs.graph.masked_graph import MaskedGraph, Unit
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.posteriors import PosteriorLearner
 from bmrs.training import TrainConfig, algorithm1, recipe
-from bmrs.training.checkpoint import TrainingState
 from bmrs.training.epoch import batches_of
 from bmrs.training.evaluation import accuracy
-from bmrs.training.fit import fit, fitting_state
-from bmrs.training.settings import PAPER_SETTINGS, PaperNetwork
+from bmrs.training.settings import PAPER_SETTINGS
 
-CPU = torch.device("cpu")
 SIZES = ("own", "40 %", "20 %", "8 %")
 """What the networks that are compared take: what the posteriors leave by themselves, and shares of the FLOPs."""
 
@@ -49,17 +43,6 @@ IN_ROUNDS = {"L2, in rounds": "L2", "Taylor, in rounds": "Taylor"}
 
 WEIGHT_RATES = {"weights trained slowly, uniform": 0.1, "weights trained, uniform": 1.0}
 """Variants that train the weights while the noise learns, at a share of the learning rate; on the embedded images."""
-
-
-class Subject(NamedTuple):
-    """A network on a data set, trained from a seed, which all ways prune."""
-
-    data: DataName
-    network: PaperNetwork
-    seed: int
-
-
-Row = dict[str, Any]
 
 
 def config_of(subject: Subject, data_dir: str | None, **epochs: int) -> TrainConfig:
@@ -96,65 +79,12 @@ def _learning_rate(subject: Subject) -> float:
     return PAPER_SETTINGS[subject.network, subject.data].lr if subject.network == "mlp" else 4e-3
 
 
-class Built(NamedTuple):
-    """A network that has been made in one of the ways.
+class ChainComparison(Comparison):
+    """All ways for a network of linear and convolution layers, each reading the one before it."""
 
-    Attributes:
-        model: as trained to the end.
-        before: test accuracies by name before any weight was trained after pruning.
-        epochs: of training in all.
-    """
-
-    model: nn.Module
-    before: dict[str, float]
-    epochs: int
-
-
-@dataclass(frozen=True, eq=False)
-class PeerComparison:
-    """All ways for one subject.
-
-    Attributes:
-        subject: What is pruned.
-        config: The options of the recipe; the others get as many epochs.
-        data: Preprocessed images.
-        deadline: Ends a training that is not done by then.
-        methods: The ways that are wanted; None for all.
-    """
-
-    subject: Subject
-    config: TrainConfig
-    data: Dataset
-    deadline: Deadline
-    methods: Sequence[str] | None = None
-
-    def rows(self, done: Sequence[Row]) -> Iterator[Row]:
-        """Train what is not done yet, and yield a row for each network, the most informative ones first."""
-        finished = {(row["size"], row["method"]) for row in done}
-        for size, method, build in self._ways():
-            if (size, method) in finished or (self.methods is not None and method not in self.methods):
-                continue
-            started = time.perf_counter()
-            built = build()
-            if built is None:
-                continue
-            yield {
-                **self.subject._asdict(),
-                "size": size,
-                "method": method,
-                "settings": self.config.settings._asdict(),
-                "epochs": built.epochs,
-                "widths": [len(built.model.get_submodule(name).weight) for name in self.chain.names],  # type: ignore[arg-type]
-                "parameters": num_parameters(built.model),
-                "flops": flops(built.model, self.data.test.examples(1)),
-                **{f"{name}_accuracy": value for name, value in built.before.items()},
-                "accuracy": accuracy(built.model, self.data.test),
-                "validation_accuracy": accuracy(built.model, self.data.validation),
-                "seconds": round(time.perf_counter() - started, 2),
-            }
-
-    def _ways(self) -> Iterator[tuple[str, str, Callable[[], Built | None]]]:
-        yield "dense", "dense", self._dense
+    def ways(self) -> Iterator[tuple[str, str, Way]]:
+        """Return size, name and way of each network, the most informative ones first."""
+        yield "dense", "dense", self.dense
         yield "dense", "trained", lambda: Built(self.trained, {}, self.config.settings.epochs)
         for size in SIZES:
             yield size, "bmrs", functools.partial(self._bmrs, size, uniform=False)
@@ -174,22 +104,15 @@ class PeerComparison:
 
     # What the ways have in common, made once.
 
+    @property
+    def layers(self) -> Sequence[str]:
+        """Names of the layers whose outputs can be pruned."""
+        return self.chain.names
+
     @functools.cached_property
     def chain(self) -> Chain:
         """The dense network's layers."""
         return Chain.of(recipe.untrained(self.config, self.data, CPU), self.data.test.examples(1))
-
-    @functools.cached_property
-    def trained(self) -> nn.Module:
-        """The network that all pruning starts from."""
-        return self._fit(recipe.untrained(self.config, self.data, CPU), self.config.settings.epochs)
-
-    @functools.cached_property
-    def noisy(self) -> nn.Module:
-        """The trained network with learned posteriors."""
-        state = recipe.noisy_state(self.trained, self.config, self.data, CPU)
-        recipe.learn_noise(state, self.data, self.config, save=_nothing, progress=self.deadline)
-        return state.model
 
     @functools.cached_property
     def evidence(self) -> list[Tensor]:
@@ -228,16 +151,12 @@ class PeerComparison:
             granularity="sample",
         ).resolved()
         state = algorithm1.new_state(config, self.data, noise=True, device=CPU)
-        algorithm1.train(state, self.data, config, save=_nothing, progress=self.deadline)
+        algorithm1.train(state, self.data, config, save=nothing, progress=self.deadline)
         for layer in noise_layers(state.model).values():
             layer.set_kept(torch.ones_like(layer.mask))  # the size decides how many stay
         return state.model
 
     # The ways.
-
-    def _dense(self) -> Built:
-        epochs = recipe.total_epochs(self.config, self.data)
-        return Built(self._fit(recipe.untrained(self.config, self.data, CPU), epochs), {}, epochs)
 
     def _bmrs(self, size: str, *, uniform: bool) -> Built | None:
         widths = self._uniform(size) if uniform else self._own_widths(size)
@@ -255,7 +174,7 @@ class PeerComparison:
         }
         start, _ = recipe.start_of_fine_tuning(model, self.trained, pruned, self.config, self.data)
         return Built(
-            self._fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
+            self.fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
         )
 
     def _scratch(self, size: str) -> Built | None:
@@ -265,7 +184,7 @@ class PeerComparison:
         examples = self.data.train.examples(2)
         same = bmrs.compact(_masked(self.noisy, self.evidence, widths), examples)
         epochs = recipe.total_epochs(self.config, self.data)
-        return Built(self._fit(recipe.untrained_copy(same, self.config), epochs), {}, epochs)
+        return Built(self.fit(recipe.untrained_copy(same, self.config), epochs), {}, epochs)
 
     def _rival(self, size: str, criterion: str, everywhere: bool) -> Built | None:
         scores = self.rivals_scores[criterion]
@@ -282,7 +201,7 @@ class PeerComparison:
         start = torch_pruning.pruned(self.trained, kept, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config, self.data)
-        return Built(self._fit(start, epochs - self.config.settings.epochs), before, epochs)
+        return Built(self.fit(start, epochs - self.config.settings.epochs), before, epochs)
 
     def _in_rounds(self, size: str, criterion: str) -> Built:
         epochs = recipe.total_epochs(self.config, self.data)
@@ -292,7 +211,7 @@ class PeerComparison:
             criterion,
             self.data.train,
             epochs=in_rounds(epochs - self.config.settings.epochs),
-            train=self._fit_in_place,
+            train=self.fit_in_place,
         )
         return Built(model, {}, epochs)
 
@@ -303,7 +222,7 @@ class PeerComparison:
         start = bmrs.compact(model, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = self.config.settings.fine_tune_epochs
-        return Built(self._fit(start, epochs), before, recipe.total_epochs(self.config, self.data))
+        return Built(self.fit(start, epochs), before, recipe.total_epochs(self.config, self.data))
 
     def _weights_trained(self, size: str, method: str) -> Built:
         model = self._noisy_with_weights(WEIGHT_RATES[method])
@@ -313,7 +232,7 @@ class PeerComparison:
         )
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config, self.data)
-        return Built(self._fit(start, self.config.settings.fine_tune_epochs), before, epochs)
+        return Built(self.fit(start, self.config.settings.fine_tune_epochs), before, epochs)
 
     @functools.cache  # noqa: B019 - as long as the comparison lives
     def _noisy_with_weights(self, share: float) -> nn.Module:
@@ -351,33 +270,6 @@ class PeerComparison:
     def _tuning_epochs(self) -> int:
         # Noise that settled early does not get longer fine-tuning here, so that all rows of a size compare.
         return self.config.settings.fine_tune_epochs
-
-    def _fit(self, model: nn.Module, epochs: int) -> nn.Module:
-        model = copy.deepcopy(model)
-        self._fit_in_place(model, epochs)
-        return model
-
-    def _fit_in_place(self, model: nn.Module, epochs: int) -> None:
-        state = fitting_state(model, self.config, CPU)
-        fit(
-            state,
-            self.data,
-            self.config,
-            epochs=epochs,
-            phase="fit",
-            save=_nothing,
-            progress=self.deadline,
-        )
-
-
-def in_rounds(epochs: int) -> tuple[int, ...]:
-    """Return how epochs are shared between three rounds: a quarter each, and the rest after the last one."""
-    early = [max(1, epochs // 4)] * min(2, epochs - 1)
-    return (*early, epochs - sum(early))
-
-
-def _nothing(state: TrainingState) -> None:
-    pass
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
