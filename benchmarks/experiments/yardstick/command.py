@@ -31,7 +31,7 @@ from benchmarks.experiments import paper_table
 from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.experiments.yardstick import networks
 from benchmarks.experiments.yardstick.networks import Name
-from benchmarks.experiments.yardstick.table import RUNS
+from benchmarks.experiments.yardstick.table import DEFAULTS, RUNS
 from benchmarks.options import positive
 from bmrs.data import Batch, DataError, Dataset, Split, TensorSplit, load_dataset
 from bmrs.files.atomic import write_atomically
@@ -41,7 +41,7 @@ from bmrs.training.fit import fit, fitting_state
 
 CPU = torch.device("cpu")
 
-BATCH, RATE, PRICE_EXPONENT = 128, 1.5e-3, 0.5
+BATCH, RATE, PRICE_EXPONENT = 128, DEFAULTS["fine_tune_lr"], 0.5
 VALIDATION = 1 / 12
 """Share of the training images that is left out of training, for choosing settings."""
 
@@ -103,6 +103,15 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[0.0],
         help="weights, from 0 to 1, of the trained network's softened answers in fine-tuning (0)",
     )
+    parser.add_argument(
+        "--fine-tune-lr", type=float, default=RATE, help="learning rate of fine-tuning (%(default)s)"
+    )
+    parser.add_argument(
+        "--augmentation",
+        choices=("none", "crop"),
+        default="none",
+        help="of images in fine-tuning: crop moves each by up to 3 pixels (%(default)s)",
+    )
     parser.add_argument("--epochs", type=positive, default=10, help="of training (%(default)s)")
     parser.add_argument("--fine-tune-epochs", type=positive, default=20, help="(%(default)s)")
     parser.add_argument(
@@ -134,16 +143,15 @@ class Runs:
         train, validation, test = (_whole(split) for split in (data.train, data.validation, data.test))
         return Dataset(data.name, data.num_classes, train, validation, test, image_size=28)
 
-    def config(self, distillation: float = 0.0) -> TrainConfig:
-        """Return what `bmrs train` would be told, for learning rate, batches, teacher and seed."""
+    def config(self, **options: Any) -> TrainConfig:
+        """Return what `bmrs train` would be told, for learning rate, batches and seed, and for other options."""
         return TrainConfig(
             data="mnist",
             data_dir=str(self.options.data_dir / "mnist"),
             seed=self.seed,
             device="cpu",
-            lr=RATE,
             batch_size=BATCH,
-            distillation=distillation,
+            **{"lr": RATE, **options},
         ).resolved()
 
     @functools.cached_property
@@ -155,7 +163,7 @@ class Runs:
         if path.exists():
             network.load_state_dict(load_file(path))
             return network
-        network = self._fitted(network, self.options.epochs)
+        network = self._fitted(network, self.options.epochs, self.config())
         write_atomically(path, serialize(network.state_dict()))
         return network
 
@@ -172,6 +180,8 @@ class Runs:
             "distillation": distillation,
             "epochs": self.options.epochs,
             "fine_tune_epochs": self.options.fine_tune_epochs,
+            "fine_tune_lr": self.options.fine_tune_lr,
+            "augmentation": self.options.augmentation,
         }
 
     def key(self, temperature: float, noise_lr: float, weight_lr: float, distillation: float) -> str:
@@ -210,8 +220,13 @@ class Runs:
         assert isinstance(small, nn.Sequential), "a chain stays one"
         small = networks.without_unread_features(small)
         pruned_error = self._error(small)
-        teacher = copy.deepcopy(self.trained).eval()
-        small = self._fitted(small, self.options.fine_tune_epochs, teacher=teacher, distillation=distillation)
+        config = self.config(
+            lr=self.options.fine_tune_lr,
+            augmentation=self.options.augmentation,
+            distillation=distillation,
+        )
+        teacher = copy.deepcopy(self.trained).eval() if distillation else None
+        small = self._fitted(small, self.options.fine_tune_epochs, config, teacher=teacher)
         widths = networks.architecture(small)
         return {
             **row,
@@ -224,24 +239,17 @@ class Runs:
         }
 
     def _fitted(
-        self,
-        network: nn.Sequential,
-        epochs: int,
-        *,
-        teacher: nn.Module | None = None,
-        distillation: float = 0.0,
+        self, network: nn.Sequential, epochs: int, config: TrainConfig, *, teacher: nn.Module | None = None
     ) -> nn.Sequential:
-        config = self.config(distillation)
-        state = fitting_state(network, config, CPU)
         fit(
-            state,
+            fitting_state(network, config, CPU),
             self.data,
             config,
             epochs=epochs,
             phase="fit",
             save=lambda state: None,
             progress=self.deadline,
-            teacher=teacher if distillation else None,
+            teacher=teacher,
         )
         return network.eval()
 
@@ -271,6 +279,7 @@ def _loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _key(row: paper_table.Row) -> str:
+    row = {**DEFAULTS, **row}
     names = (
         "network",
         "seed",
@@ -280,6 +289,7 @@ def _key(row: paper_table.Row) -> str:
         "distillation",
         "epochs",
         "fine_tune_epochs",
+        *DEFAULTS,
     )
     return json.dumps([row[name] for name in names])
 

@@ -14,6 +14,9 @@ from benchmarks.picture_files import DIGEST, DPI, digest, digest_in
 RUNS = "yardstick.jsonl"
 NAMES: dict[Name, str] = {"lenet5-caffe": "LeNet-5 (Caffe)", "lenet-300-100": "LeNet-300-100"}
 
+DEFAULTS: dict[str, Any] = {"fine_tune_lr": 1.5e-3, "augmentation": "none"}
+"""Settings of rows that were made before there was a choice."""
+
 Row = Any
 
 
@@ -56,7 +59,9 @@ def entries(name: Name, rows: Sequence[Row]) -> list[Entry]:
                 f", weights at {row['weight_lr']:g}, noise at {row['noise_lr']:g}" if row["weight_lr"] else ""
             )
             teacher = f", teacher {row['distillation']:g}" if row["distillation"] else ""
-            way = f"T = {row['temperature']:g}{weights}{teacher}, seed {row['seed']}"
+            moved = ", moved images" if row.get("augmentation", "none") == "crop" else ""
+            epochs = f", {row['fine_tune_epochs']} epochs"
+            way = f"T = {row['temperature']:g}{weights}{teacher}{moved}{epochs}, seed {row['seed']}"
             of = Takes(row["parameters"], row["flops"])
             found.append(Entry("**this recipe**", way, tuple(row["widths"]), of, row["error"], ours=True))
     return sorted(found, key=lambda entry: (entry.takes.parameters, entry.error))

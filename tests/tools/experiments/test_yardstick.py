@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import bmrs
-from benchmarks.experiments.yardstick import networks, table
+from benchmarks.experiments.deadline import Deadline
+from benchmarks.experiments.yardstick import command, networks, table
 from benchmarks.experiments.yardstick.networks import Name, Takes
 from benchmarks.records import RESULTS
 from bmrs.compaction.costs import flops, num_parameters
+from bmrs.data import Dataset, TensorSplit
 
 NETWORKS = get_args(Name)
 
@@ -89,6 +91,38 @@ def test_committed_networks_take_what_their_rows_say():
         if not row["emptied"]:
             assert tuple(networks.takes(row["network"], row["widths"])) == (row["parameters"], row["flops"])
     assert "**this recipe**" in table.readme(RESULTS)
+
+
+def test_runs_are_told_apart_by_all_settings_and_older_rows_have_the_defaults():
+    def runs(*options):
+        arguments = ["--data-dir", "somewhere", "--output", "elsewhere", *options]
+        return command.Runs("lenet5-caffe", 3, command._parsed(arguments), Deadline())
+
+    settings = runs().settings(10.0, 5e-3, 1e-3, 0.5)
+    older = {name: value for name, value in settings.items() if name not in table.DEFAULTS}
+    assert command._key(older) == runs().key(10.0, 5e-3, 1e-3, 0.5)
+    for options in (["--augmentation", "crop"], ["--fine-tune-lr", "1"], ["--fine-tune-epochs", "1"]):
+        assert runs(*options).key(10.0, 5e-3, 1e-3, 0.5) != command._key(older)
+
+
+@pytest.mark.slow
+def test_a_run_is_the_recipe_by_library_calls(tmp_path):
+    labels = torch.arange(512) % 10
+    images = torch.randn(512, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    images[torch.arange(512), 0, 2 * labels + 4] += 2  # a line for each class
+    split = TensorSplit(images, labels)
+    arguments = (
+        f"--data-dir {tmp_path} --output {tmp_path} --epochs 3 --fine-tune-epochs 3 --augmentation crop"
+    )
+    options = command._parsed(arguments.split())
+    runs = command.Runs("lenet-300-100", 0, options, Deadline())
+    runs.data = Dataset("mnist", 10, split, split, split, image_size=28)
+    row = runs.row(0.1, 0.5, 0.0, 0.5)
+    assert tuple(networks.takes("lenet-300-100", row["widths"])) == (row["parameters"], row["flops"])
+    assert row["augmentation"] == "crop"
+    assert row["fine_tune_lr"] == 1.5e-3
+    assert row["error"] < 50
+    assert (tmp_path / "lenet-300-100-0-3.safetensors").exists()
 
 
 def test_a_feature_that_is_read_keeps_its_place():
