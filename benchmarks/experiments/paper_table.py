@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.experiments.published import PUBLISHED, Published
 from benchmarks.granularities import equivalent
 from benchmarks.markdown import table
 from bmrs.training import RunError
@@ -15,7 +16,7 @@ from bmrs_kernels.options import Granularity
 
 Row = Mapping[str, Any]
 
-RUNS = "runs.jsonl"
+RUNS, JUDGED = "runs.jsonl", "judged.jsonl"
 # In the order of the table.
 NAMES = {
     "mnist": "MNIST",
@@ -27,6 +28,8 @@ NAMES = {
     "element": "element",
     "sample": "sample",
     "batch": "batch",
+    "none": "none, without noise",
+    "l2": "L2",
     "bmrs-n": "BMRS_N",
     "bmrs-u-8": "BMRS_U-8",
     "bmrs-u-4": "BMRS_U-4",
@@ -43,6 +46,14 @@ class Group(NamedTuple):
     epochs: tuple[int, int]  # of training and of fine-tuning
     granularity: Granularity
     criterion: str
+
+    @property
+    def published(self) -> Published | None:
+        """What the paper has."""
+        usual = self.epochs == (50, 10) and "element" in equivalent(
+            self.granularity, of_matrices=self.network == "mlp"
+        )
+        return PUBLISHED.get((self.network, self.data, self.criterion)) if usual else None
 
 
 def load(path: Path) -> list[Row]:
@@ -69,48 +80,69 @@ def readme(results: Path) -> str:
         return ""
     machines = {row["environment"].get("GPU") or row["environment"]["CPU"] for row in rows}
     versions = {row["environment"]["torch"] for row in rows}
+    rows = [*rows, *map(_l2_run, load(results / "paper" / JUDGED))]
     return f"{', '.join(sorted(machines))}; torch {', '.join(sorted(versions))}:\n\n{as_markdown(rows)}"
+
+
+def _l2_run(judged: Row) -> Row:
+    """Return what pruning by L2 norms after training came to, at BMRS_N's compression, as a finished run."""
+    _, compression, accuracy, *_ = judged["criteria"]["l2"]["stop"]
+    return {
+        **{name: judged[name] for name in ("data", "network", "granularity", "seed", "settings")},
+        "criterion": "l2",
+        "compression_percent": compression,
+        "test_accuracy": accuracy / 100,
+        "failure": None,
+        "seconds": None,
+        "cuda_graph": False,
+        "jobs": 1,
+    }
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return means and standard deviations over the seeds, and the runs that failed."""
     groups: dict[Group, list[Row]] = {}
-    dense: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         epochs = row["settings"]["epochs"], row["settings"]["fine_tune_epochs"]
-        setting = row["data"], row["network"], epochs
-        if row["criterion"] is None:
-            dense.setdefault(setting, []).append(row)
-        else:
-            groups.setdefault(Group(*setting, row["granularity"], row["criterion"]), []).append(row)
+        group = Group(
+            row["data"], row["network"], epochs, row["granularity"] or "element", row["criterion"] or "none"
+        )
+        groups.setdefault(group, []).append(row)
     lines = []
     for group in sorted(groups, key=_place):
         finished = [row for row in groups[group] if not row["failure"]]
-        without_noise = [row for row in dense.get(group[:3], []) if not row["failure"]]
+        published, dense = group.published, group.criterion == "none"
+        seconds = [row["seconds"] for row in groups[group] if row["seconds"] is not None]
         lines.append(
             (
                 NAMES[group.data],
                 NAMES[group.network],
-                " = ".join(equivalent(group.granularity, of_matrices=group.network == "mlp")),
+                ""
+                if dense
+                else " = ".join(equivalent(group.granularity, of_matrices=group.network == "mlp")),
                 NAMES[group.criterion],
                 " + ".join(map(str, group.epochs)),
                 len(finished),
-                _spread(row["compression_percent"] for row in finished),
+                "" if dense else _spread(row["compression_percent"] for row in finished),
                 _spread(100 * row["test_accuracy"] for row in finished),
+                "" if published is None or dense else _mean_and_deviation(*published.compression),
+                "" if published is None else _mean_and_deviation(*published.accuracy),
                 " ".join(f"{100 * row['test_accuracy']:.2f}" for row in finished),
-                _spread(100 * row["test_accuracy"] for row in without_noise),
-                f"{statistics.mean(row['seconds'] for row in groups[group]):.1f}",
+                f"{statistics.mean(seconds):.1f}" if seconds else "",
                 " and ".join(dict.fromkeys(_way(row) for row in groups[group])),
             )
         )
     columns = (
         *("data", "network", "granularity", "criterion", "epochs", "seeds"),
-        *("compression, %", "test accuracy, %", "each seed", "without noise, %", "seconds a run", "steps"),
+        *("compression, %", "test accuracy, %", "the paper's compression, %", "its accuracy, %"),
+        *("each seed", "seconds a run", "steps"),
     )
     parts = [
         table(columns, lines),
         "Means ± standard deviations over the seeds. Compression is the paper's: the share of all trainable values, "
-        "μ and log σ too, that pruning makes superfluous. Accuracy is that of the masked network with E[θ].",
+        "μ and log σ too, that pruning makes superfluous. Accuracy is that of the masked network with E[θ]. The "
+        "paper's own are of ten runs (arXiv 2406.01345, Table 1). L2 norms prune the network that was trained without "
+        "pruning, and as many structures as BMRS_N does there without the 2π.",
     ]
     failed = [
         f"- {row['data']}, {row['network']}, {row['granularity']}, {row['criterion']}, seed {row['seed']}: "
@@ -137,5 +169,9 @@ def _spread(values: Iterable[float]) -> str:
     found = list(values)
     if not found:
         return ""
-    mean = f"{statistics.mean(found):.2f}"
-    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.2f}"
+    mean = statistics.mean(found)
+    return f"{mean:.2f}" if len(found) == 1 else _mean_and_deviation(mean, statistics.stdev(found))
+
+
+def _mean_and_deviation(mean: float, deviation: float) -> str:
+    return f"{mean:.2f} ± {deviation:.2f}"

@@ -12,13 +12,14 @@ from torch import Tensor
 
 import bmrs_kernels
 from benchmarks.experiments import paper_table
+from benchmarks.experiments.paper_table import JUDGED
 from benchmarks.experiments.small_networks import scores
 from benchmarks.markdown import table
 from bmrs_kernels.constants import LOWER, UPPER
 
 Row = Any
 
-JUDGED, FORMULAS = "judged.jsonl", "formulas.jsonl"
+FORMULAS = "formulas.jsonl"
 CRITERIA = {
     "bmrs-n": "BMRS_N, exact",
     "bmrs-n-authors": "BMRS_N, without the 2π",

@@ -165,7 +165,7 @@ def test_command_keeps_every_run_and_starts_none_again(few_images, tmp_path, cap
         assert (row["cuda_graph"], row["jobs"], row["failure"]) == (False, 1, None)
     table = (tmp_path / "paper.md").read_text("utf-8")
     assert table in printed.out
-    assert [line["criterion"] for line in cells(table)] == ["BMRS_N", "E[θ]"]
+    assert [line["criterion"] for line in cells(table)] == ["none, without noise", "BMRS_N", "E[θ]"]
 
     # One more criterion: the others are not run again.
     more = [*QUICK, "--criteria", "bmrs-n", "snr", "mean", "--output", str(tmp_path)]
@@ -176,8 +176,8 @@ def test_command_keeps_every_run_and_starts_none_again(few_images, tmp_path, cap
     assert main(["paper", *QUICK, "--fine-tune-epochs", "2", "--output", str(tmp_path)]) == 0
     assert len(rows_in(tmp_path)) == 7
     assert [line["epochs"] for line in cells((tmp_path / "paper.md").read_text("utf-8"))] == [
-        *["1 + 1"] * 3,
-        *["1 + 2"] * 2,
+        *["1 + 1"] * 4,
+        *["1 + 2"] * 3,
     ]
 
 
@@ -216,7 +216,7 @@ def test_a_run_with_a_nan_is_kept_and_reported(few_images, tmp_path, capsys, mon
     assert main(["paper", *QUICK, "--output", str(tmp_path)]) == 1
     assert rows_in(tmp_path)[-1]["failure"] == "NaN or infinity at epoch 1"
     table = capsys.readouterr().out
-    assert [line["seeds"] for line in cells(table)] == ["1", "0"]
+    assert [line["seeds"] for line in cells(table)] == ["1", "1", "0"]
     assert f"- {EMBEDDED}, mlp, element, mean, seed 0: NaN or infinity at epoch 1" in table
 
 
@@ -356,7 +356,9 @@ def test_table_has_means_and_standard_deviations_over_the_seeds():
         row_of(PaperRun(0, "fashion-mnist-subset", "lenet5", "sample", "mean"), cuda_graph=True, jobs=4),
         row_of(PaperRun(0, "fashion-mnist-subset", "lenet5", "element", "snr")),
     ]
-    first, second, third = cells(paper_table.as_markdown(rows))
+    dense, first, second, third = cells(paper_table.as_markdown(rows))
+    assert (dense["criterion"], dense["test accuracy, %"]) == ("none, without noise", "91.00 ± 1.00")
+    assert dense["compression, %"] == dense["granularity"] == ""
     assert first == {
         "data": "Fashion-MNIST subset",
         "network": "MLP",
@@ -366,15 +368,44 @@ def test_table_has_means_and_standard_deviations_over_the_seeds():
         "seeds": "3",
         "compression, %": "50.00 ± 10.00",
         "test accuracy, %": "82.00 ± 2.00",
+        "the paper's compression, %": "",
+        "its accuracy, %": "",
         "each seed": "80.00 82.00 84.00",
-        "without noise, %": "91.00 ± 1.00",
         "seconds a run": "2.8",
         "steps": "eager",
     }
     assert (second["granularity"], second["criterion"]) == ("element", "SNR")
     assert (third["granularity"], third["criterion"]) == ("sample", "E[θ]")
-    assert (third["compression, %"], third["without noise, %"]) == ("50.00", "")
+    assert third["compression, %"] == "50.00"
     assert third["steps"] == "CUDA graph, 4 runs at a time"
+
+
+def test_the_papers_own_results_stand_beside_runs_with_its_settings():
+    settings = {**row_of(NOISY)["settings"], "epochs": 50, "fine_tune_epochs": 10}
+    ours = row_of(NOISY, data="mnist", criterion="bmrs-n", settings=settings)
+    rows = [
+        ours,
+        {**ours, "settings": {**settings, "epochs": 5}},
+        {**ours, "granularity": None, "criterion": None},
+    ]
+    found = cells(paper_table.as_markdown(rows))
+    assert [(line["the paper's compression, %"], line["its accuracy, %"]) for line in found] == [
+        ("", ""),
+        ("", "97.43 ± 0.14"),
+        ("48.86 ± 1.32", "96.95 ± 0.19"),
+    ]
+
+
+def test_pruning_by_l2_norms_is_taken_from_judged_networks(tmp_path):
+    (tmp_path / "paper").mkdir()
+    judged = {**row_of(NOISY, data="mnist"), "criteria": {"l2": {"stop": [600, 42.8, 8.92]}}}
+    judged["settings"] = {**judged["settings"], "epochs": 50, "fine_tune_epochs": 10}
+    (tmp_path / "paper" / "runs.jsonl").write_text(json.dumps(row_of(NOISY)) + "\n", "utf-8")
+    (tmp_path / "paper" / "judged.jsonl").write_text(json.dumps(judged) + "\n", "utf-8")
+    line = cells(paper_table.readme(tmp_path))[0]
+    assert (line["criterion"], line["compression, %"], line["test accuracy, %"]) == ("L2", "42.80", "8.92")
+    assert (line["the paper's compression, %"], line["its accuracy, %"]) == ("43.11 ± 2.06", "10.39 ± 0.32")
+    assert line["seconds a run"] == ""
 
 
 def test_readme_has_the_table_of_committed_runs_and_nothing_without(tmp_path):
