@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ from benchmarks.experiments.yardstick.networks import Name
 from benchmarks.experiments.yardstick.table import DEFAULTS, RUNS
 from benchmarks.options import positive
 from bmrs.data import Batch, DataError, Dataset, Split, TensorSplit, load_dataset
+from bmrs.data.augmentation import augment
 from bmrs.files.atomic import write_atomically
 from bmrs.training import ConfigError, RunError, TrainConfig
 from bmrs.training.evaluation import accuracy
@@ -107,10 +109,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--fine-tune-lr", type=float, default=RATE, help="learning rate of fine-tuning (%(default)s)"
     )
     parser.add_argument(
-        "--augmentation",
-        choices=("none", "crop"),
-        default="none",
-        help="of images in fine-tuning: crop moves each by up to 3 pixels (%(default)s)",
+        "--moves",
+        type=int,
+        default=0,
+        help="pixels that images of fine-tuning are moved by at most, each at random (%(default)s)",
     )
     parser.add_argument("--epochs", type=positive, default=10, help="of training (%(default)s)")
     parser.add_argument("--fine-tune-epochs", type=positive, default=20, help="(%(default)s)")
@@ -181,7 +183,7 @@ class Runs:
             "epochs": self.options.epochs,
             "fine_tune_epochs": self.options.fine_tune_epochs,
             "fine_tune_lr": self.options.fine_tune_lr,
-            "augmentation": self.options.augmentation,
+            "moves": self.options.moves,
         }
 
     def key(self, temperature: float, noise_lr: float, weight_lr: float, distillation: float) -> str:
@@ -220,13 +222,11 @@ class Runs:
         assert isinstance(small, nn.Sequential), "a chain stays one"
         small = networks.without_unread_features(small)
         pruned_error = self._error(small)
-        config = self.config(
-            lr=self.options.fine_tune_lr,
-            augmentation=self.options.augmentation,
-            distillation=distillation,
-        )
+        config = self.config(lr=self.options.fine_tune_lr, distillation=distillation)
         teacher = copy.deepcopy(self.trained).eval() if distillation else None
-        small = self._fitted(small, self.options.fine_tune_epochs, config, teacher=teacher)
+        small = self._fitted(
+            small, self.options.fine_tune_epochs, config, moves=self.options.moves, teacher=teacher
+        )
         widths = networks.architecture(small)
         return {
             **row,
@@ -239,11 +239,20 @@ class Runs:
         }
 
     def _fitted(
-        self, network: nn.Sequential, epochs: int, config: TrainConfig, *, teacher: nn.Module | None = None
+        self,
+        network: nn.Sequential,
+        epochs: int,
+        config: TrainConfig,
+        *,
+        moves: int = 0,
+        teacher: nn.Module | None = None,
     ) -> nn.Sequential:
+        data = (
+            replace(self.data, train=_moved(self.data.train, moves, seed=self.seed)) if moves else self.data
+        )
         fit(
             fitting_state(network, config, CPU),
-            self.data,
+            data,
             config,
             epochs=epochs,
             phase="fit",
@@ -260,6 +269,18 @@ class Runs:
 def _whole(split: Split) -> TensorSplit:
     images, labels = next(split.in_order(len(split)))
     return TensorSplit((images / 255 - 0.1307) / 0.3081, labels)
+
+
+def _moved(split: Split, most: int, *, seed: int) -> TensorSplit:
+    """Return images that are elsewhere each time they are looked at, by so many pixels at most."""
+    assert isinstance(split, TensorSplit), "MNIST is held in memory"
+    black = split.images.min()
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(images: Tensor) -> Tensor:
+        return augment(images - black, padding=most, flip=False, generator=generator) + black
+
+    return TensorSplit(split.images, split.labels, move)
 
 
 class Shuffled:

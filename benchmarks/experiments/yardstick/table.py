@@ -14,7 +14,7 @@ from benchmarks.picture_files import DIGEST, DPI, digest, digest_in
 RUNS = "yardstick.jsonl"
 NAMES: dict[Name, str] = {"lenet5-caffe": "LeNet-5 (Caffe)", "lenet-300-100": "LeNet-300-100"}
 
-DEFAULTS: dict[str, Any] = {"fine_tune_lr": 1.5e-3, "augmentation": "none"}
+DEFAULTS: dict[str, Any] = {"fine_tune_lr": 1.5e-3, "moves": 0}
 """Settings of rows that were made before there was a choice."""
 
 Row = Any
@@ -59,7 +59,7 @@ def entries(name: Name, rows: Sequence[Row]) -> list[Entry]:
                 f", weights at {row['weight_lr']:g}, noise at {row['noise_lr']:g}" if row["weight_lr"] else ""
             )
             teacher = f", teacher {row['distillation']:g}" if row["distillation"] else ""
-            moved = ", moved images" if row.get("augmentation", "none") == "crop" else ""
+            moved = f", moved by {row['moves']}" if row.get("moves") else ""
             epochs = f", {row['fine_tune_epochs']} epochs"
             way = f"T = {row['temperature']:g}{weights}{teacher}{moved}{epochs}, seed {row['seed']}"
             of = Takes(row["parameters"], row["flops"])

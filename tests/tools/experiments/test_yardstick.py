@@ -101,8 +101,22 @@ def test_runs_are_told_apart_by_all_settings_and_older_rows_have_the_defaults():
     settings = runs().settings(10.0, 5e-3, 1e-3, 0.5)
     older = {name: value for name, value in settings.items() if name not in table.DEFAULTS}
     assert command._key(older) == runs().key(10.0, 5e-3, 1e-3, 0.5)
-    for options in (["--augmentation", "crop"], ["--fine-tune-lr", "1"], ["--fine-tune-epochs", "1"]):
+    for options in (["--moves", "2"], ["--fine-tune-lr", "1"], ["--fine-tune-epochs", "1"]):
         assert runs(*options).key(10.0, 5e-3, 1e-3, 0.5) != command._key(older)
+
+
+def test_moved_images_are_the_same_ones_elsewhere_with_a_black_margin():
+    images = torch.full((64, 1, 5, 5), -0.4)
+    images[:, :, 2, 2] = 2.0
+    split = command._moved(TensorSplit(images, torch.arange(64)), 1, seed=0)
+    (one, labels), (other, _) = (next(split.batches([torch.arange(64)])) for _ in range(2))
+    assert torch.equal(labels, torch.arange(64))
+    assert not torch.equal(one, other)
+    for moved in (one, other):
+        assert ((moved == 2.0).sum(dim=(1, 2, 3)) == 1).all()
+        assert moved.min() == -0.4
+        assert (moved[:, :, [0, 4]] < 0).all()
+        assert (moved[:, :, 1:4, 1:4] > 0).any(dim=0).all()
 
 
 @pytest.mark.slow
@@ -111,15 +125,13 @@ def test_a_run_is_the_recipe_by_library_calls(tmp_path):
     images = torch.randn(512, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     images[torch.arange(512), 0, 2 * labels + 4] += 2  # a line for each class
     split = TensorSplit(images, labels)
-    arguments = (
-        f"--data-dir {tmp_path} --output {tmp_path} --epochs 3 --fine-tune-epochs 3 --augmentation crop"
-    )
+    arguments = f"--data-dir {tmp_path} --output {tmp_path} --epochs 3 --fine-tune-epochs 3 --moves 1"
     options = command._parsed(arguments.split())
     runs = command.Runs("lenet-300-100", 0, options, Deadline())
     runs.data = Dataset("mnist", 10, split, split, split, image_size=28)
     row = runs.row(0.1, 0.5, 0.0, 0.5)
     assert tuple(networks.takes("lenet-300-100", row["widths"])) == (row["parameters"], row["flops"])
-    assert row["augmentation"] == "crop"
+    assert row["moves"] == 1
     assert row["fine_tune_lr"] == 1.5e-3
     assert row["error"] < 50
     assert (tmp_path / "lenet-300-100-0-3.safetensors").exists()
