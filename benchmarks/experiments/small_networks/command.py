@@ -25,9 +25,9 @@ from benchmarks.environment import environment
 from benchmarks.experiments import paper, paper_table
 from benchmarks.experiments.deadline import OutOfTimeError
 from benchmarks.experiments.paper import Conditions, PaperRun
-from benchmarks.experiments.small_networks.formulas import as_printed
+from benchmarks.experiments.small_networks.formulas import as_printed, pruned_by_snr
 from benchmarks.experiments.small_networks.judging import judge
-from benchmarks.experiments.small_networks.table import FORMULAS, JUDGED
+from benchmarks.experiments.small_networks.table import BY_SNR, FORMULAS, JUDGED
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.granularities import GRANULARITIES
 from benchmarks.options import positive
@@ -35,7 +35,7 @@ from bmrs.data import DataError, DataName
 from bmrs.training import ConfigError, NonFiniteError, RunError
 from bmrs.training.settings import PaperNetwork
 
-STAGES = ("dense", "train", "judge", "formulas", "continuous")
+STAGES = ("dense", "train", "judge", "formulas", "continuous", "snr")
 NETWORKS = "networks.jsonl"
 
 
@@ -125,6 +125,14 @@ def _rows(stage: str, trunk: Trunk, options: argparse.Namespace) -> Any:
             row = judge(trunk, load(), tune_epochs=options.tune_epochs)
             print(f"judged {' '.join(map(str, subject))}: {row['seconds']} s", file=sys.stderr, flush=True)
             yield JUDGED, row
+    elif stage == "snr":
+        by_snr = [(_key(row), row["as_computed"]) for row in paper_table.load(folder / BY_SNR)]
+        for as_computed in (True, False):
+            if (_key({**subject._asdict(), "settings": settings}), as_computed) not in by_snr:
+                row = pruned_by_snr(trunk, load(), as_computed=as_computed)
+                what = f"{' '.join(map(str, subject))} by SNR, {'as computed' if as_computed else 'right'}"
+                print(f"{what}: {row['kept'][-1]}, {row['test_accuracy']}%", file=sys.stderr, flush=True)
+                yield BY_SNR, row
     elif stage == "continuous" and trunk.network.exists():
         for criterion in options.criteria:
             run = PaperRun(subject.seed, subject.data, subject.network, subject.granularity, criterion)

@@ -42,6 +42,46 @@ def as_printed(trunk: Trunk, data: Dataset) -> Row:
     return {**trunk.subject._asdict(), "settings": config.settings._asdict(), "epochs": found}
 
 
+def pruned_by_snr(trunk: Trunk, data: Dataset, *, as_computed: bool) -> Row:
+    """Train with pruning by SNR ≤ 1 after every epoch, as the authors' code prunes: the last structure of a layer too.
+
+    Args:
+        trunk: whose settings the training has; numbers other than the SNR are right.
+        data: the images.
+        as_computed: whether the SNR is computed as the authors' code does, in which case NaN prunes.
+    """
+    config = trunk.config
+    state = algorithm1.new_state(config, data, noise=True, device=CPU)
+    layers = noise_layers(state.model)
+    wrongly = 0
+
+    def prune(state: TrainingState) -> None:
+        nonlocal wrongly
+        if len(state.history) > config.settings.epochs:
+            return
+        for layer in layers.values():
+            going = layer.mask & bmrs.SNR()(layer).prune
+            if as_computed:
+                computed = layer.mask & ~(snr_as_computed(layer.mu, layer.log_sigma) > 1)
+                wrongly += int((computed & ~going).sum())
+                going = computed
+            layer.set_kept(layer.mask & ~going)
+        # Nothing is pruned by the training itself, which would have to compact a network without a layer.
+        state.history[-1]["kept"] = {name: int(layer.mask.sum()) for name, layer in layers.items()}
+
+    algorithm1.train(state, data, config, save=prune, progress=Deadline(trunk.conditions.deadline))
+    return {
+        **trunk.subject._asdict(),
+        "settings": config.settings._asdict(),
+        "as_computed": as_computed,
+        "pruned_wrongly": wrongly,
+        "kept": [list(row["kept"].values()) for row in state.history],
+        "test_accuracy": round(100 * accuracy(state.model, data.test), 2),
+        "seconds": round(sum(row["seconds"] for row in state.history), 1),
+    }
+
+
+@torch.no_grad()
 def snr_as_computed(mu: Tensor, log_sigma: Tensor, lower: float = -20.0, upper: float = 0.0) -> Tensor:
     """Return E[θ]/sd(θ) with moments from exp(x²)·erfc(x), in which an overflow of exp(x²) counts as 1.
 

@@ -19,7 +19,7 @@ from bmrs_kernels.constants import LOWER, UPPER
 
 Row = Any
 
-FORMULAS = "formulas.jsonl"
+FORMULAS, BY_SNR = "formulas.jsonl", "by_snr.jsonl"
 CRITERIA = {
     "bmrs-n": "BMRS_N, exact",
     "bmrs-n-authors": "BMRS_N, without the 2π",
