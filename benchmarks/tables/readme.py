@@ -301,6 +301,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "paper": paper_table.readme,
     "post-training": small_table.readme,
     "formulas": small_table.formulas,
+    "by-snr": small_table.by_snr,
     "knowledge": small_table.knowledge,
     "yardstick": yardstick_table.readme,
     "peers": peers_table.readme,

@@ -223,6 +223,30 @@ def formulas(results: Path) -> str:
     return table(columns, lines) if lines else ""
 
 
+def by_snr(results: Path) -> str:
+    """Return what is left of networks that were pruned by SNR after every epoch, down to the last structure."""
+    lines = []
+    for group, rows in grouped(paper_table.load(results / "paper" / BY_SNR)).items():
+        for row in sorted(rows, key=lambda row: (row["seed"], row["as_computed"])):
+            empty = [epoch for epoch, kept in enumerate(row["kept"], start=1) if 0 in kept]
+            lines.append(
+                (
+                    str(group),
+                    row["seed"],
+                    "as the authors compute it" if row["as_computed"] else "right",
+                    row["pruned_wrongly"],
+                    empty[0] if empty else "never",
+                    "-".join(map(str, row["kept"][-1])),
+                    f"{row['test_accuracy']:.2f}",
+                )
+            )
+    columns = (
+        *("network", "seed", "the ratio is", "pruned though it is above 1", "a layer is empty from epoch"),
+        *("left in the end", "test accuracy, %"),
+    )
+    return table(columns, lines) if lines else ""
+
+
 class Structures(NamedTuple):
     """What is known of every structure of a network, all layers behind each other.
 

@@ -12,7 +12,7 @@ import bmrs
 from benchmarks.__main__ import main
 from benchmarks.experiments import paper
 from benchmarks.experiments.paper import Conditions, PaperRun
-from benchmarks.experiments.small_networks import judging, pictures, scores, table
+from benchmarks.experiments.small_networks import formulas, judging, pictures, scores, table
 from benchmarks.experiments.small_networks.formulas import snr_as_computed
 from benchmarks.experiments.small_networks.judging import Judging
 from benchmarks.experiments.small_networks.narrow import narrowed
@@ -93,6 +93,7 @@ def test_the_command_goes_on_and_its_rows_make_tables(few_images, monkeypatch, t
         "networks.jsonl": 1,
         "judged.jsonl": 1,
         "formulas.jsonl": 1,
+        "by_snr.jsonl": 2,
     }
     assert main(command) == 0
     assert written == {path.name: path.read_text("utf-8") for path in output.glob("*.jsonl")}
@@ -101,11 +102,24 @@ def test_the_command_goes_on_and_its_rows_make_tables(few_images, monkeypatch, t
     assert "BMRS_U-8" in table.every_seed(tmp_path)
     assert "½ SNR²" in table.knowledge(tmp_path)
     assert table.formulas(tmp_path).count("\n") == 3 + 1  # header, and each epoch that was looked at
+    assert "| as the authors compute it | 0 | never | 6-16-120-84 |" in table.by_snr(tmp_path)
     assert len(pictures.stale_files(tmp_path)) == len(pictures.PICTURES)
     pictures.write(tmp_path)
     table.write(tmp_path)
     assert not pictures.stale_files(tmp_path)
     assert not table.stale_files(tmp_path)
+
+
+def test_a_ratio_that_is_nan_takes_the_last_structure_too(few_images, monkeypatch, tmp_path):
+    trunk = Trunk(Subject(EMBEDDED, "mlp", "element", 0), CONDITIONS, tmp_path)
+    right = formulas.pruned_by_snr(trunk, few_images, as_computed=False)
+    assert right["kept"] == [[150, 150]] * 4
+    assert right["pruned_wrongly"] == 0
+    monkeypatch.setattr(formulas, "snr_as_computed", lambda mu, log_sigma: torch.full_like(mu, math.nan))
+    printed = formulas.pruned_by_snr(trunk, few_images, as_computed=True)
+    assert printed["kept"][0] == [0, 0]
+    assert printed["pruned_wrongly"] == 300
+    assert printed["test_accuracy"] < right["test_accuracy"]
 
 
 def test_an_order_never_empties_a_layer_and_takes_the_least_first():
