@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.experiments import paper, paper_table
+from benchmarks.experiments import paper, paper_table, published
 from benchmarks.experiments.paper import Conditions, PaperRun
 from benchmarks.tables import readme
 from bmrs.data import EMBEDDED, TensorSplit
@@ -368,6 +368,7 @@ def test_table_has_means_and_standard_deviations_over_the_seeds():
         "seeds": "3",
         "compression, %": "50.00 ± 10.00",
         "test accuracy, %": "82.00 ± 2.00",
+        "compression as the authors count, %": "",
         "the paper's compression, %": "",
         "its accuracy, %": "",
         "each seed": "80.00 82.00 84.00",
@@ -382,13 +383,15 @@ def test_table_has_means_and_standard_deviations_over_the_seeds():
 
 def test_the_papers_own_results_stand_beside_runs_with_its_settings():
     settings = {**row_of(NOISY)["settings"], "epochs": 50, "fine_tune_epochs": 10}
-    ours = row_of(NOISY, data="mnist", criterion="bmrs-n", settings=settings)
+    kept = {"first": 75, "second": 150}
+    ours = row_of(NOISY, data="mnist", criterion="bmrs-n", settings=settings, kept=kept)
     rows = [
         ours,
         {**ours, "settings": {**settings, "epochs": 5}},
         {**ours, "granularity": None, "criterion": None},
     ]
     found = cells(paper_table.as_markdown(rows))
+    assert [line["compression as the authors count, %"] for line in found] == ["", "", "49.41"]
     assert [(line["the paper's compression, %"], line["its accuracy, %"]) for line in found] == [
         ("", ""),
         ("", "97.43 ± 0.14"),
@@ -396,9 +399,30 @@ def test_the_papers_own_results_stand_beside_runs_with_its_settings():
     ]
 
 
+@pytest.mark.parametrize(
+    ("network", "data", "kept", "percent"),
+    [
+        ("mlp", "fashion-mnist", (150, 150), 0.0),
+        ("mlp", "fashion-mnist", (0, 0), 99.83),  # 310 biases stay, as the paper has it
+        ("lenet5", "mnist", (6, 16, 120, 84), 0.0),
+        ("lenet5", "cifar10", (6, 16, 120, 84), 0.0),
+        ("lenet5", "mnist", (6, 8, 120, 84), 100 * (8 * (6 * 25 + 2)) / (61_706 + 2 * 226)),
+    ],
+)
+def test_the_authors_count_takes_no_biases_off_and_no_columns_behind_a_flattening(
+    network, data, kept, percent
+):
+    settings = {"hidden": 150, "num_blocks": 1}
+    counted = published.compression_as_counted(network, data, settings, kept)
+    assert counted == pytest.approx(percent, abs=0.005)
+
+
 def test_pruning_by_l2_norms_is_taken_from_judged_networks(tmp_path):
     (tmp_path / "paper").mkdir()
-    judged = {**row_of(NOISY, data="mnist"), "criteria": {"l2": {"stop": [600, 42.8, 8.92]}}}
+    judged = {
+        **row_of(NOISY, data="mnist"),
+        "criteria": {"l2": {"stop": [600, 42.8, 8.92], "widths": [150, 10]}},
+    }
     judged["settings"] = {**judged["settings"], "epochs": 50, "fine_tune_epochs": 10}
     (tmp_path / "paper" / "runs.jsonl").write_text(json.dumps(row_of(NOISY)) + "\n", "utf-8")
     (tmp_path / "paper" / "judged.jsonl").write_text(json.dumps(judged) + "\n", "utf-8")
