@@ -118,6 +118,9 @@ def pruned_to(
         seed: of the random choice.
         epochs: of training after each part of the way, of which all save the same share of what is left.
         train: trains a network in place for a number of epochs.
+
+    Raises:
+        ValueError: it does not get there.
     """
     import torch_pruning as tp
 
@@ -140,6 +143,8 @@ def pruned_to(
         while flops(model, example) > wanted:
             if steps % _STEPS_OF_A_GRADIENT == 0:
                 _make_gradients(model.eval(), split)
+            if pruner.current_step == _STEPS:
+                raise ValueError(f"Torch-Pruning leaves {flops(model, example):,} FLOPs, not {wanted:,.0f}")
             pruner.step()
             steps += 1
         train(model, number)

@@ -125,6 +125,21 @@ class TestRivals:
         assert small(images).shape == (8, 10)
         assert Chain.of(model, images[:1]) == chain
 
+    def test_flops_out_of_reach_are_an_error(self, monkeypatch):
+        monkeypatch.setattr(torch_pruning, "_STEPS", 3)
+        split = TensorSplit(IMAGES, torch.arange(8))
+        with pytest.raises(ValueError, match="not 10"):
+            torch_pruning.pruned_to(
+                LeNet5(noise=False),
+                10,
+                "L2",
+                split,
+                everywhere=False,
+                seed=0,
+                epochs=(0,),
+                train=lambda model, epochs: None,
+            )
+
 
 @pytest.mark.parametrize(("epochs", "parts"), [(15, (3, 3, 9)), (7, (1, 1, 5)), (2, (1, 1)), (1, (1,))])
 def test_the_last_round_has_most_epochs(epochs, parts):
