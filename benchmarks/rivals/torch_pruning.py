@@ -87,7 +87,8 @@ def pruned_in_rounds(
         iterative_steps=len(epochs),
     )
     for number in epochs:
-        _make_gradients(model.eval(), split)
+        if criterion == "Taylor":
+            _make_gradients(model.eval(), split)
         pruner.step()
         train(model, number)
     return model
@@ -141,7 +142,7 @@ def pruned_to(
         wanted = full * (most / full) ** (part / len(epochs))
         steps = 0
         while flops(model, example) > wanted:
-            if steps % _STEPS_OF_A_GRADIENT == 0:
+            if criterion == "Taylor" and steps % _STEPS_OF_A_GRADIENT == 0:
                 _make_gradients(model.eval(), split)
             if pruner.current_step == _STEPS:
                 raise ValueError(f"Torch-Pruning leaves {flops(model, example):,} FLOPs, not {wanted:,.0f}")

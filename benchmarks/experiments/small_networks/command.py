@@ -2,8 +2,8 @@
 
 Each network is trained with noise once. The finished one is judged by all criteria (post-training pruning), and each
 criterion's run with pruning after every epoch (continuous pruning) goes on from where it parts. All of it is kept in
-the output folder: the same command, started again, goes on from the last epoch. The exit code is 1 if a run met a NaN
-or an infinity, and 2 if none could be started.
+the output folder: the same command, started again, goes on from the last epoch, with "dense" and "snr" from the first.
+The exit code is 1 if a run met a NaN or an infinity, and 2 if none could be started.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--moves",
         type=int,
+        choices=range(5),
         default=0,
         help="pixels that images of fine-tuning are moved by at most, each at random (%(default)s)",
     )
@@ -195,6 +196,7 @@ class Runs:
     ) -> dict[str, Any]:
         """Prune at a temperature and fine-tune; nothing is chosen by the result."""
         started = time.perf_counter()
+        config = self.config(lr=self.options.fine_tune_lr, distillation=distillation)
         noisy = networks.with_noise(self.trained)
         prices = networks.prices(self.name, self.trained, noisy, exponent=PRICE_EXPONENT)
         torch.manual_seed(self.seed)
@@ -222,7 +224,6 @@ class Runs:
         assert isinstance(small, nn.Sequential), "a chain stays one"
         small = networks.without_unread_features(small)
         pruned_error = self._error(small)
-        config = self.config(lr=self.options.fine_tune_lr, distillation=distillation)
         teacher = copy.deepcopy(self.trained).eval() if distillation else None
         small = self._fitted(
             small, self.options.fine_tune_epochs, config, moves=self.options.moves, teacher=teacher
