@@ -44,11 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("peers: Torch-Pruning is missing: pip install torch-pruning==1.6.1", file=sys.stderr)
         return 2
     subjects = _subjects(options.data, options.networks, options.seeds)
-    if not subjects:
+    idle = [n for n in (*options.networks, *options.data) if not any(n in subject for subject in subjects)]
+    if idle:
         print(
-            f"peers: {RESIDUAL} is trained on cifar10 alone, and the other --networks on all --data but that",
+            f"peers: nothing to train for {', '.join(idle)}: {RESIDUAL} is trained on cifar10 alone, and the other "
+            "--networks on all --data but that",
             file=sys.stderr,
         )
+    if not subjects:
         return 2
     deadline = Deadline(time.time() + 60 * options.minutes)
     train = functools.partial(_train, options=options, deadline=deadline, about=environment(options.commit))

@@ -241,9 +241,27 @@ def test_a_failure_is_named_and_the_others_go_on(quick, tmp_path, capsys):
     assert "peers: mnist mlp 0: --data mnist needs --data-dir" in capsys.readouterr().err
 
 
-def test_nothing_to_train_is_an_error(capsys):
-    assert benchmarks(["peers", "--data", "cifar10", "--networks", "mlp", "lenet5"]) == 2
-    assert "resnet20 is trained on cifar10 alone" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("data", "networks", "idle", "code"),
+    [
+        (["cifar10"], ["mlp", "lenet5"], "mlp, lenet5, cifar10", 2),
+        (["mnist", "cifar10"], ["mlp"], "cifar10", 0),
+        (["cifar10"], ["mlp", "resnet20"], "mlp", 0),
+    ],
+)
+def test_what_nothing_is_trained_for_is_said(data, networks, idle, code, tmp_path, capsys):
+    arguments = [
+        "--data",
+        *data,
+        "--networks",
+        *networks,
+        "--minutes",
+        "0",
+        "--output",
+        str(tmp_path / "rows"),
+    ]
+    assert benchmarks(["peers", *arguments]) == code
+    assert f"nothing to train for {idle}: resnet20 is trained on cifar10 alone" in capsys.readouterr().err
 
 
 def random_images(number, seed):
