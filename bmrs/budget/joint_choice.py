@@ -1,9 +1,9 @@
-"""Which structures of a layer go, where a budget says how many: those that the others can stand in for.
+"""Which structures go, and how many of each layer, where a budget asks for more than evidence gives.
 
 Evidence says what a structure is worth while all others are there. Of two that do the same each is worth little or
-each is worth much, and where few may stay, the best ones by evidence can be the same thing twice. How many go of each
-layer is for evidence to say; which ones is decided here by what the layers behind can still make of those that are
-left, X_S, after a change of their weights: by how much the least squares fit
+each is worth much, and where few may stay, the best ones by evidence can be the same thing twice. What goes is decided
+here by what the layers behind can still make of those that are left, X_S, after a change of their weights: by how much
+the least squares fit
 
     min ‖Y - X_S·B‖²
 
@@ -14,15 +14,21 @@ H_bb and B_b the parts of one structure,
     tr(B_bᵀ · H_bb⁻¹ · B_b),
 
 after which H and B follow by one step of elimination (Hassibi & Stork, "Second order derivatives for network pruning:
-optimal brain surgeon", 1993, for a layer and whole structures). From the last layer to the first, so that what layers
-compute for structures that go does not count.
+optimal brain surgeon", 1993, for a layer and whole structures).
+
+How many go of each layer is what makes the sum of the rises over all layers least, each weighed by how much the
+network's outputs depend on what is missed (`sensitivities`): as a share of the outputs' variance they can be compared.
+Which ones go is then decided from the last layer to the first, so that what layers compute for structures that go does
+not count.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from bmrs.budget.sensitivity import sensitivities
 from bmrs.checks import one_line
 from bmrs.compaction.cutting import channel_axis
 from bmrs.compaction.refit import RIDGE, patches
@@ -42,6 +49,9 @@ from bmrs.graph.rules import Call
 from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
 
 _BATCH = 100
+_BATCH_WITH_GRADIENTS, _BATCHES_WITH_GRADIENTS = 10, 50
+"""Few examples at once, as all that layers compute is kept, and not all of them: sums of squares need no more."""
+
 _MOST_COLUMNS = 4096
 """Inputs of a layer, kernel positions counted, beyond which time grows too fast: its structures go by evidence."""
 
@@ -54,21 +64,25 @@ _MOST_VALUES = 50_000_000
 _STEPS = 100
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Reader:
     """A layer that reads structures.
 
     Attributes:
+        layer: of the network without noise.
         columns: for each input of its matrix the channel that it belongs to, by its representative; `STAYS` for none.
         rows: the same of its outputs.
         weight: of shape (inputs, outputs), float64.
         gram: covariance of the inputs over examples.
+        sensitivity: of the network's outputs to its outputs, as `sensitivities` has it; None if it is not known.
     """
 
+    layer: WeightLayer
     columns: Tensor
     rows: Tensor
     weight: Tensor
     gram: Tensor
+    sensitivity: Tensor | None = None
 
 
 class JointChoice:
@@ -84,15 +98,39 @@ class JointChoice:
     """
 
     def __init__(self, graph: MaskedGraph, base: Analysis, examples: Inputs) -> None:
-        self._base = base
-        self._roots = base.findings.ties.roots()
-        self._readers = _readers(graph, base, self._roots, examples)
+        self._graph, self._base, self._examples = graph, base, examples
+        self._readers = _readers(graph, base, base.findings.ties.roots(), examples)
         self._gone = {
             root
             for reader in self._readers
             for channels in (reader.columns, reader.rows)
             for root in channels[~base.stays(channels)].unique().tolist()
         }
+
+    def rises(self, groups: Sequence[Sequence[Unit]]) -> list[NDArray[np.float64]] | None:
+        """Return for each group what is lost with each unit that goes, one after the other, while other groups stay.
+
+        Args:
+            groups: units of which equally much leaves.
+
+        Returns:
+            Shares of the variance of the network's outputs, at least 0 and rising; None if groups cannot be compared,
+            as there is one that the layers which are known here do not read alike, or the outputs have no gradients.
+        """
+        layers = [reader.layer for reader in self._readers]
+        batches = list(islice(_in_batches(self._examples, _BATCH_WITH_GRADIENTS), _BATCHES_WITH_GRADIENTS))
+        found = sensitivities(self._graph.masked, layers, batches)
+        if found is None:
+            return None
+        readers = [replace(reader, sensitivity=found[reader.layer]) for reader in self._readers]
+        rises = []
+        for units in groups:
+            going = _going(readers, units, len(units), self._gone)
+            if going is None:
+                return None
+            # What one layer gives up never gets cheaper, even where a greedy order and rounding would have it so.
+            rises.append(np.maximum.accumulate(going.rises))
+        return rises
 
     def order(
         self, groups: Sequence[Sequence[Unit]], numbers: Sequence[int] | NDArray[np.int64]
@@ -113,41 +151,53 @@ class JointChoice:
         )
         for g in last_first:
             units, number = groups[g], int(numbers[g])
-            going = self._going(units, number, gone) if 0 < number < len(units) else None
+            going = _going(self._readers, units, number, gone) if 0 < number < len(units) else None
             if going is None:
-                going = list(range(number))
+                places = list(range(number))
             else:
-                orders[g] = np.array([*going, *sorted(set(range(len(units))) - set(going))])
-            gone |= {root for place in going for root in units[place].roots}
+                places = going.places
+                orders[g] = np.array([*places, *sorted(set(range(len(units))) - set(places))])
+            gone |= {root for place in places for root in units[place].roots}
         return orders
 
-    def _going(self, units: Sequence[Unit], number: int, gone: set[int]) -> list[int] | None:
-        """Return the places of the units that go, None if layers that are known here do not read all of them alike."""
-        of_root = {root: place for place, unit in enumerate(units) for root in unit.roots}
-        eliminations = []
-        for reader in self._readers:
-            places = torch.tensor([of_root.get(root, -1) for root in reader.columns.tolist()])
-            if (places < 0).all():
-                continue
-            counts = places[places >= 0].bincount(minlength=len(units))
-            if (counts != counts[0]).any():
-                return None
-            eliminations.append(_Elimination(reader, places, gone, int(counts[0])))
-        if not eliminations:
+
+class _Going(NamedTuple):
+    """Units of a group in the order in which they go.
+
+    Attributes:
+        places: theirs in the group.
+        rises: by how much each makes the fits worse, as shares of the variance; of several that go at once the mean.
+    """
+
+    places: list[int]
+    rises: NDArray[np.float64]
+
+
+def _going(readers: Sequence[_Reader], units: Sequence[Unit], number: int, gone: set[int]) -> _Going | None:
+    """Return the units that go, None if layers that are known here do not read all of them alike."""
+    of_root = {root: place for place, unit in enumerate(units) for root in unit.roots}
+    eliminations = []
+    for reader in readers:
+        places = torch.tensor([of_root.get(root, -1) for root in reader.columns.tolist()])
+        if (places < 0).all():
+            continue
+        counts = places[places >= 0].bincount(minlength=len(units))
+        if (counts != counts[0]).any():
             return None
-        going: list[int] = []
-        left = torch.ones(len(units), dtype=torch.bool)
-        at_once = max(1, len(units) // _STEPS)
-        while len(going) < number:
-            rise = (
-                torch.stack([each.rises() for each in eliminations]).sum(dim=0).masked_fill(~left, torch.inf)
-            )
-            chosen = rise.argsort(stable=True)[: min(at_once, number - len(going))]
-            for each in eliminations:
-                each.eliminate(chosen)
-            left[chosen] = False
-            going += chosen.tolist()
-        return going
+        eliminations.append(_Elimination(reader, places, gone, int(counts[0])))
+    if not eliminations:
+        return None
+    going = _Going([], np.zeros(number))
+    left = torch.ones(len(units), dtype=torch.bool)
+    at_once = max(1, len(units) // _STEPS)
+    while (done := len(going.places)) < number:
+        rise = torch.stack([each.rises() for each in eliminations]).sum(dim=0).masked_fill(~left, torch.inf)
+        chosen = rise.argsort(stable=True)[: min(at_once, number - done)]
+        together = sum(each.eliminate(chosen) for each in eliminations)
+        going.rises[done : done + len(chosen)] = together / len(chosen)
+        left[chosen] = False
+        going.places.extend(chosen.tolist())
+    return going
 
 
 class _Elimination:
@@ -172,31 +222,47 @@ class _Elimination:
         # What has gone already is made up for first.
         missing = reader.gram[there][:, ~there] @ weight[~there]
         self._fit = weight[there] + self._inverse @ missing
-        variance = float((weight * (reader.gram @ weight)).sum())
-        self._scale = 1 / variance if variance > 0 else 0.0
+        if reader.sensitivity is None:
+            variance = float((weight * (reader.gram @ weight)).sum())
+            self._scale = 1 / variance if variance > 0 else 0.0
+        else:
+            self._fit, self._scale = self._fit @ _root(reader.sensitivity[wanted][:, wanted]), 1.0
         own = places[there]
         self._inputs = own.argsort(stable=True)[(own < 0).sum() :].view(-1, each)
 
     def rises(self) -> Tensor:
-        """Return by how much each unit's absence makes the fit worse, over the variance of what is fitted."""
+        """Return by how much each unit's absence makes the fit worse.
+
+        Over the variance of what is fitted, or of the network's outputs where it is known how they depend on that.
+        """
         rows = self._inputs
         own = self._inverse[rows[:, :, None], rows[:, None, :]]
         fit = self._fit[rows]
         return (fit * torch.linalg.solve(own, fit)).sum(dim=(1, 2)).cpu() * self._scale
 
-    def eliminate(self, units: Tensor) -> None:
-        """Fit without some units; what they had becomes 0, and never counts again."""
+    def eliminate(self, units: Tensor) -> float:
+        """Fit without some units, and return by how much that is worse, likewise.
+
+        What they had becomes 0, and never counts again.
+        """
         rows = self._inputs[units].flatten()
-        across = self._inverse[:, rows]
+        across, outputs = self._inverse[:, rows], self._fit.shape[1]
         step = torch.linalg.solve(self._inverse[rows][:, rows], torch.cat([self._fit[rows], across.T], dim=1))
+        rise = float((self._fit[rows] * step[:, :outputs]).sum()) * self._scale
         change = across @ step
-        outputs = self._fit.shape[1]
         self._fit = self._fit - change[:, :outputs]
         self._inverse = self._inverse - change[:, outputs:]
         self._fit[rows] = 0.0
         self._inverse[rows] = 0.0
         self._inverse[:, rows] = 0.0
         self._inverse[rows, rows] = 1.0
+        return max(rise, 0.0)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return R with R·Rᵀ = a symmetric matrix without negative eigenvalues, but for rounding."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0.0).sqrt()
 
 
 @torch.no_grad()
@@ -226,7 +292,7 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
         for layer, its in sums.items()
     ]
     try:
-        for args, kwargs in _in_batches(examples):
+        for args, kwargs in _in_batches(examples, _BATCH):
             graph.masked(*args, **kwargs)
     except Exception as error:
         raise ValueError(
@@ -241,7 +307,9 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
             continue
         ((read, made),) = found[layer]
         weight = layer.weight.detach().double().flatten(1).T
-        readers.append(_Reader(read.repeat_interleave(len(weight) // len(read)), made, weight, its.matrix()))
+        readers.append(
+            _Reader(layer, read.repeat_interleave(len(weight) // len(read)), made, weight, its.matrix())
+        )
     return readers
 
 
@@ -285,14 +353,14 @@ class _Covariance:
         return self._products / self.count - mean.outer(mean)
 
 
-def _in_batches(examples: Inputs) -> Iterator[Inputs]:
+def _in_batches(examples: Inputs, size: int) -> Iterator[Inputs]:
     """Cut all tensors along their first dimension, where that is the same for all, into parts that fit the memory."""
     leaves, tree = tree_flatten(examples)
     lengths = {len(leaf) if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
-    if len(lengths) != 1 or (number := lengths.pop()) <= _BATCH:
+    if len(lengths) != 1 or (number := lengths.pop()) <= size:
         yield examples
         return
-    for start in range(0, number, _BATCH):
+    for start in range(0, number, size):
         yield tree_unflatten(
-            [leaf[start : start + _BATCH] if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
+            [leaf[start : start + size] if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
         )

@@ -97,10 +97,9 @@ def prune_to(
         while start is not None:
             costs = make_cost_model(graph, first, start, evidence.of, every_operation=measure == "latency")
             if measure == "latency":
-                budget: Budget = LatencyBudget(model, graph, costs, evidence, start, inputs, target)
+                budget: Budget = LatencyBudget(model, graph, costs, evidence, start, inputs, target, given)
             else:
-                budget = CountedBudget(graph, costs, evidence, start, measure, target)
-            budget.examples = given
+                budget = CountedBudget(graph, costs, evidence, start, measure, target, given)
             try:
                 report = budget.report()
                 break

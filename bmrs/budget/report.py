@@ -1,4 +1,4 @@
-"""What pruning to a budget did, and what evidence it cost."""
+"""What pruning to a budget did, and what it cost."""
 
 from __future__ import annotations
 
@@ -86,10 +86,14 @@ class BudgetReport:
         layers: one entry for each noise layer, in module order.
         lost: the scores that the budget gave up beyond the criterion, those of tied structures together.
         relative_loss: of each layer the scores given up over those that stay; the root of the sum of their squares,
-            which the choice of numbers makes least. With ``examples`` too it is that of as many structures that are
-            least worth keeping, and not of those that went.
+            which the choice of numbers makes least without ``examples``. With them it is that of as many structures
+            that are least worth keeping, and not of those that went.
         least_relative_loss: no choice within the budget has less than this; ``relative_loss`` itself where that was
-            found by trying all, None for latency.
+            found by trying all, None for latency and where ``examples`` chose the numbers.
+        unexplained: what ``examples`` made least: the share of the variance of the model's outputs that structures
+            which stay cannot stand in for, to first order and added up over the layers, as if each went alone; None
+            where evidence chose the numbers.
+        least_unexplained: likewise, as ``least_relative_loss``.
         latency: how latency was measured, None for the other targets.
         with_examples: whether ``examples`` were given.
     """
@@ -109,6 +113,8 @@ class BudgetReport:
     lost: float
     relative_loss: float
     least_relative_loss: float | None
+    unexplained: float | None = None
+    least_unexplained: float | None = None
     latency: LatencySetting | None = None
     with_examples: bool = False
 
@@ -177,6 +183,11 @@ class BudgetReport:
                 f"which ones went was left to evidence in spite of the examples, as others than linear and convolution "
                 f"layers of up to 4,096 inputs read them: {', '.join(alone)}"
             )
+        if self.unexplained is None:
+            lines.append(
+                "how many went of each layer was left to evidence in spite of the examples, as of some layer it is not "
+                "known what the outputs lose with it"
+            )
         return lines
 
     def _given_up(self) -> str:
@@ -185,14 +196,22 @@ class BudgetReport:
             lost += " (nats, if the posteriors have settled; before, a rank of structures)"
         else:
             lost += " (a rank of structures, no evidence)"
+        if self.unexplained is not None:
+            lost += (
+                "; how many went of each layer was chosen by the examples: to first order the outputs lose "
+                f"{self.unexplained:.4g} of their variance for good"
+            )
+            return lost + _compared(self.unexplained, self.least_unexplained)
         of = " of the least worth keeping" if any(layer.jointly for layer in self.layers) else ""
         lost += "; over what stays, the root of the sum of squares over the layers, that is "
         lost += f"{self.relative_loss:.4g}{of}"
-        if self.least_relative_loss is None:
-            return lost
-        if self.least_relative_loss >= self.relative_loss:
-            return f"{lost}, and no choice gives up less"
-        return f"{lost}, and no choice gives up less than {self.least_relative_loss:.4g}"
+        return lost + _compared(self.relative_loss, self.least_relative_loss)
+
+
+def _compared(loss: float, least: float | None) -> str:
+    if least is None:
+        return ""
+    return f", and no choice gives up less{'' if least >= loss else f' than {least:.4g}'}"
 
 
 _NAMES = {"parameters": "parameters", "flops": "FLOPs", "latency": "latency in ms"}

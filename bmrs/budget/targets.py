@@ -52,14 +52,11 @@ class Budget:
         evidence: Evidence,
         start: dict[str, Tensor],
         target: float,
+        examples: Inputs | None,
     ) -> None:
         self.graph, self.costs, self.evidence, self.start, self.target = graph, costs, evidence, start, target
+        self.examples = examples
         self.worths = [np.array(evidence.of(units)) for units in costs.units]
-        self.losses = [
-            relative_losses(worths, evidence.staying(units, start))
-            for worths, units in zip(self.worths, costs.units, strict=True)
-        ]
-        self.examples: Inputs | None = None
         self.by_evidence = [np.arange(len(units)) for units in costs.units]
         self.orders, self.jointly = self.by_evidence, [False] * len(costs.units)
         self.nothing = np.zeros(len(costs.units))
@@ -82,6 +79,24 @@ class Budget:
                 for layer, structure in units[place].structures:
                     masks[layer][structure] = False
         return masks
+
+    @functools.cached_property
+    def losses_by_evidence(self) -> list[NDArray[np.float64]]:
+        """Of each group what its structures are worth over what stays."""
+        return [
+            relative_losses(worths, self.evidence.staying(units, self.start))
+            for worths, units in zip(self.worths, self.costs.units, strict=True)
+        ]
+
+    @functools.cached_property
+    def losses_by_examples(self) -> list[NDArray[np.float64]] | None:
+        """Of each group what the layers behind lose with its structures; None where that is not known of all."""
+        return None if self.examples is None else self.joint_choice.rises(self.costs.units)
+
+    @property
+    def losses(self) -> list[NDArray[np.float64]]:
+        """What the numbers that go of each group are to make least."""
+        return self.losses_by_evidence if self.losses_by_examples is None else self.losses_by_examples
 
     def choose_jointly(self, pruned: NDArray[Any]) -> None:
         """Let those units of each group go first that the others make up for, where there are examples."""
@@ -115,8 +130,19 @@ class Budget:
             self.evidence.of_structures(name, mask & ~self.start[name]) for name, mask in masks.items()
         )
 
-    def described(self, found: Found, **rest: Any) -> BudgetReport:
-        """Return the report, with further entries by name."""
+    def described(self, found: Found, *, least: float | None, **rest: Any) -> BudgetReport:
+        """Return the report, with further entries by name.
+
+        Args:
+            found: what went.
+            least: no choice loses less; None where that is not known.
+            rest: the entries.
+        """
+        by_examples = bool(found.pruned.any()) and self.losses_by_examples is not None
+        relative = found.lost
+        if by_examples:
+            pairs = zip(self.losses_by_evidence, found.pruned, strict=True)
+            relative = sum(float(losses[:number].sum()) for losses, number in pairs)
         judgement, criterion = self.evidence.judgement, self.evidence.criterion
         pruned_by_units: dict[str, list[bool]] = defaultdict(list)
         jointly: set[str] = set()
@@ -149,7 +175,10 @@ class Budget:
             met_by_evidence=not found.pruned.any() and self.start is judgement.masks,
             layers=layers,
             lost=lost,
-            relative_loss=math.sqrt(found.lost),
+            relative_loss=math.sqrt(relative),
+            least_relative_loss=None if by_examples or least is None else math.sqrt(least),
+            unexplained=found.lost if by_examples else None,
+            least_unexplained=least if by_examples else None,
             with_examples=self.examples is not None,
             **rest,
         )
@@ -166,8 +195,9 @@ class CountedBudget(Budget):
         start: dict[str, Tensor],
         measure: str,
         target: float,
+        examples: Inputs | None,
     ) -> None:
-        super().__init__(graph, costs, evidence, start, target)
+        super().__init__(graph, costs, evidence, start, target, examples)
         self.measure = measure
         self.count = costs.flops if measure == "flops" else costs.parameters
 
@@ -186,8 +216,10 @@ class CountedBudget(Budget):
                 break
             # More of a network stays than the numbers say, where structures depend on each other.
             budget -= now - limit
-        needed = float(self.operations_alone(self.nothing)) - limit
-        least = found.lost if found.exact else least_possible(self.losses, self._most_saved(), needed)
+        least = found.lost
+        if not found.exact:
+            needed = float(self.operations_alone(self.nothing)) - limit
+            least = least_possible(self.losses, self._most_saved(), needed)
         if self.start is not self.evidence.judgement.masks:
             least = 0.0  # which layers go whole was not searched for
         return self.described(
@@ -198,10 +230,12 @@ class CountedBudget(Budget):
             dense=NetworkCost(dense.parameters, dense.flops),
             by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops),
             after=NetworkCost(after.parameters, after.flops),
-            least_relative_loss=math.sqrt(least),
+            least=least,
         )
 
     def _within(self, budget: float, limit: float) -> Found:
+        if float(self.count(self.nothing)) <= budget:
+            return Found(self.nothing.astype(np.int64), 0.0, True)
         found = least_loss(self.losses, self.count, budget)
         if found is None:
             smallest = round(float(self.count(self.everything)))
@@ -230,8 +264,9 @@ class LatencyBudget(Budget):
         start: dict[str, Tensor],
         inputs: Any,
         target: float,
+        examples: Inputs | None = None,
     ) -> None:
-        super().__init__(graph, costs, evidence, start, target)
+        super().__init__(graph, costs, evidence, start, target, examples)
         self.model, self.inputs = model, inputs
 
     def check(self) -> None:
@@ -284,7 +319,7 @@ class LatencyBudget(Budget):
             dense=NetworkCost(kept.parameters, kept.flops, dense),
             by_evidence=NetworkCost(by_evidence.parameters, by_evidence.flops, now),
             after=NetworkCost(after.parameters, after.flops, measured),
-            least_relative_loss=None,
+            least=None,
             latency=LatencySetting(latency.batch, latency.threads, latency.device, predicted, tries),
         )
 

@@ -41,6 +41,21 @@ def _(x: Tensor, factors: Tensor, dim: int, name: str, structure_size: int) -> T
     return torch.empty_like(x)
 
 
+def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.dim = inputs[2]
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (factors,) = ctx.saved_tensors
+    shape = [1] * gradient.dim()
+    shape[ctx.dim] = -1
+    return gradient * factors.to(gradient.dtype).view(shape), None, None, None, None
+
+
+mark_noise.register_autograd(_gradient, setup_context=_keep_factors)
+
+
 class MarkedNoise(ChannelScale):
     """A noise layer in evaluation mode, as a single marked operation.
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bmrs.budget.objective import relative_losses
 from bmrs.graph.stock_layers import WEIGHT_LAYERS
 
 TOLERANCE = 0.05
@@ -105,20 +106,16 @@ class Chain:
             key=lambda widths: abs(math.log(self.cost(widths).flops / (share * full))),
         )
 
-    def best(
-        self, scores: Sequence[Tensor], target: Cost, *, relative: bool = False
-    ) -> tuple[int, ...] | None:
-        """Return the widths, within the tolerance of a cost, whose best structures have the largest sum of scores.
+    def best(self, gains: Sequence[Tensor], target: Cost) -> tuple[int, ...] | None:
+        """Return the widths, within the tolerance of a cost, whose gains have the largest sum.
 
         Args:
-            scores: at least 0, of each layer's structures.
+            gains: of each layer, for each number of structures that stay, from 0 to all.
             target: the cost that the network is to have.
-            relative: what is to be least instead is what goes of each layer over what stays, as for `bmrs.prune_to`.
 
         Returns:
             None if no widths come near enough.
         """
-        gains = [_minus_relative_loss(each) if relative else _kept(each) for each in scores]
         if math.prod(self.widths) <= _MOST_WIDTHS:
             grid = torch.cartesian_prod(*(torch.arange(1, width + 1) for width in self.widths)).T
             total = torch.stack([gain[widths] for gain, widths in zip(gains, grid, strict=True)]).sum(dim=0)
@@ -145,13 +142,12 @@ class Chain:
         return tuple(widths) if self.cost(widths).close_to(target) else None
 
 
-def _kept(scores: Tensor) -> Tensor:
-    """Return the sum of the best scores, for each number of them from 0."""
+def kept(scores: Tensor) -> Tensor:
+    """Return the sum of the best scores, at least 0, for each number of structures that stay."""
     return torch.cat([torch.zeros(1), scores.sort(descending=True).values.double().cumsum(0)])
 
 
-def _minus_relative_loss(scores: Tensor) -> Tensor:
-    """Return, for each number that stays, how much less is lost than where all go."""
-    rising = scores.sort().values.double()
-    losses = torch.from_numpy(relative_losses(rising[:-1].numpy(), float(rising[-1])))
-    return torch.cat([torch.tensor([-math.inf]), -losses.cumsum(0).flip(0), torch.zeros(1)])
+def minus_losses(losses: NDArray[np.float64]) -> Tensor:
+    """Return, for each number of structures that stay, the losses of those that went, which cannot be all."""
+    lost = torch.from_numpy(losses).cumsum(0)
+    return torch.cat([torch.tensor([-math.inf]), -lost.flip(0), torch.zeros(1)])

@@ -8,12 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import bmrs
-from benchmarks.experiments.peers.budget import Chain
+from benchmarks.experiments.peers.budget import Chain, kept, minus_losses
 from benchmarks.experiments.peers.comparison import CPU, Built, Comparison, Subject, Way, in_rounds, nothing
 from benchmarks.rivals import torch_pruning
 from bmrs.budget.joint_choice import JointChoice
@@ -128,6 +130,16 @@ class ChainComparison(Comparison):
         ]
 
     @functools.cached_property
+    def examples(self) -> Tensor:
+        """Training images that structures are chosen and weights are refitted on."""
+        return self.data.train.examples(recipe.EXAMPLES)
+
+    @functools.cached_property
+    def choice(self) -> ChoiceOfChain:
+        """What `bmrs.prune_to` knows of the network with noise."""
+        return ChoiceOfChain(self.noisy, self.evidence, self.examples)
+
+    @functools.cached_property
     def rivals_scores(self) -> dict[str, list[Tensor]]:
         """The scores that Torch-Pruning gives."""
         return torch_pruning.scores(self.trained, self.chain.names, self.data.train, seed=self.subject.seed)
@@ -162,15 +174,11 @@ class ChainComparison(Comparison):
         widths = self._uniform(size) if uniform else self._own_widths(size)
         if widths is None:
             return None
-        examples = self.data.train.examples(recipe.EXAMPLES)
-        if size == "own":
-            model = _masked(self.noisy, self.evidence, widths)
-        else:
-            model = _jointly_masked(self.noisy, self.evidence, widths, examples)
-        pruned = bmrs.compact(model, examples)
+        model = _masked(self.noisy, self.evidence, widths) if size == "own" else self.choice.masked(widths)
+        pruned = bmrs.compact(model, self.examples)
         before = {
             "pruned": accuracy(pruned, self.data.test),
-            "refitted": accuracy(bmrs.compact(model, examples, refit_to=self.trained), self.data.test),
+            "refitted": accuracy(bmrs.compact(model, self.examples, refit_to=self.trained), self.data.test),
         }
         start, _ = recipe.start_of_fine_tuning(model, self.trained, pruned, self.config, self.data)
         return Built(
@@ -189,16 +197,16 @@ class ChainComparison(Comparison):
     def _rival(self, size: str, criterion: str, everywhere: bool) -> Built | None:
         scores = self.rivals_scores[criterion]
         if everywhere:
-            widths = self.chain.best(scores, self.chain.cost(self._uniform(size)))
+            widths = self.chain.best([kept(each) for each in scores], self.chain.cost(self._uniform(size)))
         else:
             widths = self._own_widths(size) if size == "own" else self._uniform(size)
         if widths is None:
             return None
-        kept = {
+        stay = {
             name: _best(each, width)
             for name, each, width in zip(self.chain.names, scores, widths, strict=True)
         }
-        start = torch_pruning.pruned(self.trained, kept, self.data.train.examples(2))
+        start = torch_pruning.pruned(self.trained, stay, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config, self.data)
         return Built(self.fit(start, epochs - self.config.settings.epochs), before, epochs)
@@ -259,9 +267,10 @@ class ChainComparison(Comparison):
 
     def _own_widths(self, size: str) -> tuple[int, ...] | None:
         if size != "own":
-            return self.chain.best(self.evidence, self.chain.cost(self._uniform(size)), relative=True)
-        kept = [int((~bmrs.BMRSOdds()(layer).prune).sum()) for layer in noise_layers(self.noisy).values()]
-        return tuple(max(1, count) for count in kept)
+            gains = [minus_losses(losses) for losses in self.choice.losses]
+            return self.chain.best(gains, self.chain.cost(self._uniform(size)))
+        stay = [int((~bmrs.BMRSOdds()(layer).prune).sum()) for layer in noise_layers(self.noisy).values()]
+        return tuple(max(1, count) for count in stay)
 
     def _uniform(self, size: str) -> tuple[int, ...]:
         return self.chain.uniform(float(size.removesuffix("%")) / 100)
@@ -284,25 +293,43 @@ def _masked(model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int]) -
     return model
 
 
-def _jointly_masked(
-    model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int], examples: Tensor
-) -> nn.Module:
-    """Return a copy of a noisy chain with so many structures in each layer, chosen as `bmrs.prune_to` chooses them."""
-    model = _masked(model, scores, [len(each) for each in scores])
-    graph = MaskedGraph(model, as_inputs(examples[:2]), "peers")
-    base = graph.without()
-    units: dict[str, list[Unit]] = defaultdict(list)
-    for unit in graph.units(base):
-        units[unit.structures[0].layer].append(unit)
-    layers = noise_layers(model)
-    groups = []
-    for name, each in zip(layers, scores, strict=True):
-        unit_of = {unit.structures[0].number: unit for unit in units[name]}
-        groups.append([unit_of[number] for number in each.argsort(stable=True).tolist()][:-1])
-    numbers = [len(each) - width for each, width in zip(scores, widths, strict=True)]
-    orders = JointChoice(graph, base, as_inputs(examples)).order(groups, numbers)
-    for layer, group, order, number in zip(layers.values(), groups, orders, numbers, strict=True):
-        going = range(number) if order is None else order[:number]
-        gone = torch.tensor([group[place].structures[0].number for place in going], dtype=torch.int64)
-        layer.set_kept(torch.ones_like(layer.mask).index_fill(0, gone, False))
-    return model
+class ChoiceOfChain:
+    """How many structures of each layer go, and which ones, as `bmrs.prune_to` has it with ``examples``.
+
+    Args:
+        model: a chain with noise.
+        scores: of each layer's structures, which say the one that stays in any case.
+        examples: training images.
+    """
+
+    def __init__(self, model: nn.Module, scores: Sequence[Tensor], examples: Tensor) -> None:
+        self._model = _masked(model, scores, [len(each) for each in scores])
+        graph = MaskedGraph(self._model, as_inputs(examples[:2]), "peers")
+        base = graph.without()
+        units: dict[str, dict[int, Unit]] = defaultdict(dict)
+        for unit in graph.units(base):
+            units[unit.structures[0].layer][unit.structures[0].number] = unit
+        self._groups = [
+            [units[name][number] for number in each.argsort(stable=True).tolist()][:-1]
+            for name, each in zip(noise_layers(self._model), scores, strict=True)
+        ]
+        self._joint = JointChoice(graph, base, as_inputs(examples))
+
+    @functools.cached_property
+    def losses(self) -> Sequence[NDArray[np.float64]]:
+        """What the network loses with each structure of each layer that goes."""
+        losses = self._joint.rises(self._groups)
+        assert losses is not None, "linear and convolution layers read all of a chain"
+        return losses
+
+    def masked(self, widths: Sequence[int]) -> nn.Module:
+        """Return a copy of the model with so many structures in each layer."""
+        model = copy.deepcopy(self._model)
+        numbers = [len(group) + 1 - width for group, width in zip(self._groups, widths, strict=True)]
+        orders = self._joint.order(self._groups, numbers)
+        layers = noise_layers(model).values()
+        for layer, group, order, number in zip(layers, self._groups, orders, numbers, strict=True):
+            going = range(number) if order is None else order[:number]
+            gone = torch.tensor([group[place].structures[0].number for place in going], dtype=torch.int64)
+            layer.set_kept(torch.ones_like(layer.mask).index_fill(0, gone, False))
+        return model

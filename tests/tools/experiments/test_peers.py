@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ import bmrs
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.experiments.deadline import Deadline
 from benchmarks.experiments.peers import chains, command, comparison, picture, residual, rules, table
-from benchmarks.experiments.peers.budget import Chain, Cost
+from benchmarks.experiments.peers.budget import Chain, Cost, kept, minus_losses
 from benchmarks.rivals import torch_pruning
 from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import EMBEDDED, Dataset, TensorSplit
@@ -61,8 +62,8 @@ class TestBudget:
         monkeypatch.setattr("benchmarks.experiments.peers.budget._MOST_WIDTHS", most)
         chain = Chain.of(MLP(in_features=50, num_blocks=1, hidden=100, noise=False), torch.randn(1, 50))
         target = chain.cost((50, 50))
-        even = [torch.full((100,), 1.0), torch.full((100,), 1.0)]
-        first = [torch.full((100,), 5.0), torch.full((100,), 0.01)]
+        even = [kept(torch.full((100,), 1.0)), kept(torch.full((100,), 1.0))]
+        first = [kept(torch.full((100,), 5.0)), minus_losses(np.full(99, 0.01))]
         for scores in (even, first):
             widths = chain.best(scores, target)
             assert chain.cost(widths).close_to(target)
