@@ -24,10 +24,10 @@ not count.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -49,8 +49,11 @@ from bmrs.graph.rules import Call
 from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
 
 _BATCH = 100
-_BATCH_WITH_GRADIENTS, _BATCHES_WITH_GRADIENTS = 10, 50
-"""Few examples at once, as all that layers compute is kept, and not all of them: sums of squares need no more."""
+_BATCH_WITH_GRADIENTS = 10
+"""As all that layers compute is kept then."""
+
+_SHARE_WITH_GRADIENTS = 0.25
+"""Of the examples: sums of squares need no more, and several backward passes take longer than all the rest."""
 
 _MOST_COLUMNS = 4096
 """Inputs of a layer, kernel positions counted, beyond which time grows too fast: its structures go by evidence."""
@@ -117,17 +120,20 @@ class JointChoice:
             Shares of the variance of the network's outputs, at least 0 and rising; None if groups cannot be compared,
             as there is one that the layers which are known here do not read alike, or the outputs have no gradients.
         """
+        if any(_reading(self._readers, units) is None for units in groups):
+            return None
         layers = [reader.layer for reader in self._readers]
-        batches = list(islice(_in_batches(self._examples, _BATCH_WITH_GRADIENTS), _BATCHES_WITH_GRADIENTS))
-        found = sensitivities(self._graph.masked, layers, batches)
+        batches = list(_in_batches(self._examples, _BATCH_WITH_GRADIENTS))
+        some = batches[: math.ceil(_SHARE_WITH_GRADIENTS * len(batches))]
+        found = sensitivities(self._graph.masked, layers, some)
         if found is None:
             return None
         readers = [replace(reader, sensitivity=found[reader.layer]) for reader in self._readers]
         rises = []
         for units in groups:
-            going = _going(readers, units, len(units), self._gone)
-            if going is None:
-                return None
+            reading = _reading(readers, units)
+            assert reading is not None, "asked above"
+            going = _going(reading, units, len(units), self._gone)
             # What one layer gives up never gets cheaper, even where a greedy order and rounding would have it so.
             rises.append(np.maximum.accumulate(going.rises))
         return rises
@@ -151,11 +157,11 @@ class JointChoice:
         )
         for g in last_first:
             units, number = groups[g], int(numbers[g])
-            going = _going(self._readers, units, number, gone) if 0 < number < len(units) else None
-            if going is None:
+            reading = _reading(self._readers, units) if 0 < number < len(units) else None
+            if reading is None:
                 places = list(range(number))
             else:
-                places = going.places
+                places = _going(reading, units, number, gone).places
                 orders[g] = np.array([*places, *sorted(set(range(len(units))) - set(places))])
             gone |= {root for place in places for root in units[place].roots}
         return orders
@@ -173,10 +179,13 @@ class _Going(NamedTuple):
     rises: NDArray[np.float64]
 
 
-def _going(readers: Sequence[_Reader], units: Sequence[Unit], number: int, gone: set[int]) -> _Going | None:
-    """Return the units that go, None if layers that are known here do not read all of them alike."""
+def _reading(readers: Sequence[_Reader], units: Sequence[Unit]) -> list[tuple[_Reader, Tensor, int]] | None:
+    """Return the layers that read units, and for each of its inputs the place of its unit, -1 for none.
+
+    The last entries say how many inputs a unit has. None if layers that are known here do not read all units alike.
+    """
     of_root = {root: place for place, unit in enumerate(units) for root in unit.roots}
-    eliminations = []
+    found = []
     for reader in readers:
         places = torch.tensor([of_root.get(root, -1) for root in reader.columns.tolist()])
         if (places < 0).all():
@@ -184,9 +193,15 @@ def _going(readers: Sequence[_Reader], units: Sequence[Unit], number: int, gone:
         counts = places[places >= 0].bincount(minlength=len(units))
         if (counts != counts[0]).any():
             return None
-        eliminations.append(_Elimination(reader, places, gone, int(counts[0])))
-    if not eliminations:
-        return None
+        found.append((reader, places, int(counts[0])))
+    return found or None
+
+
+def _going(
+    reading: Sequence[tuple[_Reader, Tensor, int]], units: Sequence[Unit], number: int, gone: set[int]
+) -> _Going:
+    """Return the units that go, by what `_reading` has found."""
+    eliminations = [_Elimination(reader, places, gone, each) for reader, places, each in reading]
     going = _Going([], np.zeros(number))
     left = torch.ones(len(units), dtype=torch.bool)
     at_once = max(1, len(units) // _STEPS)

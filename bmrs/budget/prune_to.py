@@ -41,7 +41,8 @@ def prune_to(
     What `bmrs.prune` with ``example_inputs`` prunes goes first, whatever the budget. If that is not enough, further
     structures go, in each layer those first for which least speaks: ΔF or log odds in nats for criteria of evidence,
     the score itself for the others. How many go of each layer is chosen so that what is given up over what stays, in
-    squares added up over the layers, is least: the sum itself would empty layers that are expensive. Their costs are
+    squares added up over the layers, is least: the sum itself would empty layers that are expensive. (``examples`` let
+    them say both.) Costs are
     those of the compacted network, where a structure of one layer saves the less the fewer are left in the next; tied
     structures, and structures of a grouped convolution, go together. The structure of each layer that is most worth
     keeping stays, but for ``empty_layers``. With some hundred thousand combinations of widths at most all are tried,
@@ -57,13 +58,15 @@ def prune_to(
         latency: milliseconds of its forward pass of all of ``example_inputs``, greater than 0, on their device and with
             as many threads as torch has now. Each operation is timed at a few widths, about 20 seconds at most once
             each has been timed once; then four to six networks are compacted and timed as a whole.
-        examples: some thousand training examples, as ``example_inputs`` is given. Which structures of a layer go beyond
-            the criterion is then not left to what each is worth alone: of those that do the same one is enough, and
-            those go that the layers which read them can best do without, by least squares on these examples. How many
-            go stays as it is. The weights are those of the model with θ = 1, and what is chosen is meant for weights
-            that are refitted (``refit_to`` of `bmrs.compact`) or fine-tuned. Structures that are read by anything
-            but linear and convolution layers, such as heads, go by evidence, and so do those read by a layer of more
-            than 4,096 inputs, kernel positions counted.
+        examples: some thousand training examples, as ``example_inputs`` is given. What goes beyond the criterion is
+            then not left to what each structure is worth alone. Those go of a layer that the layers which read them can
+            best do without, by least squares on these examples: of those that do the same one is enough. As many go
+            of each layer that the outputs lose as little of their variance as possible, to first order, for which the
+            model is differentiated. The weights are those of the model with θ = 1, and what is chosen is meant for
+            weights that are refitted (``refit_to`` of `bmrs.compact`) or fine-tuned. Structures that are read by
+            anything but linear and convolution layers, such as heads, go by evidence, and so do those read by a layer
+            of more than 4,096 inputs, kernel positions counted; where there are such, or the outputs have no gradients,
+            evidence says for all layers how many go.
         empty_layers: True lets layers go whole as in `bmrs.prune`; beyond the criterion only where one structure in
             each layer is too much for the budget, those first that are worth least.
         approximate: what `bmrs.compact` will be asked to approximate, so that more can leave.

@@ -139,7 +139,22 @@ class Chain:
                 lost = float(gains[layer][width] - gains[layer][width - 1])
                 price.append(lost / saved if width > 1 else math.inf)
             widths[min(range(len(widths)), key=price.__getitem__)] -= 1
+        if not self.cost(widths).close_to(target):
+            self._widen_one_by_one(widths, gains, target)
         return tuple(widths) if self.cost(widths).close_to(target) else None
+
+    def _widen_one_by_one(self, widths: list[int], gains: Sequence[Tensor], target: Cost) -> None:
+        """Give back, one by one, the structure with the largest gain that the tolerance has room for."""
+        most = Cost(*((1 + TOLERANCE) * each for each in target))
+        while True:
+            room = {}
+            for layer, width in enumerate(widths):
+                wider = self.cost([*widths[:layer], width + 1, *widths[layer + 1 :]])
+                if width < self.widths[layer] and all(a <= b for a, b in zip(wider, most, strict=True)):
+                    room[layer] = float(gains[layer][width + 1] - gains[layer][width])
+            if not room:
+                return
+            widths[max(room, key=room.__getitem__)] += 1
 
 
 def kept(scores: Tensor) -> Tensor:

@@ -71,6 +71,16 @@ class TestBudget:
         assert chain.best(first, target)[1] < chain.best(even, target)[1]
         assert chain.best(even, Cost(torch.tensor(1.0), torch.tensor(1e9))) is None
 
+    def test_an_expensive_neuron_too_many_is_made_up_for_by_cheap_ones(self, monkeypatch):
+        monkeypatch.setattr("benchmarks.experiments.peers.budget._MOST_WIDTHS", 0)
+        chain = Chain.of(MLP(in_features=784, num_blocks=1, hidden=100, noise=False), torch.randn(1, 784))
+        target = chain.cost((7.9, 7.9))  # less than 5 % of it is a neuron of the second layer only
+        gains = [kept(torch.full((100,), 1e-3)), kept(torch.full((100,), 1.0))]
+        widths = chain.best(gains, target)
+        assert widths is not None
+        assert chain.cost(widths).close_to(target)
+        assert widths[0] <= 7 < widths[1]
+
 
 class TestRivals:
     def test_scores_are_torch_prunings_and_cover_every_structure(self):
