@@ -14,12 +14,13 @@ Laplacian smoothing splines", 1989).
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bmrs.graph.capture import Inputs
 from bmrs.graph.stock_layers import WeightLayer
@@ -49,7 +50,12 @@ def sensitivities(
     }
     count = 0
     for inputs in batches:
-        outputs, probes = _probed(network, layers, inputs)
+        try:
+            outputs, probes = _probed(network, layers, inputs)
+        except RuntimeError:  # it runs without gradients alone
+            return None
+        if len(outputs) != len(scales):
+            return None
         weighted = [
             (output, scale)
             for output, scale in zip(outputs, scales, strict=True)
@@ -93,13 +99,17 @@ def _probed(
         return output + probes[layer]  # type: ignore[index]
 
     handles = [layer.register_forward_hook(probe) for layer in layers]
-    args, kwargs = inputs
     try:
         with torch.enable_grad():
+            args, kwargs = tree_map_only(Tensor, _saveable, inputs)
             return _tensors(network(*args, **kwargs)), probes
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _saveable(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x
 
 
 def _products(layer: nn.Module, gradient: Tensor) -> Tensor:
@@ -112,13 +122,14 @@ def _products(layer: nn.Module, gradient: Tensor) -> Tensor:
 @torch.no_grad()
 def _scales(network: nn.Module, batches: Sequence[Inputs]) -> list[float]:
     """Return for each tensor of the outputs one over the root of its variance over examples, 0 if it is constant."""
-    of_batches = [_tensors(network(*args, **kwargs)) for args, kwargs in batches]
-    scales = []
-    for parts in zip(*of_batches, strict=True):
-        values = torch.cat([part.double() if part.dim() else part.double()[None] for part in parts])
-        variance = float(values.var(dim=0, correction=0).sum())
-        scales.append(1 / math.sqrt(variance) if variance > 0 else 0.0)
-    return scales
+    variances: dict[int, list[float]] = defaultdict(list)
+    for args, kwargs in batches:
+        for place, output in enumerate(_tensors(network(*args, **kwargs))):
+            # Within a batch, as outputs of several batches can differ in their shapes.
+            several = output.dim() > 0 and len(output) > 1
+            variances[place].append(float(output.double().var(dim=0).sum()) if several else 0.0)
+    means = [sum(values) / len(values) for values in variances.values()]
+    return [1 / math.sqrt(mean) if 0 < mean < math.inf else 0.0 for mean in means]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

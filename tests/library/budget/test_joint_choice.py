@@ -181,17 +181,28 @@ def test_rises_of_a_linear_network_are_what_the_outputs_lose(frozen):
         left = rests[losses.index(min(losses))]
 
 
-class NotDifferentiable(nn.Module):
-    def __init__(self, network):
+class With(nn.Module):
+    """A network and what happens to its outputs."""
+
+    def __init__(self, network, outputs):
         super().__init__()
-        self.network = network
+        self.network, self.outputs = network, outputs
 
     def forward(self, x):
-        return self.network(x).detach()
+        return self.outputs(self.network(x))
 
 
-def test_numbers_go_by_evidence_where_outputs_have_no_gradients(mlp):
-    model = with_noise(NotDifferentiable(mlp), where=lambda name, layer: name in ("network.0", "network.2"))
+def inside(outputs):
+    return lambda network: with_noise(
+        With(network, outputs), where=lambda name, layer: name in ("network.0", "network.2")
+    )
+
+
+@pytest.mark.parametrize(
+    "outputs", [torch.Tensor.detach, lambda y: y.argmax(1), lambda y: y * 0.0, lambda y: y.mean()]
+)
+def test_numbers_go_by_evidence_where_it_is_not_known_what_outputs_lose(mlp, outputs):
+    model = inside(outputs)(mlp)
     assert rises_of(model, images(50, 5)) is None
     report = bmrs.prune_to(
         model, bmrs.SNR(), example_inputs=images(1, 5), parameters=0.6, examples=images(50, 5)
@@ -200,6 +211,27 @@ def test_numbers_go_by_evidence_where_outputs_have_no_gradients(mlp):
     assert report.unexplained is None
     assert report.least_relative_loss is not None
     assert "how many went of each layer was left to evidence in spite of the examples" in str(report)
+
+
+def test_of_several_outputs_each_counts_the_same(mlp):
+    examples = images(57, 5)  # the last batch is smaller
+    alone = rises_of(inside(lambda y: y)(mlp), examples)
+    twice = rises_of(inside(lambda y: {"a": y, "b": (1e6 * y, y.argmax(1))})(mlp), examples)
+    pairs = rises_of(inside(lambda y: y @ y.T)(mlp), examples)
+    for one, two, pair in zip(alone, twice, pairs, strict=True):
+        assert two == pytest.approx([2 * x for x in one], rel=0.5)
+        assert all(0 <= x < float("inf") for x in pair)
+
+
+def test_examples_of_inference_mode_are_taken(mlp):
+    model = with_noise(mlp, where=lambda name, layer: name in ("0", "2"))
+    with torch.inference_mode():
+        examples = images(60, 5) + 0.0
+        report = bmrs.prune_to(
+            model, bmrs.SNR(), example_inputs=examples[:1], parameters=0.6, examples=examples
+        )
+    assert report.met
+    assert report.unexplained is not None
 
 
 class Gated(nn.Module):
