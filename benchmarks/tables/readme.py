@@ -302,6 +302,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "post-training": small_table.readme,
     "formulas": small_table.formulas,
     "by-snr": small_table.by_snr,
+    "drawn": small_table.drawn,
     "knowledge": small_table.knowledge,
     "yardstick": yardstick_table.readme,
     "peers": peers_table.readme,

@@ -25,9 +25,10 @@ from benchmarks.environment import environment
 from benchmarks.experiments import paper, paper_table
 from benchmarks.experiments.deadline import OutOfTimeError
 from benchmarks.experiments.paper import Conditions, PaperRun
+from benchmarks.experiments.small_networks.drawing import drawn
 from benchmarks.experiments.small_networks.formulas import as_printed, pruned_by_snr
 from benchmarks.experiments.small_networks.judging import judge
-from benchmarks.experiments.small_networks.table import BY_SNR, FORMULAS, JUDGED
+from benchmarks.experiments.small_networks.table import BY_SNR, DRAWN, FORMULAS, JUDGED
 from benchmarks.experiments.small_networks.trunk import Subject, Trunk
 from benchmarks.granularities import GRANULARITIES
 from benchmarks.options import positive
@@ -35,7 +36,7 @@ from bmrs.data import DataError, DataName
 from bmrs.training import ConfigError, NonFiniteError, RunError
 from bmrs.training.settings import PaperNetwork
 
-STAGES = ("dense", "train", "judge", "formulas", "continuous", "snr")
+STAGES = ("dense", "train", "judge", "formulas", "drawn", "continuous", "snr")
 NETWORKS = "networks.jsonl"
 
 
@@ -115,12 +116,16 @@ def _rows(stage: str, trunk: Trunk, options: argparse.Namespace) -> Any:
     elif stage == "train":
         if not trunk.network.exists():
             yield NETWORKS, _told(subject, lambda: trunk.train(load()))
-    elif stage in (files := {"judge": JUDGED, "formulas": FORMULAS}):
+    elif stage in (files := {"judge": JUDGED, "formulas": FORMULAS, "drawn": DRAWN}):
         done = [_key(row) for row in paper_table.load(folder / files[stage])]
         if not trunk.network.exists() or _key({**subject._asdict(), "settings": settings}) in done:
             return
         if stage == "formulas":
             yield FORMULAS, as_printed(trunk, load())
+        elif stage == "drawn":
+            row = drawn(trunk, load())
+            print(f"drawn {' '.join(map(str, subject))}: {row['accuracy']}", file=sys.stderr, flush=True)
+            yield DRAWN, row
         else:
             row = judge(trunk, load(), tune_epochs=options.tune_epochs)
             print(f"judged {' '.join(map(str, subject))}: {row['seconds']} s", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from bmrs_kernels.constants import LOWER, UPPER
 
 Row = Any
 
-FORMULAS, BY_SNR = "formulas.jsonl", "by_snr.jsonl"
+FORMULAS, BY_SNR, DRAWN = "formulas.jsonl", "by_snr.jsonl", "drawn.jsonl"
 CRITERIA = {
     "bmrs-n": "BMRS_N, exact",
     "bmrs-n-authors": "BMRS_N, without the 2π",
@@ -219,6 +219,21 @@ def formulas(results: Path) -> str:
     columns = (
         *("network", "seeds", "epoch", "structures", "their SNR is NaN", "SNR ≤ 1 prunes", "theirs"),
         *("theirs, threshold at BMRS_N's share", "BMRS_N without the 2π prunes", "theirs"),
+    )
+    return table(columns, lines) if lines else ""
+
+
+def drawn(results: Path) -> str:
+    """Return the accuracy of trained networks with E[θ], and with θ drawn."""
+    lines = []
+    for group, rows in grouped(paper_table.load(results / "paper" / DRAWN)).items():
+        names = ("mean", "one_draw", "draws", "draws_over_feature_maps", "draws_elsewhere")
+        lines.append(
+            (str(group), len(rows), *(spread([row["accuracy"][n] for row in rows], 2) for n in names))
+        )
+    columns = (
+        *("network", "seeds", "test accuracy with E[θ], %", "with one draw", "with the mean of 20 draws"),
+        *("drawn over feature maps alone", "drawn elsewhere alone"),
     )
     return table(columns, lines) if lines else ""
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import bmrs
 from benchmarks.__main__ import main
 from benchmarks.experiments import paper
 from benchmarks.experiments.paper import Conditions, PaperRun
-from benchmarks.experiments.small_networks import formulas, judging, pictures, scores, table
+from benchmarks.experiments.small_networks import drawing, formulas, judging, pictures, scores, table
 from benchmarks.experiments.small_networks.formulas import snr_as_computed
 from benchmarks.experiments.small_networks.judging import Judging
 from benchmarks.experiments.small_networks.narrow import narrowed
@@ -22,7 +23,7 @@ from bmrs.compaction.costs import num_parameters
 from bmrs.data import EMBEDDED, TensorSplit
 from bmrs.models import MLP, LeNet5
 from bmrs.noise.lookup import noise_layers
-from bmrs.training.evaluation import compression
+from bmrs.training.evaluation import accuracy, compression
 from bmrs.training.run import load
 
 CONDITIONS = Conditions(None, "cpu", cuda_graph=False, epochs=3, fine_tune_epochs=1)
@@ -93,6 +94,7 @@ def test_the_command_goes_on_and_its_rows_make_tables(few_images, monkeypatch, t
         "networks.jsonl": 1,
         "judged.jsonl": 1,
         "formulas.jsonl": 1,
+        "drawn.jsonl": 1,
         "by_snr.jsonl": 2,
     }
     assert main(command) == 0
@@ -103,11 +105,33 @@ def test_the_command_goes_on_and_its_rows_make_tables(few_images, monkeypatch, t
     assert "½ SNR²" in table.knowledge(tmp_path)
     assert table.formulas(tmp_path).count("\n") == 3 + 1  # header, and each epoch that was looked at
     assert "| as the authors compute it | 0 | never | 6-16-120-84 |" in table.by_snr(tmp_path)
+    assert "| LeNet-5, Fashion-MNIST subset, element, 1 epochs | 1 |" in table.drawn(tmp_path)
     assert len(pictures.stale_files(tmp_path)) == len(pictures.PICTURES)
     pictures.write(tmp_path)
     table.write(tmp_path)
     assert not pictures.stale_files(tmp_path)
     assert not table.stale_files(tmp_path)
+
+
+def test_noise_of_which_the_largest_is_taken_is_not_its_mean():
+    """The larger of two elements is above the threshold if θ is drawn for each, and below it with E[θ]."""
+    noise = bmrs.NoiseLayer(1, granularity="element", initial_mu=-1.0, initial_log_sigma=0.0)
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.noise = noise
+
+        def forward(self, x):
+            largest = self.noise(x).flatten(2).max(dim=2).values
+            return torch.cat([largest, torch.full_like(largest, 0.6)], dim=1)
+
+    images = TensorSplit(torch.ones(50, 1, 8, 8), torch.zeros(50, dtype=torch.int64))
+    model = Pooled()
+    assert accuracy(model, images) == 0.0
+    assert drawing.accuracy_of_draws(model, images, {"noise"}, 3, 0) == 1.0
+    assert drawing.accuracy_of_draws(model, images, set(), 3, 0) == 0.0
+    assert drawing._over_feature_maps(model, {"noise": noise}, images.images[:1]) == {"noise"}
 
 
 def test_a_ratio_that_is_nan_takes_the_last_structure_too(few_images, monkeypatch, tmp_path):
