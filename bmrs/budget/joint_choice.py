@@ -120,7 +120,7 @@ class JointChoice:
             Shares of the variance of the network's outputs, at least 0 and rising; None if groups cannot be compared,
             as there is one that the layers which are known here do not read alike, or the outputs have no gradients.
         """
-        if any(_reading(self._readers, units) is None for units in groups):
+        if any(_reading(self._readers, units) is None for units in groups if units):
             return None
         layers = [reader.layer for reader in self._readers]
         batches = list(_in_batches(self._examples, _BATCH_WITH_GRADIENTS))
@@ -132,10 +132,11 @@ class JointChoice:
         rises = []
         for units in groups:
             reading = _reading(readers, units)
-            assert reading is not None, "asked above"
-            going = _going(reading, units, len(units), self._gone)
+            found_rises = (
+                np.empty(0) if reading is None else _going(reading, units, len(units), self._gone).rises
+            )
             # What one layer gives up never gets cheaper, even where a greedy order and rounding would have it so.
-            rises.append(np.maximum.accumulate(going.rises))
+            rises.append(np.maximum.accumulate(found_rises))
         return rises
 
     def order(

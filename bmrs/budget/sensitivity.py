@@ -40,7 +40,7 @@ def sensitivities(
         batches: arguments of its forward pass.
 
     Returns:
-        float64, (outputs, outputs) of each layer; None if the outputs cannot be differentiated, or are constant.
+        float64, (outputs, outputs) of each layer; None if the outputs are constant, or have no finite gradients.
     """
     scales = _scales(network, batches)
     generator = torch.Generator().manual_seed(0)
@@ -82,6 +82,8 @@ def sensitivities(
             for layer, gradient in zip(probes, gradients, strict=True):
                 if gradient is not None:
                     found[layer] += _products(layer, gradient)
+    if not all(total.isfinite().all() for total in found.values()):
+        return None
     return {layer: total / (count * _DRAWS) for layer, total in found.items()}
 
 
@@ -114,8 +116,8 @@ def _saveable(x: Tensor) -> Tensor:
 
 def _products(layer: nn.Module, gradient: Tensor) -> Tensor:
     """Return g·gᵀ, added up over examples and positions."""
-    channels = -1 if isinstance(layer, nn.Linear) else 1
-    rows = gradient.double().movedim(channels, -1).flatten(0, -2)
+    channels = 1 - layer.weight.dim()  # type: ignore[operator]
+    rows = gradient.double().movedim(channels, -1).reshape(-1, gradient.shape[channels])
     return rows.T @ rows
 
 

@@ -199,7 +199,14 @@ def inside(outputs):
 
 
 @pytest.mark.parametrize(
-    "outputs", [torch.Tensor.detach, lambda y: y.argmax(1), lambda y: y * 0.0, lambda y: y.mean()]
+    "outputs",
+    [
+        torch.Tensor.detach,
+        lambda y: y.argmax(1),
+        lambda y: y * 0.0,
+        lambda y: y.mean(),
+        lambda y: y + torch.sqrt(y * 0.0),  # whose gradient is NaN
+    ],
 )
 def test_numbers_go_by_evidence_where_it_is_not_known_what_outputs_lose(mlp, outputs):
     model = inside(outputs)(mlp)
