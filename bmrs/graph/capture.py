@@ -41,21 +41,6 @@ def _(x: Tensor, factors: Tensor, dim: int, name: str, structure_size: int) -> T
     return torch.empty_like(x)
 
 
-def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.dim = inputs[2]
-
-
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-    (factors,) = ctx.saved_tensors
-    shape = [1] * gradient.dim()
-    shape[ctx.dim] = -1
-    return gradient * factors.to(gradient.dtype).view(shape), None, None, None, None
-
-
-mark_noise.register_autograd(_gradient, setup_context=_keep_factors)
-
-
 class MarkedNoise(ChannelScale):
     """A noise layer in evaluation mode, as a single marked operation.
 
@@ -70,7 +55,9 @@ class MarkedNoise(ChannelScale):
         self.name, self.structure_size = name, layer.structure_size
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Return x · factors."""
+        """Return x · factors, with gradients where it is run and not captured."""
+        if not torch.compiler.is_exporting():
+            return super().scaled(x)
         result: Tensor = mark_noise(x, self.factors, self.dim, self.name, self.structure_size)
         return result
 
