@@ -122,6 +122,7 @@ class JointChoice:
         """
         if any(_reading(self._readers, units) is None for units in groups if units):
             return None
+        _keep_everything(self._graph)  # masks may have been set since
         layers = [reader.layer for reader in self._readers]
         batches = list(_in_batches(self._examples, _BATCH_WITH_GRADIENTS))
         some = batches[: math.ceil(_SHARE_WITH_GRADIENTS * len(batches))]
@@ -299,7 +300,7 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
         # One that is called several times reads other things each time.
         if len(calls) == 1 and not scaled.isdisjoint(calls[0][0].tolist())
     }
-    graph.set_masks({name: torch.ones(n, dtype=torch.bool) for name, n in graph.structures.items()})
+    _keep_everything(graph)
     handles = [
         layer.register_forward_pre_hook(
             lambda layer, args, kwargs, its=its: its.add(layer, args[0] if args else kwargs["input"]),
@@ -327,6 +328,10 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
             _Reader(layer, read.repeat_interleave(len(weight) // len(read)), made, weight, its.matrix())
         )
     return readers
+
+
+def _keep_everything(graph: MaskedGraph) -> None:
+    graph.set_masks({name: torch.ones(n, dtype=torch.bool) for name, n in graph.structures.items()})
 
 
 def _layer_of(graph: MaskedGraph, call: Call) -> WeightLayer | None:
