@@ -14,11 +14,12 @@ from bmrs_kernels.dispatch.backend import INTERPRETING
 from bmrs_kernels.dispatch.triton_launch import launch
 from bmrs_kernels.multiplicative_noise.triton_constants import load_posterior, table_column
 from bmrs_kernels.multiplicative_noise.triton_log_noise import tile_log_noise, tile_regimes
-from bmrs_kernels.multiplicative_noise.triton_noise import constants
+from bmrs_kernels.multiplicative_noise.triton_noise import STRUCTURES_PER_CONSTANTS_PROGRAM, constants
 from bmrs_kernels.multiplicative_noise.triton_tiles import exponential
 
 # An interpreted program takes tens of milliseconds, whatever its size.
 BLOCK = 4096 if INTERPRETING else 64
+STRUCTURES_PER_PROGRAM = 4096 if INTERPRETING else STRUCTURES_PER_CONSTANTS_PROGRAM
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def noise(mu: Tensor, log_sigma: Tensor, uniform: Tensor) -> Tensor:
     launch(
         noise_kernel,
         (triton.cdiv(len(mu), BLOCK),),
-        constants(mu, log_sigma, LOWER, UPPER),
+        constants(mu, log_sigma, LOWER, UPPER, structures_per_program=STRUCTURES_PER_PROGRAM),
         uniform,
         out,
         len(mu),

@@ -47,15 +47,15 @@ def _contested(case: FunctionCase, device: torch.device) -> Call:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run each case once unprofiled, which compiles it, and once profiled."""
+    """Run each case once unprofiled where that compiles it, on a GPU, and once profiled."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.profiled_cases", description=__doc__)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     device = parser.parse_args(arguments).device
     on_gpu = device.type == "cuda"
     for name, prepare in cases(device).items():
         call = prepare()
-        call()
         if on_gpu:
+            call()
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
         with recorded_launches() as launched:

@@ -271,20 +271,29 @@ def num_groups(x: Tensor, dim: int, granularity: str) -> int | None:
     return x.shape[0] if granularity == "sample" and not draws_are_elements else None
 
 
-def constants(mu: Tensor, log_sigma: Tensor, lower: float, upper: float) -> Tensor:
-    """Return the table of the structures' constants."""
-    num_blocks = triton.cdiv(mu.numel(), TABLE_BLOCK.value)
-    table = torch.empty(num_blocks * BLOCK_STRIDE.value, dtype=torch.float64, device=mu.device)
+def constants(
+    mu: Tensor,
+    log_sigma: Tensor,
+    lower: float,
+    upper: float,
+    *,
+    structures_per_program: int = STRUCTURES_PER_CONSTANTS_PROGRAM,
+) -> Tensor:
+    """Return the table of the structures' constants, filled by programs that own a power of two of structures each."""
+    filled_at_once = max(structures_per_program, TABLE_BLOCK.value)
+    columns = triton.cdiv(mu.numel(), filled_at_once) * filled_at_once
+    size = columns // TABLE_BLOCK.value * BLOCK_STRIDE.value
+    table = torch.empty(size, dtype=torch.float64, device=mu.device)
     launch(
         triton_element_kernels.constants_kernel,
-        (num_blocks * TABLE_BLOCK.value // STRUCTURES_PER_CONSTANTS_PROGRAM,),
+        (columns // structures_per_program,),
         mu,
         log_sigma,
         table,
         mu.numel(),
         LOWER=lower,
         UPPER=upper,
-        BLOCK=STRUCTURES_PER_CONSTANTS_PROGRAM,
+        BLOCK=structures_per_program,
         num_warps=1,
     )
     return table

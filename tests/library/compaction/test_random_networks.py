@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import bmrs
 from bmrs.noise.lookup import noise_layers
 
-NETWORKS = 90
+NETWORKS = 60
 RESIDUAL = 20
 
 

@@ -235,7 +235,7 @@ def test_project_stays_finite_where_the_plain_formulas_do_not():
     # Weighted as on all of Fashion-MNIST, which is where the plain formulas fail soonest: on this seed at step 12, so
     # that another processor's rounding has little time to lead elsewhere.
     runs = [FiniteRun("mlp", "elbo", 1e-2, 0, formulas) for formulas in ("project", "plain")]
-    settings = FiniteSettings(steps=300, dataset_size=48_000)
+    settings = FiniteSettings(steps=60, dataset_size=48_000)
     project, plain = finite_training.train_all(runs, settings, jobs=2)
     assert project.finite
     assert not plain.finite
