@@ -29,7 +29,7 @@ from bmrs.runs.points import Point, knee_of
 from bmrs.training.comparison_table import Row, Section, show_table, spread
 from bmrs.training.evaluation import accuracy
 from bmrs.training.run_folder import write_json_lines
-from bmrs.training.summary import load_state
+from bmrs.training.saved_networks import load_state
 
 CRITERIA: dict[str, Criterion] = {
     "BMRS odds": BMRSOdds(),

@@ -17,7 +17,7 @@ from bmrs.training.devices import device_of
 from bmrs.training.options_file import read_json
 from bmrs.training.run import load, moved
 from bmrs.training.run_folder import RunError, RunFolder
-from bmrs.training.summary import load_compacted, load_dense
+from bmrs.training.saved_networks import load_compacted, load_dense
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ from bmrs.training.run_folder import (
     write_json_lines,
 )
 from bmrs.training.sharing import check_same_data, check_same_state, share_random_state, share_state
-from bmrs.training.summary import RunSummary, show_seeds, summarise
+from bmrs.training.summarise import summarise
+from bmrs.training.summary import RunSummary, show_seeds
 
 _COMPILING = "compiling what draws the noise; up to a minute, the first time on this machine"
 

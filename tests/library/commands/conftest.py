@@ -2,12 +2,12 @@ import functools
 
 import pytest
 
-from bmrs.training import summary
+from bmrs.training import summarise
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_measurements():
     """Networks are timed for a moment, as no test of a command asks how fast they are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "latency", functools.partial(summary.latency, rounds=1, min_seconds=0.0))
+        patch.setattr(summarise, "latency", functools.partial(summarise.latency, rounds=1, min_seconds=0.0))
         yield

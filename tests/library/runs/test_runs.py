@@ -33,7 +33,7 @@ def seed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr("bmrs.training.run.draw", lambda *arguments: None)  # saves the time of drawing
         patch.setattr(
-            "bmrs.training.summary.latency", lambda models, images: [1e-3 * len(images)] * len(models)
+            "bmrs.training.summarise.latency", lambda models, images: [1e-3 * len(images)] * len(models)
         )
         options = f"train {data} {network} {schedule} --output {folder / 'run'}"
         assert main(options.split()) == 0

@@ -51,9 +51,9 @@ def tracker(monkeypatch):
 
     use(Tracker)
     monkeypatch.setattr("bmrs.training.run.draw", lambda *arguments: None)
-    monkeypatch.setattr("bmrs.training.summary.latency", lambda models, images: [1e-3] * len(models))
+    monkeypatch.setattr("bmrs.training.summarise.latency", lambda models, images: [1e-3] * len(models))
     real = energy.joules_of_inference
-    monkeypatch.setattr("bmrs.training.summary.joules_of_inference", lambda *given: real(*given, seconds=0))
+    monkeypatch.setattr("bmrs.training.summarise.joules_of_inference", lambda *given: real(*given, seconds=0))
     return use
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import bmrs
 from bmrs.data import Dataset, TensorSplit
 from bmrs.noise.layer import NoiseLayer
-from bmrs.training import RunError, TrainConfig, networks, recipe, run, summary
+from bmrs.training import RunError, TrainConfig, networks, recipe, run, summarise
 from bmrs.training.checkpoint import load_checkpoint, on_their_own, save_checkpoint
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.images import load_images
@@ -169,9 +169,9 @@ def test_trying_a_network_changes_nothing(data):
 
 def test_networks_that_compute_in_float32_themselves_are_compared_too(data):
     network = OwnPrecision(16, 3)
-    assert summary._difference(network, network, data.test, "network") == 0
+    assert summarise._difference(network, network, data.test, "network") == 0
     with pytest.raises(RunError, match="differ from the masked network's"):
-        summary._difference(network, OwnPrecision(16, 3), data.test, "network")
+        summarise._difference(network, OwnPrecision(16, 3), data.test, "network")
 
 
 def test_other_processes_prune_what_the_first_one_decided(data, monkeypatch):
