@@ -55,8 +55,8 @@ _BATCH_WITH_GRADIENTS = 10
 _SHARE_WITH_GRADIENTS = 0.25
 """Of the examples: sums of squares need no more, and several backward passes take longer than all the rest."""
 
-_MOST_COLUMNS = 4096
-"""Inputs of a layer, kernel positions counted, beyond which time grows too fast: its structures go by evidence."""
+_MOST_COLUMNS = 8192
+"""Inputs of a layer, kernel positions counted, beyond which covariances take too much: evidence says what goes."""
 
 _MOST_ROWS = 20_000
 """Positions of feature maps of a batch beyond which a random choice is taken."""
@@ -65,6 +65,9 @@ _MOST_VALUES = 50_000_000
 """Of what positions read, that are laid out at a time; a single example may have more."""
 
 _STEPS = 100
+
+_CUT_AT = 0.75
+"""Share of a layer's inputs below which the matrices are cut down to those that are left."""
 
 
 @dataclass(frozen=True)
@@ -205,14 +208,12 @@ def _going(
     """Return the units that go, by what `_reading` has found."""
     eliminations = [_Elimination(reader, places, gone, each) for reader, places, each in reading]
     going = _Going([], np.zeros(number))
-    left = torch.ones(len(units), dtype=torch.bool)
     at_once = max(1, len(units) // _STEPS)
     while (done := len(going.places)) < number:
-        rise = torch.stack([each.rises() for each in eliminations]).sum(dim=0).masked_fill(~left, torch.inf)
+        rise = torch.stack([each.rises() for each in eliminations]).sum(dim=0)
         chosen = rise.argsort(stable=True)[: min(at_once, number - done)]
         together = sum(each.eliminate(chosen) for each in eliminations)
         going.rises[done : done + len(chosen)] = together / len(chosen)
-        left[chosen] = False
         going.places.extend(chosen.tolist())
     return going
 
@@ -246,34 +247,43 @@ class _Elimination:
             self._fit, self._scale = self._fit @ _root(reader.sensitivity[wanted][:, wanted]), 1.0
         own = places[there]
         self._inputs = own.argsort(stable=True)[(own < 0).sum() :].view(-1, each)
+        self._left = torch.ones(len(self._inputs), dtype=torch.bool)
+        self._rows_left = torch.ones(len(own), dtype=torch.bool)
 
     def rises(self) -> Tensor:
-        """Return by how much each unit's absence makes the fit worse.
+        """Return by how much each unit's absence makes the fit worse; infinity for those that are absent already.
 
         Over the variance of what is fitted, or of the network's outputs where it is known how they depend on that.
         """
-        rows = self._inputs
+        rows = self._inputs[self._left]
         own = self._inverse[rows[:, :, None], rows[:, None, :]]
         fit = self._fit[rows]
-        return (fit * torch.linalg.solve(own, fit)).sum(dim=(1, 2)).cpu() * self._scale
+        rises = torch.full((len(self._left),), torch.inf, dtype=fit.dtype)
+        rises[self._left] = (fit * torch.linalg.solve(own, fit)).sum(dim=(1, 2)).cpu() * self._scale
+        return rises
 
     def eliminate(self, units: Tensor) -> float:
         """Fit without some units, and return by how much that is worse, likewise.
 
-        What they had becomes 0, and never counts again.
+        What the matrices say of them then is rounding, and never read.
         """
         rows = self._inputs[units].flatten()
         across, outputs = self._inverse[:, rows], self._fit.shape[1]
         step = torch.linalg.solve(self._inverse[rows][:, rows], torch.cat([self._fit[rows], across.T], dim=1))
         rise = float((self._fit[rows] * step[:, :outputs]).sum()) * self._scale
-        change = across @ step
-        self._fit = self._fit - change[:, :outputs]
-        self._inverse = self._inverse - change[:, outputs:]
-        self._fit[rows] = 0.0
-        self._inverse[rows] = 0.0
-        self._inverse[:, rows] = 0.0
-        self._inverse[rows, rows] = 1.0
+        self._fit.addmm_(across, step[:, :outputs], alpha=-1)
+        self._inverse.addmm_(across, step[:, outputs:], alpha=-1)
+        self._left[units] = self._rows_left[rows] = False
+        if self._rows_left.sum() < _CUT_AT * len(self._rows_left):
+            self._cut()
         return max(rise, 0.0)
+
+    def _cut(self) -> None:
+        """Let go of the rows and columns of what is absent."""
+        left = self._rows_left
+        self._inverse, self._fit = self._inverse[left][:, left], self._fit[left]
+        self._inputs = left.cumsum(dim=0)[self._inputs] - 1
+        self._rows_left = left[left]
 
 
 def _root(matrix: Tensor) -> Tensor:

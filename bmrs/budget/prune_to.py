@@ -65,7 +65,7 @@ def prune_to(
             model is differentiated. The weights are those of the model with θ = 1, and what is chosen is meant for
             weights that are refitted (``refit_to`` of `bmrs.compact`) or fine-tuned. Structures that are read by
             anything but linear and convolution layers, such as heads, go by evidence, and so do those read by a layer
-            of more than 4,096 inputs, kernel positions counted; where there are such, or the outputs have no gradients,
+            of more than 8,192 inputs, kernel positions counted; where there are such, or the outputs have no gradients,
             evidence says for all layers how many go.
         empty_layers: True lets layers go whole as in `bmrs.prune`; beyond the criterion only where one structure in
             each layer is too much for the budget, those first that are worth least.

@@ -181,7 +181,7 @@ class BudgetReport:
         if alone:
             lines.append(
                 f"which ones went was left to evidence in spite of the examples, as others than linear and convolution "
-                f"layers of up to 4,096 inputs read them: {', '.join(alone)}"
+                f"layers of up to 8,192 inputs read them: {', '.join(alone)}"
             )
         if self.unexplained is None:
             lines.append(

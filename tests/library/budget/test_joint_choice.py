@@ -284,7 +284,7 @@ def test_what_no_known_layer_reads_goes_by_evidence_and_is_told():
         assert torch.equal(noise_layers(model)[name].mask, noise_layers(alone)[name].mask)
     assert "by the examples: third.noise" in str(reports[1])
     assert "left to evidence in spite of the examples" in str(reports[1])
-    assert "layers of up to 4,096 inputs read them: first.noise, second.noise" in str(reports[1])
+    assert "layers of up to 8,192 inputs read them: first.noise, second.noise" in str(reports[1])
     assert "examples" not in str(reports[0])
 
 
