@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bmrs.graph.channels import STAYS, compressed, varying_axes, without_repetition
 from bmrs.graph.operators import DROPOUTS, NEW_FILLS
+from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
@@ -80,9 +82,33 @@ def moved(findings: Findings, call: Call) -> Value | list[Value]:
         return call.target(**{**_plain(call), name: x})
 
     results = _moved(findings, call, value, move)
-    if call.operator in ("expand", "expand_as", "broadcast_to"):
-        return [_expanded_behind_groups(findings, value, results[0])]
+    if call.operator == "expand_as":
+        return [_expanded_as(call["other"], value, results[0])]
+    if call.operator in ("expand", "broadcast_to"):
+        behind_groups = _expanded_behind_groups(findings, value, results[0])
+        return [behind_groups if value.layers else _expanded_for_channels(findings, value, behind_groups)]
     return results
+
+
+def _expanded_as(other: Value, value: Value, result: Value) -> Value:
+    """Let repetitions leave with the channels of the tensor that says how many there are, as under `F.normalize`."""
+    offset = len(result.shape) - len(value.shape)
+    layers = [
+        layer
+        for layer in other.layers
+        for axes in [varying_axes(layer)]
+        if all(axis < offset or value.shape[axis - offset] == 1 < result.shape[axis] for axis in axes)
+    ]
+    return replace(result, layers=(*result.layers, *layers))
+
+
+def _expanded_for_channels(findings: Findings, value: Value, result: Value) -> Value:
+    """Let repetitions leave of what all channels share, such as a norm or a gate, with the channels that they meet."""
+    offset = len(result.shape) - len(value.shape)
+    axes = [axis + offset for axis, size in enumerate(value.shape) if size == 1 < result.shape[axis + offset]]
+    if result.layers or len(axes) != 1 or axes[0] == 0:
+        return result
+    return replace(result, layers=(findings.new_layer(result.shape, axes[0]),))
 
 
 def _expanded_behind_groups(findings: Findings, value: Value, result: Value) -> Value:
@@ -209,6 +235,32 @@ def _grown(layer: Tensor, shape: torch.Size) -> Tensor:
         if layer.shape[d] != shape[d]:
             layer = layer.narrow(d, 0, 1)
     return layer.expand(shape)
+
+
+@rule("im2col")
+def windows(findings: Findings, call: Call) -> Value:
+    """Follow the channels of feature maps into the columns of windows, where each has as many entries as a window."""
+    x: Value = call["self"]
+    axis, entries = len(x.shape) - 3, math.prod(call["kernel_size"])
+
+    def in_columns(layer: Tensor) -> Tensor:
+        channels = layer[..., :1, :1].flatten(-2)
+        channels = compressed(channels).expand(*channels.shape[:axis], x.shape[axis], 1)
+        return compressed(channels.repeat_interleave(entries, dim=axis)).expand(call.shape)
+
+    layers = []
+    for layer in x.layers:
+        if max(varying_axes(layer), default=0) <= axis:
+            layers.append(in_columns(layer))
+        else:
+            findings.stay(layer, "im2col runs over its dimension")
+    constant = None
+    if x.constant is not None:
+        constant = uniform(x.constant, (axis + 1, axis + 2))
+        if any(call["padding"]):
+            constant = constant.where(constant == 0, torch.nan)
+        constant = in_columns(constant)
+    return Value(call.shape, tuple(layers), constant)
 
 
 @rule("cat", "concat", "concatenate")

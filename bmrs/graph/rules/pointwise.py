@@ -124,12 +124,17 @@ def _constant(call: Call, values: list[Value]) -> Tensor | None:
         without_repetition(*(c.expand(call.shape) for c in constants)) if call.shape.numel() else constants
     )
     varies = torch.stack([c.isnan() for c in arguments]).any(dim=0)
+    # Of what varies, neither infinity as a factor of 0 nor 0 as its divisor is thought of.
+    in_place_of_varying = 0.0
     if call.operator in ("mul", "multiply"):
         zero = torch.stack([c == 0 for c in arguments]).any(dim=0)
         varies &= ~zero
+    elif call.operator in ("div", "divide", "true_divide") and len(arguments) == 2:
+        varies &= (arguments[0] != 0) | ~arguments[1].isnan()
+        in_place_of_varying = 1.0
     if varies.all():
         return None
-    result = _run(call, values, [c.nan_to_num(0.0) for c in arguments])
+    result = _run(call, values, [c.nan_to_num(in_place_of_varying) for c in arguments])
     return compressed(result.double().masked_fill(varies, torch.nan)).expand(call.shape)
 
 

@@ -45,7 +45,7 @@ def reduced(findings: Findings, call: Call) -> list[Value]:
     dims = _dimensions(call, rank)
     known = x.known()
     silent = None
-    if (call.operator == "sum" or call.ignores_zeros) and x.constant is not None:
+    if _ignores_zeros(call) and x.constant is not None:
         silent = without_repetition(x.constant)[0] == 0
     layers = []
     for layer in sum_layers(findings, x.layers, dims, silent):
@@ -61,8 +61,30 @@ def reduced(findings: Findings, call: Call) -> list[Value]:
     ]
 
 
+def _ignores_zeros(call: Call) -> bool:
+    """Return whether fewer zeros change nothing."""
+    if call.operator in ("norm", "linalg_vector_norm"):
+        order = call["p" if call.operator == "norm" else "ord"]
+        return order is None or order >= 0
+    return call.operator == "sum" or call.ignores_zeros
+
+
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "mean": torch.mean}
 _REDUCTIONS |= dict.fromkeys(("amax", "max"), torch.amax) | dict.fromkeys(("amin", "min"), torch.amin)
+
+
+@rule("cosine_similarity")
+def compared(findings: Findings, call: Call) -> Value:
+    """Read the channels of both tensors that are summed over, but for those that are zeros in both."""
+    both: list[Value] = [call["x1"], call["x2"]]
+    shape = torch.broadcast_shapes(*(x.shape for x in both))
+    layers = combine(findings, shape, [(x.shape, x.layers) for x in both])
+    zeros = [x.constant == 0 for x in both if x.constant is not None]
+    silent = None
+    if len(zeros) == len(both):
+        silent = without_repetition(compressed(zeros[0].expand(shape) & zeros[1].expand(shape)))[0]
+    summed = sum_layers(findings, layers, [(1 if call["dim"] is None else call["dim"]) % len(shape)], silent)
+    return Value(call.shape, tuple(layer.expand(call.shape) for layer in summed))
 
 
 @rule(
@@ -89,15 +111,24 @@ def mixed(findings: Findings, call: Call) -> list[Value]:
             findings.stay(layer, f"{call.operator} runs over all channels")
         else:
             kept.append(layer)
+    constant = None
+    if x.constant is not None and call.operator in _ACCUMULATIONS:
+        constant = compressed(_ACCUMULATIONS[call.operator](x.constant.contiguous(), dims[0]))
+    elif x.constant is not None and call.operator in ("sort", "topk"):
+        constant = uniform(x.constant, dims)
     results = []
-    for shape in call.shapes:
+    for place, shape in enumerate(call.shapes):
         same_rank = len(shape) == len(x.shape)
         layers = tuple(_resized(layer, shape) for layer in kept) if same_rank else ()
         if not same_rank:
             for layer in kept:
                 findings.stay(layer, f"{call.operator} is not followed")
-        results.append(Value(shape, layers))
+        known = _resized(constant, shape) if constant is not None and same_rank and place == 0 else None
+        results.append(Value(shape, layers, known))
     return results
+
+
+_ACCUMULATIONS: dict[str, Callable[..., Tensor]] = {"cumsum": torch.cumsum, "cumprod": torch.cumprod}
 
 
 def _resized(layer: Tensor, shape: torch.Size) -> Tensor:

@@ -84,6 +84,13 @@ class TestOperators:
             (lambda h: torch.where(h > 0.0, h, h.exp() - 1.0), 6, [0, 3], 2, 4),
             (lambda h: torch.einsum("ni,ni->ni", h, h), 6, [0, 3], 2, 4),
             (lambda h: F.glu(h, dim=1), 3, [0, 1], 2, 1),
+            (lambda h: F.normalize(h, dim=1), 6, [0, 3], 2, 4),
+            (lambda h: h / (1.0 + h.norm(dim=1, keepdim=True)).expand(h.shape), 6, [0, 3], 2, 4),
+            (lambda h: h + torch.linalg.vector_norm(h, -1, 1, True), 6, [0, 3], 0, 6),  # 0 where any entry is
+            (lambda h: 1.0 / (2.0 + h.tanh()), 6, [0, 3], 2, 4),
+            (lambda h: h.cumsum(0), 6, [0, 3], 2, 4),
+            (lambda h: h.cumsum(1), 6, [0, 3], 0, 6),
+            (lambda h: h.sort(dim=0).values, 6, [0, 3], 2, 4),
         ],
     )
     def test_between_linear_layers(self, function, reads, structures, removed, left):
@@ -97,6 +104,48 @@ class TestOperators:
         compacted = assert_compacts(model, torch.randn(3, 4), form="graph")
         assert layer_report(compacted, "noise").removed == 2
         assert parameter_shapes(compacted)["last.weight"] == (2, 4)
+
+    def test_a_width_that_the_code_expands_to_makes_a_graph(self):
+        model = pruned(
+            between(lambda h: h * h.sum(1, keepdim=True).sigmoid().expand(-1, 6)), {"noise": [0, 3]}
+        )
+        compacted = assert_compacts(model, torch.randn(3, 4), form="graph")
+        assert layer_report(compacted, "noise").removed == 2
+
+    @pytest.mark.parametrize(
+        ("activation", "options", "removed"),
+        [
+            (torch.relu, {"padding": 1, "stride": 2}, 2),
+            (torch.sigmoid, {"dilation": 2}, 2),
+            (torch.sigmoid, {"padding": 1}, 0),  # a half, but 0 around the map
+        ],
+    )
+    def test_channels_leave_windows_of_feature_maps(self, activation, options, removed):
+        model = calling(
+            lambda self, x: self.last(F.unfold(activation(self.noise(self.first(x))), 3, **options).mT),
+            first=nn.Conv2d(3, 6, 1),
+            noise=NoiseLayer(6, dim=1),
+            last=nn.Linear(54, 2),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(2, 3, 7, 7))
+        assert layer_report(compacted, "noise").removed == removed
+        assert compacted.last.in_features == 54 - 9 * removed
+
+    @pytest.mark.parametrize("structures", [[0, 3], [0]])
+    def test_cosines_read_what_either_of_two_towers_has(self, structures):
+        model = calling(
+            lambda self, x, y: F.cosine_similarity(
+                self.left(self.first(x)), self.right(self.second(y)), dim=1
+            ),
+            first=nn.Linear(4, 6),
+            left=NoiseLayer(6, dim=-1),
+            second=nn.Linear(5, 6),
+            right=NoiseLayer(6, dim=-1),
+        )
+        model = pruned(model, {"left": [0, 3], "right": structures})
+        compacted = assert_compacts(model, (torch.randn(3, 4), torch.randn(3, 5)))
+        assert sum(layer_report(compacted, name).removed for name in ("left", "right")) == 2 * len(structures)
+        assert compacted.first.out_features == compacted.second.out_features == 6 - len(structures)
 
     def test_constant_of_a_fixed_width_keeps_channels(self):
         model = pruned(between(lambda h: h + torch.ones(6)), {"noise": [0]})
