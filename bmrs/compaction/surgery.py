@@ -263,6 +263,6 @@ def replace_noise(
             else:
                 module._modules[name] = nn.Identity()
     for module in list(model.modules()):
-        rest = module._modules.get("noise")
+        rest = getattr(module, "noise", None)
         if isinstance(rest, HiddenNoise) and not rest._modules and remove_noise_hook(module):
             del module._modules["noise"]

@@ -238,6 +238,7 @@ def export_program(
     Raises:
         ValueError: the model does not run on the example, or cannot be captured.
     """
+    refuse_torchscript(model, purpose)
     attempts: list[tuple[Inputs, Any]] = [(inputs, None)]
     if dynamic != "none":
         several = several_examples(inputs)
@@ -256,6 +257,17 @@ def export_program(
         except Exception as error:
             failure = error
     raise ValueError(_why_not(model, inputs, purpose, failure, advice)) from failure
+
+
+def refuse_torchscript(model: nn.Module, purpose: str) -> None:
+    """Raise ValueError if a part of a model is TorchScript, which torch.export cannot follow."""
+    for name, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{purpose} follows the model with torch.export, which cannot see into TorchScript: "
+                f"{f'layer {name!r}' if name else 'the model'} is a {type(part).__name__}. Give it the Python module "
+                "that was scripted or traced, and script the result, if at all"
+            )
 
 
 def _as_export_takes_it(model: nn.Module) -> nn.Module:

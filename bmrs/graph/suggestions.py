@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Captured, as_inputs, capture, mark
+from bmrs.graph.capture import Captured, as_inputs, capture, mark, refuse_torchscript
 from bmrs.graph.channels import STAYS, varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.layer_norms import check_approximate
@@ -102,6 +102,7 @@ def suggest(
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs)
         trial = evaluation_copy(model)
+        refuse_torchscript(trial, "suggest")
         mark(
             trial,
             {name: torch.ones(len(layer.spread(layer.mu))) for name, layer in noise_layers(trial).items()},

@@ -167,8 +167,9 @@ def _structures_of(model: nn.Module, name: str, layer: nn.Module) -> dict[str, i
 def _remove_noise(model: nn.Module, keep: set[NoiseLayer]) -> None:
     """Take away noise layers that `add_noise` put into a model."""
     for layer in list(model.modules()):
-        noise = layer._modules.get("noise")
-        parts = {part for part in (() if noise is None else noise.modules()) if isinstance(part, NoiseLayer)}
+        noise = getattr(layer, "noise", None)
+        inside = noise.modules() if isinstance(noise, nn.Module) else ()
+        parts = {part for part in inside if isinstance(part, NoiseLayer)}
         if parts and not parts & keep and remove_noise_hook(layer):
             del layer._modules["noise"]
     note_what_was_added(inside_wrappers(model))

@@ -62,7 +62,7 @@ def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return those of a model's modules that hold noise of `add_noise` but have lost the hook that applies it."""
     found = {}
     for name, layer in modules.items():
-        position = _position_of(layer._modules.get("noise"))
+        position = _position_of(getattr(layer, "noise", None))
         if position is None:
             continue
         wanted = {hook for _, hook in _hooks_at(position)}
@@ -72,7 +72,7 @@ def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return found
 
 
-def _position_of(noise: nn.Module | None) -> NoisePosition | None:
+def _position_of(noise: object) -> NoisePosition | None:
     """Return what of its layer a child ``noise`` of `add_noise` multiplies, None for another module."""
     if isinstance(noise, HiddenNoise):
         return "hidden"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
-from typing import Literal, TypeAlias, TypeVar, get_args
+from typing import Literal, TypeAlias, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from bmrs_kernels.constants import LOWER, UPPER
 from bmrs_kernels.options import Activation, Backend, Granularity
 
 Structures: TypeAlias = Literal["features", "heads", "hidden"]
-Where: TypeAlias = "type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]"
+Where: TypeAlias = (
+    "type[nn.Module] | tuple[type[nn.Module], ...] | str | Collection[str] | Callable[[str, nn.Module], bool]"
+)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -62,7 +64,8 @@ def add_noise(
     Args:
         model: any module; it may itself be a chosen layer.
         where: the layers to choose: a module type or tuple of types, a glob pattern on qualified names
-            (``"features.*.conv?"``, case-sensitive), or a function of (qualified name, module).
+            (``"features.*.conv?"``, case-sensitive) or a list of such patterns, each of which has to match, or a
+            function of (qualified name, module).
         structures: ``"features"``, every entry of a layer's output; ``"heads"``, the attention heads that a chosen
             output projection reads: the noise then multiplies the input of that layer, one θ for each head; or
             ``"hidden"``, the hidden units of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``: θ multiplies a unit's state
@@ -114,9 +117,12 @@ def add_noise(
     if structures == "hidden":
         _check_options_of_hidden_units(granularity, activation, num_structures)
     # By the model's own names, or else by those that torch.compile gives it.
-    chosen = chosen_layers(inside_wrappers(model), where) or chosen_layers(model, where)
-    if not chosen:
-        raise ValueError(f"where={where!r} matches no layer of the model ({type(model).__name__})")
+    chosen: dict[str, nn.Module] = {}
+    for each in list(where) if _are_patterns(where) else [where]:
+        found = chosen_layers(inside_wrappers(model), each) or chosen_layers(model, each)
+        if not found:
+            raise ValueError(f"where={each!r} matches no layer of the model ({type(model).__name__})")
+        chosen |= found
     fallback = next(model.parameters(), torch.empty(0))
     additions: list[tuple[nn.Module, nn.Module]] = []
     for name, layer in chosen.items():
@@ -174,6 +180,9 @@ def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
     if isinstance(where, str):
         pattern = where
         chosen = lambda name, module: fnmatchcase(name, pattern)  # noqa: E731
+    elif _are_patterns(where):
+        patterns = where
+        chosen = lambda name, module: any(fnmatchcase(name, each) for each in patterns)  # noqa: E731
     elif isinstance(where, type | tuple):
         types = where
         chosen = lambda name, module: isinstance(module, types)  # noqa: E731
@@ -181,7 +190,7 @@ def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
         chosen = where
     else:
         raise TypeError(
-            f"where must be a module type, a tuple of them, a name pattern or a function, got {where!r}"
+            f"where must be a module type, a tuple of them, a name pattern, a list of them or a function, got {where!r}"
         )
     layers: dict[nn.Module, str] = {}
     # With duplicates, so that a pattern can name a shared layer by any of its names.
@@ -191,7 +200,19 @@ def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
     return {name: module for module, name in layers.items()}
 
 
+def _are_patterns(where: object) -> TypeGuard[Collection[str]]:
+    """Return whether several name patterns are given."""
+    if isinstance(where, str | type) or not isinstance(where, Collection):
+        return False
+    return len(where) > 0 and all(isinstance(each, str) for each in where)
+
+
 def _check_can_get_noise(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ValueError(
+            f"layer {name!r} ({type(layer).__name__}) is TorchScript, which takes no noise any more: call add_noise "
+            "before torch.jit.script or torch.jit.trace"
+        )
     if hasattr(layer, "noise"):
         has = added_noise(layer) or isinstance(layer.noise, HiddenNoise)
         what = "already has a noise layer" if has else "already has an attribute 'noise'"

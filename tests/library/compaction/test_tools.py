@@ -12,7 +12,7 @@ from torch import nn
 import bmrs
 from bmrs import NoiseLayer
 from bmrs.noise.lookup import noise_layers
-from tests.library.compaction_cases import num_values, randomise
+from tests.library.compaction_cases import num_values, prune_structures, randomise
 
 
 class Residual(nn.Module):
@@ -419,6 +419,43 @@ def test_operators_without_a_rule_are_saved(tmp_path):
     bmrs.save(tmp_path / "m", compacted)
     for found, expected in zip(bmrs.load(tmp_path / "m")(*inputs), compacted(*inputs), strict=True):
         assert torch.equal(found, expected)
+
+
+class TestTorchScript:
+    """torch.export cannot look into it, and it takes no hooks; a network may have parts of it all the same."""
+
+    @staticmethod
+    def partly():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            scripted = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 6, 3)))
+        return nn.Sequential(nn.Conv2d(3, 8, 3), scripted).eval()
+
+    def test_what_follows_the_network_names_the_part(self):
+        model = bmrs.add_noise(self.partly(), where="0")
+        x = torch.randn(2, 3, 8, 8)
+        for follow in (bmrs.compact, bmrs.suggest):
+            with pytest.raises(
+                ValueError, match=r"cannot see into TorchScript: layer '1' is a Recursive\w+\. Give it"
+            ):
+                follow(model, x)
+
+    def test_noise_goes_elsewhere_and_can_be_folded(self):
+        model = self.partly()
+        with pytest.raises(ValueError, match=r"layer '1\.1' .* is TorchScript, .* before torch\.jit\.script"):
+            bmrs.add_noise(model, where="1.1", num_structures=6, dim=1)
+        bmrs.add_noise(model, where="0")
+        prune_structures(noise_layers(model)["0.noise"], [1, 5])
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(bmrs.fold(model)(x), model(x))
+
+    def test_a_network_of_nothing_else_has_no_places(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(2, 3))
+        with pytest.raises(ValueError, match=r"the model is a .*Module"):
+            bmrs.suggest(traced, torch.randn(2, 3))
 
 
 def test_model_without_tensors_to_compare_is_refused():

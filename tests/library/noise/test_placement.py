@@ -39,9 +39,11 @@ class TestAddNoise:
             ((nn.Conv2d, nn.Linear), ["features.0.noise", "hidden.noise", "classes.noise"]),
             ("features.?", ["features.0.noise", "features.1.noise"]),
             ("h*", ["hidden.noise"]),
+            (["hidden", "features.?", "h*"], ["features.0.noise", "features.1.noise", "hidden.noise"]),
+            ({"hidden"}, ["hidden.noise"]),
             (lambda name, module: getattr(module, "out_features", 0) > 5, ["hidden.noise"]),
         ],
-        ids=["type", "types", "pattern", "prefix", "function"],
+        ids=["type", "types", "pattern", "prefix", "list", "set", "function"],
     )
     def test_chooses_layers(self, where, expected):
         features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
@@ -372,6 +374,9 @@ class TestErrors:
                 r"where='conv\*' matches no layer of the model \(Linear\)",
             ),
             (nn.Linear(2, 2), 3, TypeError, "where must be a module type, a tuple of them, a name pattern"),
+            (nn.Linear(2, 2), [], TypeError, r"a list of them or a function, got \[\]"),
+            (nn.Linear(2, 2), ["", nn.Linear], TypeError, "where must be"),
+            (nn.Sequential(nn.Linear(2, 2)), ["0", "1"], ValueError, "where='1' matches no layer"),
             (nn.Sequential(nn.Linear(2, 2)), "*", ValueError, r"layer '' \(Sequential\) cannot be inferred"),
             (nn.LayerNorm((2, 3)), nn.LayerNorm, ValueError, r"\(LayerNorm\) cannot be inferred"),
             (nn.MultiheadAttention(4, 2), nn.MultiheadAttention, ValueError, r"cannot be inferred"),
