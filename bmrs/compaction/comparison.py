@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from bmrs.graph.capture import Inputs, map_tensors
 from bmrs.graph.copies import copied
@@ -161,9 +162,24 @@ def _double_buffers(network: nn.Module) -> None:
 def forward_flops(model: nn.Module, inputs: Inputs) -> int:
     """Return the floating-point operations of a forward pass, two for each multiply-add."""
     args, kwargs = map_tensors(torch.clone, inputs)
-    with FlopCounterMode(display=False) as counter, without_fast_path():
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    with counter, without_fast_path():
         model(*args, **kwargs)
     return int(counter.get_total_flops())
+
+
+class _NoModules(ModuleTracker):
+    """Tracks no modules, as the hook for that cannot take a view of a parameter without gradients.
+
+    Tokens and queries that are expanded, as those of CaiT and Perceiver, are such views.
+    """
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def all_finite(tensor: Tensor) -> bool:

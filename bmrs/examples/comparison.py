@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 import bmrs
+from bmrs.compaction.comparison import forward_flops
+from bmrs.graph.capture import as_inputs
 from bmrs.text_table import table_lines
 
 Batch = Sequence[Tensor]
@@ -191,9 +192,7 @@ def torch_pruned(
 @torch.no_grad()
 def count_flops(model: nn.Module, example: Any) -> int:
     """Return the floating-point operations of a forward pass."""
-    with FlopCounterMode(display=False) as counter:
-        _call(model, example)
-    return int(counter.get_total_flops())
+    return forward_flops(model, as_inputs(example))
 
 
 @torch.no_grad()

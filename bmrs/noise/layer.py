@@ -78,6 +78,8 @@ class NoiseLayer(nn.Module):
     generator: torch.Generator | None = None
     compacted: bool = False
     """Whether `compact` left it in the network that it made."""
+    place: str = ""
+    """Name that the layer had whose noise `add_noise` made this, for errors."""
     _born_without_values: bool = False
     was_looked_at_for_decay: bool = False
     added: Any = None
@@ -269,12 +271,14 @@ class NoiseLayer(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"x must have a floating dtype, got {x.dtype}")
         if not -x.dim() <= self.dim < x.dim():
-            raise ValueError(f"x must have a dimension {self.dim}, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have a dimension {self.dim}, got shape {tuple(x.shape)}{self._in_words()}"
+            )
         if x.shape[self.dim] != self.num_structures * self.structure_size:
             size = "" if self.structure_size == 1 else f" · structure_size={self.structure_size}"
             raise ValueError(
                 f"x must have num_structures={self.num_structures}{size} entries along dim={self.dim}, "
-                f"got shape {tuple(x.shape)}"
+                f"got shape {tuple(x.shape)}{self._in_words()}"
             )
         if is_sharded(x) != is_sharded(self.mu):
             sharded, plain = ("x", "the noise layer") if is_sharded(x) else ("the noise layer", "x")
@@ -284,6 +288,9 @@ class NoiseLayer(nn.Module):
             )
         if x.device != self.mu.device:
             raise ValueError(f"x must be on the noise layer's device {self.mu.device}, got {x.device}")
+
+    def _in_words(self) -> str:
+        return f", at layer {self.place!r}: tell add_noise its num_structures and dim" if self.place else ""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load a state, but keep the parameters at 32 bits or more and the mask bool, also with ``assign=True``.

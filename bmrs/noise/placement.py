@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from functools import partial
@@ -161,9 +162,11 @@ def add_noise(
             noise = HiddenNoise({part: new_layer() for part in hidden_parts(layer)})
         else:
             noise = new_layer()
-        if mesh := mesh_of(model, name, layer, plain_is_right=same_on_all_ranks, generator=generator):
-            for part in noise.modules():
-                if isinstance(part, NoiseLayer):
+        mesh = mesh_of(model, name, layer, plain_is_right=same_on_all_ranks, generator=generator)
+        for part in noise.modules():
+            if isinstance(part, NoiseLayer):
+                part.place = name
+                if mesh:
                     replicate(part, mesh)
         additions.append((layer, noise.train(layer.training)))
     positions: dict[Structures, NoisePosition] = {"features": "output", "heads": "input", "hidden": "hidden"}
@@ -247,7 +250,7 @@ def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels, 1
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and len(layer.normalized_shape) == 1:
-        return layer.normalized_shape[0], -1
+        return layer.normalized_shape[0], _dimension_of_norm(layer)
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, -1
     if isinstance(layer, nn.RNNBase):
@@ -264,6 +267,13 @@ def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
         f"the structures of layer {name!r} ({type(layer).__name__}) cannot be inferred: choose linear, convolution, "
         "normalisation, embedding or recurrent layers, or give num_structures and dim"
     )
+
+
+def _dimension_of_norm(layer: nn.Module) -> int:
+    """Return the last dimension, but for classes of feature maps, as LayerNorm2d of torchvision and timm is one."""
+    own_forward = type(layer).forward not in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    spatial = re.search("([123])d$", type(layer).__name__)
+    return -1 - int(spatial[1]) if own_forward and spatial else -1
 
 
 def _hidden_units_of_experts(layer: nn.Module) -> int | None:

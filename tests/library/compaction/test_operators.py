@@ -147,6 +147,18 @@ class TestOperators:
         assert sum(layer_report(compacted, name).removed for name in ("left", "right")) == 2 * len(structures)
         assert compacted.first.out_features == compacted.second.out_features == 6 - len(structures)
 
+    def test_tokens_of_the_model_that_a_layer_takes_expanded(self):
+        """Without gradients such a view has none, and FlopCounterMode would stop at it."""
+        model = calling(
+            lambda self, x: self.last(self.noise(self.first(self.token.expand(len(x), -1)) + x)),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6, dim=-1),
+            last=nn.Linear(6, 2),
+        )
+        model.token = nn.Parameter(torch.randn(1, 4))
+        compacted = assert_compacts(pruned(model, {"noise": [0]}), torch.randn(3, 6))
+        assert bmrs.compact_report(compacted).flops_before == 2 * 3 * (4 * 6 + 6 * 2)
+
     def test_constant_of_a_fixed_width_keeps_channels(self):
         model = pruned(between(lambda h: h + torch.ones(6)), {"noise": [0]})
         compacted = assert_compacts(model, torch.randn(3, 4))

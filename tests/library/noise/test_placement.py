@@ -147,6 +147,32 @@ class TestAddNoise:
         x = torch.randn(6, 4)
         torch.testing.assert_close(added.eval()(x), fused.eval()(x))
 
+    def test_norms_of_feature_maps(self):
+        """As torchvision and timm have them."""
+
+        class LayerNorm2d(nn.LayerNorm):
+            def forward(self, x):
+                return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+        class InOwnPrecision(nn.LayerNorm):
+            def forward(self, x):
+                return super().forward(x.float()).type(x.dtype)
+
+        model = bmrs.add_noise(nn.Sequential(LayerNorm2d(4)), where=nn.LayerNorm)
+        assert model(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+        assert bmrs.add_noise(InOwnPrecision(4), where=nn.LayerNorm)(torch.randn(2, 3, 4)).shape == (2, 3, 4)
+
+    def test_a_layer_whose_structures_lie_elsewhere_is_named(self):
+        class Moved(nn.Linear):
+            def forward(self, x):
+                return super().forward(x).movedim(-1, 1)
+
+        model = bmrs.add_noise(nn.Sequential(nn.Identity(), Moved(3, 4)), where="1")
+        with pytest.raises(
+            ValueError, match=r"got shape \(2, 4, 5\), at layer '1': tell add_noise its num_structures"
+        ):
+            model(torch.randn(2, 5, 3))
+
     @pytest.mark.parametrize("training", [True, False])
     def test_compiles_to_one_graph(self, training):
         model = bmrs.add_noise(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), where="0").train(training)
