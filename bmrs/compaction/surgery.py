@@ -20,7 +20,7 @@ from bmrs.graph.operators import FILLS, GATES
 from bmrs.graph.rules import Call
 from bmrs.noise.activations import ACTIVATION_LAYERS
 from bmrs.noise.channel_scale import ChannelScale
-from bmrs.noise.hooks import remove_noise_hook
+from bmrs.noise.hooks import own_noise, remove_noise_hook
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.recurrent import HiddenNoise
 
@@ -263,6 +263,6 @@ def replace_noise(
             else:
                 module._modules[name] = nn.Identity()
     for module in list(model.modules()):
-        rest = getattr(module, "noise", None)
+        rest = own_noise(module)
         if isinstance(rest, HiddenNoise) and not rest._modules and remove_noise_hook(module):
             del module._modules["noise"]

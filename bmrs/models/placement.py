@@ -12,7 +12,7 @@ from bmrs.checks import shown
 from bmrs.graph.stock_layers import DROPOUTS, HOMOGENEOUS_ACTIVATIONS, OTHER_ACTIVATIONS
 from bmrs.graph.suggestions import suggest
 from bmrs.noise.added import note_what_was_added
-from bmrs.noise.hooks import remove_noise_hook
+from bmrs.noise.hooks import own_noise, remove_noise_hook
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.placement import Structures, Where, add_noise, chosen_layers, output_structures
 from bmrs.noise.wrappers import inside_wrappers
@@ -167,9 +167,8 @@ def _structures_of(model: nn.Module, name: str, layer: nn.Module) -> dict[str, i
 def _remove_noise(model: nn.Module, keep: set[NoiseLayer]) -> None:
     """Take away noise layers that `add_noise` put into a model."""
     for layer in list(model.modules()):
-        noise = getattr(layer, "noise", None)
-        inside = noise.modules() if isinstance(noise, nn.Module) else ()
-        parts = {part for part in inside if isinstance(part, NoiseLayer)}
+        noise = own_noise(layer)
+        parts = {part for part in (() if noise is None else noise.modules()) if isinstance(part, NoiseLayer)}
         if parts and not parts & keep and remove_noise_hook(layer):
             del layer._modules["noise"]
     note_what_was_added(inside_wrappers(model))

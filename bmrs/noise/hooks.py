@@ -62,7 +62,7 @@ def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return those of a model's modules that hold noise of `add_noise` but have lost the hook that applies it."""
     found = {}
     for name, layer in modules.items():
-        position = _position_of(getattr(layer, "noise", None))
+        position = _position_of(own_noise(layer))
         if position is None:
             continue
         wanted = {hook for _, hook in _hooks_at(position)}
@@ -72,7 +72,16 @@ def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return found
 
 
-def _position_of(noise: object) -> NoisePosition | None:
+def own_noise(layer: nn.Module) -> nn.Module | None:
+    """Return a layer's own child ``noise``, None if it has none.
+
+    Its attribute may be another's: wrappers, as of torch.compile, hand on what the layer in them has.
+    """
+    children = layer._modules
+    return children["noise"] if "noise" in children else None  # noqa: SIM401 - those of TorchScript have no get
+
+
+def _position_of(noise: nn.Module | None) -> NoisePosition | None:
     """Return what of its layer a child ``noise`` of `add_noise` multiplies, None for another module."""
     if isinstance(noise, HiddenNoise):
         return "hidden"
