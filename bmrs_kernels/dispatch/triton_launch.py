@@ -99,7 +99,7 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, *
         kernel: the jitted function.
         grid: number of programs along each axis.
         first: the kernel's first argument, a tensor.
-        arguments: the others that are not constexpr.
+        arguments: the others that are not constexpr: tensors, None and ints.
         options: constexpr arguments and launch options such as ``num_warps``.
     """
     if 0 in grid:
@@ -107,7 +107,42 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, *
     # Fusing multiplications with additions is Triton's default up to 3.9 and has to be asked for after it.
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True, **options}
     if first.device.type == "cpu" or first.device.index == torch.accelerator.current_device_index():
-        kernel[grid](first, *arguments, **options)
+        _start(kernel, grid, (first, *arguments), options)
         return
     with torch.accelerator.device_index(first.device.index):
-        kernel[grid](first, *arguments, **options)
+        _start(kernel, grid, (first, *arguments), options)
+
+
+class _Compiled(NamedTuple):
+    kernel: Any  # triton.compiler.CompiledKernel
+    constants: tuple[Any, ...]  # its constexpr arguments, which stand behind the others
+
+
+# By all that Triton compiles for, and more: looking for the compiled kernel takes Triton itself several times as long
+# as starting it does, and in small layers that is most of the time.
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+MOST_COMPILED = 4096  # shapes that vary without end would fill the memory
+POINTER_ALIGNMENT = 16  # bytes; whether a pointer is a multiple of them is compiled in
+
+
+def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Start a kernel on the current device, through what Triton compiled for the like of it before."""
+    kinds = [
+        (argument.dtype, argument.data_ptr() % POINTER_ALIGNMENT == 0)
+        if isinstance(argument, Tensor)
+        else argument
+        for argument in arguments
+    ]
+    key = (kernel.fn, arguments[0].device, *kinds, *options.items())
+    found = _COMPILED.get(key)
+    if found is not None:
+        found.kernel[(*grid, 1, 1)[:3]](*arguments, *found.constants)
+        return
+    compiled = kernel[grid](*arguments, **options)
+    # The interpreter compiles nothing. On ROCm what is compiled depends on the size of a tensor's storage too.
+    if compiled is None or torch.version.hip is not None:
+        return
+    if len(_COMPILED) >= MOST_COMPILED:
+        _COMPILED.clear()
+    constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+    _COMPILED[key] = _Compiled(compiled, constants)

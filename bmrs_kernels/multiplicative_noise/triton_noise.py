@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ SCALING_TILE = 2048
 STRUCTURES_PER_CONSTANTS_PROGRAM = 32
 PARTIALS_PER_STEP, STRUCTURES_PER_SUM = 64, 16
 ELEMENTS_PER_SAMPLE_PROGRAM = 128
+
+KEPT_STARTS = 1024  # of the shapes met last
 
 
 class Layout(NamedTuple):
@@ -161,10 +164,10 @@ def _multiply(x: Tensor, out: Tensor, noise: TritonNoise) -> None:
     """Write activation(x) · θ · mask with a draw at every element."""
     if noise.layout.in_columns:
         kernel: Any = triton_element_kernels.multiply_columns_forward_kernel
-        start = _columns(x, noise.layout, backward=False)
+        start = _columns(x.dtype, noise.layout, backward=False)
     else:
         kernel = triton_element_kernels.multiply_rows_forward_kernel
-        start = _rows(x, noise.layout, backward=False)
+        start = _rows(x.dtype, noise.layout, backward=False)
     options = noise.options | noise.interval | start.tile
     launch(kernel, start.grid, x, out, *noise.posterior, *start.sizes, **options)
 
@@ -201,11 +204,11 @@ def _gradients(grad: Tensor, x: Tensor, grad_x: Tensor, noise: TritonNoise) -> t
     layout = noise.layout
     if layout.in_columns:
         kernel: Any = triton_element_kernels.multiply_columns_backward_kernel
-        start = _columns(x, layout, backward=True)
+        start = _columns(x.dtype, layout, backward=True)
         num_partials = start.grid[1]
     else:
         kernel = triton_element_kernels.multiply_rows_backward_kernel
-        start = _rows(x, layout, backward=True)
+        start = _rows(x.dtype, layout, backward=True)
         num_partials = start.grid[0] // layout.num_structures * start.grid[1]
     # One program's sums are the gradients themselves.
     arithmetic = torch.float64 if noise.interval["EXACT"] else torch.float32
@@ -308,7 +311,7 @@ def _draw(
     dtype = torch.float64 if noise.interval["EXACT"] else torch.float32
     theta, *weights = torch.empty(shape, dtype=dtype, device=x.device).unbind()
     weight_mu, weight_log_sigma = weights or (None, None)
-    tile = min(MEDIUM_TILE, _noise_tile(theta, backward=with_gradients))
+    tile = min(MEDIUM_TILE, _noise_tile(dtype, backward=with_gradients))
     config = columns_config(groups, num_structures, tile=tile)
     grid = (triton.cdiv(groups, config.block_rows), config.column_programs(num_structures))
     launch(
@@ -340,10 +343,11 @@ class Start(NamedTuple):
     tile: dict[str, Any]  # its constexpr arguments that are about a program's tile
 
 
-def _rows(x: Tensor, layout: Layout, *, backward: bool) -> Start:
+@functools.lru_cache(maxsize=KEPT_STARTS)
+def _rows(dtype: torch.dtype, layout: Layout, *, backward: bool) -> Start:
     aligned = layout.alignment % 4 == 0
     padded = layout.inner if aligned else layout.inner + 3
-    tile = _noise_tile(x, backward=backward) if aligned else HEAVY_TILE
+    tile = _noise_tile(dtype, backward=backward) if aligned else HEAVY_TILE
     config = rows_config(layout.num_rows, padded, tile=tile, parallel=layout.num_structures)
     inner_blocks = config.column_programs(padded)
     grid = (layout.num_structures * inner_blocks, config.row_programs(layout.num_rows))
@@ -353,9 +357,10 @@ def _rows(x: Tensor, layout: Layout, *, backward: bool) -> Start:
     return Start(grid, sizes, {"ALIGNMENT": layout.alignment, **blocks})
 
 
-def _columns(x: Tensor, layout: Layout, *, backward: bool) -> Start:
+@functools.lru_cache(maxsize=KEPT_STARTS)
+def _columns(dtype: torch.dtype, layout: Layout, *, backward: bool) -> Start:
     stride = 4 if layout.lanes == "rows" else 1
-    tile = min(HEAVY_TILE if backward and stride == 4 else MEDIUM_TILE, _noise_tile(x, backward=backward))
+    tile = min(HEAVY_TILE if backward and stride == 4 else MEDIUM_TILE, _noise_tile(dtype, backward=backward))
     config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=stride)
     grid = (
         config.column_programs(layout.num_structures),
@@ -366,13 +371,14 @@ def _columns(x: Tensor, layout: Layout, *, backward: bool) -> Start:
     return Start(grid, sizes, {"LANES": layout.lanes, "CHANNELS_LAST": layout.channels_last, **blocks})
 
 
-def _noise_tile(x: Tensor, *, backward: bool) -> int:
+def _noise_tile(dtype: torch.dtype, *, backward: bool) -> int:
     """Return how many elements a tile of a kernel with noise has: few enough for registers, 16 bytes a thread."""
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         return HEAVY_TILE
-    return LIGHT_TILE if x.element_size() < 4 or not backward else MEDIUM_TILE
+    return LIGHT_TILE if dtype.itemsize < 4 or not backward else MEDIUM_TILE
 
 
+@functools.lru_cache(maxsize=KEPT_STARTS)
 def _shared_rows(layout: Layout, groups: int) -> Start:
     num_rows = layout.num_rows * layout.num_structures
     config = rows_config(num_rows, layout.inner, tile=SCALING_TILE)
@@ -383,6 +389,7 @@ def _shared_rows(layout: Layout, groups: int) -> Start:
     return Start(grid, sizes, {"ALIGNMENT": layout.alignment, **blocks})
 
 
+@functools.lru_cache(maxsize=KEPT_STARTS)
 def _shared_columns(layout: Layout, groups: int) -> Start:
     rows_per_group = layout.num_rows // groups
     config = columns_config(rows_per_group, layout.num_structures, tile=SCALING_TILE)

@@ -1,4 +1,4 @@
-"""How a tensor is cut into programs."""
+"""How a tensor is cut into programs, and how kernels are started."""
 
 from __future__ import annotations
 
@@ -75,3 +75,97 @@ def test_power_of_two_at_least():
 def test_nothing_is_started_for_an_empty_grid():
     triton_launch.launch(None, (0,), torch.empty(0))
     triton_launch.launch(None, (3, 0), torch.empty(0))
+
+
+class Kernel:
+    """What `launch` uses of a jitted function; writes down who was started, with which grid and arguments."""
+
+    def __init__(self, *, compiles: bool = True) -> None:
+        self.fn = object()
+        self.arg_names = ["x_ptr", "mask_ptr", "count", "LOWER", "BLOCK"]
+        self.compiles, self.started = compiles, []
+
+    def __getitem__(self, grid):
+        def start(*arguments, **options):
+            self.started.append(("Triton", grid, arguments, options))
+            return Compiled(self.started) if self.compiles else None
+
+        return start
+
+
+class Compiled:
+    """What `launch` uses of a compiled kernel."""
+
+    def __init__(self, started) -> None:
+        self.started = started
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.started.append(("compiled", grid, arguments))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(triton_launch, "_COMPILED", {})
+
+
+def start(kernel, x, *, mask=None, count=7, grid=(2, 3), **options):
+    options = {"LOWER": -20.0, "BLOCK": 64, **options}
+    # In another order than the kernel's.
+    triton_launch.launch(kernel, grid, x, mask, count, **dict(reversed(options.items())))
+
+
+def test_what_was_compiled_is_started_again():
+    kernel, x, other = Kernel(), torch.zeros(8), torch.ones(8)
+    start(kernel, x)
+    start(kernel, other, grid=(5,))
+    (_, grid, arguments, options), second = kernel.started
+    assert grid == (2, 3)
+    assert arguments == (x, None, 7)
+    assert options == {"LOWER": -20.0, "BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True}
+    assert second[:2] == ("compiled", (5, 1, 1))
+    assert second[2][0] is other
+    assert second[2][1:] == (None, 7, -20.0, 64)
+
+
+def test_what_triton_compiles_anew_is_not_started_again():
+    kernel, x = Kernel(), torch.zeros(16)
+    changes = [
+        {},
+        {"x": x.double()},
+        {"x": x[1:]},  # its address is no multiple of 16
+        {"mask": x},
+        {"mask": x.bool()},
+        {"count": 8},
+        {"BLOCK": 128},
+        {"num_warps": 1},
+    ]
+    for change in changes:
+        start(kernel, **{"x": x, **change})
+    start(Kernel(), x)
+    assert [who for who, *_ in kernel.started] == ["Triton"] * len(changes)
+    for change in changes:
+        start(kernel, **{"x": x, **change})
+    assert [who for who, *_ in kernel.started[len(changes) :]] == ["compiled"] * len(changes)
+
+
+def test_nothing_is_kept_where_nothing_is_compiled():
+    kernel = Kernel(compiles=False)
+    for _ in range(2):
+        start(kernel, torch.zeros(8))
+    assert [who for who, *_ in kernel.started] == ["Triton"] * 2
+
+
+def test_nothing_is_kept_on_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    kernel = Kernel()
+    for _ in range(2):
+        start(kernel, torch.zeros(8))
+    assert [who for who, *_ in kernel.started] == ["Triton"] * 2
+
+
+def test_shapes_without_end_are_forgotten(monkeypatch):
+    monkeypatch.setattr(triton_launch, "MOST_COMPILED", 10)
+    kernel = Kernel()
+    for count in range(25):
+        start(kernel, torch.zeros(8), count=count)
+    assert len(triton_launch._COMPILED) <= 10
