@@ -63,7 +63,9 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
 
 def _group_divergence(group: LayerGroup, shares: dict[NoiseLayer, float] | None) -> Tensor:
     """Return the sum over the structures of layers of one kind, each times its layer's share if there are any."""
-    divergence = group.computed(bmrs_kernels.kl_divergence).where(group.joined("kept"), 0.0)
+    divergence = group.computed(bmrs_kernels.kl_divergence).where(
+        group.joined("mask") > group.joined("pruned"), 0.0
+    )
     if shares is not None:
         its_shares = [divergence.new_full((layer.num_structures,), shares[layer]) for layer in group.layers]
         divergence = divergence * torch.cat(its_shares)

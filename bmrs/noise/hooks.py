@@ -107,7 +107,7 @@ def check_noise_acts(model: nn.Module) -> None:
         return
     model = inside_wrappers(model)
     modules = dict(model.named_modules())
-    if waiting := [name for name, module in modules.items() if getattr(module, "needs_upgrade", False)]:
+    if waiting := [name for name, module in modules.items() if getattr(type(module), "needs_upgrade", False)]:
         raise ValueError(
             f"the noise of {_listed(waiting)} is that of bmrs.compat: call bmrs.compat.upgrade(model) first"
         )
