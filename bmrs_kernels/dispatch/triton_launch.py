@@ -70,7 +70,9 @@ def rows_config(num_rows: int, inner: int, *, tile: int, parallel: int = 1) -> T
     )
 
 
-def columns_config(num_rows: int, num_structures: int, *, tile: int, row_stride: int = 1) -> TileConfig:
+def columns_config(
+    num_rows: int, num_structures: int, *, tile: int, row_stride: int = 1, parallel: int = 1
+) -> TileConfig:
     """Return the tiles for structures that are neighbours in memory.
 
     Args:
@@ -78,12 +80,13 @@ def columns_config(num_rows: int, num_structures: int, *, tile: int, row_stride:
         num_structures: elements of a row.
         tile: most elements of a tile.
         row_stride: how many tiles with rows that far apart a program takes at a time.
+        parallel: how many such tensors are cut up in this way, each by programs of its own.
     """
     block_structures = min(power_of_two_at_least(max(num_structures, 4)), STRUCTURES_PER_TILE, tile)
     rows = math.ceil(num_rows / row_stride)
     block_rows = min(power_of_two_at_least(rows), tile // block_structures)
     beside = math.ceil(num_structures / block_structures)
-    return TileConfig(block_rows, block_structures, _num_steps(rows, block_rows, beside))
+    return TileConfig(block_rows, block_structures, _num_steps(rows, block_rows, parallel * beside))
 
 
 def _num_steps(num_rows: int, block_rows: int, beside: int) -> int:

@@ -31,15 +31,18 @@ from bmrs_kernels.multiplicative_noise.triton_tiles import (
     behind_activation,
     columns_factor,
     columns_posterior,
-    columns_tile,
     columns_words,
     exponential,
+    four_column_tiles,
     held_like,
+    index_of_next_rows,
+    index_of_rows,
+    load_four,
     rows_of_block,
     rows_tile,
     widened,
 )
-from bmrs_kernels.truncated_normal.triton_special import store
+from bmrs_kernels.truncated_normal.triton_special import log_sigma_in_range, store
 from bmrs_kernels.uniform.triton_philox import uniform_from_word, words_of_counters
 
 
@@ -209,6 +212,7 @@ def multiply_columns_forward_kernel(
     ACTIVATION: tl.constexpr,
     LANES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    SHORT_EXAMPLES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_STRUCTURES: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
@@ -216,8 +220,9 @@ def multiply_columns_forward_kernel(
 ):
     """Compute out = activation(x) · θ · mask (Eq. 1) for x [rows, structures].
 
-    A program owns num_steps tiles [BLOCK_ROWS, BLOCK_STRUCTURES] below each other, four times as high if LANES is
-    "rows". The grid is (blocks of structures, blocks of rows). Constants are from the table, if there is one.
+    A program owns num_steps tiles [4 · BLOCK_ROWS, BLOCK_STRUCTURES] below each other; a thread has one structure and
+    four rows of it, so that it keeps few constants. The grid is (blocks of structures, blocks of rows). Constants are
+    from the table, if there is one.
     """
     column = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
     structure = column[None, :]
@@ -227,14 +232,20 @@ def multiply_columns_forward_kernel(
     )
     regimes = tile_regimes(posterior)
     seed = tl.load(seed_ptr)
-    num_lanes: tl.constexpr = 4 if LANES == "rows" else 1
+    quad = rows_of_block(tl.program_id(1) * num_steps, BLOCK_ROWS, WIDE_INDEX)
+    index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
     for step in range(num_steps):
-        row = rows_of_block(tl.program_id(1) * num_steps + step, BLOCK_ROWS, WIDE_INDEX)
-        offsets, valid = columns_tile(row * num_lanes, structure, num_rows, num_structures)
-        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        block = tl.program_id(1) * num_steps + step
+        quad = rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)
+        if LANES == "rows" and SHORT_EXAMPLES:
+            index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
+        offsets, valid = four_column_tiles(quad, structure, num_rows, num_structures, LANES)
+        # All at once: a load behind a store would wait for it.
+        x = load_four(x_ptr, offsets, valid, EXACT)
         words = columns_words(
             x,
-            row,
+            block,
+            index,
             structure,
             tl.program_id(0),
             num_structures,
@@ -242,21 +253,21 @@ def multiply_columns_forward_kernel(
             seed,
             LANES,
             CHANNELS_LAST,
+            BLOCK_ROWS,
             BLOCK_STRUCTURES,
             WIDE_INDEX,
         )
-        for lane in tl.static_range(num_lanes):
-            if lane > 0:
-                offsets, valid = columns_tile(row * num_lanes + lane, structure, num_rows, num_structures)
-                x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        for lane in tl.static_range(4):
             y = uniform_from_word(words[lane])
             log_theta, _grad_mu, _grad_log_sigma = tile_log_noise(
                 y, posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, False
             )
             theta = exponential(log_theta, EXACT) * factor
             # Selected and not multiplied, since 0 times infinity is not 0.
-            value = tl.where(factor == 0, 0.0, activated(x, ACTIVATION))
-            tl.store(out_ptr + offsets, value * theta, mask=valid)
+            value = tl.where(factor == 0, 0.0, activated(x[lane], ACTIVATION))
+            tl.store(out_ptr + offsets[lane], value * theta, mask=valid[lane])
+        if LANES == "rows" and not SHORT_EXAMPLES:
+            index, position = index_of_next_rows(index, position, num_structures, spatial // 4, BLOCK_ROWS)
 
 
 @triton.jit
@@ -280,6 +291,7 @@ def multiply_columns_backward_kernel(
     ACTIVATION: tl.constexpr,
     LANES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    SHORT_EXAMPLES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_STRUCTURES: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
@@ -300,14 +312,21 @@ def multiply_columns_backward_kernel(
     seed = tl.load(seed_ptr)
     sum_mu = tl.zeros([BLOCK_ROWS, BLOCK_STRUCTURES], tl.float64 if EXACT else tl.float32)
     sum_log_sigma = sum_mu
-    num_lanes: tl.constexpr = 4 if LANES == "rows" else 1
+    quad = rows_of_block(tl.program_id(1) * num_steps, BLOCK_ROWS, WIDE_INDEX)
+    index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
     for step in range(num_steps):
-        row = rows_of_block(tl.program_id(1) * num_steps + step, BLOCK_ROWS, WIDE_INDEX)
-        offsets, valid = columns_tile(row * num_lanes, structure, num_rows, num_structures)
-        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        block = tl.program_id(1) * num_steps + step
+        quad = rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)
+        if LANES == "rows" and SHORT_EXAMPLES:
+            index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
+        offsets, valid = four_column_tiles(quad, structure, num_rows, num_structures, LANES)
+        # All at once: a load behind a store would wait for it.
+        x = load_four(x_ptr, offsets, valid, EXACT)
+        grad = load_four(grad_ptr, offsets, valid, EXACT)
         words = columns_words(
             x,
-            row,
+            block,
+            index,
             structure,
             tl.program_id(0),
             num_structures,
@@ -315,30 +334,31 @@ def multiply_columns_backward_kernel(
             seed,
             LANES,
             CHANNELS_LAST,
+            BLOCK_ROWS,
             BLOCK_STRUCTURES,
             WIDE_INDEX,
         )
-        for lane in tl.static_range(num_lanes):
-            if lane > 0:
-                offsets, valid = columns_tile(row * num_lanes + lane, structure, num_rows, num_structures)
-                x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        for lane in tl.static_range(4):
             y = uniform_from_word(words[lane])
-            grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
-            value = activated(x, ACTIVATION)
-            grad_x = behind_activation(grad, x, value, ACTIVATION)
-            weight = (grad_x if ACTIVATION == "relu" else grad) * value
+            value = activated(x[lane], ACTIVATION)
+            grad_x = behind_activation(grad[lane], x[lane], value, ACTIVATION)
+            weight = (grad_x if ACTIVATION == "relu" else grad[lane]) * value
             log_theta, grad_mu, grad_log_sigma = tile_log_noise(
                 y, posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, True
             )
             theta = exponential(log_theta, EXACT) * factor
             # Selected and not multiplied, since 0 times infinity is not 0.
-            tl.store(grad_x_ptr + offsets, tl.where(factor == 0, 0.0, grad_x) * theta, mask=valid)
+            tl.store(grad_x_ptr + offsets[lane], tl.where(factor == 0, 0.0, grad_x) * theta, mask=valid[lane])
             weight = tl.where(factor == 0, 0.0, weight) * theta
             sum_mu += weight * grad_mu
             sum_log_sigma += weight * grad_log_sigma
+        if LANES == "rows" and not SHORT_EXAMPLES:
+            index, position = index_of_next_rows(index, position, num_structures, spatial // 4, BLOCK_ROWS)
     partial = tl.program_id(1) * num_structures + column
-    in_range = widened(posterior.log_sigma_in_range, EXACT)
     valid = column < num_structures
+    # Not kept from the start: it would be one register too many.
+    log_sigma = tl.load(log_sigma_ptr + structure, mask=structure < num_structures, other=0.0)
+    in_range = widened(log_sigma_in_range(log_sigma.to(tl.float64)), EXACT)
     store(partial_mu_ptr + partial, tl.sum(sum_mu, 0), valid)
     store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma * in_range, 0), valid)
 

@@ -17,6 +17,7 @@ from bmrs_kernels.dispatch.triton_launch import (
     MEDIUM_TILE,
     columns_config,
     launch,
+    power_of_two_at_least,
     rows_config,
 )
 from bmrs_kernels.multiplicative_noise import triton_element_kernels, triton_shared_kernels
@@ -30,11 +31,17 @@ LARGEST_ALIGNMENT = 16
 # Up to this many elements of x in columns a launch less is worth more than the constants that each program computes.
 LARGEST_WITHOUT_TABLE = 2**20
 
+
+# In columns a thread has four rows of two structures, or of one: it keeps each structure's constants, and where these
+# fill its registers, too few warps are left to wait for memory.
+COLUMNS_FORWARD_TILE, COLUMNS_BACKWARD_TILE = 256, 128
+
 # Kernels that only scale keep little for an element: 16 to a thread.
-SCALING_TILE = 2048
+SCALING_TILE, SCALING_BACKWARD_TILE = 2048, 1024
 
 STRUCTURES_PER_CONSTANTS_PROGRAM = 32
-PARTIALS_PER_STEP, STRUCTURES_PER_SUM = 64, 16
+# Partial sums are added up in as few steps as can be, each of which waits for memory: 16 numbers to a thread.
+MOST_PARTIALS_PER_STEP, STRUCTURES_PER_SUM, PARTIALS_PER_WARP = 512, 16, 32
 ELEMENTS_PER_SAMPLE_PROGRAM = 128
 
 KEPT_STARTS = 1024  # of the shapes met last
@@ -177,7 +184,7 @@ def _multiply_shared(x: Tensor, out: Tensor, noise: TritonNoise, groups: int) ->
     theta = _draw(x, noise, groups, with_gradients=False)[0]
     if noise.layout.in_columns:
         kernel: Any = triton_shared_kernels.scale_columns_forward_kernel
-        start = _shared_columns(noise.layout, groups)
+        start = _shared_columns(noise.layout, groups, backward=False)
     else:
         kernel = triton_shared_kernels.scale_rows_forward_kernel
         start = _shared_rows(noise.layout, groups)
@@ -231,7 +238,7 @@ def _shared_gradients(
     theta, *weights = _draw(x, noise, groups, with_gradients=True)
     if layout.in_columns:
         kernel: Any = triton_shared_kernels.scale_columns_backward_kernel
-        start = _shared_columns(layout, groups)
+        start = _shared_columns(layout, groups, backward=True)
         num_partials = start.grid[0]
     else:
         kernel = triton_shared_kernels.scale_rows_backward_kernel
@@ -359,16 +366,20 @@ def _rows(dtype: torch.dtype, layout: Layout, *, backward: bool) -> Start:
 
 @functools.lru_cache(maxsize=KEPT_STARTS)
 def _columns(dtype: torch.dtype, layout: Layout, *, backward: bool) -> Start:
-    stride = 4 if layout.lanes == "rows" else 1
-    tile = min(HEAVY_TILE if backward and stride == 4 else MEDIUM_TILE, _noise_tile(dtype, backward=backward))
-    config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=stride)
+    tile = COLUMNS_BACKWARD_TILE if backward or dtype == torch.float64 else COLUMNS_FORWARD_TILE
+    config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=4)
     grid = (
         config.column_programs(layout.num_structures),
-        config.row_programs(triton.cdiv(layout.num_rows, stride)),
+        config.row_programs(triton.cdiv(layout.num_rows, 4)),
     )
     sizes = (layout.num_rows, layout.num_structures, layout.spatial, config.num_steps)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_columns}
-    return Start(grid, sizes, {"LANES": layout.lanes, "CHANNELS_LAST": layout.channels_last, **blocks})
+    order = {
+        "LANES": layout.lanes,
+        "CHANNELS_LAST": layout.channels_last,
+        "SHORT_EXAMPLES": layout.spatial // 4 < config.block_rows,
+    }
+    return Start(grid, sizes, order | blocks)
 
 
 def _noise_tile(dtype: torch.dtype, *, backward: bool) -> int:
@@ -390,13 +401,17 @@ def _shared_rows(layout: Layout, groups: int) -> Start:
 
 
 @functools.lru_cache(maxsize=KEPT_STARTS)
-def _shared_columns(layout: Layout, groups: int) -> Start:
+def _shared_columns(layout: Layout, groups: int, *, backward: bool) -> Start:
     rows_per_group = layout.num_rows // groups
-    config = columns_config(rows_per_group, layout.num_structures, tile=SCALING_TILE)
-    row_blocks = groups * triton.cdiv(rows_per_group, config.block_rows)
-    grid = (row_blocks, config.column_programs(layout.num_structures))
+    tile = SCALING_BACKWARD_TILE if backward else SCALING_TILE
+    config = columns_config(rows_per_group, layout.num_structures, tile=tile, parallel=groups)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_columns}
-    return Start(grid, (rows_per_group, layout.num_structures), blocks)
+    if not backward:
+        config = config._replace(num_steps=1)
+    grid = (groups * config.row_programs(rows_per_group), config.column_programs(layout.num_structures))
+    # Only programs that sum over rows gain by owning many.
+    sizes = (rows_per_group, layout.num_structures, *((config.num_steps,) if backward else ()))
+    return Start(grid, sizes, blocks)
 
 
 def _sum(
@@ -409,6 +424,7 @@ def _sum(
     """Return the sums over the partial sums of each structure, weighted by group if there are weights."""
     num_partials, num_structures = partial_mu.shape
     grad_mu, grad_log_sigma = torch.empty_like(mu), torch.empty_like(log_sigma)
+    per_step = min(power_of_two_at_least(num_partials), MOST_PARTIALS_PER_STEP)
     groups = num_partials if weights[0] is None else weights[0].shape[0]
     launch(
         triton_element_kernels.sum_partials_kernel,
@@ -422,7 +438,8 @@ def _sum(
         num_partials // groups,
         num_structures,
         WEIGHTED=weights[0] is not None,
-        BLOCK_PARTIALS=PARTIALS_PER_STEP,
+        BLOCK_PARTIALS=per_step,
         BLOCK_STRUCTURES=STRUCTURES_PER_SUM,
+        num_warps=max(1, per_step // PARTIALS_PER_WARP),
     )
     return grad_mu, grad_log_sigma

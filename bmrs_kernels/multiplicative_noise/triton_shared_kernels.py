@@ -17,12 +17,12 @@ from bmrs_kernels.multiplicative_noise.triton_tiles import (
     columns_factor,
     columns_posterior,
     columns_tile,
-    columns_words,
     exponential,
     rows_of_block,
+    structures_words,
     widened,
 )
-from bmrs_kernels.uniform.triton_philox import uniform_from_word
+from bmrs_kernels.uniform.triton_philox import uniform_from_word, word_at
 
 
 @triton.jit
@@ -54,20 +54,12 @@ def draw_kernel(
     posterior = columns_posterior(mu_ptr, log_sigma_ptr, None, structure, num_structures, LOWER, UPPER, EXACT)
     factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
     offsets, valid = columns_tile(group, structure, num_groups, num_structures)
-    words = columns_words(
-        None,
-        group,
-        structure,
-        tl.program_id(1),
-        num_structures,
-        1,
-        tl.load(seed_ptr),
-        LANES,
-        False,
-        BLOCK_STRUCTURES,
-        False,
-    )
-    y = uniform_from_word(words[0])
+    seed = tl.load(seed_ptr)
+    if LANES == "structures":
+        word = structures_words(group, tl.program_id(1), num_structures, seed, BLOCK_STRUCTURES, False)
+    else:
+        word = word_at(group[:, None] * num_structures + structure, seed, False)
+    y = uniform_from_word(word)
     log_theta, grad_mu, grad_log_sigma = tile_log_noise(
         y,
         posterior,
@@ -178,23 +170,21 @@ def scale_rows_backward_kernel(
 
 @triton.jit
 def group_tile(
+    row_block,
+    group,
+    structure,
     rows_per_group,
     num_structures,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_STRUCTURES: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
 ):
-    """Return a program's group, its structures, and offsets [rows, structures] with validity."""
-    num_row_blocks = tl.cdiv(rows_per_group, BLOCK_ROWS)
-    group = tl.program_id(0) // num_row_blocks
-    row_block = tl.program_id(0) % num_row_blocks
+    """Return the offsets [rows, structures] of a block of a group's rows, and which of them are valid."""
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    structure = tl.program_id(1) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
     valid = (row < rows_per_group)[:, None] & (structure < num_structures)[None, :]
     first_row = group * rows_per_group
     if WIDE_INDEX:
         first_row, row = first_row.to(tl.int64), row.to(tl.int64)
-    return group, structure, (first_row + row)[:, None] * num_structures + structure[None, :], valid
+    return (first_row + row)[:, None] * num_structures + structure[None, :], valid
 
 
 @triton.jit
@@ -215,10 +205,13 @@ def scale_columns_forward_kernel(
     A program owns a tile [BLOCK_ROWS, BLOCK_STRUCTURES] of one group; the grid is (blocks of rows times groups, blocks
     of structures).
     """
-    group, structure, offsets, valid = group_tile(
-        rows_per_group, num_structures, BLOCK_ROWS, BLOCK_STRUCTURES, WIDE_INDEX
-    )
+    num_row_blocks = tl.cdiv(rows_per_group, BLOCK_ROWS)
+    group, row_block = tl.program_id(0) // num_row_blocks, tl.program_id(0) % num_row_blocks
+    structure = tl.program_id(1) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
     theta = columns_factor(theta_ptr + group * num_structures, structure[None, :], num_structures, EXACT)
+    offsets, valid = group_tile(
+        row_block, group, structure, rows_per_group, num_structures, BLOCK_ROWS, WIDE_INDEX
+    )
     x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
     # Selected and not multiplied, since 0 times infinity is not 0.
     value = tl.where(theta == 0, 0.0, activated(x, ACTIVATION))
@@ -234,6 +227,7 @@ def scale_columns_backward_kernel(
     theta_ptr,
     rows_per_group,
     num_structures,
+    num_steps,
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_STRUCTURES: tl.constexpr,
@@ -242,19 +236,26 @@ def scale_columns_backward_kernel(
 ):
     """Gradient of the forward kernel in x, and sums of grad · activation(x) over a program's rows.
 
-    The sums are [groups, blocks of rows, structures].
+    A program owns num_steps tiles below each other of one group. The sums are [groups, programs of a group,
+    structures].
     """
-    group, structure, offsets, valid = group_tile(
-        rows_per_group, num_structures, BLOCK_ROWS, BLOCK_STRUCTURES, WIDE_INDEX
-    )
+    num_row_programs = tl.cdiv(rows_per_group, BLOCK_ROWS * num_steps)
+    group, row_program = tl.program_id(0) // num_row_programs, tl.program_id(0) % num_row_programs
+    structure = tl.program_id(1) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
     theta = columns_factor(theta_ptr + group * num_structures, structure[None, :], num_structures, EXACT)
-    grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
-    x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
-    value = activated(x, ACTIVATION)
-    grad_x = behind_activation(grad, x, value, ACTIVATION)
-    weight = (grad_x if ACTIVATION == "relu" else grad) * value
-    # Selected and not multiplied, since 0 times infinity is not 0.
-    tl.store(grad_x_ptr + offsets, tl.where(theta == 0, 0.0, grad_x) * theta, mask=valid)
-    weight = tl.where(theta == 0, 0.0, weight)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_STRUCTURES], tl.float64 if EXACT else tl.float32)
+    for step in range(num_steps):
+        row_block = row_program * num_steps + step
+        offsets, valid = group_tile(
+            row_block, group, structure, rows_per_group, num_structures, BLOCK_ROWS, WIDE_INDEX
+        )
+        grad = widened(tl.load(grad_ptr + offsets, mask=valid, other=0.0), EXACT)
+        x = widened(tl.load(x_ptr + offsets, mask=valid, other=0.0), EXACT)
+        value = activated(x, ACTIVATION)
+        grad_x = behind_activation(grad, x, value, ACTIVATION)
+        weight = (grad_x if ACTIVATION == "relu" else grad) * value
+        # Selected and not multiplied, since 0 times infinity is not 0.
+        tl.store(grad_x_ptr + offsets, tl.where(theta == 0, 0.0, grad_x) * theta, mask=valid)
+        total += tl.where(theta == 0, 0.0, weight)
     partial = tl.program_id(0) * num_structures + structure
-    tl.store(partial_ptr + partial, tl.sum(weight, 0), mask=structure < num_structures)
+    tl.store(partial_ptr + partial, tl.sum(total, 0), mask=structure < num_structures)
