@@ -103,10 +103,12 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, *
         grid: number of programs along each axis.
         first: the kernel's first argument, a tensor.
         arguments: the others that are not constexpr: tensors, None and ints.
-        options: constexpr arguments and launch options such as ``num_warps``.
+        options: constexpr arguments and launch options such as ``num_warps``; ``maxnreg`` is for NVIDIA's GPUs alone.
     """
     if 0 in grid:
         return
+    if torch.version.hip is not None:
+        options.pop("maxnreg", None)
     # Fusing multiplications with additions is Triton's default up to 3.9 and has to be asked for after it.
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": True, **options}
     if first.device.type == "cpu" or first.device.index == torch.accelerator.current_device_index():

@@ -40,6 +40,7 @@ from bmrs_kernels.multiplicative_noise.triton_tiles import (
     load_four,
     rows_of_block,
     rows_tile,
+    store_four,
     widened,
 )
 from bmrs_kernels.truncated_normal.triton_special import log_sigma_in_range, store
@@ -225,7 +226,7 @@ def multiply_columns_forward_kernel(
     from the table, if there is one.
     """
     column = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
-    structure = column[None, :]
+    structure = column[None, :, None]
     factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
     posterior = columns_posterior(
         mu_ptr, log_sigma_ptr, table_ptr, structure, num_structures, LOWER, UPPER, EXACT
@@ -233,20 +234,20 @@ def multiply_columns_forward_kernel(
     regimes = tile_regimes(posterior)
     seed = tl.load(seed_ptr)
     quad = rows_of_block(tl.program_id(1) * num_steps, BLOCK_ROWS, WIDE_INDEX)
-    index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
+    index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
     for step in range(num_steps):
         block = tl.program_id(1) * num_steps + step
         quad = rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)
         if LANES == "rows" and SHORT_EXAMPLES:
-            index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
-        offsets, valid = four_column_tiles(quad, structure, num_rows, num_structures, LANES)
+            index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
+        offsets, valid = four_column_tiles(quad, column, num_rows, num_structures, LANES)
         # All at once: a load behind a store would wait for it.
         x = load_four(x_ptr, offsets, valid, EXACT)
         words = columns_words(
             x,
             block,
             index,
-            structure,
+            column,
             tl.program_id(0),
             num_structures,
             spatial,
@@ -257,15 +258,13 @@ def multiply_columns_forward_kernel(
             BLOCK_STRUCTURES,
             WIDE_INDEX,
         )
-        for lane in tl.static_range(4):
-            y = uniform_from_word(words[lane])
-            log_theta, _grad_mu, _grad_log_sigma = tile_log_noise(
-                y, posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, False
-            )
-            theta = exponential(log_theta, EXACT) * factor
-            # Selected and not multiplied, since 0 times infinity is not 0.
-            value = tl.where(factor == 0, 0.0, activated(x[lane], ACTIVATION))
-            tl.store(out_ptr + offsets[lane], value * theta, mask=valid[lane])
+        log_theta, _grad_mu, _grad_log_sigma = tile_log_noise(
+            uniform_from_word(words), posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, False
+        )
+        theta = exponential(log_theta, EXACT) * factor
+        # Selected and not multiplied, since 0 times infinity is not 0.
+        value = tl.where(factor == 0, 0.0, activated(x, ACTIVATION))
+        store_four(out_ptr, offsets, value * theta, valid)
         if LANES == "rows" and not SHORT_EXAMPLES:
             index, position = index_of_next_rows(index, position, num_structures, spatial // 4, BLOCK_ROWS)
 
@@ -303,7 +302,7 @@ def multiply_columns_backward_kernel(
     dx/dlog σ, for x = log θ at fixed uniforms.
     """
     column = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
-    structure = column[None, :]
+    structure = column[None, :, None]
     factor = columns_factor(mask_ptr, structure, num_structures, EXACT)
     posterior = columns_posterior(
         mu_ptr, log_sigma_ptr, table_ptr, structure, num_structures, LOWER, UPPER, EXACT
@@ -313,13 +312,13 @@ def multiply_columns_backward_kernel(
     sum_mu = tl.zeros([BLOCK_ROWS, BLOCK_STRUCTURES], tl.float64 if EXACT else tl.float32)
     sum_log_sigma = sum_mu
     quad = rows_of_block(tl.program_id(1) * num_steps, BLOCK_ROWS, WIDE_INDEX)
-    index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
+    index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
     for step in range(num_steps):
         block = tl.program_id(1) * num_steps + step
         quad = rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)
         if LANES == "rows" and SHORT_EXAMPLES:
-            index, position = index_of_rows(quad, structure, num_structures, spatial // 4, CHANNELS_LAST)
-        offsets, valid = four_column_tiles(quad, structure, num_rows, num_structures, LANES)
+            index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
+        offsets, valid = four_column_tiles(quad, column, num_rows, num_structures, LANES)
         # All at once: a load behind a store would wait for it.
         x = load_four(x_ptr, offsets, valid, EXACT)
         grad = load_four(grad_ptr, offsets, valid, EXACT)
@@ -327,7 +326,7 @@ def multiply_columns_backward_kernel(
             x,
             block,
             index,
-            structure,
+            column,
             tl.program_id(0),
             num_structures,
             spatial,
@@ -338,29 +337,27 @@ def multiply_columns_backward_kernel(
             BLOCK_STRUCTURES,
             WIDE_INDEX,
         )
-        for lane in tl.static_range(4):
-            y = uniform_from_word(words[lane])
-            value = activated(x[lane], ACTIVATION)
-            grad_x = behind_activation(grad[lane], x[lane], value, ACTIVATION)
-            weight = (grad_x if ACTIVATION == "relu" else grad[lane]) * value
-            log_theta, grad_mu, grad_log_sigma = tile_log_noise(
-                y, posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, True
-            )
-            theta = exponential(log_theta, EXACT) * factor
-            # Selected and not multiplied, since 0 times infinity is not 0.
-            tl.store(grad_x_ptr + offsets[lane], tl.where(factor == 0, 0.0, grad_x) * theta, mask=valid[lane])
-            weight = tl.where(factor == 0, 0.0, weight) * theta
-            sum_mu += weight * grad_mu
-            sum_log_sigma += weight * grad_log_sigma
+        value = activated(x, ACTIVATION)
+        grad_x = behind_activation(grad, x, value, ACTIVATION)
+        weight = (grad_x if ACTIVATION == "relu" else grad) * value
+        log_theta, grad_mu, grad_log_sigma = tile_log_noise(
+            uniform_from_word(words), posterior, regimes, table_ptr, structure, LOWER, UPPER, EXACT, True
+        )
+        theta = exponential(log_theta, EXACT) * factor
+        # Selected and not multiplied, since 0 times infinity is not 0.
+        store_four(grad_x_ptr, offsets, tl.where(factor == 0, 0.0, grad_x) * theta, valid)
+        weight = tl.where(factor == 0, 0.0, weight) * theta
+        sum_mu += tl.sum(weight * grad_mu, 2)
+        sum_log_sigma += tl.sum(weight * grad_log_sigma, 2)
         if LANES == "rows" and not SHORT_EXAMPLES:
             index, position = index_of_next_rows(index, position, num_structures, spatial // 4, BLOCK_ROWS)
     partial = tl.program_id(1) * num_structures + column
     valid = column < num_structures
-    # Not kept from the start: it would be one register too many.
-    log_sigma = tl.load(log_sigma_ptr + structure, mask=structure < num_structures, other=0.0)
+    # Not kept from the start, where registers are scarce.
+    log_sigma = tl.load(log_sigma_ptr + column, mask=valid, other=0.0)
     in_range = widened(log_sigma_in_range(log_sigma.to(tl.float64)), EXACT)
     store(partial_mu_ptr + partial, tl.sum(sum_mu, 0), valid)
-    store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma * in_range, 0), valid)
+    store(partial_log_sigma_ptr + partial, tl.sum(sum_log_sigma, 0) * in_range, valid)
 
 
 @triton.jit

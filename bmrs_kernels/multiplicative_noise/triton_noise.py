@@ -32,9 +32,11 @@ LARGEST_ALIGNMENT = 16
 LARGEST_WITHOUT_TABLE = 2**20
 
 
-# In columns a thread has four rows of two structures, or of one: it keeps each structure's constants, and where these
-# fill its registers, too few warps are left to wait for memory.
-COLUMNS_FORWARD_TILE, COLUMNS_BACKWARD_TILE = 256, 128
+# In columns a thread has four rows of one structure: were it more, the structures' constants would fill its registers,
+# and too few warps be left to wait for memory.
+COLUMNS_TILE = 128
+# Backward the compiler would take a few registers more, and 12 warps would fit instead of 16.
+COLUMNS_BACKWARD_REGISTERS = 128
 
 # Kernels that only scale keep little for an element: 16 to a thread.
 SCALING_TILE, SCALING_BACKWARD_TILE = 2048, 1024
@@ -171,7 +173,7 @@ def _multiply(x: Tensor, out: Tensor, noise: TritonNoise) -> None:
     """Write activation(x) · θ · mask with a draw at every element."""
     if noise.layout.in_columns:
         kernel: Any = triton_element_kernels.multiply_columns_forward_kernel
-        start = _columns(x.dtype, noise.layout, backward=False)
+        start = _columns(noise.layout)
     else:
         kernel = triton_element_kernels.multiply_rows_forward_kernel
         start = _rows(x.dtype, noise.layout, backward=False)
@@ -211,19 +213,22 @@ def _gradients(grad: Tensor, x: Tensor, grad_x: Tensor, noise: TritonNoise) -> t
     layout = noise.layout
     if layout.in_columns:
         kernel: Any = triton_element_kernels.multiply_columns_backward_kernel
-        start = _columns(x.dtype, layout, backward=True)
+        start = _columns(layout)
         num_partials = start.grid[1]
+        limited = noise.table is not None and not noise.interval["EXACT"]
+        limit = {"maxnreg": COLUMNS_BACKWARD_REGISTERS} if limited else {}
     else:
         kernel = triton_element_kernels.multiply_rows_backward_kernel
         start = _rows(x.dtype, layout, backward=True)
         num_partials = start.grid[0] // layout.num_structures * start.grid[1]
+        limit = {}
     # One program's sums are the gradients themselves.
     arithmetic = torch.float64 if noise.interval["EXACT"] else torch.float32
     dtype = noise.mu.dtype if num_partials == 1 else arithmetic
     partials = [
         torch.empty(num_partials, layout.num_structures, dtype=dtype, device=x.device) for _ in range(2)
     ]
-    options = noise.options | noise.interval | start.tile
+    options = noise.options | noise.interval | start.tile | limit
     launch(kernel, start.grid, grad, x, grad_x, *partials, *noise.posterior, *start.sizes, **options)
     if num_partials == 1:
         return partials[0].view(-1), partials[1].view(-1)
@@ -365,9 +370,8 @@ def _rows(dtype: torch.dtype, layout: Layout, *, backward: bool) -> Start:
 
 
 @functools.lru_cache(maxsize=KEPT_STARTS)
-def _columns(dtype: torch.dtype, layout: Layout, *, backward: bool) -> Start:
-    tile = COLUMNS_BACKWARD_TILE if backward or dtype == torch.float64 else COLUMNS_FORWARD_TILE
-    config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=4)
+def _columns(layout: Layout) -> Start:
+    config = columns_config(layout.num_rows, layout.num_structures, tile=COLUMNS_TILE, row_stride=4)
     grid = (
         config.column_programs(layout.num_structures),
         config.row_programs(triton.cdiv(layout.num_rows, 4)),

@@ -10,6 +10,7 @@ from bmrs_kernels.multiplicative_noise.triton_constants import (
     posterior_constants,
     table_column,
 )
+from bmrs_kernels.multiplicative_noise.triton_joined import joined, parted
 from bmrs_kernels.truncated_normal.triton_special import tanh
 from bmrs_kernels.uniform.triton_philox import halves, philox_4x32, word_at, words_of_counters
 
@@ -109,9 +110,9 @@ def columns_tile(row, structure, num_rows, num_structures):
 
 
 @triton.jit
-def four_column_tiles(quad, structure, num_rows, num_structures, LANES: tl.constexpr):
+def four_column_tiles(quad, column, num_rows, num_structures, LANES: tl.constexpr):
     """Return what ``columns_tile`` does for the rows 4 · quad + 0, 1, 2 and 3: four offsets and four validities."""
-    stride = num_structures
+    structure, stride = column[None, :], num_structures
     first, valid_0 = columns_tile(4 * quad, structure, num_rows, num_structures)
     if LANES == "rows":  # the number of rows is a multiple of four
         valid_1, valid_2, valid_3 = valid_0, valid_0, valid_0
@@ -130,13 +131,23 @@ def four_column_tiles(quad, structure, num_rows, num_structures, LANES: tl.const
 
 @triton.jit
 def load_four(pointer, offsets, valid, EXACT: tl.constexpr):
-    """Return four tiles in the dtype of the arithmetic, 0 where they are not valid."""
-    return (
+    """Return four tiles, ``joined``, in the dtype of the arithmetic, and 0 where they are not valid."""
+    return joined(
         widened(tl.load(pointer + offsets[0], mask=valid[0], other=0.0), EXACT),
         widened(tl.load(pointer + offsets[1], mask=valid[1], other=0.0), EXACT),
         widened(tl.load(pointer + offsets[2], mask=valid[2], other=0.0), EXACT),
         widened(tl.load(pointer + offsets[3], mask=valid[3], other=0.0), EXACT),
     )
+
+
+@triton.jit
+def store_four(pointer, offsets, value, valid):
+    """Write what is ``joined`` of four tiles."""
+    first, second, third, fourth = parted(value)
+    tl.store(pointer + offsets[0], first, mask=valid[0])
+    tl.store(pointer + offsets[1], second, mask=valid[1])
+    tl.store(pointer + offsets[2], third, mask=valid[2])
+    tl.store(pointer + offsets[3], fourth, mask=valid[3])
 
 
 @triton.jit
@@ -154,7 +165,7 @@ def columns_words(
     x,
     block,
     index,
-    structure,
+    column,
     structure_block,
     num_structures,
     spatial,
@@ -165,7 +176,7 @@ def columns_words(
     BLOCK_STRUCTURES: tl.constexpr,
     WIDE_INDEX: tl.constexpr,
 ):
-    """Return the noise's words, held like x, for a block's rows 4 · q + 0, 1, 2 and 3 of structures: four tiles.
+    """Return the noise's words for a block's rows 4 · q + 0, 1, 2 and 3 of structures, ``joined`` and held like x.
 
     LANES says where a counter's four words lie: in neighbouring "structures", in neighbouring "rows", whose counters
     are ``index``, or "scattered".
@@ -173,34 +184,33 @@ def columns_words(
     if LANES == "structures":
         rows = rows_of_block(block, 4 * BLOCK_ROWS, WIDE_INDEX)
         words = structures_words(rows, structure_block, num_structures, seed, BLOCK_STRUCTURES, WIDE_INDEX)
-        # From threads with four structures of a row to threads with four rows of a structure, all at once.
-        words = tl.reshape(words, [BLOCK_ROWS, 4, BLOCK_STRUCTURES])
-        words = tl.reshape(tl.permute(words, [0, 2, 1]), [BLOCK_ROWS, BLOCK_STRUCTURES, 2, 2])
-        words = held_like(words, tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3])))
-        even, odd = tl.split(words)
-        word_0, word_2 = tl.split(even)
-        word_1, word_3 = tl.split(odd)
-        return word_0, word_1, word_2, word_3
-    if LANES == "rows":
+        # From threads with four structures of a row to threads with four rows of a structure.
+        words = tl.permute(tl.reshape(words, [BLOCK_ROWS, 4, BLOCK_STRUCTURES]), [0, 2, 1])
+    elif LANES == "rows":
         low, high = halves(index, WIDE_INDEX)
-        return philox_4x32(held_like(low, x[0]), high, seed)
-    row = 4 * rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)
-    return (
-        scattered_word(x[0], row, structure, num_structures, spatial, seed, CHANNELS_LAST, WIDE_INDEX),
-        scattered_word(x[1], row + 1, structure, num_structures, spatial, seed, CHANNELS_LAST, WIDE_INDEX),
-        scattered_word(x[2], row + 2, structure, num_structures, spatial, seed, CHANNELS_LAST, WIDE_INDEX),
-        scattered_word(x[3], row + 3, structure, num_structures, spatial, seed, CHANNELS_LAST, WIDE_INDEX),
-    )
+        first, second, third, fourth = philox_4x32(low, high, seed)
+        words = joined(first, second, third, fourth)
+    else:
+        row = 4 * rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)[:, None] + tl.arange(0, 4)[None, :]
+        if CHANNELS_LAST:
+            example, position = row // spatial, row % spatial
+            index = (example[:, None, :] * num_structures + column[None, :, None]) * spatial + position[
+                :, None, :
+            ]
+        else:
+            index = row[:, None, :] * num_structures + column[None, :, None]
+        words = word_at(index, seed, WIDE_INDEX)
+    return held_like(words, x)
 
 
 @triton.jit
-def index_of_rows(row, structure, num_structures, rows_of_example, CHANNELS_LAST: tl.constexpr):
+def index_of_rows(row, column, num_structures, rows_of_example, CHANNELS_LAST: tl.constexpr):
     """Return where rows of structures lie in the logical order, and each row's place in its example."""
     if CHANNELS_LAST:
         example, position = row // rows_of_example, row % rows_of_example
-        index = (example[:, None] * num_structures + structure) * rows_of_example + position[:, None]
+        index = (example[:, None] * num_structures + column[None, :]) * rows_of_example + position[:, None]
     else:
-        index, position = row[:, None] * num_structures + structure, row
+        index, position = row[:, None] * num_structures + column[None, :], row
     return index, position
 
 
@@ -215,15 +225,6 @@ def index_of_next_rows(index, position, num_structures, rows_of_example, BLOCK_R
     behind = tl.cast(num_structures - 1, index.dtype) * rows_of_example + BLOCK_ROWS
     index += tl.where(ended, behind, BLOCK_ROWS)[:, None]
     return index, position
-
-
-@triton.jit
-def scattered_word(
-    x, row, structure, num_structures, spatial, seed, CHANNELS_LAST: tl.constexpr, WIDE_INDEX: tl.constexpr
-):
-    """Return the noise's words, held like x, for rows of structures that share no counters."""
-    index, _position = index_of_rows(row, structure, num_structures, spatial, CHANNELS_LAST)
-    return held_like(word_at(index, seed, WIDE_INDEX), x)
 
 
 @triton.jit

@@ -169,3 +169,12 @@ def test_shapes_without_end_are_forgotten(monkeypatch):
     for count in range(25):
         start(kernel, torch.zeros(8), count=count)
     assert len(triton_launch._COMPILED) <= 10
+
+
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_registers_are_limited_where_the_compiler_can(hip, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    kernel = Kernel()
+    start(kernel, torch.zeros(8), maxnreg=128)
+    ((_, _, _, options),) = kernel.started
+    assert options.get("maxnreg") == (128 if hip is None else None)
