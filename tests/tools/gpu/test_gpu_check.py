@@ -279,6 +279,12 @@ def rehearse() -> None:
         )
         report.data["structures"] = noise_times.time_structures(stopwatch, count=4, rounds=1, repeats=1)
         report.data["tiny"] = noise_times.time_tiny(stopwatch, ActivationShape((2, 3)), repeats=1)
+        contest = competitors.Contest(
+            FunctionCase("multiply_noise", ActivationShape((2, 3)), "element"), stopwatch.device
+        )
+        # What a GPU records in a graph.
+        gradients = noise_times.step_on_new_leaves(contest)()
+        assert [each.shape for each in gradients] == [each.shape for each in contest.inputs]
         report.write()
         text = (report.folder / "gpu_check.md").read_text("utf-8")
     print(text)
