@@ -221,8 +221,8 @@ def multiply_columns_forward_kernel(
 ):
     """Compute out = activation(x) · θ · mask (Eq. 1) for x [rows, structures].
 
-    A program owns num_steps tiles [4 · BLOCK_ROWS, BLOCK_STRUCTURES] below each other; a thread has one structure and
-    four rows of it, so that it keeps few constants. The grid is (blocks of structures, blocks of rows). Constants are
+    A program owns num_steps tiles [4 · BLOCK_ROWS, BLOCK_STRUCTURES] below each other; a thread has four rows of one
+    structure or two, so that it keeps few constants. The grid is (blocks of structures, blocks of rows). Constants are
     from the table, if there is one.
     """
     column = tl.program_id(0) * BLOCK_STRUCTURES + tl.arange(0, BLOCK_STRUCTURES)
@@ -234,12 +234,14 @@ def multiply_columns_forward_kernel(
     regimes = tile_regimes(posterior)
     seed = tl.load(seed_ptr)
     quad = rows_of_block(tl.program_id(1) * num_steps, BLOCK_ROWS, WIDE_INDEX)
-    index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
+    index, position = quad, quad
+    if LANES == "rows":
+        index, position = index_of_rows(quad, column, num_structures, spatial // 4)
     for step in range(num_steps):
         block = tl.program_id(1) * num_steps + step
         quad = rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)
         if LANES == "rows" and SHORT_EXAMPLES:
-            index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
+            index, position = index_of_rows(quad, column, num_structures, spatial // 4)
         offsets, valid = four_column_tiles(quad, column, num_rows, num_structures, LANES)
         # All at once: a load behind a store would wait for it.
         x = load_four(x_ptr, offsets, valid, EXACT)
@@ -312,12 +314,14 @@ def multiply_columns_backward_kernel(
     sum_mu = tl.zeros([BLOCK_ROWS, BLOCK_STRUCTURES], tl.float64 if EXACT else tl.float32)
     sum_log_sigma = sum_mu
     quad = rows_of_block(tl.program_id(1) * num_steps, BLOCK_ROWS, WIDE_INDEX)
-    index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
+    index, position = quad, quad
+    if LANES == "rows":
+        index, position = index_of_rows(quad, column, num_structures, spatial // 4)
     for step in range(num_steps):
         block = tl.program_id(1) * num_steps + step
         quad = rows_of_block(block, BLOCK_ROWS, WIDE_INDEX)
         if LANES == "rows" and SHORT_EXAMPLES:
-            index, position = index_of_rows(quad, column, num_structures, spatial // 4, CHANNELS_LAST)
+            index, position = index_of_rows(quad, column, num_structures, spatial // 4)
         offsets, valid = four_column_tiles(quad, column, num_rows, num_structures, LANES)
         # All at once: a load behind a store would wait for it.
         x = load_four(x_ptr, offsets, valid, EXACT)

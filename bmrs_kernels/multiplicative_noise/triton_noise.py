@@ -32,11 +32,13 @@ LARGEST_ALIGNMENT = 16
 LARGEST_WITHOUT_TABLE = 2**20
 
 
-# In columns a thread has four rows of one structure: were it more, the structures' constants would fill its registers,
-# and too few warps be left to wait for memory.
-COLUMNS_TILE = 128
-# Backward the compiler would take a few registers more, and 12 warps would fit instead of 16.
-COLUMNS_BACKWARD_REGISTERS = 128
+# In columns a thread has four rows of one structure, or of two where numbers have 16 bits, so that its accesses are 4
+# bytes wide: were it more, the structures' constants would fill its registers, and too few warps be left to wait for
+# memory.
+COLUMNS_TILE, NARROW_COLUMNS_TILE = 128, 256
+# In channels_last the compiler would take a few registers more backward, and 12 warps would fit instead of 16. In
+# linear layers it would have to spill.
+CHANNELS_LAST_BACKWARD_REGISTERS = 128
 
 # Kernels that only scale keep little for an element: 16 to a thread.
 SCALING_TILE, SCALING_BACKWARD_TILE = 2048, 1024
@@ -173,7 +175,7 @@ def _multiply(x: Tensor, out: Tensor, noise: TritonNoise) -> None:
     """Write activation(x) · θ · mask with a draw at every element."""
     if noise.layout.in_columns:
         kernel: Any = triton_element_kernels.multiply_columns_forward_kernel
-        start = _columns(noise.layout)
+        start = _columns(x.dtype, noise.layout)
     else:
         kernel = triton_element_kernels.multiply_rows_forward_kernel
         start = _rows(x.dtype, noise.layout, backward=False)
@@ -213,10 +215,10 @@ def _gradients(grad: Tensor, x: Tensor, grad_x: Tensor, noise: TritonNoise) -> t
     layout = noise.layout
     if layout.in_columns:
         kernel: Any = triton_element_kernels.multiply_columns_backward_kernel
-        start = _columns(layout)
+        start = _columns(x.dtype, layout)
         num_partials = start.grid[1]
-        limited = noise.table is not None and not noise.interval["EXACT"]
-        limit = {"maxnreg": COLUMNS_BACKWARD_REGISTERS} if limited else {}
+        limited = layout.lanes == "rows" and noise.table is not None and x.dtype == torch.float32
+        limit = {"maxnreg": CHANNELS_LAST_BACKWARD_REGISTERS} if limited else {}
     else:
         kernel = triton_element_kernels.multiply_rows_backward_kernel
         start = _rows(x.dtype, layout, backward=True)
@@ -370,8 +372,9 @@ def _rows(dtype: torch.dtype, layout: Layout, *, backward: bool) -> Start:
 
 
 @functools.lru_cache(maxsize=KEPT_STARTS)
-def _columns(layout: Layout) -> Start:
-    config = columns_config(layout.num_rows, layout.num_structures, tile=COLUMNS_TILE, row_stride=4)
+def _columns(dtype: torch.dtype, layout: Layout) -> Start:
+    tile = NARROW_COLUMNS_TILE if dtype.itemsize < 4 else COLUMNS_TILE
+    config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=4)
     grid = (
         config.column_programs(layout.num_structures),
         config.row_programs(triton.cdiv(layout.num_rows, 4)),

@@ -204,19 +204,16 @@ def columns_words(
 
 
 @triton.jit
-def index_of_rows(row, column, num_structures, rows_of_example, CHANNELS_LAST: tl.constexpr):
-    """Return where rows of structures lie in the logical order, and each row's place in its example."""
-    if CHANNELS_LAST:
-        example, position = row // rows_of_example, row % rows_of_example
-        index = (example[:, None] * num_structures + column[None, :]) * rows_of_example + position[:, None]
-    else:
-        index, position = row[:, None] * num_structures + column[None, :], row
+def index_of_rows(row, column, num_structures, rows_of_example):
+    """Return where rows of a tensor in channels_last lie in the logical order, and each row's place in its example."""
+    example, position = row // rows_of_example, row % rows_of_example
+    index = (example[:, None] * num_structures + column[None, :]) * rows_of_example + position[:, None]
     return index, position
 
 
 @triton.jit
 def index_of_next_rows(index, position, num_structures, rows_of_example, BLOCK_ROWS: tl.constexpr):
-    """Return what ``index_of_rows`` does for the next block's rows of a tensor in channels_last.
+    """Return what ``index_of_rows`` does for the next block's rows.
 
     A division for each row takes as long as a tenth of the noise.
     """

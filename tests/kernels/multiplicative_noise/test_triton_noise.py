@@ -255,6 +255,12 @@ def test_constants_from_the_table(shape, memory_format, dtype):
     assert_agrees(x, dim=1, granularity="element", mask=mask, parameter_dtype=parameter_dtype)
 
 
+def test_fewer_than_four_positions_in_channels_last(recwarn):
+    x = activation_of((3, 5, 2, 1), torch.float32, torch.channels_last)
+    assert_agrees(x, dim=1, granularity="element")
+    assert not [str(each.message) for each in recwarn if "divide by zero" in str(each.message)]
+
+
 @pytest.mark.usefixtures("always_from_the_table")
 @pytest.mark.parametrize("kind", [*itertools.product((False, True), repeat=3)])
 def test_regimes_of_a_tile(kind):

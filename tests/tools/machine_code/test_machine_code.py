@@ -94,12 +94,6 @@ class TestBudget:
         (objection,) = objections(spills="8 B, 2 accesses")
         assert objection == "sm_90, forward kernel spills registers (8 B, 2 accesses), in case"
 
-    def test_a_few_bytes_may_be_spilled_where_registers_are_limited(self):
-        limited = {"kernel": "multiply_columns_backward_kernel", "paths": ()}
-        assert objections(**limited, spills="16 B, 2 accesses") == []
-        (objection,) = objections(**limited, spills="24 B, 9 accesses")
-        assert "spills registers (24 B, 9 accesses)" in objection
-
     @pytest.mark.parametrize("pointer", ["x_ptr", "seed_ptr or x_ptr"])
     def test_narrow_accesses(self, pointer):
         accesses = (Access("x_ptr", "load", 16, 4), Access(pointer, "store", 8, 1))
