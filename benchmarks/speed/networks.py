@@ -33,6 +33,7 @@ class TimedNetwork:
             None if the paper has none.
         stand_in: whether it is smaller than the network of its name.
         channels_last: whether weights and examples are laid out so, as convolutions on a GPU like them.
+        recomputes: whether all its noise stands behind layers of which `add_noise` takes ``recompute``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TimedNetwork:
     paper_ratio: float | None = None
     stand_in: bool = False
     channels_last: bool = False
+    recomputes: bool = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -156,6 +158,7 @@ RESNET50 = TimedNetwork(
     classes=IMAGENET_CLASSES,
     paper_ratio=6.9,
     channels_last=True,
+    recomputes=True,
 )
 VIT = TimedNetwork(
     name="ViT-B/16",

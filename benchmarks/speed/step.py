@@ -29,8 +29,17 @@ from benchmarks.rivals import plain_layer
 from benchmarks.speed.authors_layers import use_authors_layers
 from benchmarks.speed.function_cases import DTYPES
 from benchmarks.speed.networks import TimedNetwork, trained_networks
-from benchmarks.speed.stopwatch import Plan, Stopwatch, capture, kept, ratio, summary
+from benchmarks.speed.stopwatch import (
+    Plan,
+    Stopwatch,
+    capture,
+    kept,
+    peak_bytes_on_cpu,
+    ratio,
+    summary,
+)
 from bmrs import compat
+from bmrs.noise.lookup import noise_layers
 from bmrs_kernels.dispatch.backend import resolve_backend
 from bmrs_kernels.options import Backend, Granularity
 
@@ -56,6 +65,7 @@ class Way(NamedTuple):
 
 NO_NOISE = Way("no noise")
 AUTHORS_LAYERS = "project, authors' layers"
+RECOMPUTED = "project, recomputed"
 Key = tuple[Way, str]  # with the mode
 
 
@@ -94,6 +104,13 @@ class TimedStep:
         # A loss with its graph would tie the next step's gradients to the stream of this call.
         return loss.detach()
 
+    @property
+    def bytes_held(self) -> int:
+        """Memory of the parameters, the buffers and the optimizer."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        tensors = [*self.model.parameters(), *self.model.buffers(), *filter(torch.is_tensor, states)]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def _loss(self) -> Tensor:
         inputs, labels = self.batch
         narrow = self.dtype != torch.float32
@@ -102,12 +119,15 @@ class TimedStep:
         return loss if self.divergence is None else loss + self.divergence(self.model)
 
 
-def ways_of(granularities: Sequence[Granularity], mode: str, device: torch.device) -> list[Way]:
+def ways_of(
+    granularities: Sequence[Granularity], mode: str, device: torch.device, *, recomputes: bool = False
+) -> list[Way]:
     """Return the ways that compete in a mode on a device, the one without noise first.
 
     Since compilations take long, only the first granularity is compiled. The torch path is not, as torch.compile does
     not look into it, and it is not captured in a CUDA graph, as it computes other things for other values of σ. The
-    authors' layers of `bmrs.compat` draw at every element.
+    authors' layers of `bmrs.compat` draw at every element. Where the network ``recomputes``, the noise that keeps
+    nothing of its input competes too.
     """
     if mode == "compiled":
         return [NO_NOISE, Way("project", granularities[0]), Way("plain", granularities[0])]
@@ -115,6 +135,8 @@ def ways_of(granularities: Sequence[Granularity], mode: str, device: torch.devic
     ways = [NO_NOISE]
     for granularity in granularities:
         ways.append(Way("project", granularity))
+        if recomputes:
+            ways.append(Way(RECOMPUTED, granularity))
         if with_torch_path:
             ways.append(Way("project, torch path", granularity, "torch"))
         if mode == "eager" and granularity == "element":
@@ -144,6 +166,9 @@ def step_of(network: TimedNetwork, way: Way, device: torch.device, **options: An
     elif way.name == AUTHORS_LAYERS:
         use_authors_layers(model, batch[0].cpu())
         divergence = functools.partial(compat.calculate_model_kl, averaging="mean")
+    elif way.name == RECOMPUTED:
+        for layer in noise_layers(model).values():
+            layer.recompute = True  # as add_noise does
     model = model.to(device).to(memory_format=network.memory_format)  # type: ignore[call-overload]
     return TimedStep(model, divergence, batch, **options)
 
@@ -153,6 +178,7 @@ class Prepared(NamedTuple):
 
     plan: Plan
     bytes_held: int  # of parameters, gradients and the optimizer, between steps
+    peak_bytes: int  # on top of that, during a step
 
 
 def prepare(network: TimedNetwork, way: Way, mode: str, stopwatch: Stopwatch, dtype: torch.dtype) -> Prepared:
@@ -181,7 +207,10 @@ def prepare(network: TimedNetwork, way: Way, mode: str, stopwatch: Stopwatch, dt
     median = summary([stopwatch.measure(plan, evict=False)])["median"]
     # As in training, launches count; and a slow step is timed in every round too.
     plan = plan._replace(repeats=max(1, round(ROUND_MS / median)), pause_ms=0.0, slow_ms=None)
-    return Prepared(plan, allocated(stopwatch) - before)
+    if plan.peak_bytes is not None:
+        return Prepared(plan, allocated(stopwatch) - before, plan.peak_bytes)
+    step.optimizer.zero_grad(set_to_none=True)
+    return Prepared(plan, step.bytes_held, peak_bytes_on_cpu(step))
 
 
 def allocated(stopwatch: Stopwatch) -> int:
@@ -256,11 +285,9 @@ def backend_of(way: Way, device: torch.device) -> str | None:
     return resolve_backend(way.backend, torch.empty(0, device=device))
 
 
-def memory_ratio(first: Prepared, second: Prepared) -> float | None:
-    """Return the ratio of the most memory that two ways occupy during a step, None on a CPU."""
-    if first.plan.peak_bytes is None or second.plan.peak_bytes is None:
-        return None
-    return (first.bytes_held + first.plan.peak_bytes) / (second.bytes_held + second.plan.peak_bytes)
+def memory_ratio(first: Prepared, second: Prepared) -> float:
+    """Return the ratio of the most memory that two ways occupy during a step."""
+    return (first.bytes_held + first.peak_bytes) / (second.bytes_held + second.peak_bytes)
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -300,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = networks[name]
         granularities = distinct(options.granularities, of_matrices=name == "mlp")
         for mode in options.modes:
-            ways = ways_of(granularities, mode, device)
+            ways = ways_of(granularities, mode, device, recomputes=network.recomputes)
             for dtype in options.dtype:
                 torch.compiler.reset()
                 found = measure_network(

@@ -7,8 +7,12 @@ launches may be slower than the GPU. On a CPU each call is timed by the wall clo
 
 from __future__ import annotations
 
+import itertools
+import json
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -146,6 +150,25 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_bytes_on_cpu(call: Call) -> int:
+    """Run a call under torch's profiler and return how much memory tensors on the CPU took at most.
+
+    What was there before does not count, and may not be freed by the call.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(file))
+        events = json.loads(file.read_text("utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    return max(
+        itertools.accumulate((size for _, size in sorted(changes, key=lambda change: change[0])), initial=0)
+    )
 
 
 def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:

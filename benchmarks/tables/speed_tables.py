@@ -10,7 +10,7 @@ from benchmarks import records
 from benchmarks.markdown import table
 from benchmarks.speed.activation_shapes import LARGE
 from benchmarks.speed.function_cases import LENET5_MAPS, OF_STRUCTURES, STRUCTURES, TINY_LINEAR, VIT_TOKENS
-from benchmarks.speed.step import AUTHORS_LAYERS
+from benchmarks.speed.step import AUTHORS_LAYERS, RECOMPUTED
 from benchmarks.tables import plots
 
 Row = Mapping[str, Any]
@@ -26,9 +26,11 @@ TELLING_SHAPES = {
 # Of those ways of a training step that have been measured.
 STEP_COLUMNS = {
     "project": "with noise: project",
+    RECOMPUTED: "with `recompute`",
     AUTHORS_LAYERS: "`bmrs.compat`",
     "plain": "plain formulas",
 }
+MEMORY_COLUMNS = {"project": "peak memory", RECOMPUTED: "with `recompute`"}
 
 
 def functions(results: Path) -> str:
@@ -123,6 +125,7 @@ def _step_table(rows: Sequence[Row]) -> str:
         elif row["granularity"] == "element" or row["mode"] == "eager":
             groups.setdefault((*setting, row["granularity"]), {})[row["way"]] = row
     shown = [way for way in STEP_COLUMNS if any(way in ways for ways in groups.values())]
+    of_memory = [way for way in MEMORY_COLUMNS if any(_memory(ways.get(way)) for ways in groups.values())]
     lines = []
     for (network, mode, dtype, granularity), ways in groups.items():
         (any_way, *_) = ways.values()
@@ -139,15 +142,23 @@ def _step_table(rows: Sequence[Row]) -> str:
                 granularity,
                 _milliseconds(without),
                 *(_spread(ways[way]["ratio"]) if way in ways else "" for way in shown),
+                *(_memory(ways.get(way)) for way in of_memory),
                 of_paper + (" (the whole network)" if of_paper and any_way["stand_in"] else ""),
             )
         )
     columns = (
         *("network", "mode", "granularity", "without noise, ms"),
         *(STEP_COLUMNS[way] for way in shown),
+        *(MEMORY_COLUMNS[way] for way in of_memory),
         "the paper's code (a GPU)",
     )
     return table(columns, lines)
+
+
+def _memory(row: Row | None) -> str:
+    """Return the peak memory of a step over that without noise; "" where it was not measured."""
+    ratio = None if row is None else row.get("peak_memory")
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _pruning_tables(rows: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bmrs.noise.added import lost_noise, note_what_was_added
 from bmrs.noise.layer import NoiseLayer, NoisePosition
+from bmrs.noise.recomputation import input_recomputed
 from bmrs.noise.recurrent import HiddenNoise, hidden_parts, scale_states, scale_weights
 from bmrs.noise.wrappers import inside_wrappers, is_sharded
 
@@ -201,6 +202,9 @@ def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> 
             f"a layer with noise must return a tensor or a tuple that begins with one; {layer} "
             f"returned {type(output).__name__}"
         )
+    if getattr(noise, "recompute", False) and next(iter(layer._forward_hooks.values())) is _multiply_output:
+        with input_recomputed(layer, inputs, output):
+            return noise(output)
     return noise(output)
 
 

@@ -84,6 +84,8 @@ class NoiseLayer(nn.Module):
     was_looked_at_for_decay: bool = False
     added: Any = None
     """Where `add_noise` put it, an `Added`; None for a layer of the user's own."""
+    recompute: bool = False
+    """Whether `add_noise` was told that the layer in front computes again in backward what this one multiplies."""
     hooked: NoisePosition | None = None
     """What of its layer hooks multiply with the noise, if `add_noise` put it there; else None."""
 

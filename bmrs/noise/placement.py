@@ -21,6 +21,7 @@ from bmrs.checks import check_choice, check_integer, check_module
 from bmrs.noise.added import note_what_was_added
 from bmrs.noise.hooks import add_noise_hook, added_noise, forget_compiled_code
 from bmrs.noise.layer import INITIAL_LOG_SIGMA, INITIAL_MU, NoiseLayer, NoisePosition
+from bmrs.noise.recomputation import RECOMPUTED, can_recompute
 from bmrs.noise.recurrent import HiddenNoise, hidden_parts
 from bmrs.noise.tensor_parallel import mesh_of, replicate
 from bmrs.noise.wrappers import data_parallel_part, inside_wrappers
@@ -51,6 +52,7 @@ def add_noise(
     backend: Backend = "auto",
     same_on_all_ranks: bool = False,
     generator: torch.Generator | None = None,
+    recompute: bool = False,
 ) -> ModelT:
     """Put a noise layer behind chosen layers of a model, in place.
 
@@ -88,6 +90,10 @@ def add_noise(
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"numba"``.
         same_on_all_ranks: whether processes that have seeded torch alike draw the same noise.
         generator: what all these layers draw their noise from; torch's own if None.
+        recompute: whether chosen layers compute their output again in backward, from their input, so that noise keeps
+            nothing in memory that would not be kept without it. For normalisations and for the activations of which
+            autograd keeps the input: one more forward pass of these layers a step. It changes nothing where something
+            else decides what is kept: torch.compile, activation checkpointing, torch.func.
 
     Returns:
         The same model.
@@ -97,7 +103,8 @@ def add_noise(
         ValueError: nothing matches, or a matching layer has noise already, is never called, or its structures
             cannot be inferred; hidden units are asked for with another granularity than ``"batch"``, an activation or
             ``num_structures``, or of a layer that is not recurrent or whose weights a parametrization computes;
-            ``num_heads`` is missing or does not divide a layer's input; the model is wrapped
+            ``num_heads`` is missing or does not divide a layer's input; ``recompute`` is asked for behind another
+            layer than those; the model is wrapped
             for data parallelism, where new parameters would not be synchronised; or a chosen layer of a model in tensor
             parallelism has no part in that. The model is then unchanged.
     """
@@ -129,6 +136,8 @@ def add_noise(
     for name, layer in chosen.items():
         _check_can_get_noise(name, layer)
         size = 1
+        if recompute:
+            _check_can_recompute(name, layer, structures)
         if num_heads is not None:
             count, axis, size = num_heads, -1, _head_size(name, layer, num_heads)
         elif structures == "hidden":
@@ -165,7 +174,7 @@ def add_noise(
         mesh = mesh_of(model, name, layer, plain_is_right=same_on_all_ranks, generator=generator)
         for part in noise.modules():
             if isinstance(part, NoiseLayer):
-                part.place = name
+                part.place, part.recompute = name, recompute
                 if mesh:
                     replicate(part, mesh)
         additions.append((layer, noise.train(layer.training)))
@@ -224,6 +233,17 @@ def _check_can_get_noise(name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"layer {name!r} is read by its MultiheadAttention without being called, so that noise "
             "behind it would never act; exclude it from where"
+        )
+
+
+def _check_can_recompute(name: str, layer: nn.Module, structures: Structures) -> None:
+    if structures != "features":
+        raise ValueError(f'recompute=True is for structures="features", got {structures!r}')
+    if not can_recompute(layer):
+        in_place = ", in place" if getattr(layer, "inplace", False) else ""
+        raise ValueError(
+            f"recompute=True is for {', '.join(RECOMPUTED)}, which take little time, and layer {name!r} is a "
+            f"{type(layer).__name__}{in_place}: call add_noise twice, for the layers of these kinds and for the others"
         )
 
 

@@ -184,6 +184,42 @@ def test_torch_path_competes_where_another_implementation_serves(monkeypatch):
     assert step.ways_of(["element"], "cuda graph", CPU) == [NO_NOISE, PROJECT, PLAIN]
 
 
+def test_recomputed_noise_competes_where_the_network_allows_it():
+    recomputed = Way(step.RECOMPUTED, "batch")
+    ways = step.ways_of(["batch"], "eager", CPU, recomputes=True)
+    assert ways[1:3] == [Way("project", "batch"), recomputed]
+    assert recomputed not in step.ways_of(["batch"], "compiled", CPU, recomputes=True)
+    assert all(bmrs.noise.recomputation.can_recompute(layer) for layer in hosts(networks.RESNET50))
+    assert [name for name, network in step.trained_networks(CPU).items() if network.recomputes] == [
+        "resnet50"
+    ]
+
+
+def hosts(network):
+    with torch.device("meta"):
+        model = network.build("batch", "torch")
+    return [model.get_submodule(name.rpartition(".")[0]) for name in noise_layers(model)]
+
+
+def test_memory_counts_what_noise_keeps():
+    """Of a network of which nearly all memory is that of feature maps, which noise doubles behind a batch norm."""
+    maps = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU(inplace=True)) for _ in range(20)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(1, networks.NUM_CLASSES),
+    )
+    build = networks.with_noise_behind(lambda: copy.deepcopy(maps), nn.BatchNorm2d)
+    network = replace(TINY, build=build, input_shape=(1, 64, 64), batch=4, recomputes=True)
+    project, recomputed = Way("project", "batch"), Way(step.RECOMPUTED, "batch")
+    rows, failures = measured((NO_NOISE, project, recomputed), network)
+    assert failures == []
+    without, kept, again = (row["peak_memory"] for row in rows)
+    assert without == 1.0
+    assert 1.4 < kept < 1.55
+    assert 1.0 <= again < 1.1
+
+
 @pytest.mark.parametrize(
     ("options", "modes"),
     [

@@ -7,7 +7,7 @@ from speed_rows import ABOUT, GPU, all_rows, function_rows, pruning_rows, step_r
 
 from benchmarks import records
 from benchmarks.__main__ import main
-from benchmarks.speed.step import AUTHORS_LAYERS
+from benchmarks.speed.step import AUTHORS_LAYERS, RECOMPUTED
 from benchmarks.tables import plots, readme
 
 SUITES = ("functions", "step", "pruning", "scaling")
@@ -86,6 +86,19 @@ def test_the_authors_layers_have_a_column_once_they_are_measured(tmp_path):
     assert header[4:7] == ["with noise: project", "`bmrs.compat`", "plain formulas"]
     assert first[4:7] == ["1.5 (1.4–1.8)", "1.8 (1.5–2)", "2.5 (2.2–3)"]
     assert second[5] == ""
+
+
+def test_memory_has_columns_once_it_is_measured(tmp_path):
+    rows = step_rows()
+    rows.append(rows[1] | {"way": RECOMPUTED, "peak_memory": 1.004})
+    rows[1]["peak_memory"] = 1.41
+    records.save("step", rows, GPU, tmp_path)
+    header, _, first, second = cells(readme.BLOCKS["step"](tmp_path))
+    assert header[4:9] == [
+        *("with noise: project", "with `recompute`", "plain formulas", "peak memory", "with `recompute`"),
+    ]
+    assert first[7:9] == ["1.41", "1.00"]
+    assert second[7:9] == ["", ""]
 
 
 def test_other_granularities_in_one_mode_only(tmp_path):
