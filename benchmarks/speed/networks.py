@@ -191,13 +191,18 @@ SMALL_VIT = replace(
 )
 
 
-def trained_networks(device: torch.device) -> dict[str, TimedNetwork]:
-    """Return the networks whose training steps are timed on a device, by the names that commands take."""
-    on_gpu = device.type == "cuda"
+def trained_networks(device: torch.device, *, whole: bool = False) -> dict[str, TimedNetwork]:
+    """Return the networks whose training steps are timed on a device, by the names that commands take.
+
+    Args:
+        device: where; on a CPU, smaller networks stand in for large ones.
+        whole: whether the large ones themselves are timed there too.
+    """
+    whole |= device.type == "cuda"
     return {
         "mlp": MLP,
         "lenet5": LENET5,
         "lenet5-batch128": LENET5_BATCH_128,
-        "resnet50": RESNET50 if on_gpu else SMALL_RESNET50,
-        "vit": VIT if on_gpu else SMALL_VIT,
+        "resnet50": RESNET50 if whole else SMALL_RESNET50,
+        "vit": VIT if whole else SMALL_VIT,
     }

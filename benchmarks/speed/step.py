@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     stopwatch = Stopwatch(device)
     about = environment(options.commit, device)
-    networks = trained_networks(device)
+    networks = trained_networks(device, whole=options.whole)
     failures: list[str] = []
     rows: list[dict[str, Any]] = []
     for name in options.networks:
@@ -360,6 +360,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=MODES,
         metavar="MODE",
         help="of eager, compiled (by torch.compile) and cuda-graph; default: all on a GPU, eager on a CPU",
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="the large networks themselves on a CPU too, not their stand-ins"
     )
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="turns of each way (%(default)s)")
     add_device_and_record(parser)

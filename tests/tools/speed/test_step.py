@@ -38,7 +38,7 @@ def _short_rounds(monkeypatch):
 @pytest.fixture
 def tiny_networks(monkeypatch):
     found = {"mlp": TINY, "vit": replace(TINY, name="other", stand_in=True)}
-    monkeypatch.setattr(step, "trained_networks", lambda device: found)
+    monkeypatch.setattr(step, "trained_networks", lambda device, **options: found)
 
 
 class FixedStopwatch(Stopwatch):
@@ -102,6 +102,7 @@ def test_stand_ins_are_named_and_only_for_a_cpu():
         assert network.stand_in == (network.name != on_gpu[name].name)
         assert network.stand_in == (network != on_gpu[name])
         assert str(network.batch) in network.name or not network.stand_in
+    assert step.trained_networks(CPU, whole=True) == on_gpu
 
 
 @pytest.mark.parametrize("way", [NO_NOISE, PROJECT, PLAIN, AUTHORS], ids=lambda way: way.name)
