@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 from benchmarks.machine_code.cases import WIDEST_ACCESS
 from benchmarks.machine_code.counts import FLOOR_TARGET, KernelCounts
+from benchmarks.machine_code.source_lines import PACKAGE
 
 BUDGET_FILE = Path(__file__).parent / "budget.json"
 MARGIN, SIGNIFICANT_DIGITS = 0.02, 3
@@ -19,35 +21,67 @@ NARROWEST_ALLOWED = {"multiply_columns_forward_kernel": 4, "multiply_columns_bac
 
 
 class Budget(NamedTuple):
-    """The most instructions per element, by case, then by stage, kernel and path; for one version of Triton."""
+    """The most instructions per element, by case, then by stage, kernel and path; for one version of Triton.
+
+    Attributes:
+        triton: that version.
+        instructions: the numbers.
+        sources: `hash_of_sources` of the kernels that were last compiled and found to meet all demands.
+    """
 
     triton: str
     instructions: dict[str, dict[str, float]]
+    sources: str = ""
 
     @classmethod
     def read(cls) -> Budget:
         """Return the committed budget."""
         data = json.loads(BUDGET_FILE.read_text())
-        return cls(data["triton"], data["instructions_per_element"])
+        return cls(data["triton"], data["instructions_per_element"], data["sources"])
 
     @classmethod
-    def of(cls, measurements: Iterable[KernelCounts], triton: str) -> Budget:
-        """Return the budget that allows these measurements and little more."""
+    def of(cls, measurements: Iterable[KernelCounts], triton: str, before: Budget | None = None) -> Budget:
+        """Return the budget that allows these measurements of today's kernels and little more.
+
+        What the one before allows is not raised without need.
+        """
         instructions: dict[str, dict[str, float]] = {}
+        known = {} if before is None or before.triton != triton else before.instructions
         for measurement in measurements:
+            if measurement.target != FLOOR_TARGET:
+                continue
             for key, number in _numbers(measurement).items():
-                instructions.setdefault(measurement.case, {})[key] = _rounded_up(number * (1 + MARGIN))
-        return cls(triton, instructions)
+                allowed = _rounded_up(number * (1 + MARGIN))
+                old = known.get(measurement.case, {}).get(key, 0.0)
+                instructions.setdefault(measurement.case, {})[key] = (
+                    min(old, allowed) if number <= old else allowed
+                )
+        return cls(triton, instructions, hash_of_sources())
+
+    def is_met_already(self, triton: str) -> bool:
+        """Return whether nothing has changed since kernels were last compiled, by this version, and met all demands."""
+        return (self.triton, self.sources) == (triton, hash_of_sources())
 
     def write(self) -> None:
         """Replace the committed budget."""
         data = {
             "target": FLOOR_TARGET,
             "triton": self.triton,
+            "sources": self.sources,
             "margin": MARGIN,
             "instructions_per_element": self.instructions,
         }
         BUDGET_FILE.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def hash_of_sources() -> str:
+    """Return a hash of all that machine code and what is read from it depend on, beside the compiler."""
+    found = hashlib.sha256()
+    for folder in (PACKAGE, Path(__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            found.update(f"{file.relative_to(folder.parent)} {file.stat().st_size}\n".encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def failures(measurements: Sequence[KernelCounts], budget: Budget | None) -> list[str]:
