@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
-from typing import Literal, TypeAlias, TypeGuard, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +104,8 @@ def add_noise(
             cannot be inferred; hidden units are asked for with another granularity than ``"batch"``, an activation or
             ``num_structures``, or of a layer that is not recurrent or whose weights a parametrization computes;
             ``num_heads`` is missing or does not divide a layer's input; ``recompute`` is asked for behind another
-            layer than those; the model is wrapped
-            for data parallelism, where new parameters would not be synchronised; or a chosen layer of a model in tensor
-            parallelism has no part in that. The model is then unchanged.
+            layer than those; the model is wrapped for data parallelism, where new parameters would not be synchronised;
+            or a chosen layer of a model in tensor parallelism has no part in that. The model is then unchanged.
     """
     check_module(model)
     check_choice("structures", structures, get_args(Structures))
@@ -124,47 +123,29 @@ def add_noise(
         )
     if structures == "hidden":
         _check_options_of_hidden_units(granularity, activation, num_structures)
-    # By the model's own names, or else by those that torch.compile gives it.
-    chosen: dict[str, nn.Module] = {}
-    for each in list(where) if _are_patterns(where) else [where]:
-        found = chosen_layers(inside_wrappers(model), each) or chosen_layers(model, each)
-        if not found:
-            raise ValueError(f"where={each!r} matches no layer of the model ({type(model).__name__})")
-        chosen |= found
+    options: dict[str, Any] = {
+        "granularity": granularity,
+        "activation": activation,
+        "lower": lower,
+        "upper": upper,
+        "initial_mu": initial_mu,
+        "initial_log_sigma": initial_log_sigma,
+        "backend": backend,
+        "same_on_all_ranks": same_on_all_ranks,
+        "generator": generator,
+    }
+    given = None if num_structures is None or dim is None else (num_structures, dim)
     fallback = next(model.parameters(), torch.empty(0))
     additions: list[tuple[nn.Module, nn.Module]] = []
-    for name, layer in chosen.items():
+    for name, layer in _chosen_by_any(model, where).items():
         _check_can_get_noise(name, layer)
-        size = 1
         if recompute:
             _check_can_recompute(name, layer, structures)
-        if num_heads is not None:
-            count, axis, size = num_heads, -1, _head_size(name, layer, num_heads)
-        elif structures == "hidden":
-            count, axis = _hidden_size(name, layer), -1
-        elif num_structures is None or dim is None:
-            count, axis = output_structures(name, layer)
-        else:
-            count, axis = num_structures, dim
+        count, axis, size = _structures_of(name, layer, structures, num_heads, given)
         tensors = chain(layer.parameters(), layer.buffers())
         like = next((t for t in tensors if t.is_floating_point()), fallback)
-        new_layer = partial(
-            NoiseLayer,
-            count,
-            dim=axis,
-            structure_size=size,
-            granularity=granularity,
-            activation=activation,
-            lower=lower,
-            upper=upper,
-            initial_mu=initial_mu,
-            initial_log_sigma=initial_log_sigma,
-            backend=backend,
-            same_on_all_ranks=same_on_all_ranks,
-            generator=generator,
-            device=like.device,
-            dtype=like.dtype,
-        )
+        options |= {"structure_size": size, "device": like.device, "dtype": like.dtype}
+        new_layer = partial(NoiseLayer, count, dim=axis, **options)
         noise: nn.Module
         if structures == "hidden":
             assert isinstance(layer, nn.RNNBase)
@@ -184,6 +165,32 @@ def add_noise(
     note_what_was_added(inside_wrappers(model))
     forget_compiled_code()
     return model
+
+
+def _chosen_by_any(model: nn.Module, where: Where) -> dict[str, nn.Module]:
+    """Return the chosen layers by the model's own names, or else by those that torch.compile gives it."""
+    chosen: dict[str, nn.Module] = {}
+    for each in list(where) if _are_patterns(where) else [where]:
+        found = chosen_layers(inside_wrappers(model), each) or chosen_layers(model, each)
+        if not found:
+            raise ValueError(f"where={each!r} matches no layer of the model ({type(model).__name__})")
+        chosen |= found
+    return chosen
+
+
+def _structures_of(
+    name: str,
+    layer: nn.Module,
+    structures: Structures,
+    num_heads: int | None,
+    given: tuple[int, int] | None,
+) -> tuple[int, int, int]:
+    """Return how many structures of a layer get noise, the dimension that they lie along, and the entries of each."""
+    if num_heads is not None:
+        return num_heads, -1, _head_size(name, layer, num_heads)
+    if structures == "hidden":
+        return _hidden_size(name, layer), -1, 1
+    return *(given or output_structures(name, layer)), 1
 
 
 def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
