@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
@@ -63,12 +64,18 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
 
 def _group_divergence(group: LayerGroup, shares: dict[NoiseLayer, float] | None) -> Tensor:
     """Return the sum over the structures of layers of one kind, each times its layer's share if there are any."""
+    if shares is not None:
+        # Layers of one share behind each other, so that their shares are one piece.
+        group = LayerGroup(tuple(sorted(group.layers, key=shares.__getitem__)))
     divergence = group.computed(bmrs_kernels.kl_divergence).where(
         group.joined("mask") > group.joined("pruned"), 0.0
     )
     if shares is not None:
-        its_shares = [divergence.new_full((layer.num_structures,), shares[layer]) for layer in group.layers]
-        divergence = divergence * torch.cat(its_shares)
+        pieces = [
+            divergence.new_full((sum(layer.num_structures for layer in layers),), share)
+            for share, layers in itertools.groupby(group.layers, key=shares.__getitem__)
+        ]
+        divergence = divergence * torch.cat(pieces)
     return divergence.sum()
 
 

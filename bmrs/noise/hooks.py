@@ -63,14 +63,16 @@ def without_hook(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return those of a model's modules that hold noise of `add_noise` but have lost the hook that applies it."""
     found = {}
     for name, layer in modules.items():
-        position = _position_of(own_noise(layer))
-        if position is None:
-            continue
-        wanted = {hook for _, hook in _hooks_at(position)}
-        hooks = {*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()}
-        if not wanted <= hooks:
+        wanted = {hook for _, hook in hooks_of_noise(layer)}
+        if wanted and not wanted <= {*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()}:
             found[name] = layer
     return found
+
+
+def hooks_of_noise(layer: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Return the hooks by which a layer's child ``noise`` of `add_noise` acts, with the attribute that holds each."""
+    position = _position_of(own_noise(layer))
+    return () if position is None else _hooks_at(position)
 
 
 def own_noise(layer: nn.Module) -> nn.Module | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.looked_through import remember, remembered_layers
 from bmrs.noise.tensor_parallel import check_no_noise_is_left_out
 from bmrs.noise.wrappers import inside_wrappers, whole
 
@@ -26,8 +27,15 @@ def noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
 
 def required_noise_layers(model: nn.Module) -> dict[str, NoiseLayer]:
     """Return what `noise_layers` does, but raise ValueError if there is none, or one that does not act any more."""
-    layers = noise_layers(model)
-    check_noise_acts(model)
+    inner = inside_wrappers(model)
+    # What torch.compile traces has to be plain code; it looks itself whether a model has changed.
+    compiling = torch.compiler.is_compiling()
+    layers = None if compiling else remembered_layers(inner)
+    if layers is None:
+        layers = noise_layers(inner)
+        check_noise_acts(inner)
+        if not compiling:
+            remember(inner, layers)
     for name, layer in layers.items():
         # Without use_orig_params it is a view of memory that may be gone. Replicas of DataParallel look alike.
         is_view = "mu" in layer.__dict__ and "_former_parameters" not in layer.__dict__
@@ -85,6 +93,7 @@ def layers_of_one_kind(layers: Iterable[NoiseLayer]) -> list[LayerGroup]:
     """Return layers in as few groups as can be."""
     groups: dict[tuple[Any, ...], list[NoiseLayer]] = {}
     for layer in layers:
-        key = (layer.lower, layer.upper, layer.mu.dtype, layer.mu.device, layer.backend)
+        mu = layer.mu
+        key = (layer.lower, layer.upper, mu.dtype, mu.device, layer.backend)
         groups.setdefault(key, []).append(layer)
     return [LayerGroup(tuple(group)) for group in groups.values()]
