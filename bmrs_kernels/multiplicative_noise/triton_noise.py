@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from bmrs_kernels.dispatch.triton_launch import (
     HEAVY_TILE,
     LIGHT_TILE,
     MEDIUM_TILE,
+    ceil_div,
     columns_config,
     launch,
     power_of_two_at_least,
@@ -265,7 +265,7 @@ def sample_noise(
     outputs = [torch.empty(shape, dtype=mu.dtype, device=mu.device)]
     for _ in range(2):
         outputs.append(torch.empty_like(outputs[0]) if with_gradients else mu.new_empty(0))
-    grid = (triton.cdiv(outputs[0].numel(), ELEMENTS_PER_SAMPLE_PROGRAM),)
+    grid = (ceil_div(outputs[0].numel(), ELEMENTS_PER_SAMPLE_PROGRAM),)
     launch(
         triton_element_kernels.sample_kernel,
         grid,
@@ -298,7 +298,7 @@ def constants(
 ) -> Tensor:
     """Return the table of the structures' constants, filled by programs that own a power of two of structures each."""
     filled_at_once = max(structures_per_program, TABLE_BLOCK.value)
-    columns = triton.cdiv(mu.numel(), filled_at_once) * filled_at_once
+    columns = ceil_div(mu.numel(), filled_at_once) * filled_at_once
     size = columns // TABLE_BLOCK.value * BLOCK_STRIDE.value
     table = torch.empty(size, dtype=torch.float64, device=mu.device)
     launch(
@@ -327,7 +327,7 @@ def _draw(
     weight_mu, weight_log_sigma = weights or (None, None)
     tile = min(MEDIUM_TILE, _noise_tile(dtype, backward=with_gradients))
     config = columns_config(groups, num_structures, tile=tile)
-    grid = (triton.cdiv(groups, config.block_rows), config.column_programs(num_structures))
+    grid = (ceil_div(groups, config.block_rows), config.column_programs(num_structures))
     launch(
         triton_shared_kernels.draw_kernel,
         grid,
@@ -377,7 +377,7 @@ def _columns(dtype: torch.dtype, layout: Layout) -> Start:
     config = columns_config(layout.num_rows, layout.num_structures, tile=tile, row_stride=4)
     grid = (
         config.column_programs(layout.num_structures),
-        config.row_programs(triton.cdiv(layout.num_rows, 4)),
+        config.row_programs(ceil_div(layout.num_rows, 4)),
     )
     sizes = (layout.num_rows, layout.num_structures, layout.spatial, config.num_steps)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_STRUCTURES": config.block_columns}
@@ -400,7 +400,7 @@ def _noise_tile(dtype: torch.dtype, *, backward: bool) -> int:
 def _shared_rows(layout: Layout, groups: int) -> Start:
     num_rows = layout.num_rows * layout.num_structures
     config = rows_config(num_rows, layout.inner, tile=SCALING_TILE)
-    grid = (config.column_programs(layout.inner) * triton.cdiv(num_rows, config.block_rows),)
+    grid = (config.column_programs(layout.inner) * ceil_div(num_rows, config.block_rows),)
     inner_units = layout.inner // layout.alignment
     sizes = (num_rows, layout.num_structures, layout.num_rows // groups, inner_units)
     blocks = {"BLOCK_ROWS": config.block_rows, "BLOCK_INNER": config.block_columns}
@@ -435,7 +435,7 @@ def _sum(
     groups = num_partials if weights[0] is None else weights[0].shape[0]
     launch(
         triton_element_kernels.sum_partials_kernel,
-        (triton.cdiv(num_structures, STRUCTURES_PER_SUM),),
+        (ceil_div(num_structures, STRUCTURES_PER_SUM),),
         partial_mu,
         partial_log_sigma,
         *weights,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels.dispatch.triton_launch import launch
+from bmrs_kernels.dispatch.triton_launch import ceil_div, launch
 from bmrs_kernels.truncated_normal import regimes, torch_quadrature
 from bmrs_kernels.truncated_normal.torch_quadrature import BoundaryTerms, Differentiable, Gaussian, Window
 from bmrs_kernels.truncated_normal.triton_special import maximum, minimum, store
@@ -62,7 +62,7 @@ def launch_structures(
     """
     launch(
         kernel,
-        (triton.cdiv(mu.numel(), STRUCTURES_PER_PROGRAM),),
+        (ceil_div(mu.numel(), STRUCTURES_PER_PROGRAM),),
         mu.contiguous(),
         log_sigma.contiguous(),
         *outputs,

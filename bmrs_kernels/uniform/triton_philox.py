@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmrs_kernels.dispatch.triton_launch import launch
+from bmrs_kernels.dispatch.triton_launch import ceil_div, launch
 from bmrs_kernels.uniform import philox
 
 ROUNDS = tl.constexpr(philox.ROUNDS)
@@ -23,7 +23,7 @@ COUNTERS_PER_PROGRAM = 128
 def uniform_stream(seed: Tensor, count: int) -> Tensor:
     """Return the first ``count`` uniforms of a seed as a float32 vector; ``seed`` is an int64 scalar tensor."""
     out = torch.empty(count, dtype=torch.float32, device=seed.device)
-    grid = (triton.cdiv(triton.cdiv(count, philox.LANES), COUNTERS_PER_PROGRAM),)
+    grid = (ceil_div(ceil_div(count, philox.LANES), COUNTERS_PER_PROGRAM),)
     launch(uniform_kernel, grid, out, seed, count, BLOCK=COUNTERS_PER_PROGRAM)
     return out
 
