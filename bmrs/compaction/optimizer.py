@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import copy
+from collections import OrderedDict, defaultdict
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bmrs.compaction.cutting import Selection
 from bmrs.compaction.record import record_of
@@ -23,7 +25,9 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
     moments have not; ``compact(expected_noise=False)`` makes no such difference.
 
     Args:
-        optimizer: of the masked model, of any of torch's kinds; it is left as it is.
+        optimizer: of the masked model, of a kind that keeps its state by parameter, as torch's do but for LBFGS and
+            ``ZeroRedundancyOptimizer``; it is left as it is, with its hooks. A scheduler stays with it: build another
+            one for the result.
         model: the masked model that was compacted.
         compacted: what `bmrs.compact` made of it.
 
@@ -32,13 +36,14 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
 
     Raises:
         TypeError: ``compacted`` is not a network that `bmrs.compact` returned.
-        ValueError: the optimizer has a parameter that is not one of the model.
+        ValueError: the optimizer has a parameter that is not one of the model, or state that cannot be cut.
     """
     record = record_of(compacted)
     if record is None:
         raise TypeError(
             f"compact_optimizer needs a network that bmrs.compact returned, got {type(compacted).__name__}"
         )
+    own = _own_attributes(optimizer)
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -65,14 +70,75 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
             parameters.append(new[name])
             selection = record.selections.get(name, Selection({}))
             for key, value in optimizer.state.get(old, {}).items():
-                cut = isinstance(value, Tensor) and value.shape == old.shape
-                state[new[name]][key] = selection.of(value).clone() if cut else _copied(value)
-        groups.append({**group, "params": parameters})
+                cut = _cut(value, old.shape, selection)
+                if cut is None:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} for {name!r}, {_shown(value)} for a parameter of "
+                        f"shape {tuple(old.shape)}, which cannot be cut as that was: build a new optimizer for the "
+                        "compacted network"
+                    )
+                state[new[name]][key] = cut
+        options = {key: _copied(value) for key, value in group.items() if key != "params"}
+        groups.append({**options, "params": parameters})
     result: OptimizerT = type(optimizer).__new__(type(optimizer))
-    result.__dict__.update(optimizer.__dict__)
+    result.__dict__.update(own)
     result.param_groups, result.state = groups, state
     return result
 
 
+def _own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what a copy of an optimizer has beside its groups and state: no hooks, and no step of a scheduler.
+
+    Raises:
+        ValueError: it keeps tensors or another optimizer there, so that its state is not by parameter.
+    """
+    own: dict[str, Any] = {}
+    for name, value in vars(optimizer).items():
+        if name in ("param_groups", "state"):
+            continue
+        if name.endswith("_hooks") and isinstance(value, OrderedDict):
+            own[name] = OrderedDict()
+            continue
+        # A scheduler puts a step of its own there, which refers to the old optimizer.
+        if callable(value) and hasattr(type(optimizer), name):
+            continue
+        if name != "defaults" and any(_holds_state(leaf) for leaf in tree_leaves(value)):
+            raise ValueError(
+                f"compact_optimizer needs an optimizer whose state is by parameter, and {type(optimizer).__name__} "
+                f"has more in {name!r}: give it the optimizer inside, or build a new one for the compacted network"
+            )
+        own[name] = _copied(value)
+    return own
+
+
+def _holds_state(value: Any) -> bool:
+    return isinstance(value, Tensor | nn.Module | torch.optim.Optimizer)
+
+
+def _cut(value: Any, shape: torch.Size, selection: Selection) -> Any:
+    """Return what of a parameter's state stays with what stays of the parameter, None if nobody can tell."""
+    if not isinstance(value, Tensor):
+        return None if any(map(_holds_state, tree_leaves(value))) else _copied(value)
+    is_whole = not selection.axes and selection.columns is None
+    if value.numel() <= 1 or is_whole:
+        return value.clone()
+    if value.shape == shape:
+        return selection.of(value).clone()
+    # One number for all entries along some dimensions.
+    fits = value.dim() == len(shape) and all(n in (1, of) for n, of in zip(value.shape, shape, strict=True))
+    if not fits or selection.columns is not None:
+        return None
+    axes = {axis: entries for axis, entries in selection.axes.items() if value.shape[axis] > 1}
+    return Selection(axes).of(value).clone()
+
+
+def _shown(value: Any) -> str:
+    return (
+        f"of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__} with tensors"
+    )
+
+
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)

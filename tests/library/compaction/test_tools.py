@@ -1,6 +1,7 @@
 """Around compaction: suggestions, round numbers, optimizers, folding, and what users do to their models."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -127,6 +128,35 @@ class TestRoundTo:
             bmrs.compact(nn.Linear(2, 2), torch.randn(1, 2), round_to=value)
 
 
+class Wrapping(torch.optim.Optimizer):
+    """As accelerate has it."""
+
+    def __init__(self, inner):
+        self.inner, self.state, self.param_groups = inner, inner.state, inner.param_groups
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+
+    def step(self, closure):
+        self.inner.step(closure)
+
+
+class Summing(torch.optim.SGD):
+    """As transformers' Adafactor has it."""
+
+    def state_of(self, parameter):
+        return {"sums": parameter.detach().sum(tuple(range(1, parameter.dim())))}
+
+    def step(self, closure):
+        super().step(closure)
+        self.state |= {p: self.state_of(p) for group in self.param_groups for p in group["params"]}
+
+
+class Listing(Summing):
+    def state_of(self, parameter):
+        return {"all": [parameter.detach()]}
+
+
 class TestOptimizer:
     def test_moments_are_cut_like_the_parameters(self):
         model = noisy_residual()
@@ -153,6 +183,87 @@ class TestOptimizer:
         found.step()
         assert not torch.equal(weight, before)
         assert optimizer.state[model.second[0].weight]["exp_avg"].shape == (16, 8, 1, 1)
+
+    @staticmethod
+    def trained(optimizer_of, schedule=None):
+        """A small masked model, its optimizer after two steps, and the compacted network."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), NoiseLayer(6), nn.ReLU(), nn.Linear(6, 2))
+        optimizer = optimizer_of([p for n, p in model.named_parameters() if not n.startswith("1.")])
+        scheduler = schedule and schedule(optimizer)
+        x = torch.randn(5, 4)
+
+        def loss():
+            optimizer.zero_grad()
+            value = model(x).pow(2).mean()
+            value.backward()
+            return value
+
+        for _ in range(2):
+            optimizer.step(loss)
+            if scheduler:
+                scheduler.step()
+        half(model).eval()
+        return model, optimizer, bmrs.compact(model, x), x
+
+    @pytest.mark.parametrize(
+        "schedule",
+        [
+            lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
+            lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9),
+        ],
+        ids=["StepLR", "OneCycleLR"],
+    )
+    def test_an_optimizer_with_a_scheduler_trains_the_new_network(self, schedule):
+        model, optimizer, compacted, x = self.trained(functools.partial(torch.optim.AdamW, lr=1e-2), schedule)
+        called = []
+        optimizer.register_step_post_hook(lambda *_: called.append("old"))
+        found = bmrs.compact_optimizer(optimizer, model, compacted)
+        before = [[p.detach().clone() for p in each.parameters()] for each in (model, compacted)]
+        compacted(x).pow(2).mean().backward()
+        torch.optim.lr_scheduler.StepLR(found, 1)
+        found.step()
+        same = [
+            [torch.equal(a, b) for a, b in zip(each.parameters(), old, strict=True)]
+            for each, old in zip((model, compacted), before, strict=True)
+        ]
+        assert all(same[0])
+        assert not any(same[1])
+        assert called == []
+        optimizer.step()
+        assert called == ["old"]
+
+    def test_factored_moments_are_cut(self):
+        model, optimizer, compacted, x = self.trained(functools.partial(torch.optim.Adafactor, lr=1e-2))
+        found = bmrs.compact_optimizer(optimizer, model, compacted)
+        rows = optimizer.state[model[0].weight]["row_var"]
+        assert rows.shape == (6, 1)
+        assert torch.equal(found.state[compacted[0].weight]["row_var"], rows[1::2])
+        compacted(x).pow(2).mean().backward()
+        found.step()
+
+    @pytest.mark.parametrize(
+        ("optimizer_of", "message"),
+        [
+            (torch.optim.LBFGS, "state is by parameter, and LBFGS has more in '_params'"),
+            (
+                lambda p: Wrapping(torch.optim.SGD(p, lr=0.1)),
+                "and Wrapping has more in 'inner': give it the opt",
+            ),
+            (
+                lambda p: Summing(p, lr=0.1),
+                r"Summing keeps 'sums' for '0.weight', of shape \(6,\) for a parameter",
+            ),
+            (
+                lambda p: Listing(p, lr=0.1),
+                "Listing keeps 'all' for '0.weight', a list with tensors for a parameter",
+            ),
+        ],
+    )
+    def test_refuses_state_that_it_cannot_cut(self, optimizer_of, message):
+        model, optimizer, compacted, _ = self.trained(optimizer_of)
+        with pytest.raises(ValueError, match=message):
+            bmrs.compact_optimizer(optimizer, model, compacted)
 
     def test_refuses_what_does_not_belong_together(self):
         model = half(noisy_residual())
