@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -281,7 +282,15 @@ def compacted(
         approximated=_approximated(analysis, emptied, comparison, masked, result),
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
-    kept_inputs = map_tensors(lambda t: t.detach().clone(), subject.few)
+    fixed = analysis.captured.fixed_number()
+    if form == "graph" and fixed is not None:
+        warnings.warn(
+            f"the compacted network takes {fixed} along the first dimension of its inputs and no other number: the "
+            f"code of {type(masked).__name__}, or torch.export of it, makes a plain number of that size, as len(x) "
+            "does and x.shape[0] does not",
+            stacklevel=3,
+        )
+    kept_inputs = map_tensors(lambda t: t.detach().clone(), inputs if fixed is not None else subject.few)
     own_code: tuple[dict[str, dict[str, Any]], ...] = ()
     if form == "module":
         before = record_of(masked) or Record(report, kept_inputs)

@@ -38,7 +38,7 @@ class OutputComparison:
         dtype: what the outputs are computed in, as text.
 
     Raises:
-        ValueError: the network returns no tensor.
+        ValueError: the network returns no tensor, or no finite number.
     """
 
     def __init__(
@@ -66,6 +66,11 @@ class OutputComparison:
             raise ValueError(
                 f"the model ({type(masked).__name__}) returns no tensor on example_inputs, so that nothing "
                 "can be compared"
+            )
+        if any(t.numel() for t in self._expected) and not any(t.isfinite().any() for t in self._expected):
+            raise ValueError(
+                f"the model ({type(masked).__name__}) returns NaN and infinities alone on example_inputs, so that "
+                "nothing can be compared: give examples on which it returns numbers"
             )
         self.dtype = "float64" if self._double else "its own dtype"
 
@@ -200,7 +205,9 @@ def cut_examples(model: nn.Module, inputs: Inputs) -> Inputs:
     except Exception:
         return inputs
     same = len(first) == len(second) and all(
-        b.shape[:1] == (3,) and a.shape == b[:2].shape and torch.allclose(a, b[:2], rtol=1e-3, atol=1e-4)
+        b.shape[:1] == (3,)
+        and a.shape == b[:2].shape
+        and torch.allclose(a, b[:2], rtol=1e-3, atol=1e-4, equal_nan=True)
         for a, b in zip(first, second, strict=True)
     )
     return few if same else inputs
@@ -236,8 +243,8 @@ def relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
         if a.numel() == 0:
             continue
         a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
-        # Equal infinities, as in attention masks, differ by nothing.
-        same = a == b
+        # Equal infinities, as in attention masks, differ by nothing, nor do NaN, as of rows that are masked in full.
+        same = (a == b) | (a.isnan() & b.isnan())
         error = (a - b).abs().masked_fill(same, 0.0).max().item()
         scale = a.masked_fill(same & ~a.isfinite(), 0.0).abs().max().item()
         if error != error:
@@ -249,12 +256,12 @@ def relative_difference(expected: list[Tensor], found: list[Tensor]) -> float:
 def relative_root_mean_square(expected: list[Tensor], found: list[Tensor]) -> float:
     """Return the root mean square of differences, relative to that of what is expected; the largest of all outputs.
 
-    What is the same infinity in both, as in attention masks, does not count.
+    What is the same infinity or NaN in both, as in attention masks, does not count.
     """
     largest = 0.0
     for a, b in zip(expected, found, strict=True):
         a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
-        counts = a.isfinite() | (a != b)
+        counts = a.isfinite() | ((a != b) & ~(a.isnan() & b.isnan()))
         difference, scale = ((a - b)[counts].abs().norm().item(), a[counts].abs().norm().item())
         largest = max(largest, difference / scale if scale else difference)
     return largest

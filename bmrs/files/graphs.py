@@ -53,8 +53,15 @@ def describe_graph(description: Description) -> dict[str, Any]:
     """Return a description as plain values, ready for JSON.
 
     Raises:
-        UnsupportedError: an argument cannot be written down.
+        UnsupportedError: an argument cannot be written down, or a name cannot be read again.
     """
+    for op in description.operations:
+        path = op.target if op.kind == "tensor" else str(op.args[1]) if op.kind == "layer" else ""
+        for part in path.split(".") if path else ():
+            if not _can_be_attribute(part):
+                raise UnsupportedError(
+                    f"the name {path!r} has {part!r} in it, where only letters, digits, _ and - can be read again"
+                )
     return {
         "operations": [
             {
@@ -147,7 +154,7 @@ def _operation(entry: Any, known: set[str], device: Any) -> Operation:
             )
     if kind == "scalar" and target not in SCALAR_FUNCTIONS:
         raise ValueError(f"its operation {name!r} is an unknown function {target[:100]!r}")
-    if kind == "tensor" and not all(map(_is_name_or_number, target.split("."))):
+    if kind == "tensor" and not all(map(_can_be_attribute, target.split("."))):
         raise ValueError(f"its tensor {target[:100]!r} has an unsuitable name")
     if kind == "layer":
         _check_layer(name, target, args, kwargs)
@@ -181,7 +188,7 @@ def _is_size(size: object) -> bool:
 def _check_layer(name: str, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if target not in _LAYERS or not kwargs.keys() <= set(argument_names(_LAYERS[target])):
         raise ValueError(f"its layer {name!r} is of unknown type {target[:100]!r} or has unknown arguments")
-    if len(args) != 2 or not isinstance(args[1], str) or not all(map(_is_name_or_number, args[1].split("."))):
+    if len(args) != 2 or not isinstance(args[1], str) or not all(map(_can_be_attribute, args[1].split("."))):
         raise ValueError(f"its layer {name!r} has no place")
     try:
         check_arguments(_LAYERS[target], kwargs)
@@ -197,9 +204,9 @@ def _is_name(name: str) -> bool:
     )
 
 
-def _is_name_or_number(name: str) -> bool:
-    # They become attributes of plain modules, whose own must not be hidden.
-    return re.fullmatch(r"\w+", name, re.ASCII) is not None and name not in _module_attributes()
+def _can_be_attribute(name: str) -> bool:
+    # They become attributes of plain modules, whose own must not be hidden. torch.fx puts a hyphen into quotes.
+    return re.fullmatch(r"[\w-]+", name, re.ASCII) is not None and name not in _module_attributes()
 
 
 def _module_attributes() -> frozenset[str]:

@@ -108,14 +108,18 @@ class Captured:
 
         None if the number is free, at least in one of the inputs.
         """
-        own = {*self.program.graph_signature.user_inputs}
-        values = [
-            node.meta.get("val") for node in self.graph.nodes if node.op == "placeholder" and node.name in own
-        ]
-        sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
-        # A symbol that turned out to have one value alone stays a symbol.
-        numbers = [size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size for size in sizes]
-        return None if None in numbers or not numbers else numbers[0]
+        return _fixed_number(self.program)
+
+
+def _fixed_number(program: ExportedProgram) -> int | None:
+    own = {*program.graph_signature.user_inputs}
+    values = [
+        node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in own
+    ]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    # A symbol that turned out to have one value alone stays a symbol.
+    numbers = [size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size for size in sizes]
+    return None if None in numbers or not numbers else numbers[0]
 
 
 def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
@@ -253,9 +257,13 @@ def export_program(
             # A copy: what a forward keeps in attributes would be symbols.
             exported = _as_export_takes_it(copied(model, share=True))
             with _quiet_export(), torch.no_grad():
-                return torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             failure = error
+            continue
+        # Where the number of examples is a part of the code, it has to be the given one.
+        if example is inputs or _fixed_number(program) is None:
+            return program
     raise ValueError(_why_not(model, inputs, purpose, failure, advice)) from failure
 
 

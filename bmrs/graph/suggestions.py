@@ -123,7 +123,9 @@ def suggest(
 
 
 def _places(captured: Captured, factors: dict[str, Tensor]) -> list[Suggestion]:
-    groups = same_channels(analyse(captured))
+    # Noise that the model has already is none of the new layers', whose factors these are.
+    together = ([name for name in group if name in factors] for group in same_channels(analyse(captured)))
+    groups = [group for group in together if group]
     needed = needed_layers(captured, factors, groups)
     analysis = analyse(captured)
     places = []

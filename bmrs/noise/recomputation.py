@@ -23,9 +23,9 @@ def _batch_norm(layer: Any) -> Run:
     of_batch = layer.training or layer.running_mean is None
     return partial(
         F.batch_norm,
-        # Those of training have been updated already.
-        running_mean=None if of_batch else layer.running_mean,
-        running_var=None if of_batch else layer.running_var,
+        # Those of training have been updated already; others may be before backward, which no version of them tells.
+        running_mean=None if of_batch else layer.running_mean.clone(),
+        running_var=None if of_batch else layer.running_var.clone(),
         weight=layer.weight,
         bias=layer.bias,
         training=of_batch,
@@ -61,11 +61,12 @@ _RUNS: dict[type[nn.Module], Callable[[Any], Run]] = {
     nn.Hardswish: lambda _: partial(F.hardswish),
 }
 RECOMPUTED = tuple(kind.__name__ for kind in _RUNS)
+_FORWARDS = {kind: kind.forward for kind in _RUNS}
 
 
 def can_recompute(layer: nn.Module) -> bool:
     """Return whether a layer is one of those in ``RECOMPUTED``, and keeps its input as it is."""
-    return type(layer) in _RUNS and not getattr(layer, "inplace", False)
+    return type(layer) in _RUNS and not getattr(layer, "inplace", False) and "forward" not in vars(layer)
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def input_recomputed(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) 
         inputs: its arguments.
         output: what it returned, which no other hook has changed.
     """
-    if not (type(output) is Tensor and _is_plain_call(layer, inputs) and _autograd_is_free()):
+    if not (_is_plain_call(layer, inputs, output) and _autograd_is_free()):
         yield
         return
     run = _RUNS[type(layer)](layer)
@@ -129,15 +130,24 @@ class _Recomputed(NamedTuple):
             return self.run(first)
 
 
-def _is_plain_call(layer: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    return can_recompute(layer) and len(inputs) == 1 and type(inputs[0]) is Tensor
+def _is_plain_call(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> bool:
+    """Return whether a layer's function alone has made its output from its input."""
+    return (
+        can_recompute(layer)
+        and type(layer).forward is _FORWARDS[type(layer)]
+        and not torch.nn.modules.module._global_forward_hooks
+        and len(inputs) == 1
+        and type(inputs[0]) is type(output) is Tensor
+        and not (output.is_nested or output.is_meta)
+    )
 
 
 def _autograd_is_free() -> bool:
+    """Return whether nothing else decides what is kept."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]  # not within torch.func
+        and torch._C._functorch.peek_interpreter_stack() is None  # no transform of torch.func
         and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from bmrs import processes
 from bmrs.checks import check_number, shown
@@ -189,12 +190,38 @@ class PosteriorLearner:
         """
         divergence = kl_divergence(self.model, weight=self._kl_weight)
         self.optimizer.zero_grad()
-        backward(loss, divergence)
+        backward(self._checked(loss) if self.steps == 0 else loss, divergence)
         if self._averages:
             processes.average_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         self.optimizer.step()
         self.steps += 1
         return divergence.detach()
+
+    def _checked(self, loss: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """Return the summands of a loss, each of which has to be a number that depends on the noise.
+
+        Raises:
+            TypeError: it is neither a tensor nor several.
+            ValueError: one is not a single number, or nothing leads from it to the noise.
+        """
+        if not isinstance(loss, Tensor | Iterable):
+            raise TypeError(f"loss must be a tensor that the model's outputs lead to, got {shown(loss)}")
+        parameters = [p for layer in self._layers.values() for p in (layer.mu, layer.log_sigma)]
+        # What a sharded parameter is at backward, another tensor, is not known here.
+        known = not any(map(is_sharded, parameters))
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"loss must be a tensor that the model's outputs lead to, got {shown(part)}")
+            if part.numel() != 1:
+                raise ValueError(
+                    f"loss must be one number, the mean over the batch, got shape {tuple(part.shape)}"
+                )
+            if not part.requires_grad or (known and not leads_to(part, parameters)):
+                raise ValueError(
+                    "loss does not depend on the noise that is to be learned, so that the KL term alone would decide: "
+                    "compute it from the model that it is called with, without detach, item or torch.no_grad"
+                )
+            yield part
 
     @property
     def distance(self) -> float:
@@ -250,6 +277,32 @@ class PosteriorLearner:
             name: whole(layer.kept) & ~(self._criterion or _rule(layer))(layer).prune
             for name, layer in self._layers.items()
         }
+
+
+def leads_to(value: Tensor, parameters: Collection[Tensor]) -> bool:
+    """Return whether autograd goes from a value to one of some parameters, as far as can be seen.
+
+    Functions written in Python may have graphs of their own in them, as those of activation checkpointing have.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    nodes: list[Any] = [value.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction) and not _is_our_own(node):
+            return True
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def _is_our_own(node: BackwardCFunction) -> bool:
+    module: str = type(node)._forward_cls.__module__  # type: ignore[attr-defined]
+    return module.startswith("bmrs_kernels.")
 
 
 def backward(loss: Tensor | Iterable[Tensor], term: Tensor) -> None:
@@ -337,10 +390,12 @@ def learn_posteriors(
         How it went; ``settled`` is False if it was cut off.
 
     Raises:
-        ValueError: the model has no noise layer, ``dataset_size`` is neither given nor to be found, ``batches`` is
-            empty or can be gone through only once, or a number is out of range; with several processes,
-            ``across_processes`` is missing or does not suit a sharded model, the models differ, or a batch norm is
-            trained that is none of all processes; DistributedDataParallel wraps weights that are to be frozen.
+        TypeError: ``loss`` returns no tensor, or an argument is none of what is asked for.
+        ValueError: what ``loss`` returns does not depend on the noise, or is not one number; the model has no noise
+            layer, ``dataset_size`` is neither given nor to be found, ``batches`` is empty or can be gone through only
+            once, or a number is out of range; with several processes, ``across_processes`` is missing or does not suit
+            a sharded model, the models differ, or a batch norm is trained that is none of all processes;
+            DistributedDataParallel wraps weights that are to be frozen.
         FloatingPointError: the loss or a posterior became NaN or infinite, on any of the processes that learn together.
     """
     learner = PosteriorLearner(

@@ -269,3 +269,39 @@ def test_a_network_that_cannot_be_captured_is_refused_without_its_graph(capfd):
         bmrs.compact(model, torch.randn(3, 4))
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+class Padded(nn.Module):
+    """Attention over rows of which one is padded in full: softmax makes NaN of it."""
+
+    def __init__(self, padded):
+        super().__init__()
+        self.padded, self.embed, self.head = padded, nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = torch.relu(self.embed(x))
+        scores = (hidden @ hidden.mT).masked_fill(self.padded, -torch.inf)
+        return self.head(scores.softmax(-1) @ hidden)
+
+
+def masked_with_padding(padded):
+    torch.manual_seed(0)
+    model = bmrs.add_noise(Padded(padded), where="embed").double().eval()
+    model.embed.noise.set_kept(torch.arange(6) % 2 == 0)
+    return model
+
+
+def test_nan_of_rows_that_are_padded_in_full_is_the_same_in_both():
+    model = masked_with_padding(torch.tensor([[False], [True], [False]]))
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    compacted = bmrs.compact(model, x)
+    assert compacted.embed.out_features == 3
+    expected, found = model(x), compacted(x)
+    assert expected.isnan().any()
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_nan_alone_is_refused_as_such():
+    model = masked_with_padding(torch.tensor(True))
+    with pytest.raises(ValueError, match="returns NaN and infinities alone on example_inputs"):
+        bmrs.compact(model, torch.randn(2, 3, 4, dtype=torch.float64))

@@ -81,6 +81,16 @@ class TestSuggest:
         assert not noise_layers(model)
         assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
+    def test_noise_that_is_there_already_is_no_place(self):
+        model = bmrs.add_noise(Residual(), where=["first.0"])
+        found = {place.layers for place in bmrs.suggest(model, IMAGES)}
+        assert found == {("stem", "first.2", "second.2"), ("second.0",)}
+        chain = nn.Sequential(
+            nn.Linear(4, 6), NoiseLayer(6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
+        )
+        # Behind a linear layer whose outputs have noise of their own there can be more.
+        assert {place.layers for place in bmrs.suggest(chain, torch.randn(2, 4))} == {("0",), ("3",)}
+
     def test_pruning_there_removes_what_was_said(self):
         for place in bmrs.suggest(Residual(), IMAGES):
             model = bmrs.add_noise(Residual(), where=lambda name, _, names=place.layers: name in names).eval()

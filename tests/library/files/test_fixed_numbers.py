@@ -20,21 +20,23 @@ class Fixed(nn.Module):
         return self.out(self.hidden(x).relu())
 
 
-def compacted(number):
+def compacted(number, examples=3):
     model = Fixed(number)
     bmrs.add_noise(model, where="hidden")
     model.hidden.noise.set_kept(torch.tensor([True, False] * 3))
-    return bmrs.compact(model, torch.randn(3, 5, 4))
+    return bmrs.compact(model, torch.randn(examples, 5, 4))
 
 
-def test_saving_says_that_the_number_of_examples_is_fixed_and_why(tmp_path):
-    network, path = compacted(len), tmp_path / "network.safetensors"
+@pytest.mark.parametrize("examples", [1, 3])
+def test_saving_says_that_the_number_of_examples_is_fixed_and_why(examples, tmp_path):
+    network, path = compacted(len, examples), tmp_path / "network.safetensors"
     with pytest.warns(
-        UserWarning, match=r"takes 2 along the first dimension .* the code of Fixed, .*len\(x\)"
+        UserWarning, match=rf"takes {examples} along the first dimension .* the code of Fixed, .*len\(x\)"
     ):
         bmrs.save(path, network)
     images = torch.randn(7, 5, 4)
-    with pytest.raises(ValueError, match="must be 2"):
+    torch.testing.assert_close(bmrs.load(path)(images[:examples]), network.eval()(images[:examples]))
+    with pytest.raises(ValueError, match=f"must be {examples}"):
         bmrs.load(path)(images)
     own = bmrs.load(path, model=Fixed(len))
     torch.testing.assert_close(own(images), network.eval()(images))
@@ -45,3 +47,28 @@ def test_a_free_number_needs_no_warning(tmp_path):
     bmrs.save(path, network)
     images = torch.randn(7, 5, 4)
     torch.testing.assert_close(bmrs.load(path)(images), network.eval()(images))
+
+
+class Written(nn.Module):
+    """The number of images and the number of channels are both in its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Conv2d(1, 8, 3), nn.Linear(8 * 16, 2)
+
+    def forward(self, x):
+        return self.o(torch.relu(self.a(x)).view(len(x), 8 * 16))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_graph_takes_as_many_as_the_example_has(number, tmp_path):
+    model = bmrs.add_noise(Written(), where="a").eval()
+    model.a.noise.set_kept(torch.arange(8) % 2 == 0)
+    x = torch.randn(number, 1, 6, 6)
+    with pytest.warns(UserWarning, match=f"compacted network takes {number} along .* the code of Written"):
+        compacted = bmrs.compact(model, x)
+    assert bmrs.compact_report(compacted).form == "graph"
+    torch.testing.assert_close(compacted(x), model(x))
+    with pytest.warns(UserWarning, match=f"saved network takes {number} along"):
+        bmrs.save(tmp_path / "m.safetensors", compacted)
+    assert torch.equal(bmrs.load(tmp_path / "m.safetensors")(x), compacted(x))

@@ -819,3 +819,47 @@ class TestTrustingOperators:
             ValueError, match=r"must have tensors of shape \(6,\) beside its input, got \(1,\)"
         ):
             bmrs.load(path)(x)
+
+
+class Named(nn.Module):
+    """Parts with names that are not those of variables."""
+
+    def __init__(self, first, last):
+        super().__init__()
+        self.first, self.last = first, last
+        self.parts = nn.ModuleDict({first: nn.Linear(4, 8), last: nn.BatchNorm1d(8)})
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.parts[self.last](self.parts[self.first](x))))
+
+
+def compacted_with_names(*names):
+    model = bmrs.add_noise(Named(*names), where="parts.*").eval()
+    for layer in noise_layers(model).values():
+        layer.set_kept(torch.arange(8) % 2 == 0)
+    return bmrs.compact(model, torch.randn(3, 4))
+
+
+def test_names_with_a_hyphen(tmp_path):
+    compacted, path, x = (
+        compacted_with_names("conv-1", "norm-1"),
+        tmp_path / "m.safetensors",
+        torch.randn(5, 4),
+    )
+    bmrs.save(path, compacted)
+    for loaded in (bmrs.load(path), bmrs.load(path, model=Named("conv-1", "norm-1"))):
+        torch.testing.assert_close(loaded(x), compacted(x))
+        assert {name for name, _ in loaded.named_parameters()} >= {"parts.conv-1.weight", "parts.norm-1.bias"}
+
+
+@pytest.mark.parametrize("names", [("en fr", "norm"), ("first", "x/2")])
+def test_names_that_no_file_can_hold_need_the_class(names, tmp_path):
+    compacted, path, x = compacted_with_names(*names), tmp_path / "m.safetensors", torch.randn(5, 4)
+    with pytest.warns(
+        UserWarning, match=r"can only be loaded with bmrs.load\(path, model=...\).* has '(en fr|x/2)'"
+    ):
+        bmrs.save(path, compacted)
+    torch.testing.assert_close(bmrs.load(path, model=Named(*names))(x), compacted(x))
+    with pytest.raises(ValueError, match="model="):
+        bmrs.load(path)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 import weakref
 
 import pytest
@@ -253,3 +254,64 @@ def test_where_it_cannot_be_the_error_says_so(layer, options, message):
     with pytest.raises(ValueError, match=message):
         bmrs.add_noise(model, where="0", recompute=True, **options)
     assert not hasattr(layer, "noise")
+
+
+def doubled(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+def doubled_for_all(layer, monkeypatch):
+    forward = type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda self, x: 2 * forward(self, x))
+
+
+@pytest.mark.parametrize("where", ["instance", "class", "every module"])
+def test_what_others_make_of_the_result_is_kept(where, monkeypatch):
+    found = []
+    for recompute in (True, False):
+        layer, x = alone("LayerNorm", recompute=recompute)
+        if where == "instance":
+            doubled(layer)
+        with monkeypatch.context() as patches:
+            if where == "class":
+                doubled_for_all(layer, patches)
+            everywhere = nn.modules.module.register_module_forward_hook(
+                lambda module, _, out: (
+                    2 * out if where == "every module" and type(module) is nn.LayerNorm else None
+                )
+            )
+            found.append(results(layer, x))
+            everywhere.remove()
+    assert_same(*found)
+    layer, x = alone("LayerNorm", recompute=True)
+    assert not torch.equal(found[0][0], results(layer, x)[0])
+
+
+def test_statistics_of_evaluation_are_those_of_its_own_time():
+    found = []
+    for recompute in (True, False):
+        layer, x = alone("BatchNorm1d", recompute=recompute)
+        layer.weight.requires_grad_(False)
+        layer.bias.requires_grad_(False)
+        layer.eval()
+        layer.noise.train()
+        torch.manual_seed(2)
+        out = layer(x).pow(2).sum()
+        layer.train()
+        layer(torch.randn(6, 4) * 3 + 2)
+        out.backward()
+        found.append([layer.noise.mu.grad, layer.noise.log_sigma.grad])
+    assert_same(*found)
+
+
+def test_where_nothing_can_be_recomputed_it_is_kept():
+    layer, x = alone("LayerNorm", recompute=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "in prototype stage"
+        nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
+    assert layer(nested).is_nested
+    mapped = torch.vmap(layer, randomness="different")(x)
+    mapped.sum().backward()
+    assert layer.noise.mu.grad.isfinite().all()
+    assert layer.to("meta")(x.detach().to("meta")).is_meta

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import bmrs
@@ -249,3 +250,44 @@ def test_bad_batches_and_losses_are_named(noisy, trained, data):
         bmrs.learn_posteriors(noisy, loader(data), lambda m, b: loss(m, b) * math.nan)
     with pytest.raises(ValueError, match="has no noise layer"):
         bmrs.learn_posteriors(trained, loader(data), loss)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda model, batch: loss(model, batch).detach(), ValueError, "loss does not depend on the noise"),
+        (lambda model, batch: loss(model, batch).item(), TypeError, r"loss must be a tensor .*, got 0\.\d+"),
+        (lambda model, batch: [loss(model, batch).item()], TypeError, "loss must be a tensor"),
+        (
+            lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
+            ValueError,
+            r"loss must be one number, the mean over the batch, got shape \(100,\)",
+        ),
+        (
+            lambda model, batch: torch.zeros((), requires_grad=True) + 1,
+            ValueError,
+            "does not depend on the noise",
+        ),
+    ],
+)
+def test_a_loss_that_nothing_can_be_learned_from_is_named(noisy, data, wrong, error, message):
+    with pytest.raises(error, match=message):
+        bmrs.learn_posteriors(noisy, loader(data), wrong)
+
+
+def test_another_models_loss_is_noticed(noisy, trained, data):
+    other = copy.deepcopy(trained)
+    with pytest.raises(ValueError, match="compute it from the model that it is called with"):
+        bmrs.learn_posteriors(noisy, loader(data), lambda _, batch: loss(other, batch))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"without detach, item or torch\.no_grad"):
+        bmrs.learn_posteriors(noisy, loader(data), loss)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_hides_the_noise_from_nobody(noisy, data, reentrant):
+    def checkpointed(model, batch):
+        images = batch[0].clone().requires_grad_()
+        return F.cross_entropy(checkpoint(model, images, use_reentrant=reentrant), batch[1])
+
+    report = bmrs.learn_posteriors(noisy, loader(data), checkpointed, max_distance=0.5)
+    assert report.steps > 0
