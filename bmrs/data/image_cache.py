@@ -242,8 +242,8 @@ def _notes(root: Path, index: dict[str, Any], images: np.ndarray) -> Iterator[st
         names = [name for name, _ in index["unreadable"]]
         yield f"{root}: left out {counted(names, 'image')} that cannot be read"
     if index["converted"]:
-        change = "grey images were made RGB" if images.shape[1] == 3 else "coloured images were made grey"
-        yield f"{root}: {index['converted']:,} of {len(images):,} are {change}"
+        change = "grey and made RGB" if images.shape[1] == 3 else "coloured and made grey"
+        yield f"{root}: {index['converted']:,} of {len(images):,} images were {change}"
 
 
 def _usual_channels(listing: ImageListing) -> int:

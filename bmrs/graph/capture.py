@@ -132,7 +132,7 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
 
     Raises:
         TypeError: anything else, or no tensor in it.
-        ValueError: a tensor is empty.
+        ValueError: a tensor is empty or sparse.
     """
     if isinstance(example_inputs, Tensor):
         inputs: Inputs = ((example_inputs,), {})
@@ -149,6 +149,11 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
     if not tensors:
         raise TypeError(f"example_inputs must hold a tensor, got {example_inputs!r}")
     for tensor in tensors:
+        if tensor.layout not in (torch.strided, torch.jagged):
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise ValueError(
+                f"example_inputs must hold dense tensors, which can be followed, got a {layout} one"
+            )
         if tensor.numel() == 0:
             raise ValueError(f"example_inputs must hold an example, got shape {tuple(tensor.shape)}")
     return inputs

@@ -46,7 +46,13 @@ def copied(model: nn.Module, *, share: bool | Literal["parameters"]) -> nn.Modul
             for tensor in holder.values():
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            # Its forward changes the weight.
+            flag = module.weight.requires_grad
+            memo[id(module.weight)] = nn.Parameter(module.weight.detach().clone(), requires_grad=flag)
     for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in memo:
+            continue
         if tensor.is_inference():
             # Such a tensor can neither be trained nor traced.
             clone = tensor.clone()

@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import pytest
 import torch
@@ -305,3 +306,40 @@ def test_nan_alone_is_refused_as_such():
     model = masked_with_padding(torch.tensor(True))
     with pytest.raises(ValueError, match="returns NaN and infinities alone on example_inputs"):
         bmrs.compact(model, torch.randn(2, 3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("function", [bmrs.compact, bmrs.suggest, bmrs.noise_outlook, bmrs.structure_costs])
+@pytest.mark.parametrize(
+    ("sparse", "layout"), [(torch.Tensor.to_sparse, "sparse_coo"), (torch.Tensor.to_sparse_csr, "sparse_csr")]
+)
+def test_sparse_examples_are_refused(function, sparse, layout):
+    model = bmrs.add_noise(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), where="0").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "beta state"
+        example = torch.eye(4).to_sparse(layout=getattr(torch, layout))
+    with pytest.raises(
+        ValueError, match=f"must hold dense tensors, which can be followed, got a {layout} one"
+    ):
+        function(model, example)
+
+
+class Lookup(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.o = nn.Embedding(9, 8, max_norm=1.0), nn.Linear(8, 3)
+
+    def forward(self, t):
+        return self.o(self.e(t).mean(1))
+
+
+@pytest.mark.parametrize("function", [bmrs.compact, bmrs.suggest, bmrs.noise_outlook, bmrs.structure_costs])
+def test_embeddings_that_change_when_they_are_called_are_left_as_they_are(function):
+    torch.manual_seed(0)
+    model = bmrs.add_noise(Lookup(), where="e").eval()
+    model.e.noise.set_kept(torch.arange(8) % 2 == 0)
+    before = model.e.weight.detach().clone()
+    found = function(model, torch.tensor([[0, 1], [1, 2]]))
+    assert torch.equal(model.e.weight, before)
+    if function is bmrs.compact:
+        tokens = torch.tensor([[3, 4], [5, 0]])
+        torch.testing.assert_close(found(tokens), model(tokens))

@@ -327,10 +327,10 @@ def test_a_class_that_cannot_be_read_at_all_is_an_error(load, animals):
 @pytest.mark.parametrize(
     ("grey", "coloured", "channels", "expected", "note"),
     [
-        (6, 4, None, 1, "4 of 10 are coloured images were made grey"),
-        (4, 6, None, 3, "4 of 10 are grey images were made RGB"),
-        (6, 4, 3, 3, "6 of 10 are grey images were made RGB"),
-        (4, 6, 1, 1, "6 of 10 are coloured images were made grey"),
+        (6, 4, None, 1, "4 of 10 images were coloured and made grey"),
+        (4, 6, None, 3, "4 of 10 images were grey and made RGB"),
+        (6, 4, 3, 3, "6 of 10 images were grey and made RGB"),
+        (4, 6, 1, 1, "6 of 10 images were coloured and made grey"),
         (10, 0, None, 1, None),
     ],
 )
