@@ -382,7 +382,7 @@ class _Describer:
 def _plain_tree(tree: Any) -> Any:
     """Return a tree with dicts, lists and tuples alone, as of the outputs of transformers' classes."""
     if isinstance(tree, Mapping):
-        return {str(key): _plain_tree(value) for key, value in tree.items()}
+        return {str(key) if isinstance(key, str) else key: _plain_tree(value) for key, value in tree.items()}
     if isinstance(tree, tuple):
         return tuple(_plain_tree(value) for value in tree)
     if isinstance(tree, list):

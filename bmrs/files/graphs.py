@@ -253,12 +253,23 @@ def _plain_tree(tree: Any) -> Any:
     if isinstance(tree, Reference):
         return {"of": tree.name}
     if isinstance(tree, dict):
-        return {"dict": {key: _plain_tree(value) for key, value in tree.items()}}
+        for key in tree:
+            if not isinstance(key, str | int):
+                raise UnsupportedError(
+                    f"a network cannot be described that returns a dict with the key {key!r}"
+                )
+        if all(isinstance(key, str) for key in tree):
+            return {"dict": {key: _plain_tree(value) for key, value in tree.items()}}
+        return {"pairs": [[key, _plain_tree(value)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
         return {type(tree).__name__: [_plain_tree(value) for value in tree]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     raise UnsupportedError(f"a network cannot be described that returns {type(tree).__name__}")
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int)
 
 
 def _read_tree(tree: Any, known: set[str]) -> Any:
@@ -270,6 +281,8 @@ def _read_tree(tree: Any, known: set[str]) -> Any:
             return Reference(content)
         if key == "dict" and isinstance(content, dict):
             return {name: _read_tree(value, known) for name, value in content.items()}
+        if key == "pairs" and isinstance(content, list) and all(map(_is_pair, content)):
+            return {name: _read_tree(value, known) for name, value in content}
         if key in ("list", "tuple") and isinstance(content, list):
             items = [_read_tree(value, known) for value in content]
             return items if key == "list" else tuple(items)

@@ -863,3 +863,45 @@ def test_names_that_no_file_can_hold_need_the_class(names, tmp_path):
     torch.testing.assert_close(bmrs.load(path, model=Named(*names))(x), compacted(x))
     with pytest.raises(ValueError, match="model="):
         bmrs.load(path)
+
+
+class Keyed(nn.Module):
+    """Returns a dict by the sizes of its feature maps, as detectors do."""
+
+    def __init__(self, key, written=False):
+        super().__init__()
+        self.a, self.o = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.key, self.written = key, written
+
+    def forward(self, x):
+        hidden = torch.relu(self.a(x))
+        return {self.key: self.o(hidden.view(-1, 8) if self.written else hidden), "x": x}
+
+
+def compacted_with_key(key, **options):
+    model = bmrs.add_noise(Keyed(key, **options), where="a").eval()
+    model.a.noise.set_kept(torch.arange(8) % 2 == 0)
+    return bmrs.compact(model, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_keys_of_outputs_stay_what_they_are(written, tmp_path):
+    compacted = compacted_with_key(7, written=written)
+    assert bmrs.compact_report(compacted).form == ("graph" if written else "module")
+    bmrs.save(tmp_path / "m.safetensors", compacted)
+    x = torch.randn(5, 4)
+    for network in (compacted, bmrs.load(tmp_path / "m.safetensors")):
+        assert list(network(x)) == [7, "x"]
+
+
+def test_keys_that_no_file_can_hold_need_the_class(tmp_path):
+    compacted, x = compacted_with_key((1, 2)), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match=r"a dict with the key \(1, 2\)"):
+        bmrs.save(tmp_path / "m.safetensors", compacted)
+    assert list(bmrs.load(tmp_path / "m.safetensors", model=Keyed((1, 2)))(x)) == [(1, 2), "x"]
+
+
+def test_pairs_that_are_none_are_named(saved):
+    rewrite(saved, lambda description, _: description["graph"].update(outputs={"pairs": [[1.5, None]]}))
+    with pytest.raises(ValueError, match=r"its tree .* is unknown"):
+        bmrs.load(saved)

@@ -224,7 +224,7 @@ def test_fine_tuning_says_where_it_cannot_start_from_refitted_weights(data, widt
             self.inner, self.last = nn.Linear(16, 8), nn.Linear(8, 3)
 
         def forward(self, x):
-            return self.last(self.inner(x.flatten(1)).view(len(x), 8 if width == 8 else -1))
+            return self.last(self.inner(x.flatten(1)).view(x.shape[0], 8 if width == 8 else -1))
 
     trained = Viewed()
     noisy = bmrs.add_noise(copy.deepcopy(trained), where="inner")
