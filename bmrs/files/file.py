@@ -51,8 +51,8 @@ def save(
         example_inputs: an input, as `bmrs.compact` takes it; needed only for networks that it did not return.
 
     Raises:
-        TypeError: the model has noise layers that `bmrs.compact` has not narrowed, or is not one that it returned and
-            there is no example.
+        TypeError: the model has noise layers that `bmrs.compact` has not narrowed, or a tensor of a dtype that
+            safetensors does not know, or is not one that it returned and there is no example.
         ValueError: the model does not run on the example.
         OSError: the file cannot be written.
     """
@@ -75,7 +75,12 @@ def save(
     description["channels_last"] = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
     # Cloned, as safetensors refuses tensors that share memory.
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(file, serialize(stored, metadata={_METADATA_KEY: json.dumps(description)}))
+    try:
+        content = serialize(stored, metadata={_METADATA_KEY: json.dumps(description)})
+    except KeyError as error:  # as of a dtype that safetensors has no word for
+        name = next((name for name, tensor in stored.items() if tensor.dtype == error.args[0]), "")
+        raise TypeError(f"tensor {name!r} is of {error.args[0]}, which safetensors cannot hold") from error
+    write_atomically(file, content)
 
 
 def load(

@@ -905,3 +905,21 @@ def test_pairs_that_are_none_are_named(saved):
     rewrite(saved, lambda description, _: description["graph"].update(outputs={"pairs": [[1.5, None]]}))
     with pytest.raises(ValueError, match=r"its tree .* is unknown"):
         bmrs.load(saved)
+
+
+def test_dtypes_that_no_file_can_hold_are_named(tmp_path):
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(4, 8), nn.Linear(8, 2, dtype=torch.complex128)
+
+        def forward(self, x):
+            return self.c(self.a(x).to(torch.complex128)).abs()
+
+    model = bmrs.add_noise(Complex(), where="a").eval()
+    compacted = bmrs.compact(model, torch.randn(3, 4))
+    with pytest.raises(
+        TypeError, match=r"tensor 'c\.(weight|bias)' is of torch\.complex128, which safetensors cannot"
+    ):
+        bmrs.save(tmp_path / "m.safetensors", compacted)
+    assert not (tmp_path / "m.safetensors").exists()
