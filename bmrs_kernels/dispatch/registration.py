@@ -68,8 +68,8 @@ def is_transformed() -> bool:
 
 def _refuse_second_derivatives(*_: Any) -> NoReturn:
     raise NotImplementedError(
-        "bmrs_kernels has no second derivatives, by mu and log_sigma in no mode: take first ones, or for those by inputs "
-        "and weights put the noise layers into evaluation mode"
+        "bmrs_kernels has no second derivatives, by mu and log_sigma in no mode: take first ones, or for those by "
+        "inputs and weights put the noise layers into evaluation mode"
     )
 
 
