@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class Budget(NamedTuple):
     Attributes:
         triton: that version.
         instructions: the numbers.
-        sources: `hash_of_sources` of the kernels that were last compiled and found to meet all demands.
+        sources: hash of the kernels that were last compiled and met all demands, and of these numbers.
     """
 
     triton: str
@@ -56,11 +56,11 @@ class Budget(NamedTuple):
                 instructions.setdefault(measurement.case, {})[key] = (
                     min(old, allowed) if number <= old else allowed
                 )
-        return cls(triton, instructions, hash_of_sources())
+        return cls(triton, instructions, hash_of_sources(instructions))
 
     def is_met_already(self, triton: str) -> bool:
         """Return whether nothing has changed since kernels were last compiled, by this version, and met all demands."""
-        return (self.triton, self.sources) == (triton, hash_of_sources())
+        return (self.triton, self.sources) == (triton, hash_of_sources(self.instructions))
 
     def write(self) -> None:
         """Replace the committed budget."""
@@ -74,13 +74,14 @@ class Budget(NamedTuple):
         BUDGET_FILE.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def hash_of_sources() -> str:
-    """Return a hash of all that machine code and what is read from it depend on, beside the compiler."""
-    found = hashlib.sha256()
-    for folder in (PACKAGE, Path(__file__).parent):
-        for file in sorted(folder.rglob("*.py")):
-            found.update(f"{file.relative_to(folder.parent)} {file.stat().st_size}\n".encode())
-            found.update(file.read_bytes())
+def hash_of_sources(instructions: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a hash of all that machine code and its judgement depend on, beside the compiler."""
+    found = hashlib.sha256(json.dumps([MARGIN, instructions]).encode())
+    here = Path(__file__).parent
+    files = [*PACKAGE.rglob("*.py"), *here.rglob("*.py"), *here.parent.glob("*.py")]
+    for file in sorted(files):
+        found.update(f"{file.name} {file.stat().st_size}\n".encode())
+        found.update(file.read_bytes())
     return found.hexdigest()
 
 

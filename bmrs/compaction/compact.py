@@ -158,6 +158,14 @@ def compact(
         if refit_to is not None:
             reference = unwrapped(refit_to)
             refit(result, _origins(analysis, result), reference, _single(inputs), ridge=refit_ridge or RIDGE)
+    fixed = masked.captured.fixed_number()
+    if fixed is not None and compact_report(result).form == "graph":
+        warnings.warn(
+            f"the compacted network takes {fixed} along the first dimension of its inputs and no other number: the "
+            f"code of {type(masked.model).__name__}, or torch.export of it, makes a plain number of that size, as "
+            "len(x) does and x.shape[0] does not",
+            stacklevel=2,
+        )
     return result
 
 
@@ -283,13 +291,6 @@ def compacted(
     )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     fixed = analysis.captured.fixed_number()
-    if form == "graph" and fixed is not None:
-        warnings.warn(
-            f"the compacted network takes {fixed} along the first dimension of its inputs and no other number: the "
-            f"code of {type(masked).__name__}, or torch.export of it, makes a plain number of that size, as len(x) "
-            "does and x.shape[0] does not",
-            stacklevel=3,
-        )
     kept_inputs = map_tensors(lambda t: t.detach().clone(), inputs if fixed is not None else subject.few)
     own_code: tuple[dict[str, dict[str, Any]], ...] = ()
     if form == "module":

@@ -263,5 +263,8 @@ def relative_root_mean_square(expected: list[Tensor], found: list[Tensor]) -> fl
         a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
         counts = a.isfinite() | ((a != b) & ~(a.isnan() & b.isnan()))
         difference, scale = ((a - b)[counts].abs().norm().item(), a[counts].abs().norm().item())
-        largest = max(largest, difference / scale if scale else difference)
+        ratio = difference / scale if scale else difference
+        if ratio != ratio:
+            return torch.inf
+        largest = max(largest, ratio)
     return largest

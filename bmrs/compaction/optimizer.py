@@ -26,8 +26,8 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
 
     Args:
         optimizer: of the masked model, of a kind that keeps its state by parameter, as torch's do but for LBFGS and
-            ``ZeroRedundancyOptimizer``; it is left as it is, with its hooks. A scheduler stays with it: build another
-            one for the result.
+            ``ZeroRedundancyOptimizer``; it is left as it is. Its hooks and its scheduler stay with it: the result has
+            none, and groups with the ``initial_lr`` that a scheduler noted, from which another one would start.
         model: the masked model that was compacted.
         compacted: what `bmrs.compact` made of it.
 
@@ -141,4 +141,6 @@ def _shown(value: Any) -> str:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, dict | list | set) else value

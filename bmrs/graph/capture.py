@@ -255,6 +255,7 @@ def export_program(
         if dynamic == "sequences":
             attempts.insert(0, (several, _dimensions_of_sequences))
     failure: Exception | None = None
+    with_another_number: ExportedProgram | None = None
     for example, dimensions in attempts:
         args, kwargs = example
         try:
@@ -269,6 +270,9 @@ def export_program(
         # Where the number of examples is a part of the code, it has to be the given one.
         if example is inputs or _fixed_number(program) is None:
             return program
+        with_another_number = with_another_number or program
+    if with_another_number is not None:
+        return with_another_number
     raise ValueError(_why_not(model, inputs, purpose, failure, advice)) from failure
 
 

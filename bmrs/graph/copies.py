@@ -38,7 +38,8 @@ def copied(model: nn.Module, *, share: bool | Literal["parameters"]) -> nn.Modul
 
     Args:
         model: any module, also one of which a layer holds a computed tensor, which `copy.deepcopy` refuses.
-        share: whether parameters and buffers, or parameters alone, are shared with the original.
+        share: whether parameters and buffers, or parameters alone, are shared with the original; never those of
+            embeddings with ``max_norm``, whose forward changes them.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -47,9 +48,9 @@ def copied(model: nn.Module, *, share: bool | Literal["parameters"]) -> nn.Modul
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:
                     memo[id(tensor)] = tensor.detach().clone()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
-            # Its forward changes the weight.
-            flag = module.weight.requires_grad
-            memo[id(module.weight)] = nn.Parameter(module.weight.detach().clone(), requires_grad=flag)
+            weight = module._parameters.get("weight")  # none where it is computed
+            if weight is not None:
+                memo[id(weight)] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) in memo:
             continue

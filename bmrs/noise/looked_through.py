@@ -31,10 +31,12 @@ class _Tree(NamedTuple):
         modules, names, numbers = [model], [""], []
         for module in modules:  # which grows on the way
             children = module._modules
-            numbers.append(len(children))
+            before = len(modules)
             if children:
-                names += children.keys()
-                modules += [child for child in children.values() if child is not None]
+                present = [(name, child) for name, child in children.items() if child is not None]
+                names += [name for name, _ in present]
+                modules += [child for _, child in present]
+            numbers.append(len(modules) - before)
         return cls(modules, names, numbers)
 
 

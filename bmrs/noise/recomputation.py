@@ -73,15 +73,15 @@ def can_recompute(layer: nn.Module) -> bool:
 def input_recomputed(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Iterator[None]:
     """Have autograd keep what a layer takes in the place of what it returned.
 
-    Nothing changes where no gradients are asked for, where torch.compile decides what is kept, where activation
-    checkpointing or the like does, and for what a layer was converted to since.
+    Nothing changes where no gradients are asked for, where the layer's own need not keep its input, where torch.compile
+    or activation checkpointing decides what is kept, and for what a layer was converted to since.
 
     Args:
         layer: one that `can_recompute`.
         inputs: its arguments.
         output: what it returned, which no other hook has changed.
     """
-    if not (_is_plain_call(layer, inputs, output) and _autograd_is_free()):
+    if not (_is_plain_call(layer, inputs, output) and _autograd_is_free() and _keeps(layer, inputs[0])):
         yield
         return
     run = _RUNS[type(layer)](layer)
@@ -140,6 +140,11 @@ def _is_plain_call(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) ->
         and type(inputs[0]) is type(output) is Tensor
         and not (output.is_nested or output.is_meta)
     )
+
+
+def _keeps(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether autograd keeps the input of a layer anyway."""
+    return x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 def _autograd_is_free() -> bool:

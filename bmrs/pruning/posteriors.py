@@ -198,17 +198,20 @@ class PosteriorLearner:
         return divergence.detach()
 
     def _checked(self, loss: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """Return the summands of a loss, each of which has to be a number that depends on the noise.
+        """Return the summands of a loss, one of which at least has to depend on the noise.
 
         Raises:
             TypeError: it is neither a tensor nor several.
-            ValueError: one is not a single number, or nothing leads from it to the noise.
+            ValueError: one is not a single number, or nothing leads from any of them to the noise.
         """
         if not isinstance(loss, Tensor | Iterable):
             raise TypeError(f"loss must be a tensor that the model's outputs lead to, got {shown(loss)}")
         parameters = [p for layer in self._layers.values() for p in (layer.mu, layer.log_sigma)]
         # What a sharded parameter is at backward, another tensor, is not known here.
-        known = not any(map(is_sharded, parameters))
+        sharded = (
+            any(map(is_sharded, parameters)) or data_parallel_part(self.model) == "FullyShardedDataParallel"
+        )
+        depends = False
         for part in [loss] if isinstance(loss, Tensor) else loss:
             if not isinstance(part, Tensor):
                 raise TypeError(f"loss must be a tensor that the model's outputs lead to, got {shown(part)}")
@@ -216,12 +219,14 @@ class PosteriorLearner:
                 raise ValueError(
                     f"loss must be one number, the mean over the batch, got shape {tuple(part.shape)}"
                 )
-            if not part.requires_grad or (known and not leads_to(part, parameters)):
-                raise ValueError(
-                    "loss does not depend on the noise that is to be learned, so that the KL term alone would decide: "
-                    "compute it from the model that it is called with, without detach, item or torch.no_grad"
-                )
-            yield part
+            depends = depends or (part.requires_grad and (sharded or leads_to(part, parameters)))
+            if depends or not isinstance(loss, Tensor):  # several can be told after the last one alone
+                yield part
+        if not depends:
+            raise ValueError(
+                "loss does not depend on the noise that is to be learned, so that the KL term alone would decide: "
+                "compute it from the model that it is called with, without detach, item or torch.no_grad"
+            )
 
     @property
     def distance(self) -> float:
@@ -419,6 +424,10 @@ def learn_posteriors(
             before = learner.steps
             for batch in batches:
                 value = loss(model, batch)
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"loss must return a tensor that the model's outputs lead to, got {shown(value)}"
+                    )
                 learner.step(value)
                 if learner.steps % every and learner.distance < max_distance:
                     continue

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -242,6 +243,18 @@ class TestOptimizer:
         assert called == []
         optimizer.step()
         assert called == ["old"]
+
+    def test_what_an_optimizer_shares_it_goes_on_sharing(self):
+        class Locked(torch.optim.SGD):
+            def __init__(self, parameters, **options):
+                super().__init__(parameters, **options)
+                self.lock, self.names = threading.Lock(), ["a"]
+
+        model, optimizer, compacted, _ = self.trained(functools.partial(Locked, lr=0.1))
+        found = bmrs.compact_optimizer(optimizer, model, compacted)
+        assert found.lock is optimizer.lock
+        found.names.append("b")
+        assert optimizer.names == ["a"]
 
     def test_factored_moments_are_cut(self):
         model, optimizer, compacted, x = self.trained(functools.partial(torch.optim.Adafactor, lr=1e-2))

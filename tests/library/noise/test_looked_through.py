@@ -145,6 +145,17 @@ def test_other_models_are_looked_through_themselves(model, looked):
     assert list(required_noise_layers(model[0])) == ["first.0.noise", "second.0.noise"]
 
 
+def test_which_child_is_none_counts():
+    model = nn.Module()
+    for name, child in (("a", None), ("b", nn.Linear(2, 2)), ("c", nn.Linear(2, 2))):
+        model.register_module(name, child)
+    bmrs.add_noise(model, where=["b", "c"])
+    assert list(required_noise_layers(model)) == ["b.noise", "c.noise"]
+    model._modules["a"], model._modules["b"] = model._modules["b"], None
+    with pytest.raises(ValueError, match=r"the noise 'b\.noise' is gone"):
+        required_noise_layers(model)
+
+
 def test_what_is_remembered_keeps_no_model():
     alone = bmrs.add_noise(nn.Sequential(nn.Linear(3, 3)), where="0")
     required_noise_layers(alone)

@@ -315,3 +315,18 @@ def test_where_nothing_can_be_recomputed_it_is_kept():
     mapped.sum().backward()
     assert layer.noise.mu.grad.isfinite().all()
     assert layer.to("meta")(x.detach().to("meta")).is_meta
+
+
+def test_what_the_layer_need_not_keep_is_not_kept_for_it():
+    found = []
+    for recompute in (True, False):
+        layer, x = alone("LayerNorm", recompute=recompute)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("noise" in name)
+        given = x.detach().clone()
+        torch.manual_seed(2)
+        out = layer(given)
+        given += 1
+        out.sum().backward()
+        found.append([layer.noise.mu.grad, layer.noise.log_sigma.grad])
+    assert_same(*found)

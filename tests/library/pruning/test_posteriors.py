@@ -256,8 +256,12 @@ def test_bad_batches_and_losses_are_named(noisy, trained, data):
     ("wrong", "error", "message"),
     [
         (lambda model, batch: loss(model, batch).detach(), ValueError, "loss does not depend on the noise"),
-        (lambda model, batch: loss(model, batch).item(), TypeError, r"loss must be a tensor .*, got 0\.\d+"),
-        (lambda model, batch: [loss(model, batch).item()], TypeError, "loss must be a tensor"),
+        (
+            lambda model, batch: loss(model, batch).item(),
+            TypeError,
+            r"loss must return a tensor .*, got 0\.\d+",
+        ),
+        (lambda model, batch: [loss(model, batch).item()], TypeError, "loss must return a tensor"),
         (
             lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
             ValueError,
@@ -291,3 +295,24 @@ def test_activation_checkpointing_hides_the_noise_from_nobody(noisy, data, reent
 
     report = bmrs.learn_posteriors(noisy, loader(data), checkpointed, max_distance=0.5)
     assert report.steps > 0
+
+
+def test_one_summand_that_depends_on_the_noise_is_enough(noisy, data):
+    def penalised(model, batch):
+        yield 1e-4 * model[2].weight.pow(2).sum()
+        yield loss(model, batch)
+
+    batch = data.tensors
+    with PosteriorLearner(noisy, temperature=1.0, dataset_size=1000, weight_lr=1e-3) as learner:
+        assert learner.step(penalised(noisy, batch)) > 0
+
+    def penalty_alone(model, batch):
+        yield 1e-4 * model[2].weight.pow(2).sum()
+
+    before = noisy[0].noise.mu.detach().clone()
+    with PosteriorLearner(noisy, temperature=1.0, dataset_size=1000, weight_lr=1e-3) as learner:
+        with pytest.raises(ValueError, match="does not depend on the noise"):
+            learner.step(penalty_alone(noisy, batch))
+        with pytest.raises(TypeError, match=r"loss must be a tensor .*, got 1\.0"):
+            learner.step([1.0])
+    assert torch.equal(noisy[0].noise.mu, before)
