@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from interpreted import run_interpreted
 
 pytest.importorskip("triton")
 
 from benchmarks import processes
 from benchmarks.__main__ import main
 from benchmarks.gpu import profile as kernel_profile
-from benchmarks.gpu import profiled_cases, sanitized_cases
-from benchmarks.speed import competitors
-from benchmarks.speed.activation_shapes import ActivationShape
 
 # As ncu --csv --page raw prints it: messages, names, units, a line for each launch.
 REPORT = """\
@@ -132,21 +129,26 @@ def test_without_ncu_one_line_and_exit_code_2(gpu, monkeypatch, capsys):
     assert capsys.readouterr().err == "profile: ncu (Nsight Compute) is not on the PATH\n"
 
 
-def test_every_kernel_is_profiled(no_kernel_starts, monkeypatch, capsys):
-    image, linear = ActivationShape((2, 4, 4, 4)), ActivationShape((6, 4))
-    shapes = {True: image._replace(channels_last=True), False: image}
-    small = [
-        replace(
-            case,
-            activation=linear if len(case.activation.shape) == 2 else shapes[case.activation.channels_last],
-        )
-        for case in profiled_cases.NOISE
-    ]
-    monkeypatch.setattr(profiled_cases, "NOISE", small)
-    monkeypatch.setattr(profiled_cases, "NUM_STRUCTURES", 6)
-    monkeypatch.setattr(profiled_cases, "NUM_UNIFORMS", 6)
-    monkeypatch.setattr(competitors, "assert_close", lambda *_, **__: None)
-    assert profiled_cases.main(["--device", "cpu"]) == 0
-    launched = kernel_profile.launches(capsys.readouterr().out)
-    assert {kernel for _, kernel in launched} == sanitized_cases.package_kernels()
+@pytest.mark.slow
+def test_every_kernel_is_profiled():
+    small = """
+from benchmarks.gpu import profiled_cases
+from benchmarks.gpu import sanitized_cases
+from dataclasses import replace
+from benchmarks.speed.activation_shapes import ActivationShape
+image, linear = ActivationShape((2, 4, 4, 4)), ActivationShape((6, 4))
+shapes = {True: image._replace(channels_last=True), False: image}
+profiled_cases.NOISE = tuple(
+    replace(case, activation=linear if len(case.activation.shape) == 2 else shapes[case.activation.channels_last])
+    for case in profiled_cases.NOISE
+)
+profiled_cases.NUM_STRUCTURES = profiled_cases.NUM_UNIFORMS = 6
+assert profiled_cases.main(["--device", "cpu"]) == 0
+print("all:", *sorted(sanitized_cases.package_kernels()))
+"""
+    finished = run_interpreted("-c", small)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    *_, last = finished.stdout.splitlines()
+    launched = kernel_profile.launches(finished.stdout)
+    assert sorted({kernel for _, kernel in launched}) == last.split()[1:]
     assert len({case for case, _ in launched}) == 7 + 5 + 2

@@ -247,11 +247,16 @@ def test_every_kernel_is_compiled_for_every_target():
         assert started == kernels
 
 
+UNCHANGED = ("multiply_noise 64x64x56x56 float32 element", "kl_divergence 4096 float32")
+
+
 @pytest.mark.slow
 def test_gate():
     need_compiler()
-    if budget.Budget.read().is_met_already(command.triton_version()):
-        pytest.skip("nothing has changed since all demands were met; compiling anew takes minutes")
     work = command.selected(command.TARGETS, gate=True)
+    if budget.Budget.read().is_met_already(command.triton_version()):
+        # The same would come out, in minutes: a part shows that it does, and that the compiler is as it was.
+        work = [task for task in work if task.case.name in UNCHANGED]
+        assert len(work) == len(UNCHANGED) * len(command.TARGETS)
     found = command.objections(measure_all(work, jobs=2))
     assert not found, "\n".join(found)
