@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--update-budget",
         action="store_true",
-        help=f"write {BUDGET_FILE.name} from CI's cases, unless they fail otherwise; CI compiles no kernel until the "
+        help=f"write {BUDGET_FILE.name} from CI's cases, unless they fail otherwise; CI compiles few kernels until the "
         "next one changes",
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes")
