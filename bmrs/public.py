@@ -24,9 +24,10 @@ from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.parameters import parameter_groups
 from bmrs.noise.placement import add_noise
 from bmrs.prediction import Prediction, predict
-from bmrs.pruning.posteriors import PosteriorReport, learn_posteriors, unsettled
+from bmrs.pruning.posteriors import learn_posteriors
 from bmrs.pruning.prune import prune
 from bmrs.pruning.report import PruneReport
+from bmrs.pruning.settling import PosteriorReport, unsettled
 
 __all__ = [
     "L2",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bmrs import processes
 from bmrs.data import Batch, Dataset
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.posteriors import unsettled
 from bmrs.pruning.prune import prune
+from bmrs.pruning.settling import unsettled
 from bmrs.schedules import PruningSchedule, WarmUp
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig

@@ -31,7 +31,7 @@ from bmrs.data import Dataset
 from bmrs.data.dataset import IMAGE_SIZE
 from bmrs.graph.masked_graph import graph_for_pruning
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.posteriors import PosteriorLearner
+from bmrs.pruning.learner import PosteriorLearner
 from bmrs.pruning.prune import prune
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig

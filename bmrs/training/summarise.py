@@ -16,7 +16,7 @@ from bmrs.checks import one_line
 from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import Dataset, Split
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.posteriors import unsettled
+from bmrs.pruning.settling import unsettled
 from bmrs.training.checkpoint import on_their_own
 from bmrs.training.config import TrainConfig
 from bmrs.training.energy import EnergyMeter, joules_of_inference

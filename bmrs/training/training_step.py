@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bmrs import processes
 from bmrs.data import Batch
 from bmrs.noise.divergence import kl_divergence
-from bmrs.pruning.posteriors import backward
+from bmrs.pruning.losses import backward
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.cuda_graph import GraphedStep

@@ -23,7 +23,7 @@ from bmrs.data import EMBEDDED
 from bmrs.graph.capture import as_inputs
 from bmrs.graph.masked_graph import MaskedGraph, Unit
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.posteriors import PosteriorLearner
+from bmrs.pruning.learner import PosteriorLearner
 from bmrs.training import TrainConfig, algorithm1, recipe
 from bmrs.training.epoch import batches_of
 from bmrs.training.evaluation import accuracy

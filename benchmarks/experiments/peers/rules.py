@@ -30,7 +30,7 @@ from benchmarks.options import positive
 from benchmarks.records import RESULTS
 from bmrs.criteria import PAPER_TOLERANCE
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.posteriors import PosteriorLearner
+from bmrs.pruning.learner import PosteriorLearner
 from bmrs.training import recipe
 from bmrs.training.run import load as load_data
 

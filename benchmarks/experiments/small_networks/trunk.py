@@ -24,8 +24,8 @@ from benchmarks.experiments.paper import Conditions, PaperRun
 from bmrs.data import DataName, Dataset
 from bmrs.files.atomic import write_atomically
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.posteriors import unsettled
 from bmrs.pruning.prune import prune
+from bmrs.pruning.settling import unsettled
 from bmrs.training import NonFiniteError, TrainConfig, algorithm1
 from bmrs.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from bmrs.training.evaluation import accuracy, compression

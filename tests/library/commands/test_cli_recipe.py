@@ -136,7 +136,7 @@ def test_an_interrupted_run_resumes_to_bitwise_the_same_end(
 
 @pytest.mark.usefixtures("no_picture")
 def test_noise_that_settles_early_leaves_its_epochs_to_fine_tuning(options, tmp_path, monkeypatch):
-    monkeypatch.setattr("bmrs.pruning.posteriors.LEAST_DISTANCE", 0.1)  # where nothing has moved yet
+    monkeypatch.setattr("bmrs.pruning.learner.LEAST_DISTANCE", 0.1)  # where nothing has moved yet
     run = tmp_path / "run"
     assert main([*options, "--noise-epochs", "5", "--output", str(run)]) == 0
     noise = rows(run / "metrics.jsonl")

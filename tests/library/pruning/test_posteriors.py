@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bmrs
 from bmrs.noise.lookup import noise_layers
-from bmrs.pruning.posteriors import PosteriorLearner
+from bmrs.pruning.learner import PosteriorLearner
 
 NUM_INPUTS, NUM_HIDDEN, USEFUL = 8, 24, 6
 
