@@ -253,8 +253,10 @@ class _Folder:
             return [self._rows(node, call, factors)]
         if call.operator == "embedding":
             return [self._parameter(node, self._own(call["weight"]), _vector(factors, -1), None)]
-        if call.operator in (*_HOMOGENEOUS, *_POOLS):
-            return self._backward(node.args[0], node, _resized(factors, self._shape(node.args[0])))
+        if call.operator in _HOMOGENEOUS:
+            return self._backward(node.args[0], node, factors)
+        if call.operator in _POOLS:
+            return self._backward(node.args[0], node, _resampled(call, factors, self._shape(node.args[0])))
         if call.operator in _RESHAPINGS:
             return self._backward(node.args[0], node, compressed(factors.reshape(self._shape(node.args[0]))))
         if call.operator in _PERMUTATIONS:
@@ -298,8 +300,10 @@ class _Folder:
                 edits.append(self._columns_of_each(reader, node, factors))
             elif call.operator == "batch_norm" and not call["training"]:
                 edits.append(self._statistics(reader, call, factors))
-            elif call.operator in (*_HOMOGENEOUS, *_POOLS):
-                edits += self._forward(reader, _resized(factors, call.shape))
+            elif call.operator in _HOMOGENEOUS:
+                edits += self._forward(reader, factors)
+            elif call.operator in _POOLS:
+                edits += self._forward(reader, _resampled(call, factors, call.shape))
             elif call.operator in (*_RESHAPINGS, *_PERMUTATIONS, *_PICKS):
                 edits += self._forward(reader, compressed(_run(call, factors)))
             elif call.operator in _REDUCTIONS:
@@ -491,13 +495,14 @@ def _vector(factors: Tensor, axis: int) -> Tensor:
     return factors
 
 
-def _resized(factors: Tensor, shape: torch.Size) -> Tensor:
-    """Return factors for a tensor of other sizes along dimensions that they do not vary along."""
-    for d in range(factors.dim()):
-        if factors.shape[d] != shape[d]:
-            if factors.stride(d) != 0 and factors.shape[d] > 1:
-                raise _BarredError("it scales parts of one channel differently")
-            factors = factors.narrow(d, 0, 1)
+def _resampled(call: Call, factors: Tensor, shape: torch.Size) -> Tensor:
+    """Return factors on the other side of a pool, along whose windows they must not vary."""
+    rank = factors.dim()
+    windows = range(rank - next(int(letter) for letter in call.operator if letter.isdigit()), rank)
+    if set(windows) & set(varying_axes(factors)):
+        raise _BarredError("it scales what is pooled differently")
+    for d in windows:
+        factors = factors.narrow(d, 0, 1)
     return factors.expand(shape)
 
 

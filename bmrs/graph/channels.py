@@ -230,6 +230,26 @@ class SameEntries:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Elements that carry several channels each: one stays where all of its channels do, and they where it does.
+
+    Attributes:
+        channels: the elements' own, of shape (number,).
+        parts: what they carry, each of that shape.
+    """
+
+    channels: Tensor
+    parts: tuple[Tensor, ...]
+
+    def required(self, staying: Staying) -> Tensor:
+        """Return channels that have to stay, see `Constraint`."""
+        stays = staying.of(self.channels)
+        parts_stay = torch.stack([staying.of(part) for part in self.parts])
+        missing = [part[stays & ~its] for part, its in zip(self.parts, parts_stay, strict=True)]
+        return torch.cat([*missing, self.channels[parts_stay.all(dim=0) & ~stays]])
+
+
+@dataclass(frozen=True)
 class Read:
     """Channels that are read wherever what they make stays.
 

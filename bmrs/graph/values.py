@@ -13,6 +13,7 @@ from bmrs.graph.channels import (
     AtLeastOne,
     Constraint,
     EqualNumbers,
+    Joint,
     Product,
     SameEntries,
     Stay,
@@ -153,6 +154,17 @@ class Findings:
         self.same_entries(layer, channels, axes)
         return channels
 
+    def joint(self, layers: Sequence[Tensor]) -> Tensor:
+        """Make new channels for elements that carry a channel of each of several layers."""
+        parts = without_repetition(*layers)
+        carried, numbers = torch.stack([part.flatten() for part in parts]).unique(dim=1, return_inverse=True)
+        channels = self.ties.new(carried.shape[1])
+        self.add(Joint(channels, tuple(carried)), "sizes have to agree")
+        layer = channels[numbers].view(parts[0].shape).expand(layers[0].shape)
+        self.product(layer)
+        self.at_least_one(layer)
+        return layer
+
     def repetitions_in(self, value: object) -> Tensor | None:
         """Return that layer of a value which has the repetitions of groups by themselves, None if there is none."""
         layers = value.layers if isinstance(value, Value) else ()
@@ -237,6 +249,13 @@ def combine(
     for layer in results:
         findings.product(layer)
     return tuple(results)
+
+
+def joined(findings: Findings, layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return layers of one value, those with dimensions in common as one, as where dimensions were flattened."""
+    return tuple(
+        group[0] if len(group) == 1 else findings.joint(group) for group in _overlapping(list(layers))
+    )
 
 
 def _full_axes(its_shape: Sequence[int], shape: tuple[int, ...]) -> set[int]:

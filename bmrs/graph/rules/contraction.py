@@ -7,6 +7,7 @@ for.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 
 import torch
@@ -143,6 +144,30 @@ def _read(
     findings.add(Read(channels.flatten(), by_any=by_any, quiet=quiet.flatten()), note)
 
 
+def say_which_constants_stay(
+    findings: Findings, channels: Tensor | None, constants: Tensor, results: Tensor | None, reason: str
+) -> None:
+    """Say of pruned channels why they are read although they are the same everywhere.
+
+    Args:
+        findings: where that goes.
+        channels: what is read, of shape (number,); nothing is said of None.
+        constants: their constants, NaN or 0 for those that this is not about.
+        results: channels of what is made of them; None if those stay in any case.
+        reason: what keeps a constant from being accounted for.
+    """
+    held = ~constants.isnan() & (constants != 0)
+    if channels is not None and held.any():
+        by_any = () if results is None else (results,)
+        findings.add(
+            Read(channels[held.expand(channels.shape)], by_any=by_any),
+            f"a constant other than 0 is left of it, {reason}",
+        )
+
+
+NO_BIAS = "and no bias can take it up"
+
+
 @rule("linear")
 def linear(findings: Findings, call: Call) -> Value:
     """Follow x·Wᵀ + b; what a channel adds that is constant at all places, the bias can add in its stead."""
@@ -165,6 +190,10 @@ def _affine(
     ignored = _movable_constants(call, x, len(x.shape) - 1)
     layers = contract(findings, x, around + "i", weight, weight_axes, around + "o", ignored=ignored)
     layers = tuple(layer.expand(call.shape) for layer in layers)
+    if ignored is None and x.constant is not None:
+        constants = uniform(x.constant, range(len(around))).flatten()
+        results = Value(call.shape, layers).channels_along(-1)
+        say_which_constants_stay(findings, x.channels_along(-1), constants, results, NO_BIAS)
     if bias is not None:
         layers = combine(findings, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
     follow = findings.follow_constants
@@ -223,15 +252,13 @@ def matmul(findings: Findings, call: Call) -> Value:
     rank = len(call.shape)
     a, b = (with_rank(value, rank) for value in (a, b))
     batch = "abcdefgh"[: rank - 2]
-    layers = tuple(
-        layer.expand(call.shape)
-        for layer in contract(findings, a, batch + "mk", b, batch + "kn", batch + "mn")
-    )
+    a_axes, b_axes, out_axes = batch + "mk", batch + "kn", batch + "mn"
+    layers = tuple(layer.expand(call.shape) for layer in contract(findings, a, a_axes, b, b_axes, out_axes))
     if call.operator == "baddbmm":
         bias = call["self"]
         layers = combine(findings, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
         return Value(call.shape, layers)
-    return Value(call.shape, layers, _zero_products(a, b, call.shape))
+    return Value(call.shape, layers, _zero_products([(a, a_axes), (b, b_axes)], out_axes, call.shape))
 
 
 def with_rank(value: Value, rank: int) -> Value:
@@ -247,45 +274,62 @@ def with_rank(value: Value, rank: int) -> Value:
     )
 
 
-def _zero_products(a: Value, b: Value, shape: torch.Size) -> Tensor | None:
-    """Return constants of a product: 0 where a whole row of the one or a whole column of the other is 0."""
-    zero = torch.zeros([1] * len(shape), dtype=torch.bool)
-    if a.constant is not None:
-        zero = zero | (without_repetition(a.constant)[0] == 0).all(dim=-1, keepdim=True)
-    if b.constant is not None:
-        zero = zero | (without_repetition(b.constant)[0] == 0).all(dim=-2, keepdim=True)
+def _zero_products(factors: Sequence[tuple[Value, str]], out_axes: str, shape: torch.Size) -> Tensor | None:
+    """Return constants of a sum of products: 0 where one factor is 0 all along what is summed; see `contract`."""
+    zero = torch.zeros([1] * len(out_axes), dtype=torch.bool)
+    for value, axes in factors:
+        if value.constant is None:
+            continue
+        its = without_repetition(value.constant)[0] == 0
+        if summed := [d for d, letter in enumerate(axes) if letter not in out_axes]:
+            its = its.all(dim=summed)
+        left = [letter for letter in axes if letter in out_axes]
+        its = its.permute([left.index(letter) for letter in out_axes if letter in left])
+        zero = zero | its[tuple(slice(None) if letter in left else None for letter in out_axes)]
     if not zero.any():
         return None
-    return compressed(torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan)).expand(
-        shape
-    )
+    zeros = torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan)
+    return compressed(zeros).expand(shape)
 
 
 @rule("einsum")
 def einsum(findings: Findings, call: Call) -> Value:
-    """Follow sums of products of two tensors, with a letter for each dimension."""
+    """Follow sums of products of tensors, with a letter for each dimension, two after two."""
     values: list[Value] = list(call["tensors"])
-    equation = call["equation"].replace(" ", "")
-    inputs, _, out = equation.partition("->")
-    names = inputs.split(",")
-    plain = len(values) == 2 and out and "." not in equation and all(len(set(n)) == len(n) for n in names)
-    if not plain:
+    *names, out = _spelled_out(call["equation"], [value.shape for value in values])
+    if any(len(set(name)) < len(name) for name in names):
         for value in values:
-            findings.stay_all(value, f"einsum {equation} is not followed")
+            findings.stay_all(value, f"einsum {call['equation']} takes a diagonal")
         return Value(call.shape)
-    layers = contract(findings, values[0], names[0], values[1], names[1], out)
-    constant = None
-    if set(out) == set("".join(names)):
-        # Nothing is summed: zeros stay zeros.
-        zero = torch.zeros([1] * len(out), dtype=torch.bool)
-        for value, axes in zip(values, names, strict=True):
-            if value.constant is not None:
-                place = [axes.index(letter) for letter in out if letter in axes]
-                shape = [value.shape[axes.index(letter)] if letter in axes else 1 for letter in out]
-                zero = zero | (value.constant.permute(place).reshape(shape) == 0)
-        constant = compressed(torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan))
-        constant = constant.expand(call.shape)
-    return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), constant)
+    if len(values) == 1:
+        values, names = [*values, Value(torch.Size([1]))], [*names, "1"]
+    product, axes = values[0], names[0]
+    for i, (value, its) in enumerate(zip(values[1:], names[1:], strict=True), start=2):
+        wanted = set(out).union(*names[i:])
+        left = out if i == len(values) else "".join(x for x in dict.fromkeys(axes + its) if x in wanted)
+        sizes = dict.fromkeys(left, 1)
+        for letter, size in zip(axes + its, [*product.shape, *value.shape], strict=True):
+            sizes[letter] = max(sizes.get(letter, 1), size)
+        shape = torch.Size(sizes[letter] for letter in left)
+        layers = contract(findings, product, axes, value, its, left)
+        zeros = _zero_products([(product, axes), (value, its)], left, shape)
+        product, axes = Value(shape, tuple(layer.expand(shape) for layer in layers), zeros), left
+    return product
+
+
+def _spelled_out(equation: str, shapes: Sequence[torch.Size]) -> list[str]:
+    """Return letters for the dimensions of each tensor and of the result, also for those that dots stand for."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if not arrow:
+        out = "..." + "".join(sorted(x for x in set(inputs) if x.isalpha() and inputs.count(x) == 1))
+    free = "".join(letter for letter in string.ascii_letters if letter not in equation)
+    hidden = [
+        len(shape) - len(name) + 3 if "..." in name else 0 for name, shape in zip(names, shapes, strict=True)
+    ]
+    most = max(hidden)
+    dots = [free[most - number : most] for number in (*hidden, most)]
+    return [name.replace("...", its) for name, its in zip((*names, out), dots, strict=True)]
 
 
 @rule("embedding")
@@ -318,7 +362,7 @@ def attention(findings: Findings, call: Call) -> Value:
         layers = combine(findings, scores_shape, [(scores_shape, layers), (mask.shape, mask.layers)])
     scores = Value(scores_shape, layers)
     layers = contract(findings, scores, batch + "ts", v, batch + "sw", batch + "tw")
-    zeros = _zero_products(Value(scores_shape), v, call.shape)
+    zeros = _zero_products([(v, batch + "sw")], batch + "tw", call.shape)
     return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), zeros)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bmrs.graph.channels import STAYS, EqualNumbers, Read, compressed, varying_axes
 from bmrs.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from bmrs.graph.rules.contraction import contract, uniform, with_rank
+from bmrs.graph.rules.contraction import NO_BIAS, contract, say_which_constants_stay, uniform, with_rank
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
@@ -78,6 +78,10 @@ def convolution(findings: Findings, call: Call) -> Value:
         bias_layers = [y.view(view) for y in bias.layers]
         shape = [1, bias.shape[0], *[1] * spatial]
         layers = combine(findings, call.shape, [(call.shape, layers), (shape, bias_layers)])
+    if x.constant is not None and (reason := _why_constants_stay(call, transposed)):
+        constants = uniform(x.constant, [d for d in range(len(x.shape)) if d != 1]).flatten()
+        results = Value(call.shape, layers).channels_along(1)
+        say_which_constants_stay(findings, x.channels_along(1), constants, results, reason)
     return Value(call.shape, layers, constant)
 
 
@@ -92,6 +96,15 @@ def constants_through(call: Call, constant: Tensor | None, *, transposed: bool) 
         # Beside zeros, and where fewer weights overlap, all constants but 0 differ from place to place.
         constant = constant.where(constant == 0, torch.nan)
     return None if constant.isnan().all() else constant
+
+
+def _why_constants_stay(call: Call, transposed: bool) -> str:
+    """Return why a convolution reads constants other than 0 like all else, "" if it need not."""
+    if transposed:
+        return "which fewer weights meet at the borders"
+    if pads(call["padding"], call["weight"].shape[2:]):
+        return "beside the zeros of the padding"
+    return "" if call.can_shift else NO_BIAS
 
 
 def pads(padding: object, kernel_size: Sequence[int]) -> bool:

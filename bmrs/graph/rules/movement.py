@@ -14,7 +14,7 @@ from bmrs.graph.channels import STAYS, compressed, varying_axes, without_repetit
 from bmrs.graph.operators import DROPOUTS, NEW_FILLS
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Findings, Value, combine
+from bmrs.graph.values import Findings, Value, combine, joined
 
 
 @rule(
@@ -200,7 +200,9 @@ def _moved(
                 findings.stay(layer, "it is picked by its number")
         its_layers = tuple(layer for layer in its_layers if varying_axes(layer))
         result = Value(shape, its_layers, None if constants is None else compressed(constants[i]))
-        results.append(_joined_with_groups(findings, result) if len(shape) < len(value.shape) else result)
+        if len(shape) < len(value.shape):
+            result = _joined_with_groups(findings, result)
+        results.append(replace(result, layers=joined(findings, result.layers)))
     return results
 
 

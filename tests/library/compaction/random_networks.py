@@ -789,7 +789,11 @@ def product(b: Builder) -> None:
     if b.chance(0.5):
         out = b.channels()
         matrix = b.tensor(0.5 * b.normal(columns, out), trained=True)
-        b.emit(b.random.choice(["{0} @ {1}", "torch.einsum('bti,io->bto', {0}, {1})"]).format(first, matrix))
+        forms = ["{0} @ {1}", "torch.einsum('bti,io->bto', {0}, {1})", "torch.einsum('...i,io', {0}, {1})"]
+        if b.chance(0.3):
+            scale = b.tensor(b.normal(out))
+            forms = [f"torch.einsum('b...i,io,o->b...o', {{0}}, {{1}}, {scale})"]
+        b.emit(b.random.choice(forms).format(first, matrix))
         return
     second = b.pick(3)
     forms = []
@@ -802,6 +806,29 @@ def product(b: Builder) -> None:
     if not forms:
         raise RejectedError("shapes differ")
     b.emit(b.random.choice(forms).format(first, second))
+
+
+@_often(2)
+def pooled(b: Builder) -> None:
+    """Tokens pooled with the weights of several heads, one behind the other; or all products of two values' entries."""
+    x = b.pick(3)
+    if b.chance(0.3):
+        first, second = (b.emit(f"{name}.mean(1)") for name in (x, b.pick(3)))
+        joint = b.emit(f"torch.einsum('bi,bj->bij', {first}, {second})")
+    else:
+        heads = b.random.choice([1, 2, 3])
+        scores = b.emit(f"{b.layer(nn.Linear(b.shape(x)[2], heads), 'linear')}({x}).softmax(1)")
+        forms = ["torch.einsum('bth,btc->bhc', {1}, {0})", "{1}.mT @ {0}"]
+        forms += ["torch.einsum('bt...,btc->b...c', {1}, {0})", "torch.einsum('btc,bth->bch', {0}, {1})"]
+        joint = b.emit(b.random.choice(forms).format(x, scores))
+    flat = b.emit(b.random.choice([f"{joint}.flatten(1)", f"{joint}.reshape({joint}.shape[0], -1)"]))
+    if b.chance(0.3):
+        flat = b.maybe_noise(flat, 1, 1.0)
+    width = b.shape(flat)[1]
+    out = b.emit(f"{b.layer(nn.Linear(width, b.channels()), 'linear')}({flat}).unsqueeze(1)")
+    if b.chance(0.3):
+        b.emit(f"{flat}.unflatten(1, {b.shape(joint)[1:]}).relu()")
+    b.maybe_noise(out, 2)
 
 
 @_often(2)

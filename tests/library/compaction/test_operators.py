@@ -83,6 +83,16 @@ class TestOperators:
             (lambda h: h[:, ::2], 3, [0, 2], 0, 3),
             (lambda h: torch.where(h > 0.0, h, h.exp() - 1.0), 6, [0, 3], 2, 4),
             (lambda h: torch.einsum("ni,ni->ni", h, h), 6, [0, 3], 2, 4),
+            (lambda h: torch.einsum("ni,mi->mi", h, h), 6, [0, 3], 2, 4),
+            (lambda h: torch.einsum("n...->n...", h), 6, [0, 3], 2, 4),
+            (lambda h: torch.einsum("n...,n...", h, h), 6, [0, 3], 2, 4),
+            (lambda h: torch.einsum("ni,ni,ni->ni", h, h.relu(), h.sigmoid()), 6, [0, 3], 2, 4),
+            (lambda h: torch.einsum("ni,mj,mi->ni", h, h, h), 6, [0, 3], 2, 4),
+            (lambda h: torch.einsum("nini->ni", h[:, :, None, None].expand(-1, -1, len(h), 6)), 6, [0], 0, 6),
+            # All products of two entries: those of one that is 0 are.
+            (lambda h: torch.einsum("ni,nj->nij", h, h).flatten(1), 36, [0, 3], 2, 16),
+            (lambda h: (h[:, :, None] * h[:, None]).view(len(h), -1), 36, [0, 3], 2, 16),
+            (lambda h: (h[:, :, None] * h[:, None].exp()).flatten(1), 36, [0, 3], 0, 36),
             (lambda h: F.glu(h, dim=1), 3, [0, 1], 2, 1),
             (lambda h: F.normalize(h, dim=1), 6, [0, 3], 2, 4),
             (lambda h: h / (1.0 + h.norm(dim=1, keepdim=True)).expand(h.shape), 6, [0, 3], 2, 4),
@@ -164,6 +174,43 @@ class TestOperators:
         compacted = assert_compacts(model, torch.randn(3, 4))
         (reason,) = layer_report(compacted, "noise").kept_because
         assert "cannot be cut at add" in reason
+
+    @pytest.mark.parametrize(
+        ("last", "read", "reason"),
+        [
+            (
+                nn.Conv1d(6, 2, 3, padding=1),
+                None,
+                "beside the zeros of the padding at conv1d in layer 'last'",
+            ),
+            (nn.Conv1d(6, 2, 3, padding=1, groups=2), None, "beside the zeros of the padding at conv1d"),
+            (
+                nn.ConvTranspose1d(6, 2, 3),
+                None,
+                "which fewer weights meet at the borders at conv_transpose1d",
+            ),
+            # The weight alone.
+            (
+                nn.Conv1d(6, 2, 3),
+                lambda h, last: F.conv1d(h, last.weight),
+                "and no bias can take it up at conv1d",
+            ),
+            (
+                nn.Linear(6, 2),
+                lambda h, last: F.linear(h.mT, last.weight),
+                "and no bias can take it up at linear",
+            ),
+        ],
+    )
+    def test_constants_that_stay_say_why(self, last, read, reason):
+        def forward(self, x):
+            h = torch.sigmoid(self.noise(self.first(x)))
+            return self.last(h) if read is None else read(h, self.last)
+
+        model = calling(forward, first=nn.Conv1d(3, 6, 1), noise=NoiseLayer(6, dim=1), last=last)
+        compacted = assert_compacts(pruned(model, {"noise": [0]}), torch.randn(2, 3, 7))
+        (found,) = layer_report(compacted, "noise").kept_because
+        assert f"a constant other than 0 is left of it, {reason}" in found
 
     def test_pruned_entries_of_the_input_itself_are_not_counted_as_removed(self):
         model = calling(
@@ -463,6 +510,23 @@ class TestNoiseThatCannotBeFolded:
         model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Flatten(), NoiseLayer(20))
         compacted = assert_compacts(pruned(model, {"3": [0]}), torch.randn(3, 2, 5))
         assert "scales parts of one channel differently" in layer_report(compacted, "3").not_folded_because
+
+    @pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1)])
+    @pytest.mark.parametrize("backward", [True, False])
+    def test_factors_that_differ_within_the_windows_of_a_pool(self, pool, backward):
+        """The map keeps its size, so that no shape gives it away."""
+        scale = nn.Parameter(torch.rand(1, 2, 5, 6))
+        model = calling(
+            (lambda self, x: self.noise(self.pool(x * self.scale)))
+            if backward
+            else lambda self, x: self.last(self.pool(self.noise(x)).flatten(1)),
+            noise=NoiseLayer(5, dim=-2),
+            pool=pool,
+            last=nn.Linear(60, 2),
+        )
+        model.register_parameter("scale", scale)
+        compacted = assert_compacts(pruned(model, {"noise": [0, 1, 3]}), torch.randn(3, 2, 5, 6))
+        assert "what is pooled differently" in layer_report(compacted, "noise").not_folded_because
 
     def test_shared_layer_that_meets_other_noise(self):
         linear, last = nn.Linear(4, 4), nn.Linear(4, 2)

@@ -38,8 +38,8 @@ def test_each_layer_says_how_many_structures_can_leave_and_why_others_cannot(pla
         "2.2": (5, 5),
         "2.4.noise": (3, 0),
     }
-    # Those whose constant is not zero where the padding is.
-    assert layers["0.0.noise"].held_because == {"it is read at conv2d in layer '0.2'": 2}
+    reason = "a constant other than 0 is left of it, beside the zeros of the padding at conv2d in layer '0.2'"
+    assert layers["0.0.noise"].held_because == {reason: 2}
     assert "groups stay of equal size" in layers["0.2.noise"].not_singly
     assert "statistics" in layers["1.1.noise"].not_singly
     assert list(layers["2.4.noise"].held_because) == ["it is an output of the model at the model's output"]
