@@ -38,7 +38,7 @@ from bmrs.graph.capture import (
     MarkedNoise,
     as_inputs,
     capture,
-    has_autocast,
+    dtypes_rounded_to,
     map_tensors,
     mark,
 )
@@ -233,7 +233,7 @@ def compacted(
     comparison = OutputComparison(
         masked,
         inputs,
-        autocast=has_autocast(analysis.captured.graph),
+        rounded_to=dtypes_rounded_to(analysis.captured.graph),
         approximation=ApproximateNorms(analysis) if analysis.fits else None,
     )
     for layer in noise.values():
@@ -260,7 +260,7 @@ def compacted(
         folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
         try:
             result, form = build_graph_network(analysis, the_cut, folding.remaining, noise), "graph"
-            error, failure = comparison.attempt(result)
+            error, failure = comparison.attempt_graph(result)
         except UnsupportedError as unsupported:
             failure = str(unsupported)
         if failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,13 +29,12 @@ class OutputComparison:
     Args:
         masked: the masked network, in evaluation mode.
         inputs: the examples.
-        autocast: whether it has torch.autocast in its code.
+        rounded_to: dtypes that it rounds numbers to in its code.
         approximation: what changes the functions of the masked network, if others are to equal it so changed; else
             None.
 
     Attributes:
         tolerance: largest difference that is accepted, relative to the largest output.
-        dtype: what the outputs are computed in, as text.
 
     Raises:
         ValueError: the network returns no tensor, or no finite number.
@@ -46,22 +45,19 @@ class OutputComparison:
         masked: nn.Module,
         inputs: Inputs,
         *,
-        autocast: bool = False,
+        rounded_to: Collection[torch.dtype] = (),
         approximation: TorchFunctionMode | None = None,
     ) -> None:
         dtypes = {p.dtype for p in masked.parameters() if p.is_floating_point()}
         self.tolerance = max((TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
-        self._inputs, self._double, self._approximation = inputs, True, approximation
+        for dtype in rounded_to:
+            self.allow(dtype)
+        self._masked, self._inputs, self._approximation = masked, inputs, approximation
+        self._double = True
         try:
             self._expected = outputs(masked, inputs, double=True, mode=approximation)
         except Exception:
-            self._double = False
-            self._expected = outputs(masked, inputs, double=False, mode=approximation)
-        if not self._double:
-            # It casts to another dtype in its code, single precision most often.
-            self.tolerance = max(self.tolerance, TOLERANCES[torch.float32])
-        if autocast:
-            self.tolerance = max(self.tolerance, TOLERANCES[torch.float16])
+            self._compare_in_its_own_dtype()
         if not self._expected:
             raise ValueError(
                 f"the model ({type(masked).__name__}) returns no tensor on example_inputs, so that nothing "
@@ -72,7 +68,18 @@ class OutputComparison:
                 f"the model ({type(masked).__name__}) returns NaN and infinities alone on example_inputs, so that "
                 "nothing can be compared: give examples on which it returns numbers"
             )
-        self.dtype = "float64" if self._double else "its own dtype"
+
+    @property
+    def dtype(self) -> str:
+        """What the outputs are computed in, as text."""
+        return "float64" if self._double else "its own dtype"
+
+    def _compare_in_its_own_dtype(self) -> None:
+        """Compare from now on what networks compute as they are."""
+        self._double = False
+        self._expected = outputs(self._masked, self._inputs, double=False, mode=self._approximation)
+        # It casts to another dtype in its code, single precision most often.
+        self.allow(torch.float32)
 
     def allow(self, dtype: torch.dtype) -> None:
         """Accept what rounding to a dtype makes of the outputs."""
@@ -104,6 +111,14 @@ class OutputComparison:
         """
         expected, found = (outputs(n, self._inputs, double=self._double) for n in (masked, network))
         return relative_difference(expected, found), relative_root_mean_square(expected, found)
+
+    def attempt_graph(self, network: nn.Module) -> tuple[float, str]:
+        """Return what `attempt` does, of a graph, where casts to the dtype of another tensor name the model's own."""
+        error, failure = self.attempt(network)
+        if error == torch.inf and self._double:
+            self._compare_in_its_own_dtype()
+            error, failure = self.attempt(network)
+        return error, failure
 
     def attempt(self, network: nn.Module) -> tuple[float, str]:
         """Return the error, and why the network cannot be used; "" if it can."""

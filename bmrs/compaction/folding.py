@@ -471,7 +471,7 @@ class _Folder:
 
     def _own(self, value: Value | None) -> str:
         if value is None or value.parameter is None:
-            raise _BarredError("a weight there is none or is computed")
+            raise _BarredError("it has no weight of its own")
         return value.parameter
 
 

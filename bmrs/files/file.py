@@ -193,13 +193,13 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
     record = record_of(model)
     description["sizes"] = record.code_sizes if record is not None else {}
     description["numbers"] = record.numbers if record is not None else {}
-    # Whatever masks say now, the network is saved at the widths that it has.
+    # Whatever masks and factors say now, the network is saved at the widths that it has.
     mark(copy_of_model, {n: torch.ones_like(layer.spread(layer.mu.detach())) for n, layer in noise.items()})
     for dynamic in ("sequences", "first", "none"):
         try:
             with torch.no_grad():
                 captured = capture(copy_of_model, inputs, "save", dynamic=dynamic)
-                description["graph"] = describe_graph(describe(analyse(captured), {}, noise))
+                description["graph"] = describe_graph(describe(analyse(captured, all_stay=True), {}, noise))
             description["graph_because"] = ""
             break
         except UnsupportedError as error:

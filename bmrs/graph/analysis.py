@@ -18,6 +18,7 @@ from bmrs.graph.capture import Captured
 from bmrs.graph.channels import (
     AtLeastOne,
     Staying,
+    compressed,
     smallest_staying,
     varying_axes,
     without_repetition,
@@ -152,12 +153,13 @@ class Analysis:
         return found
 
 
-def analyse(captured: Captured, *, follow_constants: bool = True) -> Analysis:
+def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool = False) -> Analysis:
     """Find the channels of a captured model that stay, by asking the rules for every operation.
 
     Args:
         captured: the model.
         follow_constants: see `Findings`.
+        all_stay: whether all do, whatever is constant, as of a model that is described as it is.
 
     Raises:
         ValueError: the size of a tensor depends on values of the input; the place is named.
@@ -179,7 +181,7 @@ def analyse(captured: Captured, *, follow_constants: bool = True) -> Analysis:
     if unread.numel():
         findings.place = ""
         findings.stay(unread, "nothing reads it in any case")
-    staying = smallest_staying(findings.ties, findings.constraints)
+    staying = smallest_staying(findings.ties, findings.constraints, nothing_is_quiet=all_stay)
     return Analysis(
         *(captured, findings, reader.values, reader.calls, reader.parameters, staying),
         norms=reader.norms,
@@ -407,13 +409,19 @@ class _Reader:
         source = node.args[0]
         if not isinstance(source, fx.Node):
             return
+        before = self.values.get(source)
         self.values[source] = replace(result, parameter=None)
+        unchanged = _equal_constants(before, result)
         while _is_view(source):
-            source = source.args[0]
+            call, source = self.calls.get(source), source.args[0]
             assert isinstance(source, fx.Node)
             value = self.values[source]
             if isinstance(value, Value):
-                self.values[source] = replace(value, constant=None, tensor=None, parameter=None)
+                unchanged = None if unchanged is None else _of_all(call, unchanged, value.shape)
+                known = value.known()
+                constant = None if known is None or unchanged is None else known.where(unchanged, torch.nan)
+                constant = None if constant is None else compressed(constant)
+                self.values[source] = replace(value, constant=constant, tensor=None, parameter=None)
 
     def _resolve(self, argument: Any) -> Any:
         """Return an argument with values and numbers in place of nodes."""
@@ -464,6 +472,25 @@ def _groups_of(node: fx.Node) -> int:
     names = [argument.name for argument in node.target._schema.arguments]
     place = names.index("groups")
     return int(node.args[place] if place < len(node.args) else node.kwargs.get("groups", 1))  # type: ignore[arg-type]
+
+
+def _equal_constants(before: object, after: Value) -> Tensor | None:
+    """Return where a tensor is the same constant as before, None if that is nowhere known."""
+    was, is_now = (before.known() if isinstance(before, Value) else None), after.known()
+    return None if was is None or is_now is None or was.shape != is_now.shape else was == is_now
+
+
+def _of_all(call: Call | None, holds: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return of a tensor what holds for a part of it, which an operation picks; nothing is said of the rest.
+
+    What does not hold for one of the entries that are picked along a dimension does not for any; None if it is not
+    known which they are.
+    """
+    if call is None or call.operator not in ("select", "slice", "narrow"):
+        return None
+    axis = call["dim"] % len(shape)
+    holds = holds.unsqueeze(axis) if call.operator == "select" else holds.all(dim=axis, keepdim=True)
+    return holds.expand(shape)
 
 
 def _is_view(node: Any) -> bool:

@@ -42,6 +42,11 @@ def convolution(findings: Findings, call: Call) -> Value:
         else:
             findings.stay(layer, "a convolution runs over its dimension")
     x = Value(x.shape, tuple(layers_of_x), x.constant, x.tensor)
+    # A weight that something else reads first has channels along its kernel too.
+    of_kernel = [layer for layer in weight.layers if max(varying_axes(layer), default=0) > 1]
+    for layer in of_kernel:
+        findings.stay(layer, "a kernel keeps its size")
+    weight = replace(weight, layers=tuple(x for x in weight.layers if all(x is not y for y in of_kernel)))
     transposed = "transpose" in call.operator or bool(call["transposed"])
     groups = call["groups"]
     readable = constants_through(call, x.constant, transposed=transposed)

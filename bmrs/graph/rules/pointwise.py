@@ -148,6 +148,8 @@ def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> Tensor:
     for name, argument in call.arguments.items():
         if isinstance(argument, Value):
             tensor = next(replaced)
+            if not argument.shape and tensor.numel():
+                tensor = tensor.flatten()[0]  # single numbers were expanded, which fills do not take
             is_condition = name == "condition" or (name == "mask" and call.operator == "masked_fill")
             argument = tensor.bool() if is_condition or call.operator.startswith(_ON_BOOLEANS) else tensor
         arguments[name] = argument

@@ -107,10 +107,15 @@ def mixed(findings: Findings, call: Call) -> list[Value]:
     dims = _dimensions(call, len(x.shape))
     kept = []
     for layer in x.layers:
-        if set(varying_axes(layer)) & set(dims):
+        axes = set(varying_axes(layer))
+        if not axes & set(dims):
+            kept.append(layer)
+        elif axes <= set(dims):
             findings.stay(layer, f"{call.operator} runs over all channels")
         else:
-            kept.append(layer)
+            # As of gates that branches compete for: a channel leaves all branches or none.
+            findings.whole(layer, dims, f"{call.operator} runs over its dimension")
+            kept.append(findings.entries(layer, sorted(axes - set(dims))).expand(layer.shape))
     constant = None
     if x.constant is not None and call.operator in _ACCUMULATIONS:
         constant = compressed(_ACCUMULATIONS[call.operator](x.constant.contiguous(), dims[0]))

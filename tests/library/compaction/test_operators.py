@@ -58,6 +58,11 @@ def chunk_sum(x: torch.Tensor) -> torch.Tensor:
     return first + second
 
 
+def overwritten(x: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor:
+    x[:1] = value
+    return x
+
+
 class TestOperators:
     @pytest.mark.parametrize(
         ("function", "reads", "structures", "removed", "left"),
@@ -89,6 +94,17 @@ class TestOperators:
             (lambda h: torch.einsum("ni,ni,ni->ni", h, h.relu(), h.sigmoid()), 6, [0, 3], 2, 4),
             (lambda h: torch.einsum("ni,mj,mi->ni", h, h, h), 6, [0, 3], 2, 4),
             (lambda h: torch.einsum("nini->ni", h[:, :, None, None].expand(-1, -1, len(h), 6)), 6, [0], 0, 6),
+            # What is written at some places, of all channels alike or of numbers that are no channels.
+            (lambda h: h * overwritten(torch.ones(len(h), 1), 0.0), 6, [0, 3], 2, 4),
+            (lambda h: overwritten(h * 1.0, torch.tensor(0.0)), 6, [0, 3], 2, 4),
+            (
+                lambda h: h * torch.zeros(1, 1).masked_fill(torch.ones(1, 1) > 0, torch.tensor(2.0)),
+                6,
+                [0],
+                1,
+                5,
+            ),
+            (lambda h: overwritten(h * 1.0, 2.0), 6, [0, 3], 0, 6),
             # All products of two entries: those of one that is 0 are.
             (lambda h: torch.einsum("ni,nj->nij", h, h).flatten(1), 36, [0, 3], 2, 16),
             (lambda h: (h[:, :, None] * h[:, None]).view(len(h), -1), 36, [0, 3], 2, 16),
@@ -108,6 +124,74 @@ class TestOperators:
         compacted = assert_compacts(model, torch.randn(3, 4))
         assert layer_report(compacted, "noise").removed == removed
         assert compacted.last.in_features == left
+
+    @pytest.mark.parametrize(
+        ("change", "left"),
+        [
+            (lambda w: w * 0.5, 4),
+            (lambda w: w - w.mean((1, 2, 3), keepdim=True), 6),  # reads all of a filter
+            (lambda w: (w - w.mean((2, 3), keepdim=True)).tanh(), 4),
+            (lambda w: F.normalize(w, dim=(2, 3)), 4),
+        ],
+    )
+    def test_kernels_that_are_computed_of_a_weight(self, change, left):
+        model = calling(
+            lambda self, x: F.conv2d(
+                self.noise(F.conv2d(x, change(self.first.weight))), change(self.last.weight)
+            ),
+            first=nn.Conv2d(3, 6, 3),
+            noise=NoiseLayer(6),
+            last=nn.Conv2d(6, 2, 3),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(2, 3, 7, 7))
+        assert len(compacted.first.weight) == compacted.last.weight.shape[1] == left
+
+    @pytest.mark.parametrize("gate", [torch.sigmoid, lambda w: w.softmax(1), lambda w: w.cumsum(1)])
+    def test_channels_leave_branches_that_compete(self, gate):
+        """As in selective kernels: each channel of each branch has a gate, which depends on those of the others."""
+
+        def forward(self, x):
+            branches = torch.stack([self.noise(self.first(x)), self.other_noise(self.second(x))], 1)
+            gates = gate(self.gates(branches.sum(1)).unflatten(1, (2, -1)))
+            return self.last((branches * gates).sum(1))
+
+        layers = {"first": nn.Linear(4, 6), "second": nn.Linear(4, 6), "gates": nn.Linear(6, 12)}
+        model = calling(
+            forward, **layers, noise=NoiseLayer(6), other_noise=NoiseLayer(6), last=nn.Linear(6, 2)
+        )
+        model = pruned(model, {"noise": [0, 3], "other_noise": [0, 3, 4]})
+        compacted = assert_compacts(model, torch.randn(3, 4))
+        assert compacted.first.out_features == compacted.second.out_features == 4
+        assert compacted.gates.out_features == 8
+
+    def test_branches_that_compete_keep_a_channel_that_one_of_them_needs(self):
+        model = calling(
+            lambda self, x: self.last(
+                (self.noise(self.first(x)).view(-1, 2, 3).softmax(1) * x[:, :1, None]).flatten(1)
+            ),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [0, 4]}), torch.randn(3, 4))
+        assert compacted.first.out_features == 6
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_graphs_of_networks_that_cast_to_the_dtype_of_what_they_get(self, dtype):
+        """In the graph that dtype is written down, so that it cannot be computed in double precision."""
+        model = pruned(between(lambda h: h.view(-1, 6).float().to(h.dtype) * 1.0), {"noise": [0, 3]}).to(
+            dtype
+        )
+        compacted = bmrs.compact(model, torch.randn(3, 4, dtype=dtype))
+        report = bmrs.compact_report(compacted)
+        assert (report.form, report.removed, report.compared_in) == ("graph", 2, "its own dtype")
+
+    def test_what_a_network_in_double_precision_rounds_itself_is_no_error(self):
+        model = between(lambda h: torch.sin(h.float() * 1e3).double())
+        model = pruned(model.double(), {"noise": [0, 3]})
+        x = torch.randn(3, 4, dtype=torch.float64)
+        report = bmrs.compact_report(bmrs.compact(model, x))
+        assert report.removed == 2
 
     def test_entries_picked_by_number_make_a_graph(self):
         model = pruned(between(lambda h: h[:, [5, 4, 3, 2, 1, 0]]), {"noise": [0, 2]})

@@ -174,6 +174,26 @@ class TestRoundTrip:
         assert_same_outputs(bmrs.load(path), model, inputs)
 
 
+class Gated(nn.Module):
+    """Of what the batch norm returns, some is always multiplied by 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1)
+        self.register_buffer("gate", torch.tensor([[1.0], [0.0], [0.5], [0.0]]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.bn(self.conv(x)) * self.gate)
+
+
+def test_nothing_leaves_a_network_that_is_saved_as_it_is(path):
+    model, x = Gated().eval(), torch.randn(2, 3, 5)
+    bmrs.save(path, model, example_inputs=x)
+    loaded = bmrs.load(path)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.state_dict()["bn.weight"].shape == (4,)
+
+
 class Everything(nn.Module):
     """Several inputs and outputs, shared weights, buffers of both kinds."""
 
