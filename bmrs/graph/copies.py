@@ -120,7 +120,8 @@ def _is_filled(cell: Any) -> bool:
 
 def _remove_wrappers(model: nn.Module) -> None:
     for module in list(model.modules()):
-        module._compiled_call_impl = None
+        # Not None instead, which torch.jit.script would read as an attribute of the layer's own.
+        vars(module).pop("_compiled_call_impl", None)
         for name, child in list(module._modules.items()):
             if isinstance(child, torch._dynamo.eval_frame.OptimizedModule):
                 module._modules[name] = unwrapped(child)

@@ -591,6 +591,16 @@ class TestTorchScript:
         with pytest.raises(ValueError, match=r"the model is a .*Module"):
             bmrs.suggest(traced, torch.randn(2, 3))
 
+    def test_a_compacted_network_of_the_users_class_can_be_scripted(self):
+        model = randomise(noisy_residual()).eval()
+        model.first.compile(backend="eager")
+        compacted = bmrs.compact(model, IMAGES)
+        assert type(compacted) is Residual
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            scripted = torch.jit.script(compacted)
+        torch.testing.assert_close(scripted(IMAGES), compacted(IMAGES))
+
 
 def test_model_without_tensors_to_compare_is_refused():
     class Silent(nn.Module):
