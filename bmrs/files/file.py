@@ -36,6 +36,10 @@ _METADATA_KEY = "bmrs"
 _LONGEST_REASON = 500
 
 
+class _NotAskedSoError(ValueError):
+    """A file of `save` does not hold what was asked of it; the message says, after its path, what is wrong."""
+
+
 def save(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -104,8 +108,8 @@ def load(
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: ``model`` is not a module, or ``device`` is neither text nor a ``torch.device``.
-        ValueError: the file is broken, of another version, or not such a file, ``model`` is not the network that it
-            was made from, or ``device`` is none that this machine has; what is wrong is said.
+        ValueError: the file is broken, of another version, not such a file, or needs ``model``; ``model`` is not the
+            network that it was made from, or ``device`` is none that this machine has; what is wrong is said.
     """
     if model is not None:
         check_module(model)
@@ -123,6 +127,8 @@ def load(
     try:
         with torch.inference_mode(False):
             return _loaded(model, _parse(metadata), tensors, device)
+    except _NotAskedSoError as error:
+        raise ValueError(f"{path} {one_line(error, limit=_LONGEST_REASON)}") from error
     except ValueError as error:
         raise ValueError(
             f"{path} does not hold a model that bmrs.save wrote: {one_line(error, limit=_LONGEST_REASON)}"
@@ -249,9 +255,11 @@ def _load_alone(
     if description["version"] != GRAPH_VERSION:
         return build_network(read_layers(description, tensors))
     graph = description.get("graph")
-    if graph is None:
-        reason = str(description.get("graph_because"))[:300]
-        raise ValueError(f"it can only be loaded with model=, a network of its own class: {reason}")
+    if graph is None and (reason := description.get("graph_because")):
+        of_class = str(description.get("class"))[:100]
+        raise _NotAskedSoError(
+            f"can only be loaded with model=, a freshly built network of its class {of_class}: {str(reason)[:300]}"
+        )
     if not isinstance(graph, dict):
         raise ValueError("its graph is not a mapping")
     return read_graph(
@@ -291,11 +299,10 @@ def _names(description: Mapping[str, Any], key: str) -> set[str]:
 
 def _load_into(model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     if description.get("form") == "graph":
-        raise ValueError("it holds a graph of operators, not layers of a class: load it without model=")
+        raise _NotAskedSoError("holds a graph of operators, not layers of a class: load it without model=")
     try:
         install(model, description, tensors)
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"it does not fit model ({type(model).__name__}): {type(error).__name__}: {error}"
-        ) from error
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise _NotAskedSoError(f"does not fit model ({type(model).__name__}): {kind}{error}") from error
     return model

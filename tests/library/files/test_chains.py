@@ -255,7 +255,7 @@ class TestBrokenFiles:
                 "it has format version 4, and this version of bmrs reads 1 to 3",
             ),
             (lambda d, t: d | {"version": 2}, "layer .*'conv1'.* lacks or adds a key"),
-            (lambda d, t: d | {"version": 3}, "it can only be loaded with model="),
+            (lambda d, t: d | {"version": 3}, "wrote: its graph is not a mapping"),
             (lambda d, t: d | {"version": [1]}, r"it has format version \[1\]"),
             (
                 lambda d, t: d["layers"][1].update(type="Addition", arguments={}),
