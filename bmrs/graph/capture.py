@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import io
@@ -20,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
+from bmrs.checks import shown
 from bmrs.graph.copies import copied, unwrapped
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.layer import NoiseLayer
@@ -143,11 +145,13 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
     else:
         raise TypeError(
             "example_inputs must be a tensor, a sequence of positional arguments or a mapping of keyword arguments, "
-            f"got {type(example_inputs).__name__}"
+            f"got {_how_to_give(example_inputs) or type(example_inputs).__name__}"
         )
-    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+    leaves = tree_flatten(inputs)[0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors:
-        raise TypeError(f"example_inputs must hold a tensor, got {example_inputs!r}")
+        how = next(filter(None, map(_how_to_give, leaves)), None)
+        raise TypeError(f"example_inputs must hold a tensor, got {how or shown(example_inputs)}")
     for tensor in tensors:
         if tensor.layout not in (torch.strided, torch.jagged):
             layout = str(tensor.layout).removeprefix("torch.")
@@ -157,6 +161,21 @@ def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
         if tensor.numel() == 0:
             raise ValueError(f"example_inputs must hold an example, got shape {tuple(tensor.shape)}")
     return inputs
+
+
+def _how_to_give(value: Any) -> str:
+    """Return the class of a dataclass, without its values, and how its tensors are found; "" for anything else."""
+    if not _is_dataclass(value):
+        return ""
+    name = type(value).__qualname__
+    return (
+        f"{name}, a dataclass, whose tensors are found in a sequence or mapping, as in (example,), once "
+        f"torch.export.register_dataclass({name}) has been called"
+    )
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _mapped_inputs(mapping: dict[str, Any], model: nn.Module | None) -> Inputs:
@@ -397,7 +416,7 @@ def does_not_run(model: nn.Module, inputs: Inputs, error: Exception) -> str:
 
 def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception | None, advice: str) -> str:
     try:
-        packed = _takes_packed_sequence(model, inputs)
+        packed, outputs = _probed(model, inputs)
     except Exception as error:
         return does_not_run(model, inputs, error)
     if packed:
@@ -406,14 +425,41 @@ def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception 
             "takes: let an attribute of the model switch pack_padded_sequence off in its forward, and switch it on "
             f"again afterwards. {advice}"
         )
+    for what, values in (("an input", inputs), ("an output", outputs)):
+        if (unknown := _unknown_in(values, failure)) is not None:
+            return (
+                f"{purpose} follows the model with torch.export, which does not know {type(unknown).__qualname__}, "
+                f"{what} of {type(model).__name__}: {_how_to_register(unknown)}"
+            )
     return (
         f"{purpose} follows the model with torch.export, which failed on {type(model).__name__}{_line_of(failure)}: "
         f"{_in_short(failure)}. {advice}"
     )
 
 
-def _takes_packed_sequence(model: nn.Module, inputs: Inputs) -> str:
-    """Run a model, and return which of its layers first took a packed sequence, as text; "" if none did."""
+def _unknown_in(values: Any, failure: Exception | None) -> Any:
+    """Return the first of some inputs or outputs of whose class torch.export says that it does not know it, or None."""
+    # Of Python's own and torch's classes it can say other things.
+    own = [
+        v
+        for v in tree_flatten(values)[0]
+        if type(v).__module__.partition(".")[0] not in ("builtins", "torch")
+    ]
+    return next((value for value in own if repr(type(value)) in str(failure)), None)
+
+
+def _how_to_register(value: Any) -> str:
+    name = type(value).__qualname__
+    if _is_dataclass(value):
+        return f"call torch.export.register_dataclass({name}) before"
+    return (
+        "use a tensor, a tuple, a dict or a dataclass, for which torch.export.register_dataclass is called before, "
+        "in its place"
+    )
+
+
+def _probed(model: nn.Module, inputs: Inputs) -> tuple[str, Any]:
+    """Run a model, and return which layer first took a packed sequence, as text, "" if none did; and the outputs."""
     found: list[str] = []
 
     def note(name: str, layer: nn.Module, given: tuple[Any, ...]) -> None:
@@ -425,8 +471,8 @@ def _takes_packed_sequence(model: nn.Module, inputs: Inputs) -> str:
         layer.register_forward_pre_hook(functools.partial(note, name))
     args, kwargs = map_tensors(torch.clone, inputs)
     with torch.no_grad():
-        probe(*args, **kwargs)
-    return next(iter(found), "")
+        outputs = probe(*args, **kwargs)
+    return next(iter(found), ""), outputs
 
 
 def _in_short(error: Exception | None) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import warnings
 
@@ -69,6 +70,71 @@ class TestCapture:
             ValueError, match=r"gives other outputs every time in evaluation mode.*bmrs\.fold\(model\)"
         ):
             bmrs.compact(model, torch.randn(3, 4))
+
+    @pytest.mark.parametrize("function", [bmrs.compact, bmrs.suggest])
+    def test_dataclasses_are_named_until_they_are_registered(self, function):
+        @dataclasses.dataclass
+        class Batch:
+            x: torch.Tensor
+
+        @dataclasses.dataclass
+        class Result:
+            logits: torch.Tensor
+
+        model = bmrs.add_noise(Wrapping(Result), where="a").eval()
+        prune_structures(model.a.noise, [1, 2])
+        x = torch.randn(300, 4)
+        for example, error, message in (
+            (Batch(x), TypeError, "got .*Batch, a dataclass, .* sequence or mapping, as in"),
+            ((Batch(x),), TypeError, r"must hold a tensor, got .*Batch, a dataclass, .*register_dataclass\("),
+            (
+                {"x": Batch(x)},
+                TypeError,
+                r"must hold a tensor, got .*Batch, a dataclass, .*register_dataclass\(",
+            ),
+            (
+                (Batch(x), x),
+                ValueError,
+                r"does not know .*Batch, an input of Wrapping: .*register_dataclass\(.*Bat",
+            ),
+            (
+                x,
+                ValueError,
+                r"does not know .*Result, an output of Wrapping: call .*register_dataclass\(.*Result",
+            ),
+        ):
+            with pytest.raises(error, match=message) as caught:
+                function(model, example)
+            assert "tensor(" not in str(caught.value)
+        torch.export.register_dataclass(Batch)
+        torch.export.register_dataclass(Result)
+        found = function(model, (Batch(x),))
+        if function is bmrs.compact:
+            assert found.a.out_features == 6
+            torch.testing.assert_close(found(Batch(x)).logits, model(Batch(x)).logits)
+
+    def test_other_classes_of_outputs_are_named(self):
+        class Result:
+            def __init__(self, logits):
+                self.logits = logits
+
+        model = bmrs.add_noise(Wrapping(Result), where="a")
+        with pytest.raises(
+            ValueError,
+            match=r"does not know .*Result, an output of Wrapping: use a tensor, a tuple, a dict or",
+        ):
+            bmrs.compact(model, torch.randn(3, 4))
+
+
+class Wrapping(nn.Module):
+    """Takes and returns classes of the user's own."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.a, self.o, self.result = nn.Linear(4, 8), nn.Linear(8, 2), result
+
+    def forward(self, x, y=None):
+        return self.result(self.o(torch.relu(self.a(getattr(x, "x", x)))))
 
 
 class DropsAlways(nn.Module):
