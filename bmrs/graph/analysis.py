@@ -162,7 +162,8 @@ def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool
         all_stay: whether all do, whatever is constant, as of a model that is described as it is.
 
     Raises:
-        ValueError: the size of a tensor depends on values of the input; the place is named.
+        ValueError: the size of a tensor depends on values of the input, or a function is transformed, as by
+            torch.vmap; the place is named.
     """
     reader = _Reader(captured, Findings(follow_constants=follow_constants))
     try:
@@ -171,6 +172,12 @@ def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool
         raise ValueError(
             f"the sizes at {reader.findings.place} depend on values of the input{reader.line}, and channels cannot be "
             "followed through it. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+        ) from None
+    except NoOperatorError:
+        raise ValueError(
+            f"channels cannot be followed through {reader.findings.place}{reader.line}, which is no operator but a "
+            "part of torch.vmap, torch.func.grad or the like: compute with whole tensors there instead. Without "
+            "removing anything, bmrs.fold(model) makes a network without noise layers"
         ) from None
     for node in captured.graph.output_node().all_input_nodes:
         for value in _as_list(reader.values.get(node)):
@@ -218,6 +225,7 @@ class _Reader:
 
     def run(self, graph: fx.Graph, inputs: Sequence[Any] = ()) -> list[Any]:
         """Read a graph. Of one that is called by another the inputs are given, and the results are returned."""
+        self._check_operators(graph)
         given = iter(inputs)
         for node in graph.nodes:
             self.findings.place, self.line = place_of(node), _line_of(node)
@@ -231,6 +239,16 @@ class _Reader:
                     self._resolve(x) for x in (results if isinstance(results, list | tuple) else [results])
                 ]
         return []
+
+    def _check_operators(self, graph: fx.Graph) -> None:
+        # Before anything is computed: what is in front of such a function may hold tensors of its transform.
+        operators = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+        for node in graph.nodes:
+            if node.op != "call_function" or node.target is operator.getitem:
+                continue
+            if not isinstance(node.target, operators) and _tensors_in(node.meta.get("val")):
+                self.findings.place, self.line = place_of(node), _line_of(node)
+                raise NoOperatorError
 
     def _placeholder(self, node: fx.Node) -> Any:
         example = node.meta.get("val")
@@ -508,6 +526,10 @@ def _tensors_in(example: Any) -> list[Tensor]:
 
 class UnknownSizeError(ValueError):
     """A size depends on values of the input."""
+
+
+class NoOperatorError(ValueError):
+    """A graph calls a function of Python, as those by which torch.vmap works, for a tensor."""
 
 
 def _sizes(shape: Sequence[Any]) -> torch.Size:

@@ -72,6 +72,21 @@ class TestCapture:
             bmrs.compact(model, torch.randn(3, 4))
 
     @pytest.mark.parametrize("function", [bmrs.compact, bmrs.suggest])
+    @pytest.mark.parametrize("transform", ["vmap", "grad"])
+    def test_transforms_of_functions_are_named_with_their_line(self, function, transform):
+        model = nn.Sequential(nn.Linear(4, 4), Transformed(transform), nn.Linear(4, 2)).eval()
+        bmrs.add_noise(model, where="0")
+        prune_structures(model[0].noise, [1])
+        x = torch.randn(3, 4)
+        with pytest.raises(
+            ValueError, match=r"cannot be followed through _\w+ in layer '1' .* of torch\.vmap"
+        ) as caught:
+            function(model, x)
+        line = Transformed.forward.__code__.co_firstlineno + (2 if transform == "vmap" else 3)
+        assert f'"{__file__}", line {line}, in forward' in str(caught.value)
+        assert_equal_outputs(bmrs.fold(model), model, x)
+
+    @pytest.mark.parametrize("function", [bmrs.compact, bmrs.suggest])
     def test_dataclasses_are_named_until_they_are_registered(self, function):
         @dataclasses.dataclass
         class Batch:
@@ -124,6 +139,17 @@ class TestCapture:
             match=r"does not know .*Result, an output of Wrapping: use a tensor, a tuple, a dict or",
         ):
             bmrs.compact(model, torch.randn(3, 4))
+
+
+class Transformed(nn.Module):
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x):
+        if self.transform == "vmap":
+            return torch.vmap(lambda row: torch.relu(row) * 2)(x)
+        return torch.func.grad(lambda values: (values**2).sum())(x)
 
 
 class Wrapping(nn.Module):
