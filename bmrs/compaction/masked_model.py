@@ -10,7 +10,7 @@ from bmrs.compaction.approximate_norms import fits, moments
 from bmrs.compaction.comparison import all_finite, cut_examples, forward_flops
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Inputs, capture, does_not_run, mark
-from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.copies import evaluation_copy, refusing_noise_of
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -59,7 +59,8 @@ class MaskedModel:
             name: factors_of(layer, expected_noise=expected_noise) for name, layer in self.layers.items()
         }
         mark(self.model, self.factors)
-        flops = _flops_where_it_runs(self.model, inputs)
+        with refusing_noise_of(model):
+            flops = _flops_where_it_runs(self.model, inputs)
         self.few = cut_examples(self.model, inputs)
         self.examples = self.few if few_examples else inputs
         self.flops = flops if self.examples is inputs else forward_flops(self.model, self.examples)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,8 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from bmrs.noise.hooks import own_noise
+from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.wrappers import inside_wrappers, is_sharded
 
 
@@ -107,6 +111,8 @@ def _holds(value: Any, modules: set[int], depth: int) -> bool:
     for attribute in ("__self__", "__func__", "__wrapped__", "func", "_torchdynamo_orig_callable"):
         inside.append(getattr(value, attribute, None))
     inside += [*getattr(value, "args", ()), *(getattr(value, "keywords", None) or {}).values()]
+    inside += getattr(value, "__defaults__", None) or ()
+    inside += (getattr(value, "__kwdefaults__", None) or {}).values()
     inside += [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _is_filled(cell)]
     return any(_holds(item, modules, depth - 1) for item in inside)
 
@@ -116,6 +122,69 @@ def _is_filled(cell: Any) -> bool:
         return cell.cell_contents is not None
     except ValueError:
         return False
+
+
+@contextmanager
+def refusing_noise_of(original: nn.Module) -> Iterator[None]:
+    """Refuse, at the end, what a copy was seen to compute in the block if it called layers with noise of the original.
+
+    It does so where an attribute is a function that holds a layer: functions are not copied.
+
+    Raises:
+        ValueError: it called one; the attribute is named, where it is found.
+    """
+    noisy = {
+        id(module): (name, module)
+        for name, module in unwrapped(original).named_modules()
+        if isinstance(module, NoiseLayer) or own_noise(module) is not None
+    }
+    called: list[tuple[str, nn.Module]] = []
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if id(module) in noisy:
+            called.append(noisy[id(module)])
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+        if called:
+            name, layer = called[0]
+            holder = _what_holds(unwrapped(original), layer)
+            raise ValueError(
+                f"{holder} calls layer {name!r} ({type(layer).__name__}), and in a copy that of the original, with its "
+                "noise, as functions are not copied: make the function a method of the class"
+            )
+
+
+def _what_holds(model: nn.Module, layer: nn.Module) -> str:
+    """Return which attribute is a function that refers to a layer or to what it is in, as the start of a sentence."""
+    around = {id(module) for module in model.modules() if any(part is layer for part in module.modules())}
+    own_of_torch = vars(nn.Module()).keys()
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in own_of_torch and any(
+                _holds(f, around, depth=4) for f in _functions_in(value, depth=3)
+            ):
+                place = f"layer {name!r}" if name else "the model"
+                return f"the attribute {attribute!r} of {place} ({type(module).__name__})"
+    return f"something in the forward of the model ({type(model).__name__})"
+
+
+def _functions_in(value: Any, depth: int) -> Iterator[Any]:
+    """Iterate over the functions in an attribute that a copy of it shares."""
+    parts: list[Any] = []
+    if isinstance(value, types.FunctionType | functools._lru_cache_wrapper):
+        yield value
+    elif isinstance(value, types.MethodType):
+        parts = [value.__func__]  # its object is copied
+    elif isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, list | tuple | dict):
+        parts = list(value.values() if isinstance(value, dict) else value)
+    for part in parts if depth else ():
+        yield from _functions_in(part, depth - 1)
 
 
 def _remove_wrappers(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import threading
+import types
 import warnings
 
 import pytest
@@ -44,6 +45,25 @@ class Written(nn.Module):
 
     def forward(self, x):
         return self.b(self.dropout(F.relu(self.a(x)).view(-1, 12)))
+
+
+class Storing(nn.Module):
+    """Calls a function that it stores."""
+
+    def __init__(self, stored, within) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.factor = 2.0
+        self.stored = within(stored(self))
+
+    def called(self, x):
+        return self.b(x)
+
+    def forward(self, x):
+        stored = self.stored
+        if not callable(stored):
+            (stored,) = stored.values() if isinstance(stored, dict) else stored
+        return self.c(F.relu(stored(F.relu(self.a(x)))))
 
 
 IMAGES = torch.randn(2, 3, 5, 5)
@@ -415,6 +435,48 @@ class TestModelsOfUsers:
         model[2].forward = lambda x: 2 * old(x)
         with pytest.raises(ValueError, match=r"the forward of layer '2' \(Linear\) was replaced"):
             bmrs.compact(model, torch.randn(4, 6))
+
+    @pytest.mark.parametrize(
+        "stored",
+        [
+            lambda model: lambda x: model.b(x),
+            lambda model: functools.partial(lambda x: model.b(x)),
+            lambda model: lambda x, layer=model.b: layer(x),
+            lambda model: functools.lru_cache(lambda x: model.b(x)),
+            lambda model: types.MethodType(lambda self, x: model.b(x), model),
+            lambda model: functools.wraps(model.called)(lambda x: model.called(x)),
+        ],
+        ids=["closure", "partial", "default", "cache", "method", "wrapper"],
+    )
+    @pytest.mark.parametrize(
+        "within", [lambda f: f, lambda f: [f], lambda f: {"f": f}], ids=["", "list", "dict"]
+    )
+    def test_functions_that_call_noisy_layers_of_the_original_are_refused(self, stored, within):
+        message = (
+            r"the attribute 'stored' of layer '0' \(Storing\) calls layer '0.b' \(Linear\), and in a copy"
+        )
+        model = half(bmrs.add_noise(nn.Sequential(Storing(stored, within)), where=["*.a", "*.b"])).double()
+        for training in (False, True):
+            with pytest.raises(ValueError, match=message):
+                bmrs.compact(model.train(training), torch.randn(4, 6, dtype=torch.float64))
+
+    @pytest.mark.parametrize(
+        "stored",
+        [
+            lambda model: model.called,
+            lambda model: model.b.forward,
+            lambda model: functools.partial(Storing.called, model),
+            lambda model: functools.partial(lambda layer, x: layer(x), model.b),
+            lambda model: types.MethodType(lambda self, x: self.b(x), model),
+            lambda model: lambda x: x * model.factor,
+        ],
+    )
+    def test_functions_that_are_copied_or_call_no_noise_are_right(self, stored):
+        model = half(bmrs.add_noise(Storing(stored, lambda f: [f]), where=["a", "b"]))
+        x = torch.randn(4, 6)
+        compacted = bmrs.compact(model, x)
+        assert compacted.a.out_features == 6
+        torch.testing.assert_close(compacted(x), model(x))
 
     def test_random_evaluation_is_refused(self):
         class Random(nn.Module):
