@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bmrs.compaction.approximate_norms import fits, moments
 from bmrs.compaction.comparison import all_finite, cut_examples, forward_flops
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Inputs, capture, does_not_run, mark
+from bmrs.graph.capture import Inputs, capture, does_not_run, mark, refuse_quantised
 from bmrs.graph.copies import evaluation_copy, refusing_noise_of
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
@@ -54,6 +54,7 @@ class MaskedModel:
         self.layers = noise_layers(self.model)
         for name, layer in self.layers.items():
             layer.settle(name)
+        refuse_quantised(self.model, "compact")
         _check_finite(self.model)
         self.factors = {
             name: factors_of(layer, expected_noise=expected_noise) for name, layer in self.layers.items()

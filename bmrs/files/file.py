@@ -28,7 +28,7 @@ from bmrs.files.installation import describe_changes, install
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import Inputs, MarkedNoise, as_inputs, capture, map_tensors, mark
+from bmrs.graph.capture import Inputs, MarkedNoise, as_inputs, capture, map_tensors, mark, refuse_quantised
 from bmrs.graph.copies import evaluation_copy
 from bmrs.noise.lookup import noise_layers
 
@@ -57,7 +57,7 @@ def save(
     Raises:
         TypeError: the model has noise layers that `bmrs.compact` has not narrowed, or a tensor of a dtype that
             safetensors does not know, or is not one that it returned and there is no example.
-        ValueError: the model does not run on the example.
+        ValueError: the model does not run on the example, or is quantised.
         OSError: the file cannot be written.
     """
     file = as_path("path", path)
@@ -70,6 +70,7 @@ def save(
             "makes a smaller one, with keep_noise=True also with the noise that is left, bmrs.fold(model) one of full "
             "size"
         )
+    refuse_quantised(model, "save")
     nodes = read_chain(model)
     if nodes is not None:
         description = describe_chain(nodes)

@@ -26,6 +26,7 @@ from bmrs.graph.copies import copied, unwrapped
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
+from bmrs.noise.wrappers import is_in_another_form
 
 Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
@@ -239,8 +240,9 @@ def capture(
         approximate: see `Captured`.
 
     Raises:
-        ValueError: the model does not run on the example, or cannot be captured.
+        ValueError: the model does not run on the example, cannot be captured, or is quantised.
     """
+    refuse_quantised(model, purpose)
     advice = "Without removing anything, bmrs.fold(model) makes a network without noise layers"
     captured = _captured(model, export_program(model, inputs, purpose, dynamic=dynamic, advice=advice))
     return replace(captured, approximate=approximate)
@@ -303,6 +305,19 @@ def refuse_torchscript(model: nn.Module, purpose: str) -> None:
                 f"{purpose} follows the model with torch.export, which cannot see into TorchScript: "
                 f"{f'layer {name!r}' if name else 'the model'} is a {type(part).__name__}. Give it the Python module "
                 "that was scripted or traced, and script the result, if at all"
+            )
+
+
+def refuse_quantised(model: nn.Module, purpose: str) -> None:
+    """Raise ValueError if a tensor of a model does not hold its values as they are, so that it cannot be cut."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_in_another_form(tensor):
+            path, _, own_name = name.rpartition(".")
+            layer = model.get_submodule(path)
+            raise ValueError(
+                f"the {own_name} of layer {path!r} ({type(layer).__name__}) is of class "
+                f"{type(tensor).__qualname__}, which holds its values in another form, as after quantisation: "
+                f"{purpose} first, then quantise"
             )
 
 

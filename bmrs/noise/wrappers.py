@@ -48,6 +48,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_in_another_form(tensor: Tensor) -> bool:
+    """Return whether a tensor's class computes in a way of its own with what it holds, as those of quantisation do."""
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not (is_sharded(tensor) or isinstance(tensor, FakeTensor) or tensor.is_nested)
+
+
 def has_no_values(tensor: Tensor) -> bool:
     """Return whether a tensor is on the meta device, or one of torch's FakeTensorMode, or made so by that."""
     return tensor.is_meta or isinstance(tensor, FakeTensor) or active_fake_mode() is not None

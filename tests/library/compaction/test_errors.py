@@ -292,6 +292,70 @@ class Shifted(NoiseLayer):
         return super().forward(x) + 1.0
 
 
+class InBytes(torch.Tensor):
+    """A weight in eight bits, as libraries of quantisation make it."""
+
+    @staticmethod
+    def __new__(cls, values):
+        scale = values.abs().max() / 127
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        made.whole, made.scale = (values / scale).round().to(torch.int8), scale
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        if function.__name__ not in ("t.default", "linear.default"):
+            raise NotImplementedError(function)
+        values = [a.whole * a.scale if isinstance(a, cls) else a for a in args]
+        return function(*values, **(kwargs or {}))
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Plain(nn.Parameter):
+    """A class of its own that holds what it says."""
+
+
+class TestQuantised:
+    @staticmethod
+    def model():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2)
+        )
+        bmrs.add_noise(model, where="1")
+        model[0][0].weight = nn.Parameter(InBytes(model[0][0].weight.detach()))
+        return model.eval()
+
+    @pytest.mark.parametrize(
+        "function", [bmrs.compact, bmrs.suggest, bmrs.noise_outlook, bmrs.structure_costs]
+    )
+    def test_it_comes_after_compaction(self, function):
+        with pytest.raises(
+            ValueError,
+            match=r"weight of layer '0\.0' \(Linear\) is of class InBytes, .* first, then quantise",
+        ):
+            function(self.model(), torch.randn(3, 4))
+
+    def test_it_is_folded_but_not_saved(self, tmp_path):
+        model, x = self.model(), torch.randn(3, 4)
+        prune_structures(model[1].noise, [1])
+        folded = bmrs.fold(model)
+        torch.testing.assert_close(folded(x), model(x))
+        with pytest.raises(
+            ValueError, match=r"weight of layer '0\.0' .* InBytes, .*: save first, then quantise"
+        ):
+            bmrs.save(tmp_path / "m", folded, example_inputs=x)
+
+    def test_other_classes_of_parameters_are_cut(self, model):
+        prune_structures(model[1], [1])
+        model[0].weight = Plain(model[0].weight.detach())
+        assert assert_compacts(model, torch.randn(3, 4))[0].out_features == 3
+
+
 class Infinite(nn.Module):
     """As in attention masks."""
 
