@@ -290,9 +290,15 @@ def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
             f"layer {name!r} ({type(layer).__name__}) is experts, whose hidden units get noise behind the activation: "
             f"where={name + '.act_fn'!r}, num_structures={hidden}, dim=-1"
         )
+    kind = type(layer)
+    if kind.__module__.partition(".")[0] == "torch":
+        what = f"{kind.__name__}) cannot be inferred: choose"
+    else:  # It may have the name of one of torch's, as that of layers of peft.
+        full_name = f"{kind.__module__}.{kind.__qualname__}"
+        what = f"{full_name}) cannot be inferred, as it is none of torch.nn's: choose torch.nn's"
     raise ValueError(
-        f"the structures of layer {name!r} ({type(layer).__name__}) cannot be inferred: choose linear, convolution, "
-        "normalisation, embedding or recurrent layers, or give num_structures and dim"
+        f"the structures of layer {name!r} ({what} linear, convolution, normalisation, embedding or recurrent layers, "
+        "or give num_structures, how many its output has, and dim, the dimension that they lie along"
     )
 
 

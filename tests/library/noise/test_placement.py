@@ -112,6 +112,28 @@ class TestAddNoise:
         assert list(noise_layers(model)) == ["1.noise"]
         assert model(torch.randn(4, 2)).shape == (4, 3)
 
+    def test_classes_with_the_names_of_torchs_are_told_from_them(self):
+        """As the layers that peft wraps around linear ones."""
+
+        class Adapted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.base = nn.Linear(2, 3)
+
+            def forward(self, x):
+                return self.base(x)
+
+        Adapted.__qualname__ = Adapted.__name__ = "Linear"
+        model = nn.Sequential(Adapted())
+        message = (
+            rf"layer '0' \({__name__}\.Linear\) .*, as it is none of torch\.nn's: .* or give num_structures,"
+        )
+        with pytest.raises(ValueError, match=message):
+            bmrs.add_noise(model, where="0")
+        assert model(torch.ones(4, 2)).shape == (4, 3)
+        bmrs.add_noise(model, where="0", num_structures=3, dim=-1)
+        assert list(noise_layers(model)) == ["0.noise"]
+
     def test_shared_layer_gets_one_noise_layer_by_either_name(self):
         model = bmrs.add_noise(Block(), where="again")
         assert list(noise_layers(model)) == ["conv.noise"]
