@@ -273,8 +273,8 @@ class TrainConfig:
     )
     fine_tune_noise: bool | None = option(
         None,
-        "whether noise goes on learning while what is left is fine-tuned, instead of E[θ] in its place: at temperature "
-        "1; recipe paper: as before; default: lenet5, mlp, lenet5_caffe and lenet_300_100 in recipe bmrs alone",
+        "whether noise goes on learning while what is left is fine-tuned, in recipe bmrs at temperature 1, or E[θ] "
+        "takes its place; default: false",
         group="training",
     )
     noise_lr: float | None = option(
@@ -481,6 +481,11 @@ class TrainConfig:
             self._fill_in("criterion", _DEFAULT_CRITERION[self.recipe])
         if self.cuda_graph and self.settings.optimizer == "sgd":
             raise ConfigError("--cuda-graph true goes with --optimizer adam or adamw only")
+        if self.recipe == "bmrs" and self.settings.fine_tune_noise and self.settings.optimizer == "sgd":
+            raise ConfigError(
+                "--fine-tune-noise true goes with --optimizer adam or adamw only: the gradients of noise are too small "
+                "for sgd"
+            )
         if self.fine_tune_from == "refitted" and self.weight_lr:
             raise ConfigError(
                 "--fine-tune-from refitted goes with --weight-lr 0 only: weights are refitted to the trained network"

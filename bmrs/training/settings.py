@@ -88,10 +88,6 @@ def _ours(paper: RecipeSettings, model: str, data: str) -> RecipeSettings:
     # Of a deep perceptron at a small size hardly a signal is left after pruning. Networks with convolutions, which give
     # whole filters up, learned better ones from where pruning left them.
     changes["fine_tune_from"] = "refitted" if model in _PERCEPTRONS else "pruned"
-    changes["fine_tune_noise"] = model in (
-        *_LENETS,
-        *_PERCEPTRONS,
-    )  # of others it is not known what that brings
     if model in (*_LENETS, *_PERCEPTRONS):
         epochs, noise_epochs, fine_tune_epochs = (8, 4, 12) if data == EMBEDDED else (8, 2, 10)
         changes |= {

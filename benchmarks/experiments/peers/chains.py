@@ -46,7 +46,7 @@ IN_ROUNDS = {"L2, in rounds": "L2", "Taylor, in rounds": "Taylor"}
 """Torch-Pruning's own recipe, which prunes and trains by turns."""
 
 WITH_NOISE = "bmrs, noise goes on"
-"""The recipe with the noise of what is left going on in fine-tuning, as `bmrs train` has it for these networks."""
+"""The recipe with the noise of what is left going on in fine-tuning, as `bmrs train --fine-tune-noise true` has it."""
 
 WEIGHT_RATES = {"weights trained slowly, uniform": 0.1, "weights trained, uniform": 1.0}
 """Variants that train the weights while the noise learns, at a share of the learning rate; on the embedded images."""

@@ -110,7 +110,7 @@ def _short(rows: Sequence[Row]) -> str:
 
                 def mean(method: str, name: str, seeds: set[int] = seeds, ways: Any = ways) -> str:
                     values = [row[name] for row in ways[method] if row["seed"] in seeds]
-                    return f"{100 * statistics.mean(values):.2f}" if len(values) == len(seeds) else ""
+                    return f"{100 * statistics.mean(values):.2f}"
 
                 before = {method: mean(method, "pruned_accuracy") for method in rivals if method != "scratch"}
                 best = max(before, key=lambda method: float(before[method]))
@@ -127,7 +127,6 @@ def _short(rows: Sequence[Row]) -> str:
                         f"**{mean('bmrs', 'refitted_accuracy')}**",
                         f"{before[best]} ({best.partition(',')[0]})",
                         f"**{mean('bmrs', 'accuracy')}**",
-                        mean("bmrs, noise goes on", "accuracy"),
                         *(mean(method, "accuracy") for method in rivals),
                     )
                 )
@@ -135,7 +134,7 @@ def _short(rows: Sequence[Row]) -> str:
         (
             *("network, data", "size", "seeds", "parameters", "FLOPs", "before pruning"),
             *("untrained: pruned", "refitted", "best rival"),
-            *("fine-tuned: this recipe", "with noise going on", "from scratch", "random", "L2", "Taylor"),
+            *("fine-tuned: this recipe", "from scratch", "random", "L2", "Taylor"),
         ),
         lines,
     )
