@@ -229,8 +229,8 @@ def left_of(identities: Iterable[str], rows: Iterable[Row]) -> list[str]:
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's settings with those that there were not yet when it was made."""
-    return RecipeSettings(**{"fine_tune_noise": True, **settings})._asdict()
+    """Return a row's settings with the defaults of those that there were not yet when it was made."""
+    return RecipeSettings(**settings)._asdict()
 
 
 def train_missing(

@@ -32,6 +32,7 @@ from bmrs.compaction.surgery import (
     set_attributes,
     sizes_in_code,
 )
+from bmrs.compaction.training_only import only_in_training
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import (
     Inputs,
@@ -288,7 +289,14 @@ def compacted(
         error=error,
         compared_in=comparison.dtype,
         approximated=_approximated(analysis, emptied, comparison, masked, result),
+        only_in_training=only_in_training(masked, inputs) if form == "graph" else (),
     )
+    if report.only_in_training:
+        warnings.warn(
+            f"the compacted network is a graph of what {type(masked).__name__} does in evaluation mode; in training "
+            f"mode it lacks {'; '.join(report.only_in_training)}",
+            stacklevel=3,
+        )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     fixed = analysis.captured.fixed_number()
     kept_inputs = map_tensors(lambda t: t.detach().clone(), inputs if fixed is not None else subject.few)

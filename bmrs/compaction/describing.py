@@ -239,8 +239,13 @@ class _Describer:
         module = self._module(node)
         x = self._argument(node.args[0])
         if call.operator in DROPOUTS:
-            kinds = {"dropout": "Dropout", "feature_dropout": "Dropout2d", "alpha_dropout": "AlphaDropout"}
-            kind = kinds.get(call.operator, "Dropout")
+            of_features = {3: "Dropout1d", 5: "Dropout3d"}.get(len(call.shape), "Dropout2d")
+            kind = {
+                "dropout": "Dropout",
+                "feature_dropout": of_features,
+                "alpha_dropout": "AlphaDropout",
+                "feature_alpha_dropout": "FeatureAlphaDropout",
+            }[call.operator]
             arguments: dict[str, Any] = {"p": call["p"]}
             path = f"dropouts.{node.name}"
         else:

@@ -111,6 +111,8 @@ class CompactReport:
         emptied: names of layers that nothing is left of, as of a residual branch of which all structures are pruned:
             they lost their weights, and what the branch adds is a constant.
         approximated: what ``approximate`` let leave and how much the outputs differ for it; None if nothing.
+        only_in_training: for ``"graph"``, what the user's code does in training mode and the graph does not, such as
+            random numbers other than dropout's.
     """
 
     form: str
@@ -127,6 +129,7 @@ class CompactReport:
     compared_in: str
     emptied: tuple[str, ...] = ()
     approximated: Approximated | None = None
+    only_in_training: tuple[str, ...] = ()
 
     @property
     def pruned(self) -> int:
@@ -195,6 +198,8 @@ class CompactReport:
             lines.append(f"not used in evaluation mode, left as they are: {', '.join(self.unused)}")
         if self.form == "graph":
             lines.append(f"a graph of operators instead of the model's own classes: {self.form_because}")
+        if self.only_in_training:
+            lines.append(f"in training mode the graph lacks {'; '.join(self.only_in_training)}")
         return "\n".join(lines)
 
 

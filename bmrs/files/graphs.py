@@ -29,14 +29,14 @@ from bmrs.compaction.description import (
 )
 from bmrs.compaction.graph_network import build
 from bmrs.files.layer_arguments import check_arguments
-from bmrs.graph.stock_layers import BATCH_NORMS, argument_names
+from bmrs.graph.stock_layers import BATCH_NORMS, DROPOUTS, argument_names
 from bmrs.noise.layer import NoiseLayer
 
 GRAPH_VERSION = 3
 
 _LAYERS = {
     **{layer.__name__: layer for layer in BATCH_NORMS},
-    **{layer.__name__: layer for layer in (torch.nn.Dropout, torch.nn.Dropout2d, torch.nn.AlphaDropout)},
+    **{layer.__name__: layer for layer in DROPOUTS},
     NOISE: NoiseLayer,
 }
 _KINDS = ("input", "tensor", "call", "scalar", "item", "layer", "scale")

@@ -29,7 +29,7 @@ AVERAGE_POOLS = (
     nn.AdaptiveAvgPool3d,
 )
 POOLS = (*MAX_POOLS, *AVERAGE_POOLS)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # f(s·x) = s·f(x) for every s >= 0.
 HOMOGENEOUS_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
 OTHER_ACTIVATIONS = (

@@ -70,11 +70,10 @@ def train(
     for epoch in range(len(state.history) + 1, settings.epochs + settings.fine_tune_epochs + 1):
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch, "phase": "train" if epoch <= settings.epochs else "fine-tune"}
-        noise = bool(layers) and (epoch <= settings.epochs or settings.fine_tune_noise)
+        noise = bool(layers) and (epoch <= settings.epochs or bool(config.fine_tune_noise))
         state.model.train()
         if noise not in steps:
-            kl_weight = config.kl_weight if noise else None
-            update = update_of(state, len(data.train), kl_weight=kl_weight, kl_factor=kl_factor)
+            update = update_of(state, config, len(data.train), noise=noise, kl_factor=kl_factor)
             step = new_step(state.model, config, watch, data_loss=cross_entropy(config), update=update)
             steps = {noise: step if kl_factor is None else _warming_up(step, state, data, config, kl_factor)}
         with nullcontext() if noise else _without_noise(state.model), watch:

@@ -43,6 +43,7 @@ _OWN_OPTIONS: dict[RecipeName, dict[str, Any]] = {
         "kl_weight": "mean",
         "kl_warm_up": 0.0,
         "mode": "continuous",
+        "fine_tune_noise": False,
         "prune_every": 1,
     },
 }
@@ -271,12 +272,6 @@ class TrainConfig:
         "goes with --weight-lr 0; default: pruned (mlp, lenet_300_100: refitted)",
         group="training",
     )
-    fine_tune_noise: bool | None = option(
-        None,
-        "whether noise goes on learning while what is left is fine-tuned, in recipe bmrs at temperature 1, or E[θ] "
-        "takes its place; default: false",
-        group="training",
-    )
     noise_lr: float | None = option(
         None,
         "learning rate of mu and log sigma, Adam's in recipe bmrs, --optimizer's in recipe paper; default: 0.05 "
@@ -391,6 +386,12 @@ class TrainConfig:
     prune_every: int | None = option(
         None, "paper: epochs from one pruning to the next; default: 1", group="recipe paper", metavar="N"
     )
+    fine_tune_noise: bool | None = option(
+        None,
+        "paper: fine-tune with noise and KL, as the paper does, not with E[θ] in place of noise; "
+        "default: false",
+        group="recipe paper",
+    )
     seed: int = option(
         0,
         "seed of the split, the weights, the batches and the noise; default: 0",
@@ -481,11 +482,6 @@ class TrainConfig:
             self._fill_in("criterion", _DEFAULT_CRITERION[self.recipe])
         if self.cuda_graph and self.settings.optimizer == "sgd":
             raise ConfigError("--cuda-graph true goes with --optimizer adam or adamw only")
-        if self.recipe == "bmrs" and self.settings.fine_tune_noise and self.settings.optimizer == "sgd":
-            raise ConfigError(
-                "--fine-tune-noise true goes with --optimizer adam or adamw only: the gradients of noise are too small "
-                "for sgd"
-            )
         if self.fine_tune_from == "refitted" and self.weight_lr:
             raise ConfigError(
                 "--fine-tune-from refitted goes with --weight-lr 0 only: weights are refitted to the trained network"

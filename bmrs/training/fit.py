@@ -1,4 +1,4 @@
-"""Training of a network's weights with a schedule; with noise, an average of them and a teacher if there are any."""
+"""Training of a network's weights: with a schedule, and an average of them and a teacher if there are any."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bmrs import processes
 from bmrs.data import Batch, Dataset
-from bmrs.noise.lookup import noise_layers
 from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy
 from bmrs.training.finite import FiniteWatch
-from bmrs.training.optimizers import new_optimizer, scheduled, set_learning_rates
-from bmrs.training.training_step import DataLoss, KLWeight, cross_entropy, new_step, update_of
+from bmrs.training.optimizers import new_optimizer, scheduled, set_learning_rate
+from bmrs.training.training_step import DataLoss, cross_entropy, new_step, update_of
 
 SOFTENING = 2.0
 """What the logits are divided by before the answers of teacher and network are compared."""
@@ -48,9 +47,7 @@ def fit(
     progress: Progress,
     teacher: nn.Module | None = None,
 ) -> None:
-    """Train the weights from the state's epoch to the last one, and the noise of the network if it has any.
-
-    With noise it is the evidence bound that goes up, at temperature 1, whatever decided which structures stay.
+    """Train the weights from the state's epoch to the last one.
 
     Args:
         state: where to start from; changed in place.
@@ -69,17 +66,15 @@ def fit(
     steps_an_epoch = math.ceil(len(data.train) / config.settings.batch_size)
     taken = len(state.history) * steps_an_epoch
 
-    kl_weight: KLWeight | None = "elbo" if noise_layers(state.model) else None
-    update = update_of(state, len(data.train), kl_weight=kl_weight)
+    update = update_of(state, config, len(data.train), noise=False)
     data_loss = cross_entropy(config) if teacher is None else _distillation(teacher, config)
     step = new_step(state.model, config, watch, data_loss=data_loss, update=update)
 
     def scheduled_step(batch: Batch, weight: float) -> tuple[Tensor, ...]:
         nonlocal taken
         taken += 1
-        set_learning_rates(
-            state.optimizer, scheduled((taken - 0.5) / (epochs * steps_an_epoch), config), config
-        )
+        rate = scheduled((taken - 0.5) / (epochs * steps_an_epoch), config)
+        set_learning_rate(state.optimizer, config.settings.lr * rate)
         result = step(batch, weight)
         if state.average is not None:
             state.average.update_parameters(state.model)

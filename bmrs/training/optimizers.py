@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from bmrs.noise.lookup import noise_layers
 from bmrs.training.config import TrainConfig
 
-_OWN_RATE = "own_rate"
-"""Key of a parameter group: what its learning rate is a share of, where that is not ``--lr``."""
-
 
 def new_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """Return an optimizer of all parameters that require gradients; noise has `--noise-lr` and no weight decay."""
@@ -27,18 +24,14 @@ def new_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -
         # Biases and the scales of normalisations have one dimension.
         groups = [{"params": [p for p in weights if (p.ndim > 1) == decays]} for decays in (True, False)]
         groups[0]["weight_decay"] = decay
-    graph = device.type == "cuda" and config.cuda_graph
-
-    def rate_of(number: float) -> Any:
-        # A graph reads the learning rate where it is.
-        return torch.tensor(number, device=device) if graph else number
-
     if of_noise:
-        own = config.settings.noise_lr
-        # Schedules start at twice a group's own rate, and noise at the one that the options name.
-        groups.append({"params": of_noise, "lr": rate_of(own), _OWN_RATE: own / 2})
+        groups.append({"params": of_noise, "lr": config.settings.noise_lr})
     groups = [group for group in groups if group["params"]]
-    rate = rate_of(config.settings.lr)
+    graph = device.type == "cuda" and config.cuda_graph
+    # A graph reads the learning rate where it is.
+    rate: Any = (
+        torch.tensor(config.settings.lr, device=device) if graph and not of_noise else config.settings.lr
+    )
     if config.settings.optimizer == "sgd":
         momentum = config.momentum or 0.0
         return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0, fused=True)
@@ -46,10 +39,9 @@ def new_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -
     return kind(groups, lr=rate, weight_decay=0.0, fused=True, capturable=graph)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, share: float, config: TrainConfig) -> None:
-    """Set the learning rates of all parameters to a share of their own, where a CUDA graph finds them."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters, where a CUDA graph finds it."""
     for group in optimizer.param_groups:
-        rate = share * group.get(_OWN_RATE, config.settings.lr)
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from bmrs import processes
 from bmrs.budget import prune_to
@@ -26,6 +28,7 @@ from bmrs.compaction.compact import compact
 from bmrs.compaction.costs import structure_prices
 from bmrs.criteria import PosteriorCriterion
 from bmrs.data import Dataset
+from bmrs.data.dataset import IMAGE_SIZE
 from bmrs.graph.masked_graph import graph_for_pruning
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.learner import PosteriorLearner
@@ -34,7 +37,6 @@ from bmrs.training.checkpoint import TrainingState
 from bmrs.training.config import TrainConfig
 from bmrs.training.epoch import Progress, train_epoch
 from bmrs.training.evaluation import accuracy
-from bmrs.training.fine_tuning import FEW_EXAMPLES, refitting_examples
 from bmrs.training.finite import FiniteWatch
 from bmrs.training.networks import dense_network, example_of_ties, noisy_network, with_weights
 from bmrs.training.options import flag
@@ -44,9 +46,47 @@ from bmrs.training.training_step import cross_entropy, new_step
 
 Save = Callable[[TrainingState], None]
 
+EXAMPLES = 2000
+"""Training images of 32 × 32 pixels that the compacted network is refitted on; of larger ones there are fewer."""
+
+_RIDGE_OF_START = 0.3
+
+FEW_EXAMPLES = 8
+"""Training images that compaction is tried on."""
+
 
 class CollapseError(Exception):
     """The posteriors leave nothing of a layer at any temperature that was tried; the message says what to do."""
+
+
+def start_of_fine_tuning(
+    noisy: nn.Module, trained: nn.Module, pruned: nn.Module, config: TrainConfig, data: Dataset
+) -> tuple[nn.Module, str]:
+    """Return the compacted network with the weights that fine-tuning starts from, and what is to be said about them.
+
+    Args:
+        noisy: the pruned network with its noise.
+        trained: the network before there was noise.
+        pruned: the compacted network as it is.
+        config: the options.
+        data: the images.
+    """
+    refits = config.settings.fine_tune_from == "refitted"
+    if refits and not isinstance(pruned, GraphModule):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # told already, of the network that is not fine-tuned
+            # Weights that were there count for more than where nothing is trained afterwards.
+            examples = refitting_examples(data)
+            return compact(noisy, examples, refit_to=trained, refit_ridge=_RIDGE_OF_START), ""
+    note = "a graph of operators cannot be refitted, so that fine-tuning starts from what pruning leaves"
+    few = data.train.examples(FEW_EXAMPLES)
+    return compact(noisy, few, expected_noise=bool(config.weight_lr)), note if refits else ""
+
+
+def refitting_examples(data: Dataset) -> Tensor:
+    """Return the training images that the compacted network is refitted on."""
+    size = math.prod(data.train.image_shape) / IMAGE_SIZE**2
+    return data.train.examples(max(2 * FEW_EXAMPLES, int(EXAMPLES / size)))
 
 
 def untrained(config: TrainConfig, data: Dataset, device: torch.device) -> nn.Module:

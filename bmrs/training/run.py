@@ -32,12 +32,6 @@ from bmrs.training.energy import EnergyMeter, epochs_measured
 from bmrs.training.environment import environment, what_differs
 from bmrs.training.epoch import Progress
 from bmrs.training.events import check_tensorboard, write_epoch
-from bmrs.training.fine_tuning import (
-    FEW_EXAMPLES,
-    end_of_fine_tuning,
-    refitting_examples,
-    start_of_fine_tuning,
-)
 from bmrs.training.fit import fit, fitting_state
 from bmrs.training.images import load_images
 from bmrs.training.interruption import InterruptedRunError, command_to_resume
@@ -439,7 +433,7 @@ def _run_recipe(
         }
         trainer.save("noisy", noisy)
 
-    few = data.train.examples(FEW_EXAMPLES)
+    few = data.train.examples(recipe.FEW_EXAMPLES)
     pruned = compact(noisy.model, few)
     # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
     frozen = not config.weight_lr
@@ -447,20 +441,13 @@ def _run_recipe(
     if frozen and not isinstance(pruned, GraphModule):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            refitted = compact(noisy.model, refitting_examples(data), refit_to=trained.model)
+            refitted = compact(noisy.model, recipe.refitting_examples(data), refit_to=trained.model)
         for text in dict.fromkeys(str(warning.message) for warning in caught):
             trainer.console.print(f"note: {text}", soft_wrap=True, markup=False)
     tuning_epochs = recipe.fine_tuning_epochs(config, data, noisy)
     start: nn.Module = refitted
     if tuning_epochs:
-        start, note = start_of_fine_tuning(
-            noisy.model,
-            trained.model,
-            pruned,
-            config,
-            data,
-            temperature=noisy.history[-1]["temperature"],
-        )
+        start, note = recipe.start_of_fine_tuning(noisy.model, trained.model, pruned, config, data)
         if note:
             trainer.console.print(f"note: {note}", soft_wrap=True, markup=False)
     fine_tuned = trainer.fit(
@@ -472,13 +459,12 @@ def _run_recipe(
         teacher=trained.model if config.distillation else None,
     )
     states: dict[NetworkName, TrainingState] = {"trained": trained, "noisy": noisy, "fine-tuned": fine_tuned}
-    compacted = end_of_fine_tuning(fine_tuned.model, data)
-    networks = {"pruned": pruned, "refitted": refitted, "compacted": compacted}
+    networks = {"pruned": pruned, "refitted": refitted, "compacted": fine_tuned.model}
     if config.rivals:
         states["dense"] = trainer.fit("dense", "dense", recipe.initial(config, data, device), data, epochs)
         chosen = recipe.random_structures(trained.model, noisy.model, config, data)
         states["random"] = trainer.fit("random", "random structures", chosen, data, epochs - settings.epochs)
-        same_widths = recipe.untrained_copy(compacted, config)
+        same_widths = recipe.untrained_copy(fine_tuned.model, config)
         states["scratch"] = trainer.fit(
             "scratch", "from scratch", same_widths, data, epochs, config=recipe.from_scratch(config)
         )

@@ -34,7 +34,6 @@ class RecipeSettings(NamedTuple):
     weight_decay: float = 0.0
     augmentation: AugmentationName = "none"
     fine_tune_from: StartName | None = None
-    fine_tune_noise: bool = False
 
 
 IMAGES_A_DEGREE = 500

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ Step: TypeAlias = Callable[[Batch, float], tuple[Tensor, ...]]
 """Of this process's part of a batch and the weight of its mean; see `bmrs.processes.part_of`."""
 DataLoss: TypeAlias = Callable[[Tensor, Batch], Tensor]
 """Of the logits of a batch and the batch, to the mean loss in nats."""
-KLWeight: TypeAlias = Literal["elbo", "mean"] | float
 Update: TypeAlias = Callable[[Iterable[Tensor]], Tensor]
 """Of the summands of the data loss: goes one step down and returns the KL term in nats, detached.
 
@@ -110,24 +109,27 @@ def cross_entropy(config: TrainConfig) -> DataLoss:
 
 def update_of(
     state: TrainingState,
+    config: TrainConfig,
     dataset_size: int,
     *,
-    kl_weight: KLWeight | None,
+    noise: bool,
     kl_factor: Tensor | None = None,
 ) -> Update:
-    """Return the step of a state's optimizer, on the loss plus the KL term of noise that learns.
+    """Return the step of a state's optimizer, with noise on the loss plus the KL term that the options weigh.
 
     Args:
         state: what is trained.
+        config: the options.
         dataset_size: number of training images.
-        kl_weight: of the KL term, as for `bmrs.kl_divergence`; None if there is none.
+        noise: whether there is a KL term.
         kl_factor: a factor on it, read anew at each step; a tensor, so that a CUDA graph reads it too.
     """
 
     def update(losses: Iterable[Tensor]) -> Tensor:
         kl = torch.zeros((), device=state.device)
-        if kl_weight is not None:
-            kl = kl_divergence(state.model, weight=kl_weight, dataset_size=dataset_size)
+        if noise:
+            assert config.kl_weight is not None, "filled in for the recipe that has it"
+            kl = kl_divergence(state.model, weight=config.kl_weight, dataset_size=dataset_size)
             kl = kl if kl_factor is None else kl_factor * kl
         state.optimizer.zero_grad()
         backward(losses, kl)

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from bmrs.pruning.learner import PosteriorLearner
 from bmrs.training import TrainConfig, algorithm1, recipe
 from bmrs.training.epoch import batches_of
 from bmrs.training.evaluation import accuracy
-from bmrs.training.fine_tuning import EXAMPLES, end_of_fine_tuning, start_of_fine_tuning
 from bmrs.training.settings import PAPER_SETTINGS
 
 SIZES = ("own", "40 %", "20 %", "8 %")
@@ -44,9 +42,6 @@ RIVALS = {
 
 IN_ROUNDS = {"L2, in rounds": "L2", "Taylor, in rounds": "Taylor"}
 """Torch-Pruning's own recipe, which prunes and trains by turns."""
-
-WITH_NOISE = "bmrs, noise goes on"
-"""The recipe with the noise of what is left going on in fine-tuning, as `bmrs train --fine-tune-noise true` has it."""
 
 WEIGHT_RATES = {"weights trained slowly, uniform": 0.1, "weights trained, uniform": 1.0}
 """Variants that train the weights while the noise learns, at a share of the learning rate; on the embedded images."""
@@ -95,7 +90,6 @@ class ChainComparison(Comparison):
         yield "dense", "trained", lambda: Built(self.trained, {}, self.config.settings.epochs)
         for size in SIZES:
             yield size, "bmrs", functools.partial(self._bmrs, size, uniform=False)
-            yield size, WITH_NOISE, functools.partial(self._bmrs, size, uniform=False, noise=True)
             yield size, "scratch", functools.partial(self._scratch, size)
             for method, (criterion, everywhere) in RIVALS.items():
                 if everywhere and size == "own":
@@ -138,7 +132,7 @@ class ChainComparison(Comparison):
     @functools.cached_property
     def examples(self) -> Tensor:
         """Training images that structures are chosen and weights are refitted on."""
-        return self.data.train.examples(EXAMPLES)
+        return self.data.train.examples(recipe.EXAMPLES)
 
     @functools.cached_property
     def choice(self) -> ChoiceOfChain:
@@ -176,7 +170,7 @@ class ChainComparison(Comparison):
 
     # The ways.
 
-    def _bmrs(self, size: str, *, uniform: bool, noise: bool = False) -> Built | None:
+    def _bmrs(self, size: str, *, uniform: bool) -> Built | None:
         widths = self._uniform(size) if uniform else self._own_widths(size)
         if widths is None:
             return None
@@ -186,13 +180,10 @@ class ChainComparison(Comparison):
             "pruned": accuracy(pruned, self.data.test),
             "refitted": accuracy(bmrs.compact(model, self.examples, refit_to=self.trained), self.data.test),
         }
-        config, temperature = replace(self.config, fine_tune_noise=noise), self.config.settings.temperature
-        assert temperature is not None, "settings have it for these networks"
-        start, _ = start_of_fine_tuning(
-            model, self.trained, pruned, config, self.data, temperature=temperature
+        start, _ = recipe.start_of_fine_tuning(model, self.trained, pruned, self.config, self.data)
+        return Built(
+            self.fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
         )
-        tuned = end_of_fine_tuning(self.fit(start, self._tuning_epochs), self.data)
-        return Built(tuned, before, recipe.total_epochs(self.config, self.data))
 
     def _scratch(self, size: str) -> Built | None:
         widths = self._own_widths(size)
@@ -244,7 +235,9 @@ class ChainComparison(Comparison):
     def _weights_trained(self, size: str, method: str) -> Built:
         model = self._noisy_with_weights(WEIGHT_RATES[method])
         scores = [bmrs.SNR()(layer).scores.cpu() for layer in noise_layers(model).values()]
-        start = bmrs.compact(_masked(model, scores, self._uniform(size)), self.data.train.examples(EXAMPLES))
+        start = bmrs.compact(
+            _masked(model, scores, self._uniform(size)), self.data.train.examples(recipe.EXAMPLES)
+        )
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config, self.data)
         return Built(self.fit(start, self.config.settings.fine_tune_epochs), before, epochs)

@@ -16,7 +16,6 @@ from bmrs.compaction.costs import flops, num_parameters
 from bmrs.data import Dataset, TensorSplit
 from bmrs.training import TrainConfig, recipe
 from bmrs.training.evaluation import accuracy
-from bmrs.training.fine_tuning import refitting_examples, start_of_fine_tuning
 
 SHARES = {"50 %": 0.5, "25 %": 0.25}
 """Of the dense network's FLOPs."""
@@ -94,14 +93,13 @@ class ResidualComparison(Comparison):
 
     def _bmrs(self, size: str) -> Built:
         noisy = self._budgeted(size)
-        examples = refitting_examples(self.data)
+        examples = recipe.refitting_examples(self.data)
         pruned = bmrs.compact(noisy, examples, expected_noise=False)
         before = {
             "pruned": accuracy(bmrs.compact(noisy, examples), self.data.test),
             "refitted": accuracy(bmrs.compact(noisy, examples, refit_to=self.trained), self.data.test),
         }
-        # Its noise does not go on, so that the temperature makes no difference.
-        start, _ = start_of_fine_tuning(noisy, self.trained, pruned, self.config, self.data, temperature=1.0)
+        start, _ = recipe.start_of_fine_tuning(noisy, self.trained, pruned, self.config, self.data)
         epochs = recipe.total_epochs(self.config, self.data)
         return Built(self.fit(start, self.config.settings.fine_tune_epochs), before, epochs)
 
@@ -158,7 +156,7 @@ class ResidualComparison(Comparison):
             noisy,
             self.config.build_criterion(),
             example_inputs=example,
-            examples=refitting_examples(self.data),
+            examples=recipe.refitting_examples(self.data),
         )
         prune_to(parameters=num_parameters(uniform))
         prune_to(flops=flops(uniform, example))

@@ -27,7 +27,6 @@ METHODS = {
     "dense": "dense, all epochs",
     "trained": "dense, where pruning starts",
     "bmrs": "**this recipe**",
-    "bmrs, noise goes on": "**this recipe**, noise going on in fine-tuning",
     "bmrs, uniform": "this recipe, uniform widths",
     "weights trained slowly, uniform": "this recipe, weights trained with the noise, a tenth of the rate",
     "weights trained, uniform": "this recipe, weights trained with the noise",

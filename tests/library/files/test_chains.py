@@ -45,6 +45,7 @@ EXAMPLES: list[nn.Module] = [
     nn.Dropout2d(),
     nn.Dropout3d(),
     nn.AlphaDropout(),
+    nn.FeatureAlphaDropout(),
     nn.ReLU(inplace=True),
     nn.LeakyReLU(0.3),
     nn.ReLU6(),

@@ -39,7 +39,7 @@ def test_each_recipe_fills_in_its_own_options_and_no_others(recipe):
     config = TrainConfig(recipe=recipe).resolved()
     own = {
         "bmrs": ("noise_epochs", "temperature", "distillation"),
-        "paper": ("kl_weight", "mode", "prune_every"),
+        "paper": ("kl_weight", "mode", "prune_every", "fine_tune_noise"),
     }
     for name in own[recipe]:
         assert getattr(config, name) is not None, name
@@ -145,10 +145,7 @@ def test_given_options_win_over_defaults():
         ({"kl_weight": "elbo"}, "--kl-weight elbo goes with --recipe paper only"),
         ({"mode": "continuous"}, "--mode continuous goes with --recipe paper only"),
         ({"prune_every": 2}, "--prune-every 2 goes with --recipe paper only"),
-        (
-            {"model": "resnet20", "fine_tune_noise": True},
-            "--fine-tune-noise true goes with --optimizer adam or adamw only",
-        ),
+        ({"fine_tune_noise": True}, "--fine-tune-noise True goes with --recipe paper only"),
         ({"recipe": "paper", "temperature": 3.0}, "--temperature 3.0 goes with --recipe bmrs only"),
         ({"recipe": "paper", "noise_epochs": 3}, "--noise-epochs 3 goes with --recipe bmrs only"),
         ({"recipe": "paper", "distillation": 0.5}, "--distillation 0.5 goes with --recipe bmrs only"),

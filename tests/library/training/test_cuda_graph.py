@@ -158,7 +158,7 @@ def test_a_step_waits_for_no_value_and_copies_nothing_to_a_device(tiny_config, m
     state = algorithm1.new_state(config, data, noise=noise, device=CPU)
     state.optimizer.step = lambda: None  # on a CPU it does ask for values
     watch = FiniteWatch(state.model)
-    update = update_of(state, len(data.train), kl_weight=config.kl_weight if noise else None)
+    update = update_of(state, config, len(data.train), noise=noise)
     step = new_step(state.model, config, watch, data_loss=cross_entropy(config), update=update)
     with watch, Operations() as operations:
         step(next(data.train.in_order(16)), 1.0)

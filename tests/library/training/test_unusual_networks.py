@@ -1,10 +1,13 @@
 """Networks that are not a plain chain: unused, tied and frozen weights, buffers of integers, odd training modes."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save as serialize
 from torch import nn
 
+import bmrs
 from bmrs.data import Dataset, TensorSplit
 from bmrs.noise.layer import NoiseLayer
 from bmrs.training import RunError, TrainConfig, networks, recipe, run, summarise
@@ -210,6 +213,28 @@ def test_the_paper_s_recipe_starts_from_the_weights_that_it_is_given(tmp_path, t
     for model in started.values():
         its = model.state_dict()
         assert all(torch.equal(its[name], tensor) for name, tensor in given.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["refitted", "pruned"])
+@pytest.mark.parametrize("width", [8, -1])
+def test_fine_tuning_says_where_it_cannot_start_from_refitted_weights(data, width, start):
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(16, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.inner(x.flatten(1)).view(x.shape[0], 8 if width == 8 else -1))
+
+    trained = Viewed()
+    noisy = bmrs.add_noise(copy.deepcopy(trained), where="inner")
+    noisy.inner.noise.set_kept(torch.arange(8) < 5)
+    pruned = bmrs.compact(noisy, data.train.examples(2))
+    config = TrainConfig(model="a:b", fine_tune_from=start)
+    network, note = recipe.start_of_fine_tuning(noisy, trained, pruned, config, data)
+    assert ("cannot be refitted" in note) == (width == 8 and start == "refitted")
+    as_it_was = torch.equal(network.get_parameter("last.weight"), trained.last.weight[:, :5])
+    assert as_it_was == (width == 8 or start == "pruned")
 
 
 def test_class_folders_may_have_been_moved(data, tmp_path):

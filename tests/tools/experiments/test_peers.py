@@ -209,7 +209,7 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
     found = table.load(output)
     assert len({(row["size"], row["method"]) for row in found}) == len(found)
     assert {row["method"] for row in found if row["size"] == "20 %"} == {
-        *("bmrs", chains.WITH_NOISE, "bmrs, uniform", "scratch", "paper's training, uniform"),
+        *("bmrs", "bmrs, uniform", "scratch", "paper's training, uniform"),
         *chains.RIVALS,
         *chains.WEIGHT_RATES,
         *chains.IN_ROUNDS,

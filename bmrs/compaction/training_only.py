@@ -1,0 +1,133 @@
+"""What a network does in training mode alone, and a graph of its operators, captured in evaluation mode, does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_structure
+
+from bmrs.graph.capture import Inputs, map_tensors
+from bmrs.graph.copies import copied
+from bmrs.graph.operators import DROPOUTS
+from bmrs.graph.stock_layers import BATCH_NORMS
+
+
+def only_in_training(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    """Return what of a model's training mode is not in a graph of what it does in evaluation mode.
+
+    Batch norms and dropout are layers of such a graph. Other random numbers, statistics that are taken along and
+    outputs that training alone has are not.
+
+    Args:
+        model: in which noise is marked; it is left as it is.
+        inputs: the example.
+
+    Returns:
+        Each with its place, as parts of a sentence; nothing of a model that does not run on the example in training
+        mode, as with a batch norm and a single example.
+    """
+    network = copied(model, share=False)
+    found: dict[str, None] = {}
+    with torch.no_grad(), _random_state_kept():
+        expected = tree_structure(_run(network.eval(), inputs))
+        network.train()
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        try:
+            with _named_layers(network) as path, _Draws(path, found) as draws, draws.dropouts:
+                returned = _run(network, inputs)
+        except Exception:
+            return ()
+    for name, buffer in network.named_buffers():
+        layer = network.get_submodule(name.rpartition(".")[0])
+        before = buffers.get(name)
+        if isinstance(layer, BATCH_NORMS) or (before is not None and torch.equal(before, buffer)):
+            continue
+        found[f"what training keeps in {name!r}"] = None
+    if tree_structure(returned) != expected:
+        found["outputs that it has in training mode alone"] = None
+    return tuple(found)
+
+
+def _run(network: nn.Module, inputs: Inputs) -> Any:
+    args, kwargs = map_tensors(torch.clone, inputs)
+    return network(*args, **kwargs)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+@contextmanager
+def _named_layers(network: nn.Module) -> Iterator[list[str]]:
+    """Keep a list of the names of the layers that are being called, the innermost one last."""
+    path: list[str] = []
+    hooks = []
+    for name, layer in network.named_modules():
+
+        def enter(layer: nn.Module, inputs: Any, name: str = name) -> None:
+            path.append(name)
+
+        def leave(layer: nn.Module, inputs: Any, outputs: Any) -> None:
+            path.pop()
+
+        hooks.append(layer.register_forward_pre_hook(enter))
+        hooks.append(layer.register_forward_hook(leave))
+    try:
+        yield path
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Draws(TorchDispatchMode):
+    """Notes the operations that draw random numbers, but for those of dropout."""
+
+    def __init__(self, path: list[str], found: dict[str, None]) -> None:
+        super().__init__()
+        self._path, self._found = path, found
+        self.dropouts = _Dropouts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.dropouts.inside or torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        before = self._state(args)
+        result = func(*args, **kwargs)
+        if not torch.equal(before, self._state(args)):
+            name = func._schema.name.split("::")[1].strip("_")
+            layer = self._path[-1] if self._path else ""
+            place = f" in layer {layer!r}" if layer else ""
+            self._found[f"random numbers of {name}{place}"] = None
+        return result
+
+    @staticmethod
+    def _state(args: Any) -> Tensor:
+        device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+# The functions of torch.nn.functional call the operators of these names.
+_OF_DROPOUT = re.compile(f"({'|'.join(DROPOUTS)})(_|[123]d)?")
+
+
+class _Dropouts(TorchFunctionMode):
+    """Knows whether one of torch's functions for dropout is being computed."""
+
+    inside = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        of_dropout = _OF_DROPOUT.fullmatch(getattr(func, "__name__", "")) is not None
+        self.inside += of_dropout
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.inside -= of_dropout
