@@ -24,7 +24,7 @@ from bmrs.graph.channels import (
     without_repetition,
 )
 from bmrs.graph.layer_norms import Fit, LayerNorm, layer_norms
-from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, LINEAR, SCATTERS, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rms_norms import RmsNorm, rms_norms
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.rules.convolution import pads
@@ -314,8 +314,13 @@ class _Reader:
         return self._initial_state(node, call.operator, result)
 
     def _initial_state(self, node: fx.Node, name: str, value: Any) -> Any:
-        """Give what a recurrent layer starts from channels, where it is one number that can be there fewer times."""
-        if name not in FILLS or not isinstance(value, Value) or len(value.shape) < 2 or not _starts(node):
+        """Give what recurrences and sums start from channels, where it is one number that can be there fewer times."""
+        if name not in FILLS or not isinstance(value, Value) or len(value.shape) < 2:
+            return value
+        if (dim := _summed_into_along(node)) is not None:
+            axes = [d for d, size in enumerate(value.shape) if d != dim % len(value.shape) and size > 1]
+            return replace(value, layers=tuple(self.findings.new_layer(value.shape, d) for d in axes))
+        if not _starts(node):
             return value
         first, *between, last = value.shape
         channels = self.findings.ties.new(first, *[1] * len(between), last)
@@ -483,6 +488,21 @@ def _starts(node: fx.Node) -> bool:
         and (_operator_name(user) in GATES or (_operator_name(user) == "zeros_like" and _starts(user)))
         for user in node.users
     )
+
+
+def _summed_into_along(node: fx.Node) -> int | None:
+    """Return the dimension along which nothing but entries at indices are put into a tensor, None if more is done."""
+    dims = {
+        user.args[1]
+        if user.args[0] is node
+        and isinstance(user.target, torch._ops.OpOverload)
+        and _operator_name(user) in SCATTERS
+        else None
+        for user in node.users
+        if len(user.args) > 1
+    }
+    (dim,) = dims if len(dims) == 1 else (None,)
+    return dim if isinstance(dim, int) else None
 
 
 def _groups_of(node: fx.Node) -> int:

@@ -25,13 +25,14 @@ _PRODUCERS = (*WEIGHT_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTra
 
 
 def same_channels(analysis: Analysis) -> list[list[str]]:
-    """Return the noise layers in groups that scale the same channels, in the order of their use."""
+    """Return the noise layers in groups that scale the same channels, as structures of one size, in order of use."""
     roots = analysis.findings.ties.roots()
-    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)  # by size, and channels
     for call in analysis.noise_calls():
         channels = call["x"].channels_along(call["dim"])
         if channels is not None and not (channels < 0).any():
-            names = groups[tuple(roots[channels].tolist())]
+            key = (call["structure_size"], *roots[channels].tolist())
+            names = groups[key]
             if call["name"] not in names:
                 names.append(call["name"])
     return list(groups.values())

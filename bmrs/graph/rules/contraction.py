@@ -360,7 +360,12 @@ def attention(findings: Findings, call: Call) -> Value:
     layers = tuple(layer.expand(scores_shape) for layer in layers)
     if mask is not None:
         layers = combine(findings, scores_shape, [(scores_shape, layers), (mask.shape, mask.layers)])
-    scores = Value(scores_shape, layers)
+    keys = len(scores_shape) - 1
+    for layer in layers:
+        if keys in varying_axes(layer):
+            # Where a key is zero its score is too, which counts like any other.
+            findings.stay(layer, "attention's softmax runs over all keys")
+    scores = Value(scores_shape, tuple(layer for layer in layers if keys not in varying_axes(layer)))
     layers = contract(findings, scores, batch + "ts", v, batch + "sw", batch + "tw")
     zeros = _zero_products([(v, batch + "sw")], batch + "tw", call.shape)
     return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), zeros)

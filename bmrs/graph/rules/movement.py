@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from bmrs.graph.channels import STAYS, compressed, varying_axes, without_repetition
-from bmrs.graph.operators import DROPOUTS, NEW_FILLS
+from bmrs.graph.operators import DROPOUTS, NEW_FILLS, SCATTERS
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine, joined
@@ -218,6 +219,12 @@ def padded(findings: Findings, call: Call) -> Value:
     if call.operator.startswith("reflection"):
         mode = "reflect"
     axes = [len(value.shape) - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
+    if mode != "constant":
+        # As much has to be left as is copied to the other end.
+        along = [layer for layer in value.layers if set(axes) & set(varying_axes(layer))]
+        for layer in along:
+            findings.stay(layer, f"{mode} padding copies a part of it")
+        value = replace(value, layers=tuple(x for x in value.layers if all(x is not y for y in along)))
 
     def pad_with(fill: float) -> Callable[[Tensor], Tensor]:
         if mode == "constant":
@@ -339,35 +346,84 @@ def indexed(findings: Findings, call: Call) -> Value:
     simple = call.operator in ("index", "index_select") and len(indices) == 1 and len(indices[0].shape) == 1
     if not simple:
         # Known indices into channels would have to be renumbered.
-        axes = _indexed_axes(call) if call.operator == "index" else range(len(value.shape))
         for layer in value.layers:
-            if set(axes) & set(varying_axes(layer)):
+            if set(_picked_axes(call, len(value.shape))) & set(varying_axes(layer)):
                 findings.stay(layer, f"{call.operator} picks from it")
     if any(index.tensor is None for index in indices):
-        picked = set(_indexed_axes(call)) if call.operator == "index" else set(range(len(value.shape)))
+        picked = set(_picked_axes(call, len(value.shape)))
         for layer in value.layers:
             if picked & set(varying_axes(layer)):
                 findings.stay(layer, f"{call.operator} picks by the input")
-        if call.operator != "index":
+        if call.operator not in ("index", "index_select"):
             return Value(call.shape)
-        value = Value(value.shape, tuple(x for x in value.layers if not picked & set(varying_axes(x))))
+        # So are constants, where they are the same all along what is picked from.
+        constant = None if value.constant is None else uniform(value.constant, sorted(picked))
+        constant = None if constant is None else constant.expand(value.shape)
+        layers = tuple(x for x in value.layers if not picked & set(varying_axes(x)))
+        value = Value(value.shape, layers, constant)
         # Any entry will do, as all carry the same channels.
-        plain["indices"] = [
-            None if index is None else torch.zeros(index.shape, dtype=torch.int64)
-            for index in call["indices"]
-        ]
+        name = "index" if call.operator == "index_select" else "indices"
+        plain[name] = tree_map(
+            lambda index: torch.zeros(index.shape, dtype=torch.int64) if isinstance(index, Value) else index,
+            call[name],
+        )
 
     def move(x: Tensor) -> Tensor:
         result = call.target(**{**plain, "self": x})
         assert isinstance(result, Tensor)
         return result
 
-    known = value if all(index.tensor is not None for index in indices) else Value(value.shape, value.layers)
-    return _moved(findings, call, known, move)[0]
+    return _moved(findings, call, value, move)[0]
+
+
+def _picked_axes(call: Call, rank: int) -> Sequence[int]:
+    """Return the dimensions along which indices pick: all, where there is an index for each entry."""
+    if call.operator == "index":
+        return _indexed_axes(call)
+    return [call["dim"] % rank] if call.operator == "index_select" else range(rank)
 
 
 def _indexed_axes(call: Call) -> list[int]:
     return [d for d, index in enumerate(call["indices"]) if index is not None]
+
+
+@rule(*SCATTERS)
+def scattered(findings: Findings, call: Call) -> Value:
+    """Follow entries put or summed into others at indices along one dimension, as messages between nodes of a graph.
+
+    Along the other dimensions what lies at the same place is tied.
+    """
+    x, axis = call["self"], call["dim"] % max(len(call.shape), 1)
+    source, index = call["source"] or call["src"], call["index"]
+    values = [value for value in (x, source) if isinstance(value, Value)]
+    # In `scatter` there is an index for every entry.
+    values += [index] if call.operator.startswith("scatter") else []
+    sizes = {value.shape[:axis] + value.shape[axis + 1 :] for value in values}
+    if len(sizes) > 1 or call["value"] not in (None, 0):
+        for value in values:
+            findings.stay_all(value, f"{call.operator} writes into a part of it")
+        return Value(call.shape)
+    operands = []
+    for value in values:
+        for layer in value.layers:
+            if axis in varying_axes(layer):
+                findings.stay(layer, f"{call.operator} runs over its dimension")
+        left = [layer.narrow(axis, 0, 1) for layer in value.layers if axis not in varying_axes(layer)]
+        operands.append(([1 if d == axis else size for d, size in enumerate(value.shape)], left))
+    layers = combine(findings, operands[0][0], operands)
+    zeros = [_zero_along(value, axis) for value in values if value is not index]
+    constant = None
+    if all(zero is not None for zero in zeros):
+        zero = torch.stack(torch.broadcast_tensors(*zeros)).all(dim=0)
+        known = torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan)
+        constant = compressed(known.expand(call.shape))
+    return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), constant)
+
+
+def _zero_along(value: Value, axis: int) -> Tensor | None:
+    """Return where all entries along a dimension are known to be 0, with size 1 along that; None if none are."""
+    known = value.known()
+    return None if known is None else (known == 0).all(dim=axis, keepdim=True)
 
 
 @rule("select_scatter")

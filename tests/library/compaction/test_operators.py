@@ -115,6 +115,8 @@ class TestOperators:
             (lambda h: h + torch.linalg.vector_norm(h, -1, 1, True), 6, [0, 3], 0, 6),  # 0 where any entry is
             (lambda h: 1.0 / (2.0 + h.tanh()), 6, [0, 3], 2, 4),
             (lambda h: h.cumsum(0), 6, [0, 3], 2, 4),
+            (lambda h: F.pad(h[None], (2, 3), mode="circular")[0], 11, [0, 1, 2, 3], 0, 11),
+            (lambda h: F.pad(h.T[None], (2, 1), mode="reflect")[0].T[:3], 6, [0, 3], 2, 4),
             (lambda h: h.cumsum(1), 6, [0, 3], 0, 6),
             (lambda h: h.sort(dim=0).values, 6, [0, 3], 2, 4),
         ],
@@ -174,6 +176,82 @@ class TestOperators:
             last=nn.Linear(6, 2),
         )
         compacted = assert_compacts(pruned(model, {"noise": [0, 4]}), torch.randn(3, 4))
+        assert compacted.first.out_features == 6
+
+    @pytest.mark.parametrize(
+        "gather",
+        [
+            lambda h, index: torch.zeros_like(h).index_add(0, index, h * 2.0),
+            lambda h, index: torch.zeros(len(h), h.shape[1]).index_add(0, index, h),
+            lambda h, index: torch.zeros_like(h).scatter_add(0, index[:, None].expand_as(h), h),
+            lambda h, index: torch.zeros_like(h).scatter_reduce(
+                0, index[:, None].expand(-1, h.shape[1]), h, "amax"
+            ),
+            lambda h, index: (h * 1.0).index_copy(0, index, h.sin()),
+            lambda h, index: (h * 1.0).scatter(0, index[:, None].expand_as(h), 0.0),
+            lambda h, index: torch.zeros_like(h).index_add(0, index, h[index]),
+            lambda h, index: torch.zeros_like(h).index_add(0, index, h.index_select(0, index)),
+        ],
+    )
+    def test_channels_leave_messages_between_nodes(self, gather):
+        model = calling(
+            lambda self, x, index: self.last(gather(self.noise(self.first(x)), index)),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        index = torch.tensor([1, 0, 3, 2, 4])
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), (torch.randn(5, 4), index))
+        assert compacted.first.out_features == compacted.last.in_features == 4
+
+    @pytest.mark.parametrize("written_out", [True, False])
+    def test_channels_that_attention_takes_for_keys_stay(self, written_out):
+        """What is pruned has zeros for key and value, but a share of the attention all the same."""
+
+        def forward(self, x):
+            tokens = self.noise(self.first(x))
+            queries, keys, values = self.query(x), self.key(tokens), self.value(tokens)
+            if written_out:
+                return self.last((queries @ keys.mT).softmax(-1) @ values)
+            return self.last(F.scaled_dot_product_attention(queries, keys, values))
+
+        heads = {name: nn.Linear(5, 4, bias=False) for name in ("query", "key", "value")}
+        model = calling(forward, first=nn.Conv1d(3, 6, 1), noise=NoiseLayer(6), last=nn.Linear(4, 2), **heads)
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(2, 3, 5))
+        (reason,) = layer_report(compacted, "noise").kept_because
+        assert "softmax" in reason
+
+    def test_sums_over_messages_of_a_width_in_the_code_make_a_graph(self):
+        model = calling(
+            lambda self, x, index: self.last(
+                torch.zeros(x.shape[0], 6).index_add(0, index, self.noise(self.first(x)))
+            ),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        inputs = (torch.randn(5, 4), torch.tensor([1, 0, 3, 2, 4]))
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), inputs, form="graph")
+        assert parameter_shapes(compacted)["first.weight"] == (4, 4)
+
+    @pytest.mark.parametrize(
+        "gather",
+        [
+            lambda h, index: (h * 1.0).index_add(1, index, h),  # along the channels
+            lambda h, index: (h * 1.0).scatter(0, index[:, None].expand_as(h), 2.0),  # no zeros any more
+            lambda h, index: (h * 1.0).scatter_add(0, index[:3, None].expand(3, 4), h[:, :4]),  # a part
+            lambda h, index: (h + 1.0).index_add(0, index, h),
+        ],
+    )
+    def test_channels_stay_where_messages_are_more_than_zeros(self, gather):
+        model = calling(
+            lambda self, x, index: self.last(gather(self.noise(self.first(x)), index)),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        index = torch.tensor([1, 0, 3, 2, 4, 5])
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), (torch.randn(6, 4), index))
         assert compacted.first.out_features == 6
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

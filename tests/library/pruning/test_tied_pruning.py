@@ -107,6 +107,25 @@ class TestTies:
         prune_structures(model.value.noise, [1])
         assert assert_compacts(model, EXAMPLE).gate.out_features == 3
 
+    def test_structures_of_other_sizes_are_not_tied(self):
+        model = nn.Sequential(
+            Sum(
+                nn.Sequential(nn.Linear(2, 4), NoiseLayer(4)),
+                nn.Sequential(nn.Linear(2, 4), NoiseLayer(2, structure_size=2)),
+                way="operator",
+            ),
+            nn.Linear(4, 1),
+        )
+        first, second = noise_layers(model).values()
+        assert graph_for_pruning(model, EXAMPLE).tied == []
+        with torch.no_grad():
+            first.mu[0] = second.mu[0] = -19.0
+            first.log_sigma[0] = second.log_sigma[0] = 3.0
+        bmrs.prune(model, bmrs.BMRSNormal(tolerance=0.9), example_inputs=EXAMPLE)
+        assert first.mask.tolist() == [False, True, True, True]
+        assert second.mask.tolist() == [False, True]
+        assert assert_compacts(model, EXAMPLE)[1].in_features == 3
+
     def test_concatenated_channels_are_not_tied(self):
         class Both(Sum):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
