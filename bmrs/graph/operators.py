@@ -9,7 +9,15 @@ DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropou
 NEW_FILLS = ("new_zeros", "new_ones", "new_full")
 FILLS = ("zeros", "ones", "full", *NEW_FILLS)
 
-SCATTERS = ("index_add", "index_copy", "index_reduce", "scatter", "scatter_add", "scatter_reduce")
+SCATTERS = (
+    "index_add",
+    "index_copy",
+    "index_fill",
+    "index_reduce",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+)
 """They put entries into a tensor, or sum them into it, at indices along one dimension."""
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}

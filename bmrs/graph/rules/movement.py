@@ -420,6 +420,23 @@ def scattered(findings: Findings, call: Call) -> Value:
     return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), constant)
 
 
+@rule("index_put")
+def put(findings: Findings, call: Call) -> Value:
+    """Follow one number put at the places of a mask; other indices keep all that they write to."""
+    x, indices, number = call["self"], call["indices"], call["values"]
+    masked = len(indices) == 1 and len(x.shape) > 1 and getattr(indices[0], "shape", None) == x.shape
+    if not masked or number.shape.numel() != 1:
+        for value in (x, number):
+            findings.stay_all(value, "index_put writes into a part of it")
+        return Value(call.shape)
+    layers = combine(findings, call.shape, [(value.shape, value.layers) for value in (x, indices[0])])
+    known, put_there = x.known(), number.known()
+    if known is None or put_there is None:
+        return Value(call.shape, layers)
+    constant = known.where(known == put_there.flatten()[0], torch.nan)
+    return Value(call.shape, layers, compressed(constant))
+
+
 def _zero_along(value: Value, axis: int) -> Tensor | None:
     """Return where all entries along a dimension are known to be 0, with size 1 along that; None if none are."""
     known = value.known()
@@ -463,10 +480,10 @@ def placed(findings: Findings, call: Call) -> Value:
     return Value(call.shape, value.layers, compressed(constant))
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero")
 def like(findings: Findings, call: Call) -> Value:
     """Follow a tensor made with another's sizes, which loses what the other loses."""
-    fills = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": call["fill_value"]}
+    fills = {"zeros_like": 0.0, "zero": 0.0, "ones_like": 1.0, "full_like": call["fill_value"]}
     fill = fills.get(call.operator)
     constant = None if fill is None else torch.tensor(float(fill), dtype=torch.float64).expand(call.shape)
     return Value(call.shape, call["self"].layers, constant)

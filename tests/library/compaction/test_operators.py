@@ -63,6 +63,11 @@ def overwritten(x: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor:
     return x
 
 
+def put(x: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
+    x[where] = value
+    return x
+
+
 class TestOperators:
     @pytest.mark.parametrize(
         ("function", "reads", "structures", "removed", "left"),
@@ -105,6 +110,12 @@ class TestOperators:
                 5,
             ),
             (lambda h: overwritten(h * 1.0, 2.0), 6, [0, 3], 0, 6),
+            (lambda h: put(h * 1.0, h < 0.0, 0.0), 6, [0, 3], 2, 4),
+            (lambda h: put(h * 1.0, h <= 0.0, 2.0), 6, [0, 3], 0, 6),
+            (lambda h: put(h * 1.0, torch.tensor([0, 2]), 0.0), 6, [0, 3], 0, 6),
+            (lambda h: h + torch.empty_like(h).zero_(), 6, [0, 3], 2, 4),
+            (lambda h: h.index_fill(0, torch.tensor([1]), 0.0), 6, [0, 3], 2, 4),
+            (lambda h: h.index_fill(1, torch.tensor([1]), 0.0), 6, [0, 3], 0, 6),
             # All products of two entries: those of one that is 0 are.
             (lambda h: torch.einsum("ni,nj->nij", h, h).flatten(1), 36, [0, 3], 2, 16),
             (lambda h: (h[:, :, None] * h[:, None]).view(len(h), -1), 36, [0, 3], 2, 16),
