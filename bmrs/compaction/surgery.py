@@ -222,6 +222,8 @@ def set_attributes(model: nn.Module, values: Mapping[str, Mapping[str, float]]) 
 
 def _sizes_given(analysis: Analysis, node: fx.Node, call: Call) -> list[tuple[int, int]]:
     """Return the sizes that an operation is given as numbers, each with what it has to be in the smaller network."""
+    if call.operator.startswith("conv") and call["groups"] > 1:
+        return [(call["groups"], groups_left(analysis, call))]
     names = _TAKE_SIZES.get(call.operator, ())
     given = next((call[name] for name in names if call[name] is not None), None)
     results = analysis.values.get(node)

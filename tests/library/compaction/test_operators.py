@@ -232,6 +232,24 @@ class TestOperators:
         (reason,) = layer_report(compacted, "noise").kept_because
         assert "softmax" in reason
 
+    def test_numbers_of_groups_in_attributes_of_ones_own_layers_change(self):
+        """As of blurring that stands in for a stride, with a fixed kernel for each channel."""
+
+        class Blur(nn.Module):
+            def __init__(self, channels: int) -> None:
+                super().__init__()
+                self.channels, self.size = channels, 3
+                self.register_buffer("kernel", torch.ones(channels, 1, 3, 3) / 9)
+
+            def forward(self, x):
+                return F.conv2d(x, self.kernel, groups=self.channels)
+
+        layers = (nn.Conv2d(3, 8, 1), NoiseLayer(8), Blur(8), nn.Conv2d(8, 6, 1), NoiseLayer(6), Blur(6))
+        model = pruned(nn.Sequential(*layers, nn.Conv2d(6, 2, 1)), {"1": [0, 3, 5], "4": [2]})
+        compacted = assert_compacts(model, torch.randn(2, 3, 9, 9))
+        assert [layer.channels for layer in compacted if isinstance(layer, Blur)] == [5, 5]
+        assert model[2].channels == 8
+
     def test_sums_over_messages_of_a_width_in_the_code_make_a_graph(self):
         model = calling(
             lambda self, x, index: self.last(
