@@ -289,7 +289,7 @@ def compacted(
         error=error,
         compared_in=comparison.dtype,
         approximated=_approximated(analysis, emptied, comparison, masked, result),
-        only_in_training=only_in_training(masked, inputs) if form == "graph" else (),
+        only_in_training=only_in_training(masked, subject.few) if form == "graph" else (),
     )
     if report.only_in_training:
         warnings.warn(

@@ -111,8 +111,8 @@ class CompactReport:
         emptied: names of layers that nothing is left of, as of a residual branch of which all structures are pruned:
             they lost their weights, and what the branch adds is a constant.
         approximated: what ``approximate`` let leave and how much the outputs differ for it; None if nothing.
-        only_in_training: for ``"graph"``, what the user's code does in training mode and the graph does not, such as
-            random numbers other than dropout's.
+        only_in_training: for ``"graph"``, what was seen that the user's code does in training mode and the graph does
+            not: random numbers of torch other than dropout's, buffers that change, outputs.
     """
 
     form: str

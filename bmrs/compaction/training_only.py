@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_structure
+from torch.utils._pytree import tree_flatten, tree_structure
 
+from bmrs import processes
 from bmrs.graph.capture import Inputs, map_tensors
 from bmrs.graph.copies import copied
 from bmrs.graph.operators import DROPOUTS
@@ -22,36 +25,40 @@ from bmrs.graph.stock_layers import BATCH_NORMS
 def only_in_training(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     """Return what of a model's training mode is not in a graph of what it does in evaluation mode.
 
-    Batch norms and dropout are layers of such a graph. Other random numbers, statistics that are taken along and
-    outputs that training alone has are not.
+    Batch norms and dropout are layers of such a graph. Named are other random numbers, buffers that training changes,
+    and outputs that training alone has; whatever else its code does where ``training`` is True is not seen.
 
     Args:
-        model: in which noise is marked; it is left as it is.
+        model: in which noise is marked. A copy runs, in both modes, with random states kept; what its code changes
+            elsewhere, as in a log of the program's, is changed.
         inputs: the example.
 
     Returns:
         Each with its place, as parts of a sentence; nothing of a model that does not run on the example in training
-        mode, as with a batch norm and a single example.
+        mode, as with a batch norm and a single example, nor with several processes, which may wait for each other.
     """
+    if processes.count() > 1:
+        return ()
     network = copied(model, share=False)
-    found: dict[str, None] = {}
-    with torch.no_grad(), _random_state_kept():
-        expected = tree_structure(_run(network.eval(), inputs))
-        network.train()
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        try:
-            with _named_layers(network) as path, _Draws(path, found) as draws, draws.dropouts:
-                returned = _run(network, inputs)
-        except Exception:
-            return ()
+    drawn: dict[bool, dict[str, None]] = {False: {}, True: {}}
+    structures = []
+    with torch.no_grad(), _random_states_kept(network, inputs):
+        for training in (False, True):
+            network.train(training)
+            buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            try:
+                with _named_layers(network) as path, _Draws(path, drawn[training]) as draws, draws.dropouts:
+                    structures.append(tree_structure(_run(network, inputs)))
+            except (Exception, SystemExit):
+                return ()
+    found = [what for what in drawn[True] if what not in drawn[False]]
     for name, buffer in network.named_buffers():
         layer = network.get_submodule(name.rpartition(".")[0])
         before = buffers.get(name)
-        if isinstance(layer, BATCH_NORMS) or (before is not None and torch.equal(before, buffer)):
-            continue
-        found[f"what training keeps in {name!r}"] = None
-    if tree_structure(returned) != expected:
-        found["outputs that it has in training mode alone"] = None
+        if not isinstance(layer, BATCH_NORMS) and (before is None or not torch.equal(before, buffer)):
+            found.append(f"what training keeps in {name!r}")
+    if structures[0] != structures[1]:
+        found.append("outputs that it has in training mode alone")
     return tuple(found)
 
 
@@ -61,9 +68,17 @@ def _run(network: nn.Module, inputs: Inputs) -> Any:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
+def _random_states_kept(network: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Leave the random numbers of torch, on the devices in use, of numpy and of Python as they are."""
+    tensors = [*network.parameters(), *network.buffers(), *tree_flatten(inputs)[0]]
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_cuda}
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that the user has
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, LINEAR, SCATTERS, T
 from bmrs.graph.rms_norms import RmsNorm, rms_norms
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.rules.convolution import pads
-from bmrs.graph.values import Findings, Value
+from bmrs.graph.values import IT_IS_READ, Findings, Value
 
 _LARGEST_CONSTANT = 10_000_000
 _PRODUCTS = (
@@ -146,9 +146,14 @@ class Analysis:
 
     def reasons(self, channels: Tensor) -> list[str]:
         """Return why channels stay, "" for those that leave, of channels of shape (number,)."""
-        found = []
-        for cause in self.staying.cause_of(channels).tolist():
+        found, roots = [], self.findings.ties.roots()
+        for root, cause in zip(
+            roots[channels].tolist(), self.staying.cause_of(channels).tolist(), strict=True
+        ):
             note, place = self.findings.notes[cause] if cause >= 0 else ("", "")
+            if note == IT_IS_READ:
+                of_constants = self.findings.constants.get(place, ())
+                note = next((more for its, more in of_constants if (roots[its] == root).any()), note)
             found.append(f"{note} at {place}" if place else note)
         return found
 

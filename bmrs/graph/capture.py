@@ -310,15 +310,19 @@ def refuse_torchscript(model: nn.Module, purpose: str) -> None:
 
 def refuse_quantised(model: nn.Module, purpose: str) -> None:
     """Raise ValueError if a tensor of a model does not hold its values as they are, so that it cannot be cut."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_in_another_form(tensor):
-            path, _, own_name = name.rpartition(".")
-            layer = model.get_submodule(path)
+    for path, layer in model.named_modules():
+        place = f"layer {path!r}" if path else "the model"
+        place += f" ({type(layer).__name__})"
+        if type(layer).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise ValueError(
-                f"the {own_name} of layer {path!r} ({type(layer).__name__}) is of class "
-                f"{type(tensor).__qualname__}, which holds its values in another form, as after quantisation: "
-                f"{purpose} first, then quantise"
+                f"{place} is quantised, so that it cannot be cut: {purpose} first, then quantise"
             )
+        for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+            if is_in_another_form(tensor):
+                raise ValueError(
+                    f"{name} of {place} is of class {type(tensor).__qualname__}, which holds its values in a form of "
+                    f"its own, as after quantisation, and cannot be cut: {purpose} first, then quantise"
+                )
 
 
 def _as_export_takes_it(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -139,9 +140,10 @@ def refusing_noise_of(original: nn.Module) -> Iterator[None]:
         if isinstance(module, NoiseLayer) or own_noise(module) is not None
     }
     called: list[tuple[str, nn.Module]] = []
+    thread = threading.get_ident()  # another one may well call the original
 
     def note(module: nn.Module, inputs: Any) -> None:
-        if id(module) in noisy:
+        if id(module) in noisy and threading.get_ident() == thread:
             called.append(noisy[id(module)])
 
     hook = nn.modules.module.register_module_forward_pre_hook(note)

@@ -24,6 +24,9 @@ from bmrs.graph.channels import (
     without_repetition,
 )
 
+IT_IS_READ = "it is read"
+"""Why a channel stays of which nothing more is known."""
+
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -79,6 +82,8 @@ class Findings:
         constraints: what holds for them, in an order of computation.
         notes: for each constraint, why it is there, as a part of a sentence; and the operation, as text.
         place: the operation that is looked at.
+        constants: by the operation, channels that are constant there and why that does not let them leave, as a part
+            of a sentence.
         repetitions: channels along dimensions that were expanded behind groups: of the repetitions of each group.
         follow_constants: whether what linear layers and convolutions make of nothing but constants is one.
     """
@@ -87,6 +92,7 @@ class Findings:
     constraints: list[Constraint] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     place: str = ""
+    constants: dict[str, list[tuple[Tensor, str]]] = field(default_factory=dict)
     repetitions: set[int] = field(default_factory=set)
     follow_constants: bool = True
 
@@ -94,6 +100,10 @@ class Findings:
         """Note a constraint of the present operation."""
         self.constraints.append(constraint)
         self.notes.append((note, self.place))
+
+    def say_of_constants(self, channels: Tensor, note: str) -> None:
+        """Note why channels are read, if they are, by the present operation although they are constant."""
+        self.constants.setdefault(self.place, []).append((channels, note))
 
     def stay(self, channels: Tensor, note: str) -> None:
         """Keep channels for good."""

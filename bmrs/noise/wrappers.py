@@ -50,6 +50,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_in_another_form(tensor: Tensor) -> bool:
     """Return whether a tensor's class computes in a way of its own with what it holds, as those of quantisation do."""
+    if tensor.is_quantized:
+        return True
     own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return own and not (is_sharded(tensor) or isinstance(tensor, FakeTensor) or tensor.is_nested)
 

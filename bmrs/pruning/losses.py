@@ -37,7 +37,7 @@ def checked_summands(
             raise ValueError(
                 f"loss must be one number, the mean over the batch, got shape {tuple(part.shape)}"
             )
-        depends = depends or (part.requires_grad and (leads_to(part, parameters) or not can_be_seen))
+        depends = depends or (part.requires_grad and (not can_be_seen or leads_to(part, parameters)))
         if depends or not isinstance(loss, Tensor):  # several can be told after the last one alone
             yield part
     if not depends:

@@ -20,7 +20,7 @@ from bmrs.graph.channels import (
     without_repetition,
 )
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Findings, Value, combine
+from bmrs.graph.values import IT_IS_READ, Findings, Value, combine
 
 
 def contract(
@@ -84,7 +84,7 @@ def sum_layers(
     layers: Sequence[Tensor],
     summed: Sequence[int],
     silent: Tensor | None,
-    note: str = "it is read",
+    note: str = IT_IS_READ,
 ) -> list[Tensor]:
     """Return the layers of a sum over dimensions, which vanish.
 
@@ -145,24 +145,20 @@ def _read(
 
 
 def say_which_constants_stay(
-    findings: Findings, channels: Tensor | None, constants: Tensor, results: Tensor | None, reason: str
+    findings: Findings, channels: Tensor | None, constants: Tensor, reason: str
 ) -> None:
-    """Say of pruned channels why they are read although they are the same everywhere.
+    """Say of channels why they are read although they are the same everywhere; whether they are is told elsewhere.
 
     Args:
         findings: where that goes.
-        channels: what is read, of shape (number,); nothing is said of None.
+        channels: what may be read, of shape (number,); nothing is said of None.
         constants: their constants, NaN or 0 for those that this is not about.
-        results: channels of what is made of them; None if those stay in any case.
         reason: what keeps a constant from being accounted for.
     """
     held = ~constants.isnan() & (constants != 0)
     if channels is not None and held.any():
-        by_any = () if results is None else (results,)
-        findings.add(
-            Read(channels[held.expand(channels.shape)], by_any=by_any),
-            f"a constant other than 0 is left of it, {reason}",
-        )
+        of_them = channels[held.expand(channels.shape)]
+        findings.say_of_constants(of_them, f"a constant other than 0 is left of it, {reason}")
 
 
 NO_BIAS = "and no bias can take it up"
@@ -192,8 +188,7 @@ def _affine(
     layers = tuple(layer.expand(call.shape) for layer in layers)
     if ignored is None and x.constant is not None:
         constants = uniform(x.constant, range(len(around))).flatten()
-        results = Value(call.shape, layers).channels_along(-1)
-        say_which_constants_stay(findings, x.channels_along(-1), constants, results, NO_BIAS)
+        say_which_constants_stay(findings, x.channels_along(-1), constants, NO_BIAS)
     if bias is not None:
         layers = combine(findings, call.shape, [(call.shape, layers), (bias.shape, bias.layers)])
     follow = findings.follow_constants

@@ -12,7 +12,7 @@ from bmrs.graph.channels import STAYS, EqualNumbers, Read, compressed, varying_a
 from bmrs.graph.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules.contraction import NO_BIAS, contract, say_which_constants_stay, uniform, with_rank
 from bmrs.graph.rules.registry import Call, rule
-from bmrs.graph.values import Findings, Value, combine
+from bmrs.graph.values import IT_IS_READ, Findings, Value, combine
 
 
 @rule(*CONVOLUTIONS, "convolution", *TRANSPOSED_CONVOLUTIONS)
@@ -85,8 +85,7 @@ def convolution(findings: Findings, call: Call) -> Value:
         layers = combine(findings, call.shape, [(call.shape, layers), (shape, bias_layers)])
     if x.constant is not None and (reason := _why_constants_stay(call, transposed)):
         constants = uniform(x.constant, [d for d in range(len(x.shape)) if d != 1]).flatten()
-        results = Value(call.shape, layers).channels_along(1)
-        say_which_constants_stay(findings, x.channels_along(1), constants, results, reason)
+        say_which_constants_stay(findings, x.channels_along(1), constants, reason)
     return Value(call.shape, layers, constant)
 
 
@@ -166,7 +165,7 @@ def _grouped(
             constant = _grouped_constants(call, per_group, weight.tensor)
     if inputs > groups:
         for group_in, group_out, quiet in zip(read_by, into, silent, strict=True):
-            findings.add(Read(group_in, by_any=(group_out,), quiet=quiet), "it is read")
+            findings.add(Read(group_in, by_any=(group_out,), quiet=quiet), IT_IS_READ)
     layer = after.view(1, -1, *[1] * spatial).expand(call.shape)
     return (layer,), constant
 

@@ -346,9 +346,26 @@ class TestQuantised:
         folded = bmrs.fold(model)
         torch.testing.assert_close(folded(x), model(x))
         with pytest.raises(
-            ValueError, match=r"weight of layer '0\.0' .* InBytes, .*: save first, then quantise"
+            ValueError, match=r"weight of layer '0\.0' .* InBytes, .* save first, then quantise"
         ):
             bmrs.save(tmp_path / "m", folded, example_inputs=x)
+
+    @pytest.mark.filterwarnings("ignore")  # they are deprecated
+    def test_torchs_own_ways(self):
+        model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
+        bmrs.add_noise(model, where="0")
+        model.register_buffer("table", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+        with pytest.raises(
+            ValueError, match=r"table of the model \(Sequential\) is of class Tensor, which holds"
+        ):
+            bmrs.compact(model.eval(), x)
+        del model.table
+        dynamic = torch.ao.nn.quantized.dynamic.Linear(6, 2)
+        model[2] = dynamic
+        with pytest.raises(
+            ValueError, match=r"layer '2' \(Linear\) is quantised, .*: compact first, then quantise"
+        ):
+            bmrs.compact(model.eval(), x)
 
     def test_other_classes_of_parameters_are_cut(self, model):
         prune_structures(model[1], [1])

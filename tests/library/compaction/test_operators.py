@@ -403,6 +403,16 @@ class TestOperators:
         (found,) = layer_report(compacted, "noise").kept_because
         assert f"a constant other than 0 is left of it, {reason}" in found
 
+    def test_constants_in_front_of_a_depthwise_convolution_leave_with_what_is_behind_it(self):
+        """As in MobileNets: what is left of a channel is a constant, and its own output is pruned as well."""
+        layers = [nn.Conv2d(3, 8, 1), NoiseLayer(8), nn.BatchNorm2d(8), nn.ReLU6()]
+        layers += [nn.Conv2d(8, 8, 3, padding=1, groups=8), NoiseLayer(8), nn.BatchNorm2d(8), nn.ReLU6()]
+        model = pruned(nn.Sequential(*layers, nn.Conv2d(8, 4, 1)), {"1": [0, 3, 5, 6], "5": [0, 3, 5, 6]})
+        nn.init.ones_(model[2].bias)
+        nn.init.ones_(model[6].bias)
+        compacted = assert_compacts(model, torch.randn(2, 3, 8, 8))
+        assert [layer_report(compacted, name).removed for name in ("1", "5")] == [4, 4]
+
     def test_pruned_entries_of_the_input_itself_are_not_counted_as_removed(self):
         model = calling(
             lambda self, x: self.last(self.noise(torch.cat([self.first(x), x], dim=1))),

@@ -1,7 +1,9 @@
 """What networks do in training mode alone: graphs, which lack it, say so."""
 
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,7 +57,7 @@ def compacted(network: nn.Module) -> nn.Module:
     ("inside", "lacking"),
     [
         (
-            OwnCode(lambda x, training: x + torch.randn_like(x) * training),
+            OwnCode(lambda x, training: x + torch.randn_like(x) if training else x),
             "random numbers of randn_like in layer 'inside'",
         ),
         (
@@ -84,6 +86,32 @@ def test_what_a_graph_lacks_is_named(inside, lacking):
     assert report.to_dict()["only_in_training"] == report.only_in_training
 
 
+def test_random_states_are_left_as_they_are():
+    def draws(x, training):
+        return x + (random.random() + np.random.rand()) * torch.rand(()) if training else x  # noqa: NPY002
+
+    network = Network(OwnCode(draws))
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    with pytest.warns(UserWarning, match="random numbers of rand in layer 'inside'"):
+        compacted(network)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_nothing_is_said_of_a_training_mode_that_ends_in_an_error(error):
+    def ends(x, training):
+        if training:
+            raise error
+        return x
+
+    assert bmrs.compact_report(compacted(Network(OwnCode(ends)))).only_in_training == ()
+
+
+def test_no_process_waits_for_others_in_its_training_mode(monkeypatch):
+    monkeypatch.setattr("bmrs.processes.count", lambda: 2)
+    assert bmrs.compact_report(compacted(Network(nn.RReLU()))).only_in_training == ()
+
+
 def test_outputs_that_training_alone_has_are_named():
     with pytest.warns(UserWarning, match="outputs that it has in training mode alone"):
         compacted(TwoInTraining())
@@ -99,6 +127,7 @@ def test_outputs_that_training_alone_has_are_named():
         nn.Sequential(nn.Unflatten(1, (2, 1)), nn.Dropout1d(0.5), nn.Flatten()),
         OwnCode(lambda x, training: F.feature_alpha_dropout(x[..., None], 0.5, training)[..., 0]),
         nn.BatchNorm1d(2),
+        OwnCode(lambda x, training: x + 0.0 * torch.rand_like(x)),  # in evaluation mode too
     ],
 )
 def test_nothing_is_said_of_what_graphs_have_too(inside):
