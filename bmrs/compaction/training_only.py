@@ -39,7 +39,8 @@ def only_in_training(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     """
     if processes.count() > 1:
         return ()
-    network = copied(model, share=False)
+    network = copied(model, share="parameters")
+    _alias_parameters(network)
     drawn: dict[bool, dict[str, None]] = {False: {}, True: {}}
     structures = []
     with torch.no_grad(), _random_states_kept(network, inputs):
@@ -47,8 +48,14 @@ def only_in_training(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
             network.train(training)
             buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
             try:
-                with _named_layers(network) as path, _Draws(path, drawn[training]) as draws, draws.dropouts:
+                with (
+                    _named_layers(network) as path,
+                    _Draws(network, path, drawn[training]) as draws,
+                    draws.dropouts,
+                ):
                     structures.append(tree_structure(_run(network, inputs)))
+            except _WritesParameterError:
+                return ("what training writes into parameters",)
             except (Exception, SystemExit):
                 return ()
     found = [what for what in drawn[True] if what not in drawn[False]]
@@ -60,6 +67,19 @@ def only_in_training(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     if structures[0] != structures[1]:
         found.append("outputs that it has in training mode alone")
     return tuple(found)
+
+
+class _WritesParameterError(Exception):
+    """Code of a model writes into a parameter, which a copy that takes no memory shares with it."""
+
+
+def _alias_parameters(network: nn.Module) -> None:
+    """Give a network parameters of its own with the values of others, so that it can put other values into them."""
+    aliases = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in network.parameters()}
+    for layer in network.modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                layer._parameters[name] = aliases[id(parameter)]
 
 
 def _run(network: nn.Module, inputs: Inputs) -> Any:
@@ -104,15 +124,18 @@ def _named_layers(network: nn.Module) -> Iterator[list[str]]:
 
 
 class _Draws(TorchDispatchMode):
-    """Notes the operations that draw random numbers, but for those of dropout."""
+    """Notes operations that draw random numbers, but for those of dropout, and stops those that write parameters."""
 
-    def __init__(self, path: list[str], found: dict[str, None]) -> None:
+    def __init__(self, network: nn.Module, path: list[str], found: dict[str, None]) -> None:
         super().__init__()
         self._path, self._found = path, found
+        self._parameters = {p.untyped_storage().data_ptr() for p in network.parameters() if p.numel()}
         self.dropouts = _Dropouts()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.is_mutable and self._writes_parameter(func, args):
+            raise _WritesParameterError
         if self.dropouts.inside or torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         before = self._state(args)
@@ -123,6 +146,15 @@ class _Draws(TorchDispatchMode):
             place = f" in layer {layer!r}" if layer else ""
             self._found[f"random numbers of {name}{place}"] = None
         return result
+
+    def _writes_parameter(self, func: Any, args: Any) -> bool:
+        written = [
+            value
+            for value, argument in zip(args, func._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        tensors = [leaf for leaf in tree_flatten(written)[0] if isinstance(leaf, Tensor)]
+        return any(tensor.untyped_storage().data_ptr() in self._parameters for tensor in tensors)
 
     @staticmethod
     def _state(args: Any) -> Tensor:

@@ -112,6 +112,31 @@ def test_no_process_waits_for_others_in_its_training_mode(monkeypatch):
     assert bmrs.compact_report(compacted(Network(nn.RReLU()))).only_in_training == ()
 
 
+@pytest.mark.parametrize("way", ["in place", "of its data", "replaced"])
+def test_parameters_that_training_writes_are_left_as_they_are(way):
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                with torch.no_grad():
+                    if way == "in place":
+                        self.weight.clamp_(-0.01, 0.01)
+                    elif way == "of its data":
+                        self.weight.data.clamp_(-0.01, 0.01)
+                    else:
+                        self.weight.data = self.weight.data.clamp(-0.01, 0.01)
+            return super().forward(x)
+
+    network = Network(Clipped(2, 2))
+    weight = network.inside.weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compacted(network)
+    assert torch.equal(network.inside.weight, weight)
+    assert ("what training writes into parameters" in "".join(str(w.message) for w in caught)) == (
+        way != "replaced"
+    )
+
+
 def test_outputs_that_training_alone_has_are_named():
     with pytest.warns(UserWarning, match="outputs that it has in training mode alone"):
         compacted(TwoInTraining())
