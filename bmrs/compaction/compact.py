@@ -39,7 +39,7 @@ from bmrs.graph.capture import (
     MarkedNoise,
     as_inputs,
     capture,
-    dtypes_rounded_to,
+    has_autocast,
     map_tensors,
     mark,
 )
@@ -234,7 +234,7 @@ def compacted(
     comparison = OutputComparison(
         masked,
         inputs,
-        rounded_to=dtypes_rounded_to(analysis.captured.graph),
+        autocast=has_autocast(analysis.captured.graph),
         approximation=ApproximateNorms(analysis) if analysis.fits else None,
     )
     for layer in noise.values():
@@ -261,7 +261,7 @@ def compacted(
         folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
         try:
             result, form = build_graph_network(analysis, the_cut, folding.remaining, noise), "graph"
-            error, failure = comparison.attempt_graph(result)
+            error, failure = comparison.attempt(result, graph=True)
         except UnsupportedError as unsupported:
             failure = str(unsupported)
         if failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ class OutputComparison:
     Args:
         masked: the masked network, in evaluation mode.
         inputs: the examples.
-        rounded_to: dtypes that it rounds numbers to in its code.
+        autocast: whether it has torch.autocast in its code.
         approximation: what changes the functions of the masked network, if others are to equal it so changed; else
             None.
 
@@ -45,13 +45,13 @@ class OutputComparison:
         masked: nn.Module,
         inputs: Inputs,
         *,
-        rounded_to: Collection[torch.dtype] = (),
+        autocast: bool = False,
         approximation: TorchFunctionMode | None = None,
     ) -> None:
         dtypes = {p.dtype for p in masked.parameters() if p.is_floating_point()}
         self.tolerance = max((TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
-        for dtype in rounded_to:
-            self.allow(dtype)
+        if autocast:
+            self.allow(torch.float16)
         self._masked, self._inputs, self._approximation = masked, inputs, approximation
         self._double = True
         try:
@@ -112,25 +112,27 @@ class OutputComparison:
         expected, found = (outputs(n, self._inputs, double=self._double) for n in (masked, network))
         return relative_difference(expected, found), relative_root_mean_square(expected, found)
 
-    def attempt_graph(self, network: nn.Module) -> tuple[float, str]:
-        """Return what `attempt` does, of a graph, where casts to the dtype of another tensor name the model's own."""
-        error, failure = self.attempt(network)
-        if error == torch.inf and self._double:
+    def attempt(self, network: nn.Module, *, graph: bool = False) -> tuple[float, str]:
+        """Return the error, and why the network cannot be used; "" if it can.
+
+        In a graph, casts to the dtype of another tensor name the model's own. One that float64 does not fit for that is
+        compared, as the masked network, in its own dtype.
+        """
+        error, failure = self._error_or_failure(network)
+        if graph and failure and self._double:
             self._compare_in_its_own_dtype()
-            error, failure = self.attempt(network)
+            error, failure = self._error_or_failure(network)
+        if not failure and not error <= self.tolerance:
+            failure = f"its outputs would differ by {error:.2g} of the largest"
         return error, failure
 
-    def attempt(self, network: nn.Module) -> tuple[float, str]:
-        """Return the error, and why the network cannot be used; "" if it can."""
+    def _error_or_failure(self, network: nn.Module) -> tuple[float, str]:
+        """Return the error, and as text in what else it ends; "" if it runs."""
         try:
-            error = self.error(network)
+            return self.error(network), ""
         except Exception as failure:
             lines = str(failure).strip().splitlines()
             return torch.inf, f"{type(failure).__name__}: {lines[0] if lines else ''}"
-        return (
-            error,
-            "" if error <= self.tolerance else f"its outputs would differ by {error:.2g} of the largest",
-        )
 
 
 def outputs(

@@ -357,25 +357,10 @@ def _quiet_export() -> Iterator[None]:
         log.setLevel(level)
 
 
-def dtypes_rounded_to(graph: fx.Graph) -> set[torch.dtype]:
-    """Return the dtypes that a graph narrows floating numbers to by itself; float16 for a part under torch.autocast."""
-    found = set()
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            if "autocast" in node.name and len(node.args) > 2 and node.args[2] is True:
-                found.add(torch.float16)
-            continue
-        result, *taken = (_floating_dtype(n) for n in (node, *node.all_input_nodes))
-        if result is not None and any(
-            dtype is not None and dtype.itemsize > result.itemsize for dtype in taken
-        ):
-            found.add(result)
-    return found
-
-
-def _floating_dtype(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else None
+def has_autocast(graph: fx.Graph) -> bool:
+    """Return whether a part of a graph runs under torch.autocast."""
+    calls = [n for n in graph.nodes if isinstance(n.target, torch._ops.HigherOrderOperator)]
+    return any("autocast" in node.name and len(node.args) > 2 and node.args[2] is True for node in calls)
 
 
 def _captured(model: nn.Module, program: ExportedProgram) -> Captured:

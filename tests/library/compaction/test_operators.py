@@ -293,13 +293,6 @@ class TestOperators:
         report = bmrs.compact_report(compacted)
         assert (report.form, report.removed, report.compared_in) == ("graph", 2, "its own dtype")
 
-    def test_what_a_network_in_double_precision_rounds_itself_is_no_error(self):
-        model = between(lambda h: torch.sin(h.float() * 1e3).double())
-        model = pruned(model.double(), {"noise": [0, 3]})
-        x = torch.randn(3, 4, dtype=torch.float64)
-        report = bmrs.compact_report(bmrs.compact(model, x))
-        assert report.removed == 2
-
     def test_entries_picked_by_number_make_a_graph(self):
         model = pruned(between(lambda h: h[:, [5, 4, 3, 2, 1, 0]]), {"noise": [0, 2]})
         compacted = assert_compacts(model, torch.randn(3, 4), form="graph")
