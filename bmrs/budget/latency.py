@@ -27,6 +27,7 @@ from bmrs.compaction.operation_flops import Axis, arguments_of_sizes
 from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import varying_axes
 from bmrs.graph.masked_graph import MaskedGraph
+from bmrs.graph.operators import is_view
 from bmrs.graph.rules import Call
 from bmrs.graph.values import Value
 
@@ -148,9 +149,7 @@ class Latency:
         self, node: fx.Node, call: Call
     ) -> tuple[_Table | None, dict[Any, Callable[[], Callable[[], Any]]]]:
         """Return a table to be filled, and what to run for it; None for an operation that takes the same or no time."""
-        returns = call.target._schema.returns
-        is_view = bool(returns) and returns[0].alias_info is not None and not call.target._schema.is_mutable
-        if is_view or call.operator == "mark_noise":
+        if is_view(call.target) or call.operator == "mark_noise":
             return None, {}
         sizes = self._costs.sizes
         places = {

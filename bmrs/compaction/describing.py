@@ -25,7 +25,8 @@ from bmrs.compaction.description import (
     references,
 )
 from bmrs.compaction.surgery import groups_left
-from bmrs.graph.analysis import Analysis, layer_of
+from bmrs.graph.analysis import Analysis
+from bmrs.graph.nodes import layer_of
 from bmrs.graph.operators import DROPOUTS, FILLS
 from bmrs.graph.rules import Call
 from bmrs.graph.stock_layers import BATCH_NORMS, constructor_arguments

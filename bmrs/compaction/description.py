@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bmrs.graph.operators import plain_name
 from bmrs.graph.rules import RULES
 
 SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -127,11 +128,7 @@ def check_operator(name: str, place: str) -> torch._ops.OpOverload:
     """
     namespace, _, rest = name.partition(".")
     operator_name, _, overload = rest.rpartition(".")
-    plain = (
-        operator_name[:-1]
-        if operator_name.endswith("_") and not operator_name.endswith("__")
-        else operator_name
-    )
+    plain = plain_name(operator_name)
     if namespace != "aten" or not (plain in RULES or plain in _WITHOUT_RULE):
         raise UnsupportedError(f"a network cannot be described with {place!r}, a call of {name}")
     packet = getattr(torch.ops.aten, operator_name, None)

@@ -12,10 +12,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bmrs.compaction.constant_layer import make_constant, make_passing
 from bmrs.compaction.cutting import Cut
-from bmrs.graph.analysis import Analysis, layer_of
+from bmrs.graph.analysis import Analysis
 from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.channels import varying_axes
 from bmrs.graph.copies import copied
+from bmrs.graph.nodes import layer_of
 from bmrs.graph.operators import FILLS, GATES
 from bmrs.graph.rules import Call
 from bmrs.noise.activations import ACTIVATION_LAYERS

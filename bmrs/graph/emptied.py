@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from bmrs.graph.analysis import Analysis, layer_of
+from bmrs.graph.analysis import Analysis
 from bmrs.graph.capture import MarkedNoise
-from bmrs.graph.operators import CONVOLUTIONS, LINEAR
+from bmrs.graph.nodes import layer_of
+from bmrs.graph.operators import CONVOLUTIONS, LINEAR, is_view, shares_memory
 from bmrs.graph.rules import Call
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.rules.convolution import constants_through
@@ -167,14 +168,8 @@ def _writers(node: fx.Node) -> Iterator[fx.Node]:
             if user.target._schema.is_mutable:
                 yield user
             # Noise is gone in the smaller network.
-            elif user.target is torch.ops.bmrs.mark_noise.default or _is_view(user):
+            elif user.target is torch.ops.bmrs.mark_noise.default or is_view(user.target):
                 seen.append(user)
-
-
-def _is_view(node: fx.Node) -> bool:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    returns = node.target._schema.returns
-    return bool(returns) and returns[0].alias_info is not None
 
 
 def _passing(analysis: Analysis, dead: frozenset[fx.Node]) -> Iterator[str]:
@@ -203,5 +198,9 @@ def _passing(analysis: Analysis, dead: frozenset[fx.Node]) -> Iterator[str]:
         same = isinstance(taken, Value) and isinstance(returned, Value) and taken.shape == returned.shape
         # What it takes would be overwritten where what it returns is; that does not matter if it is for nothing too.
         (source,) = given
-        if same and (not any(_writers(results[0])) or (source in dead and not _is_view(source))):
+        if same and (not any(_writers(results[0])) or (source in dead and not _shares_memory(source))):
             yield name
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and shares_memory(node.target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 LINEAR = ("linear", "addmm")
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVOLUTIONS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -22,3 +24,19 @@ SCATTERS = (
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """The recurrent layers, each with the number of blocks that the rows of its weights consist of, one for each gate."""
+
+
+def plain_name(name: str) -> str:
+    """Return an operator's name without the underscore of operations in place."""
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def shares_memory(target: torch._ops.OpOverload) -> bool:
+    """Return whether what an operator returns lies in the memory of what it takes: views, and operations in place."""
+    returns = target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None
+
+
+def is_view(target: torch._ops.OpOverload) -> bool:
+    """Return whether an operator returns memory of what it takes, and writes nothing."""
+    return shares_memory(target) and not target._schema.is_mutable

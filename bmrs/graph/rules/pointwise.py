@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bmrs.graph.channels import AtLeastOne, compressed, without_repetition
+from bmrs.graph.operators import plain_name
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
@@ -164,9 +165,8 @@ _ON_BOOLEANS = ("bitwise", "__and__", "__or__", "logical")
 def _functional(call: Call) -> Any:
     """Return the operator that returns a new tensor, of one that may write into what it takes."""
     name, overload = call.target._schema.name.split("::")[1], call.target._overloadname
-    if name.endswith("_") and not name.endswith("__"):
-        return getattr(getattr(torch.ops.aten, name[:-1]), overload)
-    return call.target
+    plain = plain_name(name)
+    return call.target if plain == name else getattr(getattr(torch.ops.aten, plain), overload)
 
 
 @rule("mark_noise")

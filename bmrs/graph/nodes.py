@@ -1,0 +1,80 @@
+"""What a node of a captured graph says of itself: its layer, the user's line, its operator and what reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bmrs.graph.operators import GATES, SCATTERS, plain_name
+
+
+def place_of(node: fx.Node) -> str:
+    """Return an operation's name and the layer that it belongs to, for messages."""
+    path = layer_of(node)
+    name = operator_name(node) if node.op == "call_function" else node.name
+    return f"{name} in layer {path!r}" if path else str(name)
+
+
+def line_of(node: fx.Node) -> str:
+    """Return the user's line that an operation comes from, as a part of a sentence."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    return f" ({', '.join(lines[places[-1] :][:2])})" if places else ""
+
+
+def layer_of(node: fx.Node) -> str:
+    """Return the qualified name of the innermost layer that an operation belongs to, "" for the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values())), "")
+
+
+def operator_name(node: fx.Node) -> str:
+    """Return the name of what a node calls: of an operator without namespace, overload and underscore in place."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", str(target))
+    return plain_name(target._schema.name.split("::")[1])
+
+
+def only_starts_recurrences(node: fx.Node) -> bool:
+    """Return whether nothing but recurrent layers reads a tensor, or others like it."""
+    return all(
+        isinstance(user.target, torch._ops.OpOverload)
+        and (
+            operator_name(user) in GATES
+            or (operator_name(user) == "zeros_like" and only_starts_recurrences(user))
+        )
+        for user in node.users
+    )
+
+
+def summed_into_along(node: fx.Node) -> int | None:
+    """Return the dimension along which nothing but entries at indices are put into a tensor, None if more is done."""
+    dims = {
+        user.args[1]
+        if user.args[0] is node
+        and isinstance(user.target, torch._ops.OpOverload)
+        and operator_name(user) in SCATTERS
+        else None
+        for user in node.users
+        if len(user.args) > 1
+    }
+    (dim,) = dims if len(dims) == 1 else (None,)
+    return dim if isinstance(dim, int) else None
+
+
+def groups_of(node: fx.Node) -> int:
+    """Return the number of groups of a convolution."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    place = names.index("groups")
+    return int(node.args[place] if place < len(node.args) else node.kwargs.get("groups", 1))  # type: ignore[arg-type]
+
+
+def tensors_in(example: Any) -> list[Tensor]:
+    """Return the tensors that an operation returns, from what its node keeps as an example of that."""
+    if isinstance(example, Tensor):
+        return [example]
+    return [t for t in example if isinstance(t, Tensor)] if isinstance(example, list | tuple) else []
