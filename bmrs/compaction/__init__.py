@@ -1,13 +1,13 @@
 """Compaction: a masked network becomes a smaller one.
 
-`compact` is the way from one to the other, `masked_model` what it starts from. `folding` moves the noise into the
-parameters around it, or `kept_noise` narrows it, and `surgery` cuts the parameters of the user's own classes. Where
-their code cannot run narrower, `describing` and `graph_network` put a network together from operators, and
-`description` is what the one hands to the other. `comparison` checks the result, `approximate_norms` fits layer norms
-that lost channels, `refit` makes up for what is gone, if asked to, `rounding` gives structures back, `optimizer`
-carries moments over, `report` and `record` say what happened, `costs` what structures take, `cost_model` what networks
-of other widths would, from `operation_flops`; `outlook` says what can become of noise before it is trained. What can
-leave is found by `bmrs.graph`.
+`compact` is the way from one to the other, `masked_model` what it starts from. `folding` finds the parameters around
+the noise that take it up and `edits` changes them, or `kept_noise` narrows it, and `surgery` cuts the parameters of
+the user's own classes. Where their code cannot run narrower, `describing` and `graph_network` put a network together
+from operators, and `description` is what the one hands to the other. `comparison` checks the result,
+`approximate_norms` fits layer norms that lost channels, `refit` makes up for what is gone, if asked to, `rounding`
+gives structures back, `optimizer` carries moments over, `report` and `record` say what happened, `costs` what
+structures take, `cost_model` what networks of other widths would, from `operation_flops`; `outlook` says what can
+become of noise before it is trained. What can leave is found by `bmrs.graph`.
 """
 
 from bmrs.compaction.compact import compact, compact_report, fold

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor, fx
 
-from bmrs.compaction.folding import Folding, Tensors
+from bmrs.compaction.edits import Tensors
+from bmrs.compaction.folding import Folding
 from bmrs.graph.analysis import Analysis, NormChange
 from bmrs.graph.channels import varying_axes, without_repetition
 from bmrs.graph.emptied import NOTHING, Emptied, layer_name, weight_of

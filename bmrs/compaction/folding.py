@@ -20,15 +20,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from bmrs.compaction.edits import (
+    AFFINE_NORMS,
+    MATRIX_PRODUCTS,
+    BarredError,
+    Edit,
+    Edits,
+    Part,
+    own,
+    vector_of,
+)
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import compressed, varying_axes
-from bmrs.graph.operators import CONVOLUTIONS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
+from bmrs.graph.operators import GATES
 from bmrs.graph.rules import Call
 from bmrs.graph.values import Value
 
@@ -45,8 +55,6 @@ _RESHAPINGS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqu
 _PERMUTATIONS = ("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
 _PICKS = ("select", "slice", "narrow", "flip")
 _REDUCTIONS = ("mean", "sum", "amax")
-_MATRIX_PRODUCTS = (*LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
-_AFFINE_NORMS = {"batch_norm": 1, "instance_norm": 1, "group_norm": 1, "layer_norm": -1}
 
 # They may return what they take, as dropout does in evaluation mode.
 _SAME_TENSOR = (
@@ -60,32 +68,6 @@ _SAME_TENSOR = (
     "slice",
     "select",
 )
-
-Tensors = dict[str, Tensor]
-Part = tuple[int, int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """A change of the parameters of one operation.
-
-    Attributes:
-        node: the operation.
-        parameters: qualified names of those that change.
-        factors: what they are changed by.
-        apply: changes them, given all tensors by name; float64, in place.
-        part: where the operation reads a slice of a parameter alone, its dimension, start and end.
-    """
-
-    node: fx.Node
-    parameters: tuple[str, ...]
-    factors: Tensor
-    apply: Callable[[Tensors], None]
-    part: Part | None = None
-
-
-class _BarredError(Exception):
-    """Factors cannot move on; the message says why, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +106,7 @@ def fold_noise(analysis: Analysis, new_biases: Mapping[fx.Node, str]) -> Folding
         placed = compressed(factors.view(shape).expand(call.shape))
         try:
             proposals[name] += folder.fold(node, placed)
-        except _BarredError as error:
+        except BarredError as error:
             remaining.setdefault(name, str(error))
     edits = []
     for name, proposed in proposals.items():
@@ -143,7 +125,8 @@ def _of_what_stays(analysis: Analysis, call: Call, factors: Tensor) -> Tensor:
 
 class _Folder:
     def __init__(self, analysis: Analysis, new_biases: Mapping[fx.Node, str]) -> None:
-        self.calls, self.values, self.new_biases = analysis.calls, analysis.values, new_biases
+        self.calls, self.values = analysis.calls, analysis.values
+        self._edits = Edits(analysis, new_biases)
         self.users: dict[int, set[fx.Node]] = defaultdict(set)
         for node, call in analysis.calls.items():
             for value in call.values():
@@ -155,15 +138,15 @@ class _Folder:
         """Return the edits that stand in for a noise layer's multiplication."""
         value = self.calls[noise]["x"]
         if value.parameter is not None:
-            return [self._parameter(noise, value.parameter, factors, None)]
+            return [self._edits.parameter(noise, value.parameter, factors, None)]
         try:
             return self._backward(noise.args[0], noise, factors)
-        except _BarredError as error:
+        except BarredError as error:
             obstacle = error
         try:
             return self._forward(noise, factors)
-        except _BarredError as error:
-            raise _BarredError(f"{obstacle}, and {error}") from None
+        except BarredError as error:
+            raise BarredError(f"{obstacle}, and {error}") from None
 
     def would_overwrite(self, noise: fx.Node) -> bool:
         """Return whether an operation in place would, without the noise layer, overwrite a tensor that others read."""
@@ -242,17 +225,17 @@ class _Folder:
 
     def _backward(self, node: object, reader: fx.Node, factors: Tensor) -> list[Edit]:
         if not isinstance(node, fx.Node) or node not in self.calls:
-            raise _BarredError("backward it meets what has no parameters")
+            raise BarredError("backward it meets what has no parameters")
         others = [user for user in node.users if user is not reader]
         if others:
-            raise _BarredError(f"backward it would act on {others[0].name} too")
+            raise BarredError(f"backward it would act on {others[0].name} too")
         call = self.calls[node]
         if (its_part := self._slice(node)) is not None:
-            return [self._parameter(node, call["self"].parameter, factors, its_part)]
-        if call.operator in _MATRIX_PRODUCTS or call.operator in _AFFINE_NORMS:
-            return [self._rows(node, call, factors)]
+            return [self._edits.parameter(node, call["self"].parameter, factors, its_part)]
+        if call.operator in MATRIX_PRODUCTS or call.operator in AFFINE_NORMS:
+            return [self._edits.rows(node, call, factors)]
         if call.operator == "embedding":
-            return [self._parameter(node, self._own(call["weight"]), _vector(factors, -1), None)]
+            return [self._edits.parameter(node, own(call["weight"]), vector_of(factors, -1), None)]
         if call.operator in _HOMOGENEOUS:
             return self._backward(node.args[0], node, factors)
         if call.operator in _POOLS:
@@ -278,9 +261,9 @@ class _Folder:
                 if self._shape(part) == factors.shape:
                     try:
                         return self._backward(part, node, factors)
-                    except _BarredError:
+                    except BarredError:
                         continue
-        raise _BarredError(f"backward it cannot pass {node.name}")
+        raise BarredError(f"backward it cannot pass {node.name}")
 
     def _forward(self, node: fx.Node, factors: Tensor) -> list[Edit]:
         edits: list[Edit] = []
@@ -291,15 +274,15 @@ class _Folder:
             if reader.target is torch.ops.aten._assert_tensor_metadata.default:
                 continue
             if call is None:
-                raise _BarredError("forward it meets the model's output")
-            if call.operator in _MATRIX_PRODUCTS:
-                edits.append(self._columns(reader, call, node, factors))
+                raise BarredError("forward it meets the model's output")
+            if call.operator in MATRIX_PRODUCTS:
+                edits.append(self._edits.columns(reader, call, node, factors))
             elif call.operator in GATES:
-                edits += self._recurrent_columns(reader, call, node, factors)
+                edits += self._edits.recurrent_columns(reader, call, node, factors)
             elif call.operator == "bmm":
-                edits.append(self._columns_of_each(reader, node, factors))
+                edits.append(self._edits.columns_of_each(reader, node, factors))
             elif call.operator == "batch_norm" and not call["training"]:
-                edits.append(self._statistics(reader, call, factors))
+                edits.append(self._edits.statistics(reader, call, factors))
             elif call.operator in _HOMOGENEOUS:
                 edits += self._forward(reader, factors)
             elif call.operator in _POOLS:
@@ -313,7 +296,7 @@ class _Folder:
             elif call.operator == "mul" and reader.args[0] is not reader.args[1]:
                 edits += self._forward(reader, factors.expand(call.shape))
             else:
-                raise _BarredError(f"forward it cannot pass {reader.name}")
+                raise BarredError(f"forward it cannot pass {reader.name}")
         return edits
 
     def _put_together(self, node: fx.Node, call: Call, source: fx.Node, factors: Tensor) -> Tensor:
@@ -332,167 +315,12 @@ class _Folder:
     def _shape(self, node: object) -> torch.Size:
         value = self.values.get(node) if isinstance(node, fx.Node) else None
         if not isinstance(value, Value):
-            raise _BarredError("backward it meets what has no parameters")
+            raise BarredError("backward it meets what has no parameters")
         return value.shape
-
-    def _rows(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
-        """Return the edit of W and b that makes the operation f·(W·x + b)."""
-        vector = _vector(factors, _AFFINE_NORMS.get(call.operator, _channel_axis(call)))
-        weight = self._own(call["mat2"] if call.operator == "addmm" else call["weight"])
-        bias_value = call["self"] if call.operator == "addmm" else call["bias"]
-        names = [weight]
-        if bias_value is not None:
-            names.append(self._own(bias_value))
-        elif node in self.new_biases:
-            names.append(self.new_biases[node])
-        elif call.operator in _AFFINE_NORMS:
-            raise _BarredError(f"{node.name} has no bias")
-        if call.operator in TRANSPOSED_CONVOLUTIONS and call["groups"] > 1:
-            raise _BarredError(f"{node.name} is grouped and transposed")
-        rows = 1 if call.operator == "addmm" or call.operator in TRANSPOSED_CONVOLUTIONS else 0
-        expected = call["mat2"] if call.operator == "addmm" else call["weight"]
-        if expected.shape[rows] != len(vector):
-            raise _BarredError(f"{node.name} has a weight of another shape")
-
-        def apply(tensors: Tensors) -> None:
-            for name, dim in zip(names, (rows, 0), strict=False):
-                shape = [1] * tensors[name].dim()
-                shape[dim] = -1
-                tensors[name].mul_(vector.to(tensors[name].device).view(shape))
-
-        return Edit(node, tuple(names), vector, apply)
-
-    def _columns(self, node: fx.Node, call: Call, source: fx.Node, factors: Tensor) -> Edit:
-        """Return the edit of W that makes the operation W·(f·x)."""
-        x = "mat1" if call.operator == "addmm" else "input"
-        if call[x] is not self.values[source]:
-            raise _BarredError(f"{node.name} takes it as a weight")
-        vector = _vector(factors, _channel_axis(call))
-        value = call["mat2"] if call.operator == "addmm" else call["weight"]
-        name, shape = self._own(value), value.shape
-        if call.operator in ("addmm", *TRANSPOSED_CONVOLUTIONS):
-            per_weight = vector.view(-1, *[1] * (len(shape) - 1))
-        else:
-            groups = call["groups"] or 1
-            per_weight = vector.view(groups, -1).repeat_interleave(shape[0] // groups, dim=0)
-            per_weight = per_weight.view(*shape[:2], *[1] * (len(shape) - 2))
-
-        def apply(tensors: Tensors) -> None:
-            tensors[name].mul_(per_weight.to(tensors[name].device))
-
-        return Edit(node, (name,), vector, apply)
-
-    def _recurrent_columns(self, node: fx.Node, call: Call, source: fx.Node, factors: Tensor) -> list[Edit]:
-        """Return the edits of the weights with which a recurrent layer reads its input."""
-        x = "data" if call["input"] is None else "input"
-        states = call["hx"] if isinstance(call["hx"], list) else [call["hx"]]
-        if call[x] is not self.values[source] or any(state is self.values[source] for state in states):
-            raise _BarredError(f"{node.name} takes it as a state")
-        vector = _vector(factors, -1)
-        parameters = call["params"]
-        directions = 2 if call["bidirectional"] else 1
-        per_direction = len(parameters) // (call["num_layers"] * directions)
-        edits = []
-        for value in parameters[: directions * per_direction : per_direction]:
-            name = self._own(value)
-
-            def apply(tensors: Tensors, name: str = name) -> None:
-                tensors[name].mul_(vector.to(tensors[name].device))
-
-            edits.append(Edit(node, (name,), vector, apply))
-        return edits
-
-    def _parameter(self, node: fx.Node, name: str, factors: Tensor, part: Part | None) -> Edit:
-        """Return the edit that multiplies a parameter or a slice of it."""
-
-        def apply(tensors: Tensors) -> None:
-            tensor = tensors[name]
-            if part is not None:
-                dim, start, end = part
-                tensor = tensor.narrow(dim, start, end - start)
-            tensor.mul_(factors.to(tensor.device))
-
-        return Edit(node, (name,), factors, apply, part)
-
-    def _columns_of_each(self, node: fx.Node, source: fx.Node, factors: Tensor) -> Edit:
-        """Return the edit of all matrices, as experts have them, that makes the operation W·(f·x), or (x·f)·W."""
-        place = 0 if node.args[0] is source else 1
-        summed = factors.dim() - 1 if place == 0 else factors.dim() - 2
-        vector = _vector(factors, summed)
-        name, axis = self._matrices(node.args[1 - place], node, 1 if place == 0 else 2)
-        shape = [1, 1, 1]
-        shape[axis] = -1
-
-        def apply(tensors: Tensors) -> None:
-            tensors[name].mul_(vector.to(tensors[name].device).view(shape))
-
-        return Edit(node, (name,), vector, apply)
-
-    def _matrices(self, node: object, reader: fx.Node, axis: int) -> tuple[str, int]:
-        """Return the parameter of which matrices are picked, and which of its dimensions one of theirs is."""
-        while isinstance(node, fx.Node) and (call := self.calls.get(node)) is not None:
-            if any(user is not reader for user in node.users) or len(call.shape) != 3:
-                break
-            if call.operator in ("transpose", "mT"):
-                swapped = {call["dim0"] % 3, call["dim1"] % 3} if call.operator == "transpose" else {1, 2}
-                axis = next(iter(swapped - {axis})) if axis in swapped else axis
-            elif call.operator != "index" or len(call["indices"]) != 1 or len(call["self"].shape) != 3:
-                break
-            reader, node = node, node.args[0]
-        value = self.values.get(node) if isinstance(node, fx.Node) else None
-        if not isinstance(value, Value) or len(value.shape) != 3 or axis == 0:
-            raise _BarredError(f"forward it cannot pass {reader.name}")
-        return self._own(value), axis
-
-    def _statistics(self, node: fx.Node, call: Call, factors: Tensor) -> Edit:
-        """Return the edit that makes a batch norm of x what it was of f·x.
-
-        The statistics become those of x, so that the layer can be trained further, and the weight makes up for eps. A
-        channel with factor 0 has a constant output.
-        """
-        vector, eps = _vector(factors, 1), call["eps"]
-        weight, bias, mean, var = (
-            self._own(call[name]) for name in ("weight", "bias", "running_mean", "running_var")
-        )
-
-        def apply(tensors: Tensors) -> None:
-            f = vector.to(tensors[mean].device)
-            zero = f == 0
-            divisor = f.masked_fill(zero, 1.0)
-            scale = tensors[weight] * (tensors[var] + eps).rsqrt()
-            tensors[bias].copy_((tensors[bias] - tensors[mean] * scale).where(zero, tensors[bias]))
-            tensors[weight].mul_(((tensors[var] + eps * f**2) / (tensors[var] + eps)).sqrt()).masked_fill_(
-                zero, 0.0
-            )
-            tensors[var].div_(divisor**2)
-            tensors[mean].div_(divisor)
-
-        return Edit(node, (weight, bias, mean, var), vector, apply)
-
-    def _own(self, value: Value | None) -> str:
-        if value is None or value.parameter is None:
-            raise _BarredError("it has no weight of its own")
-        return value.parameter
-
-
-def _channel_axis(call: Call) -> int:
-    """Return the dimension of a linear or convolution layer's channels, from the end, as the batch may be missing."""
-    return -1 if call.operator in LINEAR else 1 - len(call["weight"].shape) if call["weight"] else 1
 
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _vector(factors: Tensor, axis: int) -> Tensor:
-    """Return factors that vary along one dimension alone as a vector."""
-    axis %= factors.dim()
-    if set(varying_axes(factors)) - {axis}:
-        raise _BarredError("it scales parts of one channel differently")
-    for d in range(factors.dim() - 1, -1, -1):
-        if d != axis:
-            factors = factors.select(d, 0)
-    return factors
 
 
 def _resampled(call: Call, factors: Tensor, shape: torch.Size) -> Tensor:
@@ -500,7 +328,7 @@ def _resampled(call: Call, factors: Tensor, shape: torch.Size) -> Tensor:
     rank = factors.dim()
     windows = range(rank - next(int(letter) for letter in call.operator if letter.isdigit()), rank)
     if set(windows) & set(varying_axes(factors)):
-        raise _BarredError("it scales what is pooled differently")
+        raise BarredError("it scales what is pooled differently")
     for d in windows:
         factors = factors.narrow(d, 0, 1)
     return factors.expand(shape)
@@ -512,7 +340,7 @@ def _reduced(call: Call, factors: Tensor) -> Tensor:
     dims = call["dim"] if isinstance(call["dim"], list) else [] if call["dim"] is None else [call["dim"]]
     over = {d % rank for d in dims} or set(range(rank))
     if over & set(varying_axes(factors)):
-        raise _BarredError("it scales what is summed differently")
+        raise BarredError("it scales what is summed differently")
     for d in over:
         factors = factors.narrow(d, 0, 1)
     return compressed(factors.reshape(call.shape))

@@ -1,6 +1,15 @@
 """What operators do to channels: a small file for each family of operators."""
 
-from bmrs.graph.rules import contraction, convolution, movement, pointwise, recurrence, reduction
+from bmrs.graph.rules import (
+    contraction,
+    convolution,
+    creation,
+    indexing,
+    movement,
+    pointwise,
+    recurrence,
+    reduction,
+)
 from bmrs.graph.rules.registry import RULES, Call, unknown
 
 __all__ = [
@@ -8,6 +17,8 @@ __all__ = [
     "Call",
     "contraction",
     "convolution",
+    "creation",
+    "indexing",
     "movement",
     "pointwise",
     "recurrence",

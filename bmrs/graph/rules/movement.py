@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from bmrs.graph.channels import STAYS, compressed, varying_axes, without_repetition
-from bmrs.graph.operators import DROPOUTS, NEW_FILLS, SCATTERS
+from bmrs.graph.operators import DROPOUTS
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine, joined
@@ -80,9 +79,9 @@ def moved(findings: Findings, call: Call) -> Value | list[Value]:
         if call.operator in ("view", "_unsafe_view", "view_as"):
             # Channels are laid out otherwise in memory.
             return x.reshape(call.shape)
-        return call.target(**{**_plain(call), name: x})
+        return call.target(**{**plain_arguments(call), name: x})
 
-    results = _moved(findings, call, value, move)
+    results = moved_alike(findings, call, value, move)
     if call.operator == "expand_as":
         return [_expanded_as(call["other"], value, results[0])]
     if call.operator in ("expand", "broadcast_to"):
@@ -166,7 +165,7 @@ def _keep_shuffles_whole(findings: Findings, call: Call, value: Value) -> None:
         findings.whole(grouped, [axis + along], f"{call.operator} takes blocks of channels")
 
 
-def _plain(call: Call) -> dict[str, Any]:
+def plain_arguments(call: Call) -> dict[str, Any]:
     """Return arguments with values replaced by tensors: their own, or empty ones of their shape."""
 
     def plain(argument: Any) -> Any:
@@ -179,13 +178,14 @@ def _plain(call: Call) -> dict[str, Any]:
     return {name: plain(argument) for name, argument in call.arguments.items()}
 
 
-def _moved(
+def moved_alike(
     findings: Findings,
     call: Call,
     value: Value,
     move_channels: Callable[[Tensor], Any],
     move_constants: Callable[[Tensor], Any] | None = None,
 ) -> list[Value]:
+    """Return the results of an operation that moves channels and constants of a value as it moves the elements."""
     layers = [_as_list(move_channels(layer)) for layer in value.layers]
     known = value.known()
     constants = None if known is None else _as_list((move_constants or move_channels)(known))
@@ -234,8 +234,8 @@ def padded(findings: Findings, call: Call) -> Value:
     fill = call["value"] or 0.0
     if mode == "constant" and not any(axis in varying_axes(layer) for layer in value.layers for axis in axes):
         # Around all channels alike: the padding belongs to the channel that it pads.
-        return _moved(findings, call, value, lambda x: _grown(x, call.shape), pad_with(fill))[0]
-    return _moved(findings, call, value, pad_with(STAYS), pad_with(fill))[0]
+        return moved_alike(findings, call, value, lambda x: _grown(x, call.shape), pad_with(fill))[0]
+    return moved_alike(findings, call, value, pad_with(STAYS), pad_with(fill))[0]
 
 
 def _grown(layer: Tensor, shape: torch.Size) -> Tensor:
@@ -336,171 +336,3 @@ def stacked(findings: Findings, call: Call) -> Value:
     return Value(
         call.shape, tuple(layer.expand(call.shape) for layer in layers), _known_cat(raised, axis, call.shape)
     )
-
-
-@rule("index", "index_select", "gather", "take_along_dim", "masked_select")
-def indexed(findings: Findings, call: Call) -> Value:
-    """Follow elements picked by indices, which have to be known where they pick along channels."""
-    value, plain = call["self"], _plain(call)
-    indices = [v for v in call.values() if v is not value]
-    simple = call.operator in ("index", "index_select") and len(indices) == 1 and len(indices[0].shape) == 1
-    if not simple:
-        # Known indices into channels would have to be renumbered.
-        for layer in value.layers:
-            if set(_picked_axes(call, len(value.shape))) & set(varying_axes(layer)):
-                findings.stay(layer, f"{call.operator} picks from it")
-    if any(index.tensor is None for index in indices):
-        picked = set(_picked_axes(call, len(value.shape)))
-        for layer in value.layers:
-            if picked & set(varying_axes(layer)):
-                findings.stay(layer, f"{call.operator} picks by the input")
-        if call.operator not in ("index", "index_select"):
-            return Value(call.shape)
-        # So are constants, where they are the same all along what is picked from.
-        constant = None if value.constant is None else uniform(value.constant, sorted(picked))
-        constant = None if constant is None else constant.expand(value.shape)
-        layers = tuple(x for x in value.layers if not picked & set(varying_axes(x)))
-        value = Value(value.shape, layers, constant)
-        # Any entry will do, as all carry the same channels.
-        name = "index" if call.operator == "index_select" else "indices"
-        plain[name] = tree_map(
-            lambda index: torch.zeros(index.shape, dtype=torch.int64) if isinstance(index, Value) else index,
-            call[name],
-        )
-
-    def move(x: Tensor) -> Tensor:
-        result = call.target(**{**plain, "self": x})
-        assert isinstance(result, Tensor)
-        return result
-
-    return _moved(findings, call, value, move)[0]
-
-
-def _picked_axes(call: Call, rank: int) -> Sequence[int]:
-    """Return the dimensions along which indices pick: all, where there is an index for each entry."""
-    if call.operator == "index":
-        return _indexed_axes(call)
-    return [call["dim"] % rank] if call.operator == "index_select" else range(rank)
-
-
-def _indexed_axes(call: Call) -> list[int]:
-    return [d for d, index in enumerate(call["indices"]) if index is not None]
-
-
-@rule(*SCATTERS)
-def scattered(findings: Findings, call: Call) -> Value:
-    """Follow entries put or summed into others at indices along one dimension, as messages between nodes of a graph.
-
-    Along the other dimensions what lies at the same place is tied.
-    """
-    x, axis = call["self"], call["dim"] % max(len(call.shape), 1)
-    source, index = call["source"] or call["src"], call["index"]
-    values = [value for value in (x, source) if isinstance(value, Value)]
-    # In `scatter` there is an index for every entry.
-    values += [index] if call.operator.startswith("scatter") else []
-    sizes = {value.shape[:axis] + value.shape[axis + 1 :] for value in values}
-    if len(sizes) > 1 or call["value"] not in (None, 0):
-        for value in values:
-            findings.stay_all(value, f"{call.operator} writes into a part of it")
-        return Value(call.shape)
-    operands = []
-    for value in values:
-        for layer in value.layers:
-            if axis in varying_axes(layer):
-                findings.stay(layer, f"{call.operator} runs over its dimension")
-        left = [layer.narrow(axis, 0, 1) for layer in value.layers if axis not in varying_axes(layer)]
-        operands.append(([1 if d == axis else size for d, size in enumerate(value.shape)], left))
-    layers = combine(findings, operands[0][0], operands)
-    zeros = [_zero_along(value, axis) for value in values if value is not index]
-    constant = None
-    if all(zero is not None for zero in zeros):
-        zero = torch.stack(torch.broadcast_tensors(*zeros)).all(dim=0)
-        known = torch.zeros(zero.shape, dtype=torch.float64).masked_fill(~zero, torch.nan)
-        constant = compressed(known.expand(call.shape))
-    return Value(call.shape, tuple(layer.expand(call.shape) for layer in layers), constant)
-
-
-@rule("index_put")
-def put(findings: Findings, call: Call) -> Value:
-    """Follow one number put at the places of a mask; other indices keep all that they write to."""
-    x, indices, number = call["self"], call["indices"], call["values"]
-    masked = len(indices) == 1 and len(x.shape) > 1 and getattr(indices[0], "shape", None) == x.shape
-    if not masked or number.shape.numel() != 1:
-        for value in (x, number):
-            findings.stay_all(value, "index_put writes into a part of it")
-        return Value(call.shape)
-    layers = combine(findings, call.shape, [(value.shape, value.layers) for value in (x, indices[0])])
-    known, put_there = x.known(), number.known()
-    if known is None or put_there is None:
-        return Value(call.shape, layers)
-    constant = known.where(known == put_there.flatten()[0], torch.nan)
-    return Value(call.shape, layers, compressed(constant))
-
-
-def _zero_along(value: Value, axis: int) -> Tensor | None:
-    """Return where all entries along a dimension are known to be 0, with size 1 along that; None if none are."""
-    known = value.known()
-    return None if known is None else (known == 0).all(dim=axis, keepdim=True)
-
-
-@rule("select_scatter")
-def placed(findings: Findings, call: Call) -> Value:
-    """Follow a tensor of which one entry along a dimension is replaced; what lies at its place is tied."""
-    value, source, axis = call["self"], call["src"], call["dim"] % len(call.shape)
-    place = call["index"] % value.shape[axis]
-    for layer in value.layers:
-        part = compressed(layer.select(axis, place))
-        axes = varying_axes(part)
-        own = next((other for other in source.layers if varying_axes(other) == axes), None)
-        if own is None:
-            findings.stay(part, "it meets a tensor that cannot be cut")
-        else:
-            findings.tie(part, own)
-    for layer in source.layers:
-        if not any(
-            varying_axes(compressed(x.select(axis, place))) == varying_axes(layer) for x in value.layers
-        ):
-            findings.stay(layer, "it meets a tensor that cannot be cut")
-    known = [value.known(), source.known()]
-    if known == [None, None]:
-        return Value(call.shape, value.layers)
-    nan = torch.tensor(torch.nan, dtype=torch.float64)
-    whole, part = (
-        nan.expand(v.shape) if k is None else k for v, k in zip((value, source), known, strict=True)
-    )
-    # Only where a dimension has many entries is it laid out in memory.
-    constant = torch.cat(
-        [
-            whole.narrow(axis, 0, place),
-            part.unsqueeze(axis),
-            whole.narrow(axis, place + 1, whole.shape[axis] - place - 1),
-        ],
-        axis,
-    )
-    return Value(call.shape, value.layers, compressed(constant))
-
-
-@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero")
-def like(findings: Findings, call: Call) -> Value:
-    """Follow a tensor made with another's sizes, which loses what the other loses."""
-    fills = {"zeros_like": 0.0, "zero": 0.0, "ones_like": 1.0, "full_like": call["fill_value"]}
-    fill = fills.get(call.operator)
-    constant = None if fill is None else torch.tensor(float(fill), dtype=torch.float64).expand(call.shape)
-    return Value(call.shape, call["self"].layers, constant)
-
-
-@rule(*NEW_FILLS)
-def new(findings: Findings, call: Call) -> Value:
-    """Follow a tensor of one number, made with nothing but the dtype and device of another."""
-    fill = {"new_zeros": 0.0, "new_ones": 1.0, "new_full": call["fill_value"]}[call.operator]
-    constant = torch.tensor(torch.nan if fill is None else float(fill), dtype=torch.float64)
-    return Value(call.shape, (), constant.expand(call.shape))
-
-
-@rule("meshgrid", "broadcast_tensors")
-def broadcast(findings: Findings, call: Call) -> list[Value]:
-    """Follow tensors brought to one shape."""
-    return [
-        Value(shape, tuple(layer.expand(shape) for layer in value.layers), None)
-        for value, shape in zip(call["tensors"], call.shapes, strict=True)
-    ]
