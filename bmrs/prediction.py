@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.checks import check_choice, check_integer
-from bmrs.graph.capture import as_inputs
+from bmrs.graph.inputs import as_inputs
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers, required_noise_layers
 from bmrs.noise.wrappers import inside_wrappers

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -34,15 +34,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bmrs.budget.sensitivity import sensitivities
 from bmrs.checks import one_line
 from bmrs.compaction.cutting import channel_axis
 from bmrs.compaction.refit import RIDGE, patches
 from bmrs.graph.analysis import Analysis
-from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import STAYS
+from bmrs.graph.inputs import Inputs, in_batches
 from bmrs.graph.masked_graph import MaskedGraph, Unit
 from bmrs.graph.operators import CONVOLUTIONS
 from bmrs.graph.rules import Call
@@ -127,7 +126,7 @@ class JointChoice:
             return None
         _keep_everything(self._graph)  # masks may have been set since
         layers = [reader.layer for reader in self._readers]
-        batches = list(_in_batches(self._examples, _BATCH_WITH_GRADIENTS))
+        batches = list(in_batches(self._examples, _BATCH_WITH_GRADIENTS))
         some = batches[: math.ceil(_SHARE_WITH_GRADIENTS * len(batches))]
         found = sensitivities(self._graph.masked, layers, some)
         if found is None:
@@ -319,7 +318,7 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
         for layer, its in sums.items()
     ]
     try:
-        for args, kwargs in _in_batches(examples, _BATCH):
+        for args, kwargs in in_batches(examples, _BATCH):
             graph.masked(*args, **kwargs)
     except Exception as error:
         raise ValueError(
@@ -382,16 +381,3 @@ class _Covariance:
     def matrix(self) -> Tensor:
         mean = self._sum / self.count
         return self._products / self.count - mean.outer(mean)
-
-
-def _in_batches(examples: Inputs, size: int) -> Iterator[Inputs]:
-    """Cut all tensors along their first dimension, where that is the same for all, into parts that fit the memory."""
-    leaves, tree = tree_flatten(examples)
-    lengths = {len(leaf) if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
-    if len(lengths) != 1 or (number := lengths.pop()) <= size:
-        yield examples
-        return
-    for start in range(0, number, size):
-        yield tree_unflatten(
-            [leaf[start : start + size] if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree
-        )

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_flatten
 
 from bmrs.compaction.cost_model import CostModel
 from bmrs.compaction.operation_flops import Axis, arguments_of_sizes
-from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import varying_axes
+from bmrs.graph.inputs import Inputs
 from bmrs.graph.masked_graph import MaskedGraph
 from bmrs.graph.operators import is_view
 from bmrs.graph.rules import Call

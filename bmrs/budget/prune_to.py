@@ -15,7 +15,7 @@ from bmrs.checks import check_choice, check_number, shown
 from bmrs.compaction.cost_model import make_cost_model
 from bmrs.compaction.costs import first_example
 from bmrs.criteria import Criterion, check_criterion
-from bmrs.graph.capture import Inputs, as_inputs
+from bmrs.graph.inputs import Inputs, as_inputs
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.masked_graph import MaskedGraph
 from bmrs.noise.lookup import settled_noise_layers

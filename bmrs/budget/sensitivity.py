@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bmrs.graph.capture import Inputs
+from bmrs.graph.inputs import Inputs
 from bmrs.graph.stock_layers import WeightLayer
 
 _DRAWS = 4

@@ -23,8 +23,8 @@ from bmrs.budget.worths import Evidence
 from bmrs.compaction.compact import compact
 from bmrs.compaction.cost_model import Cost, CostModel
 from bmrs.criteria.evidence import BMRSNormal, BMRSOdds, BMRSUniform
-from bmrs.graph.capture import Inputs
 from bmrs.graph.copies import copied
+from bmrs.graph.inputs import Inputs
 from bmrs.graph.masked_graph import MaskedGraph
 from bmrs.noise.lookup import noise_layers
 

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from bmrs.compaction.comparison import outputs
 from bmrs.graph.analysis import Analysis
-from bmrs.graph.capture import Captured, Inputs, Moments
+from bmrs.graph.capture import Captured, Moments
+from bmrs.graph.inputs import Inputs
 from bmrs.graph.layer_norms import Fit, LayerNorm
 
 

@@ -34,18 +34,11 @@ from bmrs.compaction.surgery import (
 )
 from bmrs.compaction.training_only import only_in_training
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import (
-    Inputs,
-    MarkedNoise,
-    as_inputs,
-    capture,
-    has_autocast,
-    map_tensors,
-    mark,
-)
+from bmrs.graph.capture import MarkedNoise, capture, has_autocast, mark
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied, evaluation_copy, unwrapped
 from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
+from bmrs.graph.inputs import Inputs, as_inputs, map_tensors
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from bmrs.graph.capture import Inputs, map_tensors
 from bmrs.graph.copies import copied
+from bmrs.graph.inputs import Inputs, map_tensors
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
 """Differences of outputs, relative to the largest, that rounding may make, by the dtype of parameters."""

@@ -23,9 +23,9 @@ from bmrs.compaction.comparison import forward_flops
 from bmrs.compaction.cutting import channel_axis, leaving_constants, names_gone, new_biases, selection, shifts
 from bmrs.compaction.operation_flops import Axis, products, value_of
 from bmrs.graph.analysis import Analysis
-from bmrs.graph.capture import Inputs
 from bmrs.graph.channels import STAYS, varying_axes
 from bmrs.graph.emptied import emptied_layers
+from bmrs.graph.inputs import Inputs
 from bmrs.graph.masked_graph import MaskedGraph, Unit, bundles, leaves
 
 Floats = NDArray[np.float64]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from bmrs.checks import check_number
 from bmrs.compaction.comparison import forward_flops
 from bmrs.compaction.cost_model import make_cost_model
-from bmrs.graph.capture import Inputs, as_inputs, map_tensors
+from bmrs.graph.inputs import Inputs, as_inputs, map_tensors
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.masked_graph import MaskedGraph, Structure, Unit
 from bmrs.noise.lookup import settled_noise_layers

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from bmrs.compaction.approximate_norms import fits, moments
 from bmrs.compaction.comparison import all_finite, cut_examples, forward_flops
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Inputs, capture, does_not_run, mark, refuse_quantised
+from bmrs.graph.capture import capture, does_not_run, mark, refuse_quantised
 from bmrs.graph.copies import evaluation_copy, refusing_noise_of
+from bmrs.graph.inputs import Inputs
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers

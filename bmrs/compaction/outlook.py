@@ -13,7 +13,7 @@ from bmrs.compaction.compact import compact_report, compacted, reasons_of_entrie
 from bmrs.compaction.masked_model import MaskedModel
 from bmrs.compaction.report import LayerCompaction
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import as_inputs
+from bmrs.graph.inputs import as_inputs
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.ties import needed_layers, same_channels, sufficient_layers
 from bmrs.noise.lookup import required_noise_layers

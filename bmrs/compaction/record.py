@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from bmrs.compaction.cutting import Selection
 from bmrs.compaction.report import CompactReport
-from bmrs.graph.capture import Inputs
+from bmrs.graph.inputs import Inputs
 
 _ATTRIBUTE = "_bmrs_record"
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from bmrs.compaction.cutting import cut, new_biases, shifts
 from bmrs.compaction.folding import Folding
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import as_inputs, capture, mark
+from bmrs.graph.capture import capture, mark
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.emptied import emptied_layers
+from bmrs.graph.inputs import as_inputs
 from bmrs.noise.lookup import noise_layers, required_noise_layers
 
 

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_structure
 
 from bmrs import processes
-from bmrs.graph.capture import Inputs, map_tensors
 from bmrs.graph.copies import copied
+from bmrs.graph.inputs import Inputs, map_tensors
 from bmrs.graph.operators import DROPOUTS
 from bmrs.graph.stock_layers import BATCH_NORMS
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bmrs
 from bmrs.compaction.comparison import forward_flops
-from bmrs.graph.capture import as_inputs
+from bmrs.graph.inputs import as_inputs
 from bmrs.text_table import table_lines
 
 Batch = Sequence[Tensor]

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_flatten
 from bmrs.checks import as_path, check_choice, check_module, one_line
 from bmrs.compaction.comparison import TOLERANCES, relative_difference
 from bmrs.files.atomic import write_atomically
-from bmrs.graph.capture import Inputs, as_inputs, export_program, map_tensors
+from bmrs.graph.capture import export_program
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.inputs import Inputs, as_inputs, map_tensors
 from bmrs.graph.nodes import layer_of
 from bmrs.names import FORMATS, ExportFormat
 from bmrs.noise.lookup import noise_layers

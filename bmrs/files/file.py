@@ -28,8 +28,9 @@ from bmrs.files.installation import describe_changes, install
 from bmrs.files.layer_network import build_network, read_chain
 from bmrs.files.layers import CHAIN_VERSION, LAYER_GRAPH_VERSION, describe_chain, read_layers
 from bmrs.graph.analysis import analyse
-from bmrs.graph.capture import Inputs, MarkedNoise, as_inputs, capture, map_tensors, mark, refuse_quantised
+from bmrs.graph.capture import MarkedNoise, capture, mark, refuse_quantised
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.inputs import Inputs, as_inputs, map_tensors
 from bmrs.noise.lookup import noise_layers
 
 _METADATA_KEY = "bmrs"

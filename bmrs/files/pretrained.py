@@ -21,8 +21,8 @@ from bmrs.compaction.comparison import TOLERANCES, relative_difference, run
 from bmrs.files.file import recorded_inputs
 from bmrs.files.narrowing import KEY, built, describe_narrowing, narrow, numbers_of, shapes_of
 from bmrs.files.own_config import own_config
-from bmrs.graph.capture import Inputs
 from bmrs.graph.copies import evaluation_copy, unwrapped
+from bmrs.graph.inputs import Inputs
 from bmrs.noise.lookup import noise_layers
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import io
@@ -10,10 +9,10 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,14 +20,12 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
-from bmrs.checks import shown
-from bmrs.graph.copies import copied, unwrapped
+from bmrs.graph.copies import copied
+from bmrs.graph.inputs import Inputs, is_dataclass, map_tensors, several_examples
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 from bmrs.noise.wrappers import is_in_another_form
-
-Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 
 @torch.library.custom_op("bmrs::mark_noise", mutates_args=())
@@ -123,76 +120,6 @@ def _fixed_number(program: ExportedProgram) -> int | None:
     # A symbol that turned out to have one value alone stays a symbol.
     numbers = [size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size for size in sizes]
     return None if None in numbers or not numbers else numbers[0]
-
-
-def as_inputs(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
-    """Return positional and keyword arguments of a forward pass, from what users give.
-
-    Args:
-        example_inputs: one tensor, a sequence of positional arguments, or a mapping of keyword arguments; or a mapping
-            that is itself the only argument of the model.
-        model: the model.
-
-    Raises:
-        TypeError: anything else, or no tensor in it.
-        ValueError: a tensor is empty or sparse.
-    """
-    if isinstance(example_inputs, Tensor):
-        inputs: Inputs = ((example_inputs,), {})
-    elif isinstance(example_inputs, Mapping):
-        inputs = _mapped_inputs(dict(example_inputs), model)
-    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        inputs = (tuple(example_inputs), {})
-    else:
-        raise TypeError(
-            "example_inputs must be a tensor, a sequence of positional arguments or a mapping of keyword arguments, "
-            f"got {_how_to_give(example_inputs) or type(example_inputs).__name__}"
-        )
-    leaves = tree_flatten(inputs)[0]
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if not tensors:
-        how = next(filter(None, map(_how_to_give, leaves)), None)
-        raise TypeError(f"example_inputs must hold a tensor, got {how or shown(example_inputs)}")
-    for tensor in tensors:
-        if tensor.layout not in (torch.strided, torch.jagged):
-            layout = str(tensor.layout).removeprefix("torch.")
-            raise ValueError(
-                f"example_inputs must hold dense tensors, which can be followed, got a {layout} one"
-            )
-        if tensor.numel() == 0:
-            raise ValueError(f"example_inputs must hold an example, got shape {tuple(tensor.shape)}")
-    return inputs
-
-
-def _how_to_give(value: Any) -> str:
-    """Return the class of a dataclass, without its values, and how its tensors are found; "" for anything else."""
-    if not _is_dataclass(value):
-        return ""
-    name = type(value).__qualname__
-    return (
-        f"{name}, a dataclass, whose tensors are found in a sequence or mapping, as in (example,), once "
-        f"torch.export.register_dataclass({name}) has been called"
-    )
-
-
-def _is_dataclass(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def _mapped_inputs(mapping: dict[str, Any], model: nn.Module | None) -> Inputs:
-    if model is not None:
-        parameters = list(inspect.signature(unwrapped(model).forward).parameters.values())
-        named = {p.name for p in parameters}
-        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if not any_name and not named.issuperset(mapping) and len(parameters) == 1:
-            return (mapping,), {}
-    return (), mapping
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """Return inputs with a function applied to each tensor."""
-    mapped: Inputs = tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, inputs)
-    return mapped
 
 
 def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
@@ -395,14 +322,6 @@ def _first_dimensions(leaf: Any) -> Any:
     return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
-def several_examples(inputs: Inputs) -> Inputs:
-    """Return two examples where there is one: torch.export takes a size of 1 for one that never changes."""
-    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()]
-    if any(tensor.shape[0] != 1 for tensor in tensors):
-        return inputs
-    return map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
-
-
 def _shapes_by_name(model: nn.Module, shapes: Any) -> Any:
     """Return dynamic shapes as torch.export takes them: positional ones and named ones in one tree."""
     args, kwargs = shapes
@@ -454,7 +373,7 @@ def _unknown_in(values: Any, failure: Exception | None) -> Any:
 
 def _how_to_register(value: Any) -> str:
     name = type(value).__qualname__
-    if _is_dataclass(value):
+    if is_dataclass(value):
         return f"call torch.export.register_dataclass({name}) before"
     return (
         "use a tensor, a tuple, a dict or a dataclass, for which torch.export.register_dataclass is called before, "

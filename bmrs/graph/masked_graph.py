@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Captured, Inputs, as_inputs, capture, mark, several_examples
+from bmrs.graph.capture import Captured, capture, mark
 from bmrs.graph.channels import STAYS, EqualNumbers, Whole
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.inputs import Inputs, as_inputs, several_examples
 from bmrs.graph.ties import needed_layers, same_channels
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer

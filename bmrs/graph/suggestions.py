@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Captured, as_inputs, capture, mark, refuse_torchscript
+from bmrs.graph.capture import Captured, capture, mark, refuse_torchscript
 from bmrs.graph.channels import STAYS, varying_axes, without_repetition
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.inputs import as_inputs
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.operators import GATES, LINEAR
 from bmrs.graph.ties import needed_layers, same_channels, sufficient_layers

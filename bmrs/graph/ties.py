@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import Captured, as_inputs, capture, mark
+from bmrs.graph.capture import Captured, capture, mark
 from bmrs.graph.copies import evaluation_copy
+from bmrs.graph.inputs import as_inputs
 from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
 from bmrs.noise.hooks import added_noise
 from bmrs.noise.layer import NoiseLayer

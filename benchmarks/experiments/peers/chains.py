@@ -20,7 +20,7 @@ from benchmarks.experiments.peers.comparison import CPU, Built, Comparison, Subj
 from benchmarks.rivals import torch_pruning
 from bmrs.budget.joint_choice import JointChoice
 from bmrs.data import EMBEDDED
-from bmrs.graph.capture import as_inputs
+from bmrs.graph.inputs import as_inputs
 from bmrs.graph.masked_graph import MaskedGraph, Unit
 from bmrs.noise.lookup import noise_layers
 from bmrs.pruning.learner import PosteriorLearner

@@ -8,7 +8,7 @@ from torch import nn
 
 import bmrs
 from bmrs.budget.joint_choice import JointChoice
-from bmrs.graph.capture import as_inputs
+from bmrs.graph.inputs import as_inputs
 from bmrs.graph.masked_graph import MaskedGraph
 from bmrs.noise.lookup import noise_layers
 

@@ -11,7 +11,7 @@ import bmrs
 from bmrs.compaction.approximate_norms import fits
 from bmrs.compaction.comparison import relative_difference, relative_root_mean_square
 from bmrs.compaction.masked_model import MaskedModel
-from bmrs.graph.capture import as_inputs
+from bmrs.graph.inputs import as_inputs
 from bmrs.models.vit import VisionTransformer
 from bmrs.noise.lookup import noise_layers
 
