@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.compaction.approximate_norms import ApproximateNorms
@@ -22,7 +22,7 @@ from bmrs.compaction.graph_network import build_graph_network
 from bmrs.compaction.kept_noise import narrowed_noise
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, joined, record_of, remember
-from bmrs.compaction.refit import RIDGE, Origin, refit
+from bmrs.compaction.refit import RIDGE, refit
 from bmrs.compaction.report import Approximated, CompactReport, LayerCompaction, NormApproximation
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import (
@@ -38,7 +38,7 @@ from bmrs.graph.capture import MarkedNoise, capture, has_autocast, mark
 from bmrs.graph.channels import without_repetition
 from bmrs.graph.copies import copied, evaluation_copy, unwrapped
 from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
-from bmrs.graph.inputs import Inputs, as_inputs, map_tensors
+from bmrs.graph.inputs import as_inputs, map_tensors
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
@@ -85,7 +85,8 @@ def compact(
         refit_to: the network that was pruned, as it was trained, with layers of the same names: a copy made before
             `bmrs.add_noise`, or the dense network whose weights the model has. It is left as it is. Each linear and
             convolution layer then gets the weights with which its outputs on ``example_inputs`` are closest to those
-            of the full network, by least squares. That takes no training and no labels.
+            of the full network, by least squares. That takes no training and no labels. Transposed convolutions,
+            recurrent layers and weights that are a table of an embedding too keep theirs.
         refit_ridge: how much the weights that a layer has count in ``refit_to``, relative to the mean variance of its
             inputs; greater than 0. None, for 1e-3, is right where no weight is trained afterwards. Where they are, 0.3
             was better: what little can be told from the structures that are left stays near what was learned.
@@ -151,7 +152,7 @@ def compact(
         result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
             reference = unwrapped(refit_to)
-            refit(result, _origins(analysis, result), reference, _single(inputs), ridge=refit_ridge or RIDGE)
+            refit(result, analysis, reference, inputs, ridge=refit_ridge or RIDGE)
     fixed = masked.captured.fixed_number()
     if fixed is not None and compact_report(result).form == "graph":
         warnings.warn(
@@ -436,28 +437,3 @@ def _number_of_bytes(model: nn.Module) -> int:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _single(inputs: Inputs) -> Tensor:
-    args, kwargs = inputs
-    values = [*args, *kwargs.values()]
-    if len(values) != 1 or not isinstance(values[0], Tensor):
-        raise TypeError(f"refit_to needs a model of one input, got {len(values)} in example_inputs")
-    return values[0]
-
-
-def _origins(analysis: Analysis, result: nn.Module) -> dict[str, Origin]:
-    """Return where linear and convolution layers come from, by name, in the order of their use."""
-    origins: dict[str, Origin] = {}
-    if isinstance(result, fx.GraphModule):
-        raise ValueError("refit_to needs a network of the model's own classes, and this one became a graph")
-    for call in analysis.calls.values():
-        if call.operator != "linear" and not call.operator.startswith("conv"):
-            continue
-        weight = call["weight"]
-        path, _, name = (weight.parameter or "").rpartition(".")
-        if name != "weight" or path in origins:
-            continue
-        rows = analysis.kept(weight, 0)
-        origins[path] = Origin(path, torch.arange(weight.shape[0]) if rows is None else rows)
-    return origins

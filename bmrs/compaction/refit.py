@@ -11,21 +11,26 @@ learning rate are involved. (Channel pruning by reconstruction: He, Zhang & Sun 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_flatten
 
-from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer, is_depthwise
+from bmrs.compaction.comparison import cut_examples
+from bmrs.compaction.products import Product, products, watch
+from bmrs.graph.analysis import Analysis
+from bmrs.graph.inputs import Inputs, in_batches
+from bmrs.graph.operators import CONVOLUTIONS, LINEAR
 
 RIDGE = 1e-3
 """How much the present weights count where none is trained afterwards, relative to the variance of the inputs."""
 
+_PRODUCTS = {*LINEAR, *CONVOLUTIONS}
 _BATCH = 100
 # Equations for each unknown: of positions of feature maps beyond the most a random choice is taken, and with fewer than
 # the least a layer keeps its weights.
@@ -33,98 +38,243 @@ _MOST_EQUATIONS, _LEAST_EQUATIONS = 100, 2
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a layer of a compacted network comes from.
+class _Weight:
+    """A weight of a compacted network and the one that it comes from.
 
     Attributes:
-        name: qualified name of the layer in the full network.
-        rows: its output channels that are left, int64 of shape (output channels,).
+        name: its qualified name, in the full network too.
+        own: the weight.
+        full: that of the full network.
+        rows: outputs of the full one that are left, int64 of shape (outputs,).
     """
 
     name: str
+    own: nn.Parameter
+    full: nn.Parameter
     rows: Tensor
 
+    @property
+    def layer(self) -> str:
+        """What users know it by."""
+        return self.name.removesuffix(".weight")
 
-@torch.no_grad()
+
 def refit(
-    compacted: nn.Module, origins: Mapping[str, Origin], reference: nn.Module, inputs: Tensor, *, ridge: float
+    compacted: nn.Module, analysis: Analysis, reference: nn.Module, inputs: Inputs, *, ridge: float
 ) -> None:
     """Refit a compacted network's linear and convolution layers, in place, in an order of execution.
 
     Depthwise convolutions and batch norms, which do not mix channels, keep their weights. So do layers that read what
-    they read in the full network, such as the first one, and, with a warning, those with too few examples.
+    they read in the full network, such as the first one, and, with a warning, those with too few examples and those
+    whose products are made where they cannot be seen.
 
     Args:
-        compacted: the network.
-        origins: by name of its layers, in an order of execution, where each comes from.
-        reference: the full network with layers of these names, such as the trained one before noise was added.
+        compacted: the network, of the user's own classes or a graph.
+        analysis: what it was made from.
+        reference: the full network with weights of the same names, such as the trained one before noise was added.
         inputs: examples, the more the better: a few for each input of the widest layer at least.
         ridge: how much the present weights count, relative to the mean variance of a layer's inputs.
 
     Raises:
-        ValueError: the reference lacks a layer or has one of another type or with fewer outputs; it is named. Or its
-            dtype or device is another one than that of ``inputs``.
+        ValueError: the reference lacks a layer or has one of another kind, with fewer outputs, of another dtype or on
+            another device, or one that is used another number of times; it is named.
     """
-    for parameter in reference.parameters():
-        if parameter.is_floating_point() and (parameter.dtype, parameter.device) != (
-            inputs.dtype,
-            inputs.device,
-        ):
-            raise ValueError(
-                f"refit_to must be {inputs.dtype} on {inputs.device} as example_inputs are, "
-                f"got {parameter.dtype} on {parameter.device}"
-            )
-    layers = {name: compacted.get_submodule(name) for name in origins}
-    chosen = {name: layer for name, layer in layers.items() if _mixes(layer)}
-    for name, layer in chosen.items():
-        _check_reference(layer, origins[name], reference)
-    with _evaluating(compacted), _evaluating(reference):
-        for name, layer in chosen.items():
-            if not _reads_the_same(compacted, layer, reference, origins[name], inputs[:_BATCH]):
-                _refit_layer(compacted, name, layer, reference, origins[name], inputs, ridge)
+    weights = {weight.name: weight for weight in _weights(compacted, analysis, reference)}
+    with torch.no_grad(), _evaluating(compacted), _evaluating(reference):
+        independent = cut_examples(compacted, inputs) is not inputs
+        batches = list(in_batches(inputs, _BATCH)) if independent else [inputs]
+        groups = _groups(compacted, weights, batches[0])
+        for group in groups:
+            _refit_group(compacted, reference, group, batches, ridge)
+    unseen = weights.keys() - {weight.name for group in groups for weight in group}
+    if unseen:
+        layers = ", ".join(repr(weight.layer) for weight in weights.values() if weight.name in unseen)
+        warnings.warn(
+            f"{layers} keep their weights: refitting takes those that torch's linear and convolution functions are "
+            "called with, beside a parameter as bias or none",
+            stacklevel=3,
+        )
 
 
-def _refit_layer(
+def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> Iterator[_Weight]:
+    """Yield the weights of linear layers and convolutions, in the order of their use."""
+    users: dict[int, set[str]] = defaultdict(set)
+    for call in analysis.calls.values():
+        for value in call.values():
+            users[id(value.tensor)].add(call.operator)
+    seen = set()
+    for call in analysis.calls.values():
+        weight = call["mat2"] if call.operator == "addmm" else call["weight"]
+        if call.operator not in _PRODUCTS or weight.parameter is None or weight.parameter in seen:
+            continue
+        seen.add(weight.parameter)
+        # A table of an embedding, for one, says other things too.
+        if not users[id(weight.tensor)] <= set(_PRODUCTS):
+            continue
+        axis = 1 if call.operator == "addmm" else 0
+        rows = analysis.kept(weight, axis)
+        rows = torch.arange(weight.shape[axis]) if rows is None else rows
+        own = compacted.get_parameter(weight.parameter)
+        yield _Weight(
+            weight.parameter, own, _in_reference(weight.parameter, own, reference, rows, axis), rows
+        )
+
+
+def _in_reference(
+    name: str, own: nn.Parameter, reference: nn.Module, rows: Tensor, axis: int
+) -> nn.Parameter:
+    """Return the weight of the full network that a weight comes from.
+
+    Raises:
+        ValueError: there is none that it could come from.
+    """
+    path, _, attribute = name.rpartition(".")
+    layer = repr(name.removesuffix(".weight"))
+    try:
+        module = reference.get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"refit_to must be the full network that was pruned, with a layer {layer}, got {type(reference).__name__}"
+        ) from None
+    found = getattr(module, attribute, None)
+    outputs = found.shape[axis] if isinstance(found, Tensor) and found.dim() == own.dim() else 0
+    if not isinstance(found, nn.Parameter) or outputs <= int(rows.max()):
+        kind = "Linear" if own.dim() == 2 else f"Conv{own.dim() - 2}d"
+        raise ValueError(
+            f"layer {layer} of refit_to must be a {kind} with more than {int(rows.max())} outputs, got "
+            f"{type(module).__name__} with {outputs}"
+        )
+    if (found.dtype, found.device) != (own.dtype, own.device):
+        raise ValueError(
+            f"refit_to must be {own.dtype} on {own.device} as the pruned network is, got {found.dtype} on "
+            f"{found.device} in layer {layer}"
+        )
+    return found
+
+
+def _groups(compacted: nn.Module, weights: Mapping[str, _Weight], inputs: Inputs) -> list[list[_Weight]]:
+    """Return the weights that are seen to be used, those together that read one tensor, in the order of their use."""
+    groups: list[list[_Weight]] = []
+    uses: Counter[str] = Counter()
+    previous: tuple[Tensor, int] | None = None
+
+    def see(product: Product, source: Tensor) -> None:
+        nonlocal previous
+        if product.bias is not None and not isinstance(product.bias, nn.Parameter):
+            return
+        uses[product.weight] += 1
+        if uses[product.weight] == 1:
+            together = previous is not None and source is previous[0] and source._version == previous[1]
+            if together and groups[-1]:
+                groups[-1].append(weights[product.weight])
+            else:
+                groups.append([weights[product.weight]])
+        previous = (source, source._version)
+
+    watch(compacted, inputs, {name: weight.own for name, weight in weights.items()}, see)
+    return [part for group in groups for part in _apart(group, uses)]
+
+
+def _apart(group: list[_Weight], uses: Mapping[str, int]) -> Iterator[list[_Weight]]:
+    """Yield the weights of a group that are used once together, the others each alone."""
+    once = [weight for weight in group if uses[weight.name] == 1]
+    if once:
+        yield once
+    yield from ([weight] for weight in group if uses[weight.name] > 1)
+
+
+def _refit_group(
     compacted: nn.Module,
-    name: str,
-    layer: WeightLayer,
     reference: nn.Module,
-    origin: Origin,
-    inputs: Tensor,
+    group: Sequence[_Weight],
+    batches: Sequence[Inputs],
     ridge: float,
 ) -> None:
-    axis = -1 if isinstance(layer, nn.Linear) else 1
-    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    weights = layer.weight.double().flatten(1).chunk(groups)
-    unknowns = weights[0].shape[1]
-    equations = [_NormalEquations(weight, shifts=layer.bias is not None) for weight in weights]
-    generator = torch.Generator().manual_seed(0)
-    for batch in inputs.split(_BATCH):
-        reads, wants = _inputs_of(compacted, layer, batch), _outputs_of(reference, origin, batch)
-        most = max(1, _MOST_EQUATIONS * unknowns * len(batch) // (len(inputs) * len(reads)))
-        for its_read, its_wanted in zip(reads, wants, strict=True):
-            read, wanted = its_read.movedim(axis, -1), its_wanted.movedim(axis, -1)[..., origin.rows]
-            # At random: a regular stride would meet the same few positions in every feature map.
-            chosen = torch.randperm(wanted[..., 0].numel(), generator=generator)[:most].to(wanted.device)
-            for part, x, y in zip(equations, read.chunk(groups, -1), wanted.chunk(groups, -1), strict=True):
-                features = x if isinstance(layer, nn.Linear) else patches(layer, x.movedim(-1, 1))
-                part.add(features.flatten(0, -2)[chosen].double(), y.flatten(0, -2)[chosen].double())
-    if equations[0].count < _LEAST_EQUATIONS * unknowns:
-        warnings.warn(
-            f"layer {name!r} keeps its weights, as {equations[0].count} examples (positions of feature maps count) are "
-            f"too few to refit its {unknowns} inputs; give at least {_LEAST_EQUATIONS * unknowns}",
-            stacklevel=4,
-        )
+    """Refit weights that do not read what others of them make."""
+    own = {weight.name: weight.own for weight in group}
+    full = {weight.name: weight.full for weight in group}
+    first = products(compacted, batches[0], own)
+    number = sum(map(len, first.values()))
+    expected = products(reference, batches[0], full, number=number)
+    fits = []
+    for weight in group:
+        its_first, its_expected = first[weight.name], expected[weight.name]
+        if len(its_first) != len(its_expected):
+            raise ValueError(
+                f"layer {weight.layer!r} of refit_to is used {len(its_expected)} times in a forward pass, and "
+                f"{len(its_first)} times in the pruned network: give the network that was pruned"
+            )
+        same = all(torch.equal(a.read, b.read) for a, b in zip(its_first, its_expected, strict=True))
+        if not same and not its_first[0].is_depthwise:
+            fits.append(_Fit(weight, its_first[0]))
+    if not fits:
         return
-    solutions = [part.solve(ridge) for part in equations]
-    # Pruned structures that stay, in rows of zeros, stay pruned.
-    dead = ~layer.weight.flatten(1).any(dim=1)
-    if layer.bias is not None:
-        dead &= layer.bias == 0
-        bias = torch.cat([bias for _, bias in solutions])
-        layer.bias.copy_(bias.masked_fill(dead, 0.0))
-    weight = torch.cat([weight for weight, _ in solutions]).masked_fill(dead[:, None], 0.0)
-    layer.weight.copy_(weight.view_as(layer.weight))
+    examples = [_number_of_examples(batch) for batch in batches]
+    for batch, size in zip(batches, examples, strict=True):
+        found = products(compacted, batch, own, number=number)
+        wanted = products(reference, batch, full, number=number)
+        for fit in fits:
+            name = fit.weight.name
+            fit.add(found[name], wanted[name], share=(size, sum(examples)))
+    for fit in fits:
+        fit.solve(ridge)
+
+
+class _Fit:
+    """The least squares problem of one weight.
+
+    Args:
+        weight: the weight.
+        product: one of its products.
+    """
+
+    def __init__(self, weight: _Weight, product: Product) -> None:
+        self.weight, self._product = weight, product
+        rows = weight.own.T if product.transposed else weight.own.flatten(1)
+        parts = rows.double().chunk(product.groups)
+        self._unknowns = parts[0].shape[1]
+        self._equations = [_NormalEquations(part, shifts=product.bias is not None) for part in parts]
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, found: Sequence[Product], wanted: Sequence[Product], *, share: tuple[int, int]) -> None:
+        """Add what the weight read in some of the examples, and what the full network made of its own then."""
+        some, all_of_them = share
+        most = max(1, _MOST_EQUATIONS * self._unknowns * some // (all_of_them * len(found)))
+        groups, axis = self._product.groups, self._product.axis
+        for ours, theirs in zip(found, wanted, strict=True):
+            result = theirs.result.movedim(axis, -1)[..., self.weight.rows.to(theirs.result.device)]
+            # At random: a regular stride would meet the same few positions in every feature map.
+            chosen = torch.randperm(result[..., 0].numel(), generator=self._generator)[:most].to(
+                result.device
+            )
+            reads = ours.read.chunk(groups, axis)
+            for part, x, y in zip(self._equations, reads, result.chunk(groups, -1), strict=True):
+                part.add(ours.features(x).flatten(0, -2)[chosen].double(), y.flatten(0, -2)[chosen].double())
+
+    def solve(self, ridge: float) -> None:
+        """Change the weight and its bias, or warn that there are too few examples."""
+        own, bias = self.weight.own, self._product.bias
+        if self._equations[0].count < _LEAST_EQUATIONS * self._unknowns:
+            warnings.warn(
+                f"layer {self.weight.layer!r} keeps its weights, as {self._equations[0].count} examples (positions of "
+                f"feature maps count) are too few to refit its {self._unknowns} inputs; give at least "
+                f"{_LEAST_EQUATIONS * self._unknowns}",
+                stacklevel=5,
+            )
+            return
+        solutions = [part.solve(ridge) for part in self._equations]
+        rows = own.T if self._product.transposed else own.flatten(1)
+        # Pruned structures that stay, in rows of zeros, stay pruned.
+        dead = ~rows.any(dim=1)
+        if bias is not None:
+            dead &= bias == 0
+            bias.copy_(torch.cat([shift for _, shift in solutions]).masked_fill(dead, 0.0))
+        found = torch.cat([weight for weight, _ in solutions]).masked_fill(dead[:, None], 0.0)
+        own.copy_(found.T if self._product.transposed else found.view_as(own))
+
+
+def _number_of_examples(inputs: Inputs) -> int:
+    return next(len(leaf) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim())
 
 
 class _NormalEquations:
@@ -171,79 +321,6 @@ class _NormalEquations:
         weight = self._weight.clone()
         weight[:, read] += torch.linalg.solve(system[read][:, read], missing[read]).T
         return weight, mean_y - weight @ mean_x
-
-
-def patches(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """Return what each output position of a convolution reads, of shape (N, *positions, channels · kernel size)."""
-    if any(layer._reversed_padding_repeated_twice):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    for i, (size, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    ):
-        x = x.unfold(2 + i, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    spatial = len(layer.kernel_size)
-    # (N, channels, *positions, *kernel) to (N, *positions, channels, *kernel).
-    return x.movedim(1, 1 + spatial).flatten(1 + spatial)
-
-
-def _reads_the_same(
-    compacted: nn.Module, layer: nn.Module, reference: nn.Module, origin: Origin, inputs: Tensor
-) -> bool:
-    found = _inputs_of(compacted, layer, inputs)
-    expected = _inputs_of(reference, reference.get_submodule(origin.name), inputs)
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def _inputs_of(model: nn.Module, layer: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """Return the tensors that a layer of a model gets, one for each of its calls."""
-    found: list[Tensor] = []
-
-    def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(arguments[0].clone())
-
-    _run(model, inputs, layer.register_forward_pre_hook(see))
-    return found
-
-
-def _outputs_of(model: nn.Module, origin: Origin, inputs: Tensor) -> list[Tensor]:
-    """Return what a layer of a model returns before any other hook sees it, one tensor for each of its calls."""
-    found: list[Tensor] = []
-
-    def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output.clone())
-
-    layer = model.get_submodule(origin.name)
-    _run(model, inputs, layer.register_forward_hook(see, prepend=True))
-    return found
-
-
-def _run(model: nn.Module, inputs: Tensor, handle: RemovableHandle) -> None:
-    try:
-        # Cloned, as a model may overwrite its input.
-        model(inputs.clone())
-    finally:
-        handle.remove()
-
-
-def _check_reference(layer: WeightLayer, origin: Origin, reference: nn.Module) -> None:
-    try:
-        found = reference.get_submodule(origin.name)
-    except AttributeError:
-        raise ValueError(
-            f"refit_to must be the full network that was pruned, with a layer {origin.name!r}, "
-            f"got {type(reference).__name__}"
-        ) from None
-    outputs = len(getattr(found, "weight", ()))
-    if not isinstance(found, type(layer)) or outputs <= int(origin.rows.max()):
-        raise ValueError(
-            f"layer {origin.name!r} of refit_to must be a {type(layer).__name__} with more than "
-            f"{int(origin.rows.max())} outputs, got {type(found).__name__} with {outputs}"
-        )
-
-
-def _mixes(layer: nn.Module) -> TypeGuard[WeightLayer]:
-    return isinstance(layer, WEIGHT_LAYERS) and not is_depthwise(layer)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from residual_cases import SmallResNet
 from torch import nn
 
 import bmrs
-from bmrs.compaction.refit import patches
+from bmrs.compaction import products
+from bmrs.compaction.products import windows
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
@@ -129,14 +130,13 @@ def test_positions_of_feature_maps_are_chosen_at_random(monkeypatch):
     """Every 20th of 10 × 10 positions would be five of one column."""
     seen = []
     refit = importlib.import_module("bmrs.compaction.refit")  # the package has a function of this name
-    patches = refit.patches
 
-    def watching(layer, x):
-        found = patches(layer, x)
+    def watching(x, kernel, **options):
+        found = windows(x, kernel, **options)
         seen.append(found.shape[1:3])
         return found
 
-    monkeypatch.setattr(refit, "patches", watching)
+    monkeypatch.setattr(products, "windows", watching)
     monkeypatch.setattr(refit, "_MOST_EQUATIONS", 20)
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 6, 5)).double()
@@ -162,24 +162,6 @@ def test_inputs_that_never_vary_leave_the_weights_as_they_are(mlp, value):
     plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=mlp)
     torch.testing.assert_close(refitted[2].weight, plain[2].weight, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(refitted(inputs), mlp(inputs), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv1d(4, 6, 3, stride=2, padding=1),
-        nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular", dilation=2),
-        nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1)),
-        nn.Conv2d(4, 6, 3, padding="same"),
-        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
-        nn.Conv3d(4, 6, 2, stride=2, padding=1),
-    ],
-    ids=str,
-)
-def test_patches_are_what_a_convolution_reads(layer):
-    x = torch.randn(2, 4, *[7] * (layer.weight.dim() - 2), generator=generator())
-    found = patches(layer, x) @ layer.weight.flatten(1).T + layer.bias
-    torch.testing.assert_close(found.movedim(-1, 1), layer(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -277,44 +259,170 @@ def test_another_network_is_refused_by_name(mlp):
         bmrs.compact(model, inputs, refit_to=nn.Sequential(mlp[0], mlp[1], nn.ReLU()))
 
 
-def test_single_input_by_name(mlp):
+class Summed(nn.Module):
+    """Takes two inputs, and a number that is no tensor."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        return self.layers(x + factor * y)
+
+
+def test_inputs_by_name_and_several_of_them(mlp):
     model = masked_copy(mlp, 0.5, where="0")
-    inputs = torch.randn(50, 6, generator=generator(), dtype=torch.float64)
+    inputs = torch.randn(250, 6, generator=generator(), dtype=torch.float64)
     expected = bmrs.compact(model, inputs, refit_to=mlp)
     found = bmrs.compact(model, {"input": inputs}, refit_to=mlp)
     assert all(map(torch.equal, found.parameters(), expected.parameters()))
+    dense = Summed(mlp)
+    model = masked_copy(dense, 0.5, where="layers.0")
+    half = inputs / 2
+    for several in ((half, half), {"x": half, "y": half}, (half, inputs, 0.5)):
+        found = bmrs.compact(model, several, refit_to=dense)
+        for new, old in zip(found.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(new, old, rtol=1e-9, atol=1e-9)
 
 
-def test_several_inputs_are_refused(mlp):
-    class Added(nn.Module):
+class Reader(nn.Module):
+    """A small transformer that reads tokens, some of which are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 24, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = block(x, src_key_padding_mask=~mask)
+        return self.classifier(x[:, 0])
+
+
+def test_a_transformer_that_takes_tokens():
+    torch.manual_seed(0)
+    dense = Reader().double()
+    model = masked_copy(dense, 0.5, where="*.linear1")
+    ids, others = torch.randint(20, (2, 400, 6), generator=generator())
+    mask = torch.arange(6) < torch.randint(2, 7, (400, 1), generator=generator())
+    plain = bmrs.compact(model, {"ids": ids, "mask": mask})
+    with pytest.warns(
+        UserWarning, match=r"'blocks.1.self_attn.in_proj_weight' keep their weights: refitting"
+    ):
+        refitted = bmrs.compact(model, {"ids": ids, "mask": mask}, refit_to=dense)
+    with torch.no_grad():
+        expected = dense.eval()(others, mask)
+        errors = [(network(others, mask) - expected).pow(2).mean() for network in (refitted, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    # What attention makes of values is multiplied inside of a function of torch.
+    before, after = (network.blocks[1].self_attn.out_proj.weight for network in (plain, refitted))
+    assert not torch.equal(before, after)
+
+
+def test_layers_that_read_one_tensor_are_refitted_in_one_pass(mlp):
+    class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = mlp
+            self.first = nn.Linear(6, 12)
+            self.branches = nn.ModuleList(nn.Linear(12, 4) for _ in range(3))
+            self.last = nn.Linear(4, 2)
 
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return self.layers(x + y)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.relu(self.first(x))
+            return self.last(self.branches[0](h) * self.branches[1](h) + self.branches[2](h))
 
-    model = masked_copy(Added(), 0.5, where="layers.0")
-    inputs = torch.randn(2, 50, 6, generator=generator(), dtype=torch.float64)
-    with pytest.raises(TypeError, match="refit_to needs a model of one input, got 2 in example_inputs"):
-        bmrs.compact(model, tuple(inputs), refit_to=mlp)
+    torch.manual_seed(0)
+    dense = Branches().double()
+    model = masked_copy(dense, 0.5, where="first")
+    inputs = torch.randn(200, 6, generator=generator(), dtype=torch.float64)
+    calls = []
+    dense.first.register_forward_hook(lambda *_: calls.append("first"))
+    dense.last.register_forward_hook(lambda *_: calls.append("last"))
+    refitted = bmrs.compact(model, inputs, refit_to=dense)
+    # For the branches and for the last layer: the first batch, to see what they read, and then both batches. Each time
+    # it stops where enough was seen, which is in the middle of the last layer that is looked for.
+    assert calls == 3 * ["first"] + 3 * ["first"]
+    plain = bmrs.compact(model, inputs)
+    for before, after in zip(plain.branches, refitted.branches, strict=True):
+        assert not torch.equal(before.weight, after.weight)
 
 
-def test_a_network_that_becomes_a_graph_is_refused():
+def test_a_network_that_becomes_a_graph():
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+            self.first, self.second, self.third = nn.Linear(3, 12), nn.Conv1d(12, 4, 1), nn.Linear(4, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(self.first(x).view(-1, 6))
+            return self.third(torch.tanh(self.second(torch.tanh(self.first(x)).view(-1, 12, 1))).flatten(1))
 
     torch.manual_seed(0)
-    dense = Fixed()
+    dense = Fixed().double()
     model = masked_copy(dense, 0.5, where="first")
-    inputs = torch.randn(50, 3, generator=generator())
-    assert bmrs.compact_report(bmrs.compact(model, inputs)).form == "graph"
+    inputs, others = torch.randn(2, 250, 3, generator=generator(), dtype=torch.float64)
+    plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
+    assert bmrs.compact_report(refitted).form == "graph"
+    assert error(refitted, dense, others) < 0.3 * error(plain, dense, others)
+
+
+def test_weights_that_are_used_otherwise_too_stay():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 6)
+            self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6)
+            self.decoder = nn.Linear(6, 20)
+            self.decoder.weight = self.table.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.decoder(self.second(torch.relu(self.first(self.table(ids)))))
+
+    torch.manual_seed(0)
+    dense = Tied().double()
+    model = masked_copy(dense, 0.5, where="first")
+    ids = torch.randint(20, (200, 5), generator=generator())
+    plain, refitted = bmrs.compact(model, ids), bmrs.compact(model, ids, refit_to=dense)
+    assert torch.equal(refitted.table.weight, plain.table.weight)
+    assert refitted.decoder.weight is refitted.table.weight
+    assert not torch.equal(refitted.second.weight, plain.second.weight)
+
+
+def test_matrices_with_inputs_in_rows():
+    """As transformers' Conv1D has them, which GPT-2 is made of."""
+
+    class Rows(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+            self.bias = nn.Parameter(torch.randn(outputs))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(Rows(4, 16), nn.ReLU(), Rows(16, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    model = bmrs.add_noise(copy.deepcopy(dense), where="0", num_structures=16, dim=-1, initial_mu=-0.01)
+    model[0].noise.mask[::2] = False
+    inputs, others = torch.randn(2, 300, 4, generator=generator(), dtype=torch.float64)
+    plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
+    assert refitted[2].weight.shape == plain[2].weight.shape == (8, 5)
+    assert error(refitted, dense, others) < 0.5 * error(plain, dense, others)
+
+
+def test_a_reference_that_uses_a_layer_another_number_of_times_is_refused(mlp):
+    class Again(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self[4](torch.zeros(len(x), 10, dtype=x.dtype))
+
+    model = masked_copy(mlp, 0.5, where="0")
+    inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
+    model_again = masked_copy(Again(*mlp), 0.5, where="0")
     with pytest.raises(
-        ValueError, match="needs a network of the model's own classes, and this one became a graph"
+        ValueError, match="layer '4' of refit_to is used 1 times in a forward pass, and 2 times"
     ):
-        bmrs.compact(model, inputs, refit_to=dense)
+        bmrs.compact(model_again, inputs, refit_to=mlp)
+    bmrs.compact(model, inputs, refit_to=mlp)
