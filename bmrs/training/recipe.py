@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from bmrs import processes
 from bmrs.budget import prune_to
@@ -60,27 +59,24 @@ class CollapseError(Exception):
 
 
 def start_of_fine_tuning(
-    noisy: nn.Module, trained: nn.Module, pruned: nn.Module, config: TrainConfig, data: Dataset
-) -> tuple[nn.Module, str]:
-    """Return the compacted network with the weights that fine-tuning starts from, and what is to be said about them.
+    noisy: nn.Module, trained: nn.Module, config: TrainConfig, data: Dataset
+) -> nn.Module:
+    """Return the compacted network with the weights that fine-tuning starts from.
 
     Args:
         noisy: the pruned network with its noise.
         trained: the network before there was noise.
-        pruned: the compacted network as it is.
         config: the options.
         data: the images.
     """
-    refits = config.settings.fine_tune_from == "refitted"
-    if refits and not isinstance(pruned, GraphModule):
+    if config.settings.fine_tune_from == "refitted":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # told already, of the network that is not fine-tuned
             # Weights that were there count for more than where nothing is trained afterwards.
             examples = refitting_examples(data)
-            return compact(noisy, examples, refit_to=trained, refit_ridge=_RIDGE_OF_START), ""
-    note = "a graph of operators cannot be refitted, so that fine-tuning starts from what pruning leaves"
+            return compact(noisy, examples, refit_to=trained, refit_ridge=_RIDGE_OF_START)
     few = data.train.examples(FEW_EXAMPLES)
-    return compact(noisy, few, expected_noise=bool(config.weight_lr)), note if refits else ""
+    return compact(noisy, few, expected_noise=bool(config.weight_lr))
 
 
 def refitting_examples(data: Dataset) -> Tensor:

@@ -1,12 +1,9 @@
-"""A whole run: train, prune, compact, save, reload, compare, measure, draw."""
+"""A whole run: the data, the folder, each seed's training, and what has come of it, measured and drawn."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +11,37 @@ import torch
 from rich.console import Console
 from safetensors.torch import save as serialize
 from torch import nn
-from torch.fx import GraphModule
 
 from bmrs import processes
 from bmrs.checks import one_line
-from bmrs.compaction.compact import compact
 from bmrs.compaction.outlook import noise_outlook
 from bmrs.data import FOLDER, Dataset
-from bmrs.files import save as save_model
 from bmrs.files.atomic import write_atomically
 from bmrs.noise.lookup import noise_layers
-from bmrs.training import algorithm1, recipe
-from bmrs.training.checkpoint import TrainingState, load_checkpoint, on_their_own, save_checkpoint
+from bmrs.training import recipe
+from bmrs.training.checkpoint import TrainingState, on_their_own
 from bmrs.training.config import TrainConfig
 from bmrs.training.devices import device_of
-from bmrs.training.energy import EnergyMeter, epochs_measured
+from bmrs.training.energy import EnergyMeter
 from bmrs.training.environment import environment, what_differs
-from bmrs.training.epoch import Progress
-from bmrs.training.events import check_tensorboard, write_epoch
-from bmrs.training.fit import fit, fitting_state
+from bmrs.training.events import check_tensorboard
 from bmrs.training.images import load_images
 from bmrs.training.interruption import InterruptedRunError, command_to_resume
 from bmrs.training.memory import check_memory
 from bmrs.training.networks import check_training, dense_network, noisy_network, with_weights
 from bmrs.training.options_file import read_json
+from bmrs.training.phases import Trainer, by_algorithm1, by_recipe
 from bmrs.training.picture import draw
-from bmrs.training.progress import ReadingProgress, TrainingProgress
+from bmrs.training.progress import ReadingProgress
 from bmrs.training.run_folder import (
     NetworkName,
     RunError,
     RunFolder,
     write_json,
-    write_json_lines,
 )
-from bmrs.training.sharing import check_same_data, check_same_state, share_random_state, share_state
+from bmrs.training.sharing import check_same_data
 from bmrs.training.summarise import summarise
 from bmrs.training.summary import RunSummary, show_seeds
-
-_COMPILING = "compiling what draws the noise; up to a minute, the first time on this machine"
 
 
 def train(
@@ -273,8 +263,8 @@ def _finish_seed(
     console: Console,
     meter: EnergyMeter | None,
 ) -> RunSummary:
-    trainer = _Trainer(folder, config, console, meter)
-    run = _run_paper if config.recipe == "paper" else _run_recipe
+    trainer = Trainer(folder, config, console, meter)
+    run = by_algorithm1 if config.recipe == "paper" else by_recipe
     states = run(trainer, config, data, device)
     return processes.of_first(lambda: _result(folder, config, data, device, console, states, meter))
 
@@ -301,180 +291,6 @@ def _result(
     summary.show(console, _title(config))
     console.print(picture, soft_wrap=True, markup=False)
     return summary
-
-
-@dataclass(frozen=True)
-class _Trainer:
-    """Trains the networks of a run, each from its checkpoint if there is one."""
-
-    folder: RunFolder
-    config: TrainConfig
-    console: Console
-    meter: EnergyMeter | None
-
-    def __call__(
-        self,
-        network: NetworkName,
-        title: str,
-        state: TrainingState,
-        epochs: int,
-        train: Callable[[Callable[[TrainingState], None], Progress], None],
-    ) -> TrainingState:
-        """Train a fresh state, or go on from its checkpoint, by calling ``train(save, progress)``."""
-
-        def save(state: TrainingState) -> None:
-            self.save(network, state)
-
-        if processes.is_first() and self.folder.checkpoint(network).exists():
-            load_checkpoint(self.folder.checkpoint(network), state, self.config)
-        share_state(state)
-        save(state)
-        with (
-            epochs_measured(self.meter, save) as save_epoch,
-            TrainingProgress(
-                self.console,
-                title,
-                epochs=epochs,
-                done=len(state.history),
-                before_the_first_step=_COMPILING if network == "noisy" else "",
-            ) as progress,
-        ):
-            train(save_epoch, progress)
-        return state
-
-    def save(self, network: NetworkName, state: TrainingState) -> None:
-        """Write a state of training, the same one on all processes, and its metrics."""
-        check_same_state(state, network)
-        if processes.is_first():
-            save_checkpoint(self.folder.checkpoint(network), state, self.config)
-            write_json_lines(self.folder.metrics(network), state.history)
-            if self.config.tensorboard and state.history:
-                write_epoch(self.folder.tensorboard(network), state)
-        share_random_state(state.device)
-
-    def fit(
-        self,
-        network: NetworkName,
-        title: str,
-        model: nn.Module,
-        data: Dataset,
-        epochs: int,
-        teacher: nn.Module | None = None,
-        config: TrainConfig | None = None,
-    ) -> TrainingState:
-        """Train a network's weights, by other options than the run's if they are given."""
-        config = config or self.config
-        state = fitting_state(model, config, data.train.device)
-        return self(
-            network,
-            title,
-            state,
-            epochs,
-            lambda save, progress: fit(
-                state,
-                data,
-                config,
-                epochs=epochs,
-                phase=title,
-                save=save,
-                progress=progress,
-                teacher=teacher,
-            ),
-        )
-
-
-def _run_paper(
-    trainer: _Trainer, config: TrainConfig, data: Dataset, device: torch.device
-) -> dict[NetworkName, TrainingState]:
-    epochs = config.settings.epochs + config.settings.fine_tune_epochs
-
-    def network(name: NetworkName, title: str) -> TrainingState:
-        state = algorithm1.new_state(config, data, noise=name == "noisy", device=device)
-        if config.weights is not None:
-            initial = recipe.initial(config, data, device)
-            state.model.load_state_dict(initial.state_dict(), strict=False)
-        return trainer(
-            name,
-            title,
-            state,
-            epochs,
-            lambda save, progress: algorithm1.train(state, data, config, save=save, progress=progress),
-        )
-
-    states: dict[NetworkName, TrainingState] = {
-        "noisy": network("noisy", "with noise"),
-        "dense": network("dense", "dense"),
-    }
-    compacted = compact(states["noisy"].model, data.validation.examples(8))
-    if processes.is_first():
-        save_model(trainer.folder.network("compacted"), compacted)
-    return states
-
-
-def _run_recipe(
-    trainer: _Trainer, config: TrainConfig, data: Dataset, device: torch.device
-) -> dict[NetworkName, TrainingState]:
-    folder, settings = trainer.folder, config.settings
-    epochs = recipe.total_epochs(config, data)
-
-    trained = trainer.fit("trained", "training", recipe.initial(config, data, device), data, settings.epochs)
-    noisy = recipe.noisy_state(trained.model, config, data, device)
-    trainer(
-        "noisy",
-        "noise",
-        noisy,
-        recipe.noise_epochs(config, data),
-        lambda save, progress: recipe.learn_noise(noisy, data, config, save=save, progress=progress),
-    )
-    if "pruning" not in noisy.history[-1]:  # not yet, in a run that was interrupted
-        noisy.history[-1]["pruning"] = recipe.decide(noisy.model, config, data)
-        noisy.history[-1]["kept"] = {
-            name: int(layer.mask.sum()) for name, layer in noise_layers(noisy.model).items()
-        }
-        trainer.save("noisy", noisy)
-
-    few = data.train.examples(recipe.FEW_EXAMPLES)
-    pruned = compact(noisy.model, few)
-    # Weights that went on training with the noise are not those of the trained network, nor of θ = 1.
-    frozen = not config.weight_lr
-    refitted = pruned
-    if frozen and not isinstance(pruned, GraphModule):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            refitted = compact(noisy.model, recipe.refitting_examples(data), refit_to=trained.model)
-        for text in dict.fromkeys(str(warning.message) for warning in caught):
-            trainer.console.print(f"note: {text}", soft_wrap=True, markup=False)
-    tuning_epochs = recipe.fine_tuning_epochs(config, data, noisy)
-    start: nn.Module = refitted
-    if tuning_epochs:
-        start, note = recipe.start_of_fine_tuning(noisy.model, trained.model, pruned, config, data)
-        if note:
-            trainer.console.print(f"note: {note}", soft_wrap=True, markup=False)
-    fine_tuned = trainer.fit(
-        "fine-tuned",
-        "fine-tuning",
-        copy.deepcopy(start),
-        data,
-        tuning_epochs,
-        teacher=trained.model if config.distillation else None,
-    )
-    states: dict[NetworkName, TrainingState] = {"trained": trained, "noisy": noisy, "fine-tuned": fine_tuned}
-    networks = {"pruned": pruned, "refitted": refitted, "compacted": fine_tuned.model}
-    if config.rivals:
-        states["dense"] = trainer.fit("dense", "dense", recipe.initial(config, data, device), data, epochs)
-        chosen = recipe.random_structures(trained.model, noisy.model, config, data)
-        states["random"] = trainer.fit("random", "random structures", chosen, data, epochs - settings.epochs)
-        same_widths = recipe.untrained_copy(fine_tuned.model, config)
-        states["scratch"] = trainer.fit(
-            "scratch", "from scratch", same_widths, data, epochs, config=recipe.from_scratch(config)
-        )
-        networks |= {"random": states["random"].model, "scratch": states["scratch"].model}
-    else:
-        states["dense"] = trained
-    for name, model in networks.items():
-        if processes.is_first():
-            save_model(folder.network(name), model)
-    return states
 
 
 def load(config: TrainConfig, device: torch.device, console: Console | None = None) -> Dataset:

@@ -180,7 +180,7 @@ class ChainComparison(Comparison):
             "pruned": accuracy(pruned, self.data.test),
             "refitted": accuracy(bmrs.compact(model, self.examples, refit_to=self.trained), self.data.test),
         }
-        start, _ = recipe.start_of_fine_tuning(model, self.trained, pruned, self.config, self.data)
+        start = recipe.start_of_fine_tuning(model, self.trained, self.config, self.data)
         return Built(
             self.fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
         )

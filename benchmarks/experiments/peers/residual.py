@@ -94,12 +94,11 @@ class ResidualComparison(Comparison):
     def _bmrs(self, size: str) -> Built:
         noisy = self._budgeted(size)
         examples = recipe.refitting_examples(self.data)
-        pruned = bmrs.compact(noisy, examples, expected_noise=False)
         before = {
             "pruned": accuracy(bmrs.compact(noisy, examples), self.data.test),
             "refitted": accuracy(bmrs.compact(noisy, examples, refit_to=self.trained), self.data.test),
         }
-        start, _ = recipe.start_of_fine_tuning(noisy, self.trained, pruned, self.config, self.data)
+        start = recipe.start_of_fine_tuning(noisy, self.trained, self.config, self.data)
         epochs = recipe.total_epochs(self.config, self.data)
         return Built(self.fit(start, self.config.settings.fine_tune_epochs), before, epochs)
 

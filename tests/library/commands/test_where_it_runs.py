@@ -261,7 +261,7 @@ def test_a_run_that_cannot_write_says_how_it_goes_on(images, tmp_path, monkeypat
         if isinstance(fault, BrokenPipeError):
             patch.setattr(TrainingProgress, "epoch", lambda self, row: self._console.on_broken_pipe())
         else:
-            patch.setattr("bmrs.training.run.write_json_lines", fail)
+            patch.setattr("bmrs.training.phases.write_json_lines", fail)
         text = printed(
             "train", *OPTIONS.split(), *SHORT.split(), "--data-dir", str(images), "--output", str(run), code=2
         )
