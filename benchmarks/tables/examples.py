@@ -26,7 +26,10 @@ def _tables(name: str, results: Path) -> str:
 
 def _table(seeds: list[dict[str, Any]]) -> str:
     data = seeds[0]
-    columns = ("network", "parameters", "MFLOPs", "test accuracy, %, pruned", "fine-tuned", "time of a batch")
+    columns = (
+        *("network", "parameters", "MFLOPs"),
+        *("test accuracy, %, pruned", "refitted", "fine-tuned", "time of a batch"),
+    )
     numbers = ", ".join(str(each["seed"]) for each in seeds)
     several = f"s {numbers}, means and each one" if len(seeds) > 1 else f" {numbers}"
     about = (
@@ -47,11 +50,15 @@ def _line(rows: tuple[dict[str, Any], ...], dense: tuple[dict[str, Any], ...]) -
         each = ", ".join(f"{100 * row[key]:.1f}" for row in rows)
         return f"{100 * mean(key):.1f} ({each})" if len(rows) > 1 else each
 
+    def percent_if_there(key: str) -> str:
+        return percent(key) if all(row.get(key) is not None for row in rows) else ""
+
     return (
         rows[0]["network"],
         f"{mean('parameters'):,.0f} ({mean('parameters') / mean('parameters', dense):.0%})",
         f"{mean('flops') / 1e6:,.0f} ({mean('flops') / mean('flops', dense):.0%})",
         percent("pruned"),
+        percent_if_there("refitted"),
         percent("fine_tuned"),
         f"{mean('time'):.2f}",
     )

@@ -38,6 +38,7 @@ class Row:
         parameters: their number.
         flops: floating-point operations for one example, two for each multiply-add.
         pruned: test accuracy before fine-tuning, in [0, 1].
+        refitted: the same of the network refitted by least squares, if that was done.
         fine_tuned: test accuracy after it, in [0, 1].
         time: of a batch, over that of the dense network.
     """
@@ -46,6 +47,7 @@ class Row:
     parameters: int
     flops: int
     pruned: float
+    refitted: float | None
     fine_tuned: float
     time: float
 
@@ -141,14 +143,16 @@ def accuracy(model: nn.Module, batches: DataLoader[Any], logits: Logits) -> floa
     return right / len(batches.dataset)  # type: ignore[arg-type]
 
 
-def random_structures(pruned: nn.Module, example: Any, *, seed: int) -> nn.Module:
+def random_structures(
+    pruned: nn.Module, examples: Any, *, seed: int, refit_to: nn.Module | None = None
+) -> nn.Module:
     """Compact a network to the widths that its pruning found, with structures that are drawn."""
     network = copy.deepcopy(pruned)
     torch.manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, bmrs.NoiseLayer):
             layer.set_kept(layer.kept[torch.randperm(layer.num_structures)])
-    return bmrs.compact(network, example, expected_noise=False)
+    return bmrs.compact(network, examples, expected_noise=False, refit_to=refit_to)
 
 
 def torch_pruned(
@@ -211,6 +215,7 @@ def relative_times(networks: Mapping[str, nn.Module], batch: Any, *, rounds: int
 
 def compare(
     networks: Mapping[str, nn.Module],
+    refitted: Mapping[str, nn.Module],
     fine_tune: Callable[[nn.Module], nn.Module],
     test: DataLoader[Any],
     logits: Logits,
@@ -218,9 +223,20 @@ def compare(
     *,
     rounds: int,
 ) -> tuple[list[Row], dict[str, nn.Module]]:
-    """Fine-tune all networks alike, the dense one first, measure them, and return them too."""
+    """Fine-tune all networks alike, the dense one first, measure them, and return them too.
+
+    Args:
+        networks: by how they came about.
+        refitted: those of them that were refitted instead, which are not fine-tuned.
+        fine_tune: trains a network.
+        test: the examples that accuracies are of.
+        logits: what a network says to a batch.
+        examples: inputs of a batch, for times.
+        rounds: of which times are medians.
+    """
     example = _first(examples)
     pruned = {name: accuracy(network, test, logits) for name, network in networks.items()}
+    without_training = {name: accuracy(network, test, logits) for name, network in refitted.items()}
     tuned = {name: fine_tune(network) for name, network in networks.items()}
     times = relative_times(tuned, examples, rounds=rounds)
     rows = [
@@ -229,6 +245,7 @@ def compare(
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             flops=count_flops(network, example),
             pruned=pruned[name],
+            refitted=without_training.get(name),
             fine_tuned=accuracy(network, test, logits),
             time=times[name],
         )
@@ -240,12 +257,13 @@ def compare(
 
 def table(rows: Sequence[Row]) -> str:
     """Return the comparison as text."""
-    header = ("parameters", "MFLOPs", "pruned, %", "fine-tuned, %", "time", "network")
+    header = ("parameters", "MFLOPs", "pruned, %", "refitted, %", "fine-tuned, %", "time", "network")
     cells = [
         (
             f"{row.parameters:,}",
             f"{row.flops / 1e6:,.1f}",
             f"{row.pruned:.1%}"[:-1],
+            "" if row.refitted is None else f"{row.refitted:.1%}"[:-1],
             f"{row.fine_tuned:.1%}"[:-1],
             f"{row.time:.2f}",
             row.network,

@@ -30,6 +30,8 @@ IMAGES = {"training": 4800, "validation": 500, "test": 500}
 """Drawn without replacement, those of validation from the training batches as well."""
 CHANNELS = "*_bn1"
 """The expanded channels of each inverted bottleneck, behind their depthwise convolution, and the last features."""
+REFITTING = 500
+"""Images that networks are refitted on where they are not trained."""
 TEMPERATURE, STEPS, LEARNING_RATE = 0.6, 60, 1e-4
 
 
@@ -146,6 +148,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Torch-Pruning, random": comparison.torch_pruned(dense, example, "random", **size),
     }
 
+    # Without any training after pruning, by examples without labels
+    given = training[0][:REFITTING]
+    refitted = {
+        "bmrs": bmrs.compact(noisy, given, refit_to=dense),
+        "its widths, random structures": comparison.random_structures(
+            noisy, given, seed=seed, refit_to=dense
+        ),
+    }
+
     def fine_tune(network: nn.Module) -> nn.Module:
         # With ImageNet's statistics or these images', whichever does each network more good
         tuned = []
@@ -155,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return max(tuned, key=lambda candidate: comparison.accuracy(candidate, held_out, logits))
 
     rounds = 1 if options.quick else 20
-    rows, tuned = comparison.compare(networks, fine_tune, tests, logits, examples, rounds=rounds)
+    rows, tuned = comparison.compare(networks, refitted, fine_tune, tests, logits, examples, rounds=rounds)
     small = tuned["bmrs"]
     print(f"bmrs: {comparison.accuracy(small, held_out, logits):.1%} of the validation images")
 

@@ -28,6 +28,8 @@ from bmrs.examples.scipy_texts import TOPICS, documents
 
 TOKENS = 32
 TEMPERATURE, STEPS, FINE_TUNING_STEPS, LEARNING_RATE = 0.1, 150, 75, 2e-4
+REFITTING = 1000
+"""Texts that networks are refitted on where they are not trained."""
 HEADS, UNITS = "*.attention.output.dense", "*.intermediate.dense"
 
 
@@ -148,12 +150,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Torch-Pruning, random": comparison.torch_pruned(dense, example, "random", **size),
     }
 
+    # Without any training after pruning, by examples without labels
+    given = {"input_ids": training[0][:REFITTING], "attention_mask": training[1][:REFITTING]}
+    refitted = {
+        "bmrs": bmrs.compact(noisy, given, refit_to=dense),
+        "its widths, random structures": comparison.random_structures(
+            noisy, given, seed=seed, refit_to=dense
+        ),
+    }
+
     def fine_tune(network: nn.Module) -> nn.Module:
         torch.manual_seed(seed)
         return comparison.train(network, batches(), logits, steps=more, lr=LEARNING_RATE)
 
     rounds = 1 if options.quick else 20
-    rows, _ = comparison.compare(networks, fine_tune, tests, logits, examples, rounds=rounds)
+    rows, _ = comparison.compare(networks, refitted, fine_tune, tests, logits, examples, rounds=rounds)
     print(f"bmrs: {comparison.accuracy(small, held_out, logits):.1%} of the validation texts")
 
     # Files

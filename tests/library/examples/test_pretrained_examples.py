@@ -77,6 +77,7 @@ def results_of(folder: Path) -> dict:
     assert small["parameters"] < dense["parameters"]
     assert small["flops"] < dense["flops"]
     assert same_widths["parameters"] == small["parameters"]
+    assert [row["refitted"] is not None for row in found["rows"]] == [False, True, True, False, False]
     return found
 
 
