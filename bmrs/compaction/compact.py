@@ -36,7 +36,7 @@ from bmrs.compaction.training_only import only_in_training
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import MarkedNoise, capture, has_autocast, mark
 from bmrs.graph.channels import without_repetition
-from bmrs.graph.copies import copied, evaluation_copy, unwrapped
+from bmrs.graph.copies import copied, evaluation_copy
 from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
 from bmrs.graph.inputs import as_inputs, map_tensors
 from bmrs.graph.layer_norms import check_approximate
@@ -151,7 +151,7 @@ def compact(
             analysis = masked.analysis(follow_constants=not keep_noise)
         result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
-            reference = unwrapped(refit_to)
+            reference = evaluation_copy(refit_to)
             refit(result, analysis, reference, inputs, ridge=refit_ridge or RIDGE)
     fixed = masked.captured.fixed_number()
     if fixed is not None and compact_report(result).form == "graph":

@@ -13,8 +13,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from bmrs.compaction.comparison import cut_examples
 from bmrs.compaction.products import Product, products, watch
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.inputs import Inputs, in_batches
+from bmrs.graph.nodes import layer_of
 from bmrs.graph.operators import CONVOLUTIONS, LINEAR
 
 RIDGE = 1e-3
@@ -69,9 +70,10 @@ def refit(
     whose products are made where they cannot be seen.
 
     Args:
-        compacted: the network, of the user's own classes or a graph.
+        compacted: the network, of the user's own classes or a graph, in evaluation mode.
         analysis: what it was made from.
-        reference: the full network with weights of the same names, such as the trained one before noise was added.
+        reference: the full network in evaluation mode, with weights of the same names, such as the trained one before
+            noise was added.
         inputs: examples, the more the better: a few for each input of the widest layer at least.
         ridge: how much the present weights count, relative to the mean variance of a layer's inputs.
 
@@ -80,24 +82,29 @@ def refit(
             another device, or one that is used another number of times; it is named.
     """
     weights = {weight.name: weight for weight in _weights(compacted, analysis, reference)}
-    with torch.no_grad(), _evaluating(compacted), _evaluating(reference):
+    kept = _layers_that_keep_theirs(analysis)
+    with torch.no_grad():
         independent = cut_examples(compacted, inputs) is not inputs
         batches = list(in_batches(inputs, _BATCH)) if independent else [inputs]
-        groups = _groups(compacted, weights, batches[0])
-        for group in groups:
-            _refit_group(compacted, reference, group, batches, ridge)
-    unseen = weights.keys() - {weight.name for group in groups for weight in group}
-    if unseen:
-        layers = ", ".join(repr(weight.layer) for weight in weights.values() if weight.name in unseen)
+        uses = _uses(compacted, {name: weight.own for name, weight in weights.items()}, batches[0])
+        expected = _uses(reference, {name: weight.full for name, weight in weights.items()}, batches[0])
+        seen: list[str] = []
+        for group in _groups(uses):
+            refitted = [weights[name] for name in group]
+            _check_numbers(refitted, uses, expected)
+            _refit_group(compacted, reference, refitted, batches, ridge)
+            seen += group
+    if kept := [*(weight.layer for name, weight in weights.items() if name not in seen), *kept]:
         warnings.warn(
-            f"{layers} keep their weights: refitting takes those that torch's linear and convolution functions are "
-            "called with, beside a parameter as bias or none",
+            f"{', '.join(map(repr, kept))} keep their weights: refitting takes parameters that torch's linear and "
+            "convolution functions are called with, beside a parameter as bias or none",
             stacklevel=3,
         )
 
 
 def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> Iterator[_Weight]:
     """Yield the weights of linear layers and convolutions, in the order of their use."""
+    present = dict(compacted.named_parameters(remove_duplicate=False))
     users: dict[int, set[str]] = defaultdict(set)
     for call in analysis.calls.values():
         for value in call.values():
@@ -114,10 +121,21 @@ def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> 
         axis = 1 if call.operator == "addmm" else 0
         rows = analysis.kept(weight, axis)
         rows = torch.arange(weight.shape[axis]) if rows is None else rows
-        own = compacted.get_parameter(weight.parameter)
-        yield _Weight(
-            weight.parameter, own, _in_reference(weight.parameter, own, reference, rows, axis), rows
-        )
+        own = present.get(weight.parameter)
+        if own is not None:  # all of it may be gone
+            full = _in_reference(weight.parameter, own, reference, rows, axis)
+            yield _Weight(weight.parameter, own, full, rows)
+
+
+def _layers_that_keep_theirs(analysis: Analysis) -> list[str]:
+    """Return the names of linear layers and convolutions that compute their weights, as parametrisations do."""
+    products = (
+        (layer_of(node), call["weight"])
+        for node, call in analysis.calls.items()
+        if call.operator in _PRODUCTS and call.operator != "addmm"
+    )
+    computed = (path for path, weight in products if weight.parameter is None and weight.tensor is not None)
+    return list(dict.fromkeys(computed))
 
 
 def _in_reference(
@@ -152,35 +170,61 @@ def _in_reference(
     return found
 
 
-def _groups(compacted: nn.Module, weights: Mapping[str, _Weight], inputs: Inputs) -> list[list[_Weight]]:
-    """Return the weights that are seen to be used, those together that read one tensor, in the order of their use."""
-    groups: list[list[_Weight]] = []
-    uses: Counter[str] = Counter()
+class _Use(NamedTuple):
+    """A product of a weight in a forward pass.
+
+    Attributes:
+        weight: its name.
+        reads_the_same: whether the product before this one read the same tensor.
+    """
+
+    weight: str
+    reads_the_same: bool
+
+
+def _uses(model: nn.Module, weights: Mapping[str, Tensor], inputs: Inputs) -> list[_Use]:
+    """Return the products of weights in a forward pass, in their order, but those with a bias that is computed."""
+    found: list[_Use] = []
     previous: tuple[Tensor, int] | None = None
 
     def see(product: Product, source: Tensor) -> None:
         nonlocal previous
         if product.bias is not None and not isinstance(product.bias, nn.Parameter):
             return
-        uses[product.weight] += 1
-        if uses[product.weight] == 1:
-            together = previous is not None and source is previous[0] and source._version == previous[1]
-            if together and groups[-1]:
-                groups[-1].append(weights[product.weight])
-            else:
-                groups.append([weights[product.weight]])
+        same = previous is not None and source is previous[0] and source._version == previous[1]
+        found.append(_Use(product.weight, same))
         previous = (source, source._version)
 
-    watch(compacted, inputs, {name: weight.own for name, weight in weights.items()}, see)
-    return [part for group in groups for part in _apart(group, uses)]
+    watch(model, inputs, weights, see)
+    return found
 
 
-def _apart(group: list[_Weight], uses: Mapping[str, int]) -> Iterator[list[_Weight]]:
-    """Yield the weights of a group that are used once together, the others each alone."""
-    once = [weight for weight in group if uses[weight.name] == 1]
-    if once:
-        yield once
-    yield from ([weight] for weight in group if uses[weight.name] > 1)
+def _groups(uses: Sequence[_Use]) -> list[list[str]]:
+    """Return the names of weights, those together that are used once and read one tensor, in the order of their use."""
+    numbers = Counter(use.weight for use in uses)
+    groups: list[list[str]] = []
+    last: list[str] = []
+    for use in uses:
+        if numbers[use.weight] > 1:
+            if [use.weight] not in groups:
+                groups.append([use.weight])
+            last = []
+        elif use.reads_the_same and last:
+            last.append(use.weight)
+        else:
+            last = [use.weight]
+            groups.append(last)
+    return groups
+
+
+def _check_numbers(weights: Sequence[_Weight], uses: Sequence[_Use], expected: Sequence[_Use]) -> None:
+    for weight in weights:
+        own, full = (sum(use.weight == weight.name for use in found) for found in (uses, expected))
+        if own != full:
+            raise ValueError(
+                f"layer {weight.layer!r} of refit_to is used {full} times in a forward pass, and {own} times in the "
+                "pruned network: give the network that was pruned"
+            )
 
 
 def _refit_group(
@@ -199,11 +243,6 @@ def _refit_group(
     fits = []
     for weight in group:
         its_first, its_expected = first[weight.name], expected[weight.name]
-        if len(its_first) != len(its_expected):
-            raise ValueError(
-                f"layer {weight.layer!r} of refit_to is used {len(its_expected)} times in a forward pass, and "
-                f"{len(its_first)} times in the pruned network: give the network that was pruned"
-            )
         same = all(torch.equal(a.read, b.read) for a, b in zip(its_first, its_expected, strict=True))
         if not same and not its_first[0].is_depthwise:
             fits.append(_Fit(weight, its_first[0]))
@@ -321,14 +360,3 @@ class _NormalEquations:
         weight = self._weight.clone()
         weight[:, read] += torch.linalg.solve(system[read][:, read], missing[read]).T
         return weight, mean_y - weight @ mean_x
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

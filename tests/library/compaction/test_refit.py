@@ -343,9 +343,9 @@ def test_layers_that_read_one_tensor_are_refitted_in_one_pass(mlp):
     dense.first.register_forward_hook(lambda *_: calls.append("first"))
     dense.last.register_forward_hook(lambda *_: calls.append("last"))
     refitted = bmrs.compact(model, inputs, refit_to=dense)
-    # For the branches and for the last layer: the first batch, to see what they read, and then both batches. Each time
-    # it stops where enough was seen, which is in the middle of the last layer that is looked for.
-    assert calls == 3 * ["first"] + 3 * ["first"]
+    # All of it once, to see what there is; then, for the branches and for the last layer, the first batch, to see what
+    # they read, and both batches. Each time it stops in the middle of the last layer that is looked for.
+    assert calls == ["first", "last", *3 * ["first"], *3 * ["first"]]
     plain = bmrs.compact(model, inputs)
     for before, after in zip(plain.branches, refitted.branches, strict=True):
         assert not torch.equal(before.weight, after.weight)
@@ -418,11 +418,55 @@ def test_a_reference_that_uses_a_layer_another_number_of_times_is_refused(mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + self[4](torch.zeros(len(x), 10, dtype=x.dtype))
 
-    model = masked_copy(mlp, 0.5, where="0")
     inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
-    model_again = masked_copy(Again(*mlp), 0.5, where="0")
-    with pytest.raises(
-        ValueError, match="layer '4' of refit_to is used 1 times in a forward pass, and 2 times"
+    for pruned, reference, ones, others in ((Again(*mlp), mlp, 1, 2), (mlp, Again(*mlp), 2, 1)):
+        model = masked_copy(pruned, 0.5, where="0")
+        with pytest.raises(
+            ValueError,
+            match=f"layer '4' of refit_to is used {ones} times in a forward pass, and {others} times",
+        ):
+            bmrs.compact(model, inputs, refit_to=reference)
+
+
+def test_a_branch_that_is_gone_needs_no_refitting():
+    torch.manual_seed(0)
+    dense = SmallResNet().double().eval()
+    model = masked_copy(dense, 0.3, where="*.bn1")
+    emptied = next(iter(noise_layers(model).values()))
+    emptied.set_kept(torch.zeros_like(emptied.mask))
+    inputs, others = torch.randn(2, 100, 3, 12, 12, generator=generator(), dtype=torch.float64)
+    plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
+    assert bmrs.compact_report(plain).emptied
+    assert error(refitted, dense, others) < 0.7 * error(plain, dense, others)
+
+
+def test_weights_under_a_parametrization_are_refitted_as_what_they_come_to(mlp):
+    dense = copy.deepcopy(mlp)
+    nn.utils.parametrizations.weight_norm(dense[2])
+    model = masked_copy(dense, 0.5, where="0")
+    inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
+    found = bmrs.compact(model, inputs, refit_to=dense)
+    assert isinstance(dense[2].parametrizations, nn.ModuleDict)
+    expected = bmrs.compact(masked_copy(mlp, 0.5, where="0"), inputs, refit_to=mlp)
+    torch.testing.assert_close(found[2].weight, expected[2].weight, rtol=1e-6, atol=1e-6)
+
+
+class Doubled(nn.Linear):
+    """Computes its weight in its code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+def test_computed_weights_stay_and_are_named():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), Doubled(12, 10), nn.ReLU(), nn.Linear(10, 3)).double()
+    model = masked_copy(dense, 0.5, where="0")
+    inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
+    with pytest.warns(
+        UserWarning, match="^'2' keep their weights: refitting takes parameters that torch's linear"
     ):
-        bmrs.compact(model_again, inputs, refit_to=mlp)
-    bmrs.compact(model, inputs, refit_to=mlp)
+        refitted = bmrs.compact(model, inputs, refit_to=dense)
+    plain = bmrs.compact(model, inputs)
+    assert torch.equal(refitted[2].weight, plain[2].weight)
+    assert not torch.equal(refitted[4].weight, plain[4].weight)
