@@ -23,7 +23,14 @@ from bmrs.compaction.kept_noise import narrowed_noise
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, joined, record_of, remember
 from bmrs.compaction.refit import RIDGE, refit
-from bmrs.compaction.report import Approximated, CompactReport, LayerCompaction, NormApproximation
+from bmrs.compaction.report import CompactReport
+from bmrs.compaction.reporting import (
+    approximated_norms,
+    layer_report,
+    number_of_bytes,
+    number_of_values,
+    unused_parameters,
+)
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import (
     narrowed,
@@ -34,8 +41,7 @@ from bmrs.compaction.surgery import (
 )
 from bmrs.compaction.training_only import only_in_training
 from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import MarkedNoise, capture, has_autocast, mark
-from bmrs.graph.channels import without_repetition
+from bmrs.graph.capture import capture, has_autocast, mark
 from bmrs.graph.copies import copied, evaluation_copy
 from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
 from bmrs.graph.inputs import as_inputs, map_tensors
@@ -43,8 +49,6 @@ from bmrs.graph.layer_norms import check_approximate
 from bmrs.noise.hooks import check_noise_acts
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
-
-_NO_CHANNEL = "it multiplies what always stays"
 
 
 def compact(
@@ -269,20 +273,20 @@ def compacted(
         form=form,
         form_because=because if form == "graph" else "",
         layers=tuple(
-            _layer_report(analysis, emptied, folding, name, layer, given_back.get(name, 0), noise)
+            layer_report(analysis, emptied, folding, name, layer, given_back.get(name, 0), noise)
             for name, layer in layers.items()
         ),
-        parameters_before=_number_of_values(masked),
-        parameters_after=_number_of_values(result),
-        bytes_before=_number_of_bytes(masked),
-        bytes_after=_number_of_bytes(result),
-        unused=_unused(analysis),
+        parameters_before=number_of_values(masked),
+        parameters_after=number_of_values(result),
+        bytes_before=number_of_bytes(masked),
+        bytes_after=number_of_bytes(result),
+        unused=unused_parameters(analysis),
         emptied=tuple(n for n, _ in masked.named_modules() if n in the_cut.constant or n in the_cut.passing),
         flops_before=subject.flops,
         flops_after=forward_flops(result, inputs),
         error=error,
         compared_in=comparison.dtype,
-        approximated=_approximated(analysis, emptied, comparison, masked, result),
+        approximated=approximated_norms(analysis, emptied, comparison, masked, result),
         only_in_training=only_in_training(masked, subject.few) if form == "graph" else (),
     )
     if report.only_in_training:
@@ -300,24 +304,6 @@ def compacted(
         own_code = (joined(before.code_sizes, sizes), joined(before.numbers, the_cut.numbers))
     remember(result, Record(report, kept_inputs, selections, *own_code))
     return result
-
-
-def _approximated(
-    analysis: Analysis,
-    emptied: Emptied,
-    comparison: OutputComparison,
-    masked: nn.Module,
-    result: nn.Module,
-) -> Approximated | None:
-    norms = {}
-    for node, norm in analysis.approximated().items():
-        if node in emptied.dead:
-            continue
-        before = analysis.calls[node]["input"].shape[-1]
-        norms[norm.layer] = NormApproximation(
-            norm.layer, before, round(before * analysis.share_left(node)), dropped=norm.dropped
-        )
-    return Approximated(tuple(norms.values()), *comparison.differences(masked, result)) if norms else None
 
 
 def _attempt(
@@ -351,89 +337,7 @@ def _smaller(
     return folding, the_cut, narrowed_noise(analysis, the_cut, kept_layers)
 
 
-def _layer_report(
-    analysis: Analysis,
-    emptied: Emptied,
-    folding: Folding,
-    name: str,
-    layer: NoiseLayer,
-    given_back: int,
-    noise: Mapping[str, NoiseLayer],
-) -> LayerCompaction:
-    entries = reasons_of_entries(analysis, name, emptied)
-    reasons: Counter[str] = Counter()
-    removed = 0
-    for structure in (~layer.mask).nonzero().flatten().tolist():
-        first = structure * layer.structure_size
-        reason = next((r for r in entries[first : first + layer.structure_size] if r), "")
-        if reason or not entries:
-            reasons[reason or "the model does not use it"] += 1
-        else:
-            removed += 1
-    return LayerCompaction(
-        name=name,
-        structures=layer.num_structures,
-        pruned=int((~layer.mask).sum()),
-        given_back=given_back,
-        removed=removed,
-        kept_because=dict(reasons),
-        folded=name not in folding.remaining and name not in noise,
-        not_folded_because="keep_noise" if name in noise else folding.remaining.get(name, ""),
-        noise_kept=int(noise[name].mask.sum()) if name in noise else None,
-    )
-
-
-def _unused(analysis: Analysis) -> tuple[str, ...]:
-    """Return names of parameters that evaluation does not use, such as those of heads that only training has."""
-    used = {
-        id(value.tensor)
-        for call in analysis.calls.values()
-        for value in call.values()
-        if value.tensor is not None
-    }
-    return tuple(name for name, p in analysis.captured.model.named_parameters() if id(p) not in used)
-
-
-def reasons_of_entries(analysis: Analysis, name: str, emptied: Emptied = NOTHING) -> list[str]:
-    """Return why each entry along a noise layer's dimension stays, "" where it leaves; [] if it is never called."""
-    reasons: list[str] = []
-    for node, call in analysis.calls.items():
-        if call.operator != "mark_noise" or call["name"] != name:
-            continue
-        axis, value = call["dim"] % len(call.shape), call["x"]
-        reasons = reasons or [""] * call.shape[axis]
-        layer = value.layer_along(axis)
-        if node in emptied.dead:
-            continue
-        if layer is None:
-            return [_NO_CHANNEL] * len(reasons)
-        (channels,) = without_repetition(layer)
-        channels = channels.movedim(axis, 0).reshape(len(reasons), -1)
-        stay = analysis.stays(channels)
-        entries = stay.any(dim=1).nonzero().flatten()
-        first = channels[entries, stay[entries].int().argmax(dim=1)]
-        for entry, reason in zip(entries.tolist(), analysis.reasons(first), strict=True):
-            reasons[entry] = reasons[entry] or reason or _NO_CHANNEL
-    return reasons
-
-
 def _check_stored(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if not all_finite(tensor):
             raise RuntimeError(f"parameter {name!r} of the compacted model is not finite in {tensor.dtype}")
-
-
-def _number_of_values(model: nn.Module) -> int:
-    noise = {id(p) for layer in noise_layers(model).values() for p in layer.parameters()}
-    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in noise)
-
-
-def _number_of_bytes(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers, without those of noise."""
-    tensors = {
-        id(tensor): tensor
-        for module in model.modules()
-        if not isinstance(module, MarkedNoise | NoiseLayer)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

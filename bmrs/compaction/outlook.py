@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmrs.compaction.compact import compact_report, compacted, reasons_of_entries
+from bmrs.compaction.compact import compact_report, compacted
 from bmrs.compaction.masked_model import MaskedModel
 from bmrs.compaction.report import LayerCompaction
+from bmrs.compaction.reporting import reasons_of_entries
 from bmrs.graph.analysis import analyse
 from bmrs.graph.inputs import as_inputs
 from bmrs.graph.layer_norms import check_approximate
