@@ -32,7 +32,9 @@ def dense_network(config: TrainConfig, data: Dataset) -> nn.Module:
         RunError: it cannot be built, or does not take the images to their classes.
     """
     if config.is_sequence:
-        return _fused(config, data, noise=False)
+        network = _fused(config, data, noise=False)
+        _check_outputs(network, data.train.examples(2).cpu(), config, data)
+        return network
     channels, height, width = data.train.image_shape
     if height != width:
         raise RunError(
@@ -158,8 +160,12 @@ def _check_outputs(network: nn.Module, images: Tensor, config: TrainConfig, data
         with torch.no_grad():
             outputs = network.eval()(images)
     except Exception as error:  # it may be of the user's own
+        known = NETWORKS.get(config.model)
+        hint = ""
+        if known is not None and config.image_size not in (None, known.image_size):
+            hint = f"; it is meant for --image-size {known.image_size}"
         raise RunError(
-            f"--model {config.model} does not take images of shape {tuple(images.shape[1:])}: {one_line(error)}"
+            f"--model {config.model} does not take images of shape {tuple(images.shape[1:])}: {one_line(error)}{hint}"
         ) from error
     finally:
         for module, mode in modes:

@@ -354,6 +354,11 @@ def test_options_come_from_a_file_and_flags_win(options, images, tmp_path):
         ("train --data /", "got '/'; for that folder give folder:/"),
         ("train --new-classifier", "--new-classifier must be true or false, got nothing"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
+        (
+            "train --image-size 16 --recipe paper",
+            "--model lenet5 does not take images of shape (1, 16, 16): ",
+        ),
+        ("train --image-size 16", "; it is meant for --image-size 32"),
         ("train --device nonsense", "--device nonsense cannot be used: "),
         ("train --device cuda:99", "--device cuda:99 cannot be used: "),
         ("train --resume nowhere", "nowhere is no run folder: config.json is missing"),
