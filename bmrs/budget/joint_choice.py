@@ -100,7 +100,7 @@ class JointChoice:
         examples: arguments of its forward pass, some thousand examples.
 
     Raises:
-        ValueError: the network does not run on them.
+        ValueError: the network does not run on them, or a layer reads NaN or infinite values then.
     """
 
     def __init__(self, graph: MaskedGraph, base: Analysis, examples: Inputs) -> None:
@@ -332,11 +332,13 @@ def _readers(graph: MaskedGraph, base: Analysis, roots: Tensor, examples: Inputs
     for layer, its in sums.items():
         if not its.count:  # its weight is used, and it is not called
             continue
+        gram = its.matrix()
+        if not bool(gram.isfinite().all()):
+            name = next(name for name, part in graph.masked.named_modules() if part is layer)
+            raise ValueError(f"layer {name!r} reads NaN or infinite values on examples; nothing was pruned")
         ((read, made),) = found[layer]
         weight = layer.weight.detach().double().flatten(1).T
-        readers.append(
-            _Reader(layer, read.repeat_interleave(len(weight) // len(read)), made, weight, its.matrix())
-        )
+        readers.append(_Reader(layer, read.repeat_interleave(len(weight) // len(read)), made, weight, gram))
     return readers
 
 

@@ -92,7 +92,7 @@ def prune_to(
         given = None if examples is None else _as_examples(examples, model)
         first = first_example(inputs)
         graph = MaskedGraph(model, inputs if measure == "latency" else first, "prune_to", approximate=allowed)
-        judgement = judge(model, layers, criterion, graph.tied)
+        judgement = judge(model, layers, criterion, graph.tied, example_inputs=example_inputs)
         if empty_layers:
             judgement = emptied(judgement, criterion, graph)
         evidence = Evidence(criterion, judgement)
@@ -130,7 +130,9 @@ def check_latency(
     with torch.inference_mode(False), torch.no_grad():
         inputs = as_inputs(example_inputs, model)
         graph = MaskedGraph(model, inputs, "prune_to")
-        evidence = Evidence(criterion, judge(model, layers, criterion, graph.tied))
+        evidence = Evidence(
+            criterion, judge(model, layers, criterion, graph.tied, example_inputs=example_inputs)
+        )
         start = {name: torch.ones_like(layer.mask) for name, layer in layers.items()}
         costs = make_cost_model(graph, first_example(inputs), start, evidence.of, every_operation=True)
         LatencyBudget(model, graph, costs, evidence, start, inputs, latency).check()

@@ -302,6 +302,11 @@ class _Fit:
             )
             return
         solutions = [part.solve(ridge) for part in self._equations]
+        if not all(bool(tensor.isfinite().all()) for solution in solutions for tensor in solution):
+            raise ValueError(
+                f"layer {self.weight.layer!r} cannot be refitted: on example_inputs it reads or is to return NaN or "
+                "infinite values"
+            )
         rows = own.T if self._product.transposed else own.flatten(1)
         # Pruned structures that stay, in rows of zeros, stay pruned.
         dead = ~rows.any(dim=1)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from bmrs.checks import check_module
 from bmrs.compaction.compact import compact
 from bmrs.compat.layers import PruningLayer
-from bmrs.compat.networks import SOURCES, TRANSPOSED, named_pruning_layers, weight_by_output
+from bmrs.compat.networks import named_pruning_layers
 from bmrs.compat.upgrading import upgrade
 from bmrs.graph.stock_layers import BATCH_NORMS
+from bmrs.noise.producers import STOCK_PRODUCERS, TRANSPOSED_CONVOLUTIONS, by_output
 from bmrs.noise.wrappers import inside_wrappers
 
 
@@ -59,7 +60,7 @@ def _counted_in_module_order(model: nn.Module) -> int:
     norms: list[nn.Module] = []  # behind the source
     waiting: Tensor | None = None  # what is pruned of the last pruning layer, until the next weights come
     for module in inside_wrappers(model).modules():
-        if isinstance(module, SOURCES):
+        if isinstance(module, STOCK_PRODUCERS):
             if waiting is not None:
                 _mark_inputs(gone, module, waiting)
             source, norms, waiting = module, [], None
@@ -69,7 +70,7 @@ def _counted_in_module_order(model: nn.Module) -> int:
             waiting = ~module.kept.flatten().cpu()
             for parameter in (module.mu, module.logsigma):
                 _mark(gone, parameter, waiting.view(parameter.shape))
-            if source is not None and len(weight_by_output(source)) == len(waiting):
+            if source is not None and len(by_output(source, source.get_parameter("weight"))) == len(waiting):
                 _mark_outputs(gone, source, waiting)
                 for norm in norms:
                     _mark_vectors(gone, norm, waiting)
@@ -91,7 +92,7 @@ def _mark_vectors(gone: dict[nn.Parameter, Tensor], module: nn.Module, pruned: T
 def _mark_outputs(gone: dict[nn.Parameter, Tensor], source: nn.Module, pruned: Tensor) -> None:
     weight: nn.Parameter = source.weight  # type: ignore[assignment]
     entries = torch.zeros(weight.shape, dtype=torch.bool)
-    if isinstance(source, TRANSPOSED):
+    if isinstance(source, TRANSPOSED_CONVOLUTIONS):
         by_group = pruned.view(source.groups, 1, -1, *[1] * (weight.dim() - 2))
         entries = (entries.unflatten(0, (source.groups, -1)) | by_group).flatten(0, 1)
     else:
@@ -104,7 +105,7 @@ def _mark_outputs(gone: dict[nn.Parameter, Tensor], source: nn.Module, pruned: T
 def _mark_inputs(gone: dict[nn.Parameter, Tensor], module: nn.Module, pruned: Tensor) -> None:
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     entries = torch.zeros(weight.shape, dtype=torch.bool)
-    if isinstance(module, TRANSPOSED):
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
         if weight.shape[0] == len(pruned):
             entries[pruned] = True
     elif weight.shape[1] == len(pruned):

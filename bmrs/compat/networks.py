@@ -15,6 +15,7 @@ from bmrs.compat.layers import Averaging, PruningLayer
 from bmrs.compat.upgrading import upgrade
 from bmrs.graph.ties import producers
 from bmrs.noise.lookup import noise_layers
+from bmrs.noise.producers import by_output
 from bmrs.noise.wrappers import inside_wrappers
 
 
@@ -125,7 +126,7 @@ def get_weight_l2(
 
 
 def _norms(name: str, layer: PruningLayer, source: nn.Module | None) -> Tensor:
-    rows = None if source is None else weight_by_output(source)
+    rows = None if source is None else by_output(source, source.get_parameter("weight"))
     if rows is None or len(rows) != layer.mu.numel():
         what = "none: give example_inputs" if rows is None else f"{type(source).__name__} with {len(rows)}"
         raise ValueError(
@@ -133,18 +134,6 @@ def _norms(name: str, layer: PruningLayer, source: nn.Module | None) -> Tensor:
             f"channels, one for each structure, got {what}"
         )
     return rows.detach().flatten(1).norm(dim=1)
-
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-SOURCES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-
-
-def weight_by_output(source: nn.Module) -> Tensor:
-    """Return a weight whose first dimension are the output channels; transposed convolutions have them second."""
-    weight: Tensor = source.weight  # type: ignore[assignment]
-    if not isinstance(source, TRANSPOSED):
-        return weight
-    return weight.unflatten(0, (source.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @torch.no_grad()

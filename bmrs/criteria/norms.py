@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bmrs.checks import check_number
 from bmrs.criteria.base import Criterion, Decision
 from bmrs.noise.layer import NoiseLayer
+from bmrs.noise.producers import by_output
 from bmrs.noise.wrappers import whole
 
 
@@ -47,12 +48,13 @@ class _LowestNorm(Criterion):
         if producer is None:
             raise ValueError(f"{type(self).__name__} needs the layer that produces the structures, got None")
         weight: nn.Parameter = producer.weight  # type: ignore[assignment]
-        if weight.shape[0] != layer.num_structures:
+        rows = by_output(producer, whole(self.values(weight)))
+        if len(rows) != layer.num_structures:
             raise ValueError(
                 f"{type(self).__name__} needs a producer with {layer.num_structures} output channels, "
-                f"got {type(producer).__name__} with {weight.shape[0]}"
+                f"got {type(producer).__name__} with {len(rows)}"
             )
-        scores = whole(self.values(weight)).flatten(1).norm(dim=1)
+        scores = rows.flatten(1).norm(dim=1)
         kept = whole(layer.kept)
         candidates = kept & ~scores.isnan()
         count = math.floor(self.ratio * int(kept.sum()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,16 +13,11 @@ from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import Captured, capture, mark
 from bmrs.graph.copies import evaluation_copy
 from bmrs.graph.inputs import as_inputs
-from bmrs.graph.stock_layers import WEIGHT_LAYERS, WeightLayer
 from bmrs.noise.hooks import added_noise
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
+from bmrs.noise.producers import is_producer
 from bmrs.noise.wrappers import inside_wrappers
-
-Producer: TypeAlias = WeightLayer | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-"""A layer whose output channels are the structures of a noise layer."""
-
-_PRODUCERS = (*WEIGHT_LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def same_channels(analysis: Analysis) -> list[list[str]]:
@@ -142,7 +137,7 @@ def producers(
     model: nn.Module,
     purpose: str,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
-) -> dict[NoiseLayer, Producer]:
+) -> dict[NoiseLayer, nn.Module]:
     """Find the linear or convolution layer whose output each noise layer scales, through other operations or not.
 
     Args:
@@ -158,10 +153,10 @@ def producers(
         ValueError: the model cannot be followed.
     """
     model = inside_wrappers(model)
-    found: dict[NoiseLayer, Producer] = {}
+    found: dict[NoiseLayer, nn.Module] = {}
     for module in model.modules():
         noise = added_noise(module)
-        if noise is not None and isinstance(module, _PRODUCERS):
+        if noise is not None and is_producer(module):
             found[noise] = module
     layers = noise_layers(model)
     if len(found) == len(layers):
@@ -174,7 +169,7 @@ def producers(
 
 def _captured_producers(
     model: nn.Module, purpose: str, example_inputs: Any, layers: Mapping[str, NoiseLayer]
-) -> dict[NoiseLayer, Producer]:
+) -> dict[NoiseLayer, nn.Module]:
     masked = evaluation_copy(model)
     mark(masked, {name: layer.spread(layer.mu.detach()) for name, layer in noise_layers(masked).items()})
     captured = capture(masked, as_inputs(example_inputs), purpose)
@@ -187,7 +182,7 @@ def _captured_producers(
             weights = [captured.names.get(n.name, "") for n in source.all_input_nodes]
             path = next((n.rpartition(".")[0] for n in weights if n.rpartition(".")[2] == "weight"), None)
             module = None if path is None else model.get_submodule(path)
-            if isinstance(module, _PRODUCERS):
+            if module is not None and is_producer(module):
                 found[layer] = module
                 break
             inputs = [n for n in source.all_input_nodes if n.name not in captured.tensors]
@@ -210,7 +205,7 @@ class _Tracer(fx.Tracer):
         return output
 
 
-def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, Producer]:
+def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, nn.Module]:
     # Inside a container, so that the model is itself called as a module, hooks included.
     root = nn.Sequential(model)
     try:
@@ -221,7 +216,7 @@ def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, Produc
             "Give example_inputs, so that torch.export can be used"
         ) from error
     modules = dict(root.named_modules())
-    found: dict[NoiseLayer, Producer] = {}
+    found: dict[NoiseLayer, nn.Module] = {}
     for node in graph.nodes:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         while isinstance(layer, NoiseLayer):
@@ -229,8 +224,8 @@ def _traced_producers(model: nn.Module, purpose: str) -> dict[NoiseLayer, Produc
             if len(sources) != 1:
                 break
             (node,) = sources
-            module = modules.get(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, _PRODUCERS):
-                found[layer] = module
+            producer = modules.get(str(node.target)) if node.op == "call_module" else None
+            if producer is not None and is_producer(producer):
+                found[layer] = producer
                 break
     return found

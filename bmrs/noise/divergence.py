@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 import bmrs_kernels
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import LayerGroup, layers_of_one_kind, required_noise_layers
-from bmrs.noise.parameters import warn_of_weight_decay
+from bmrs.noise.parameters import note_gradients, warn_of_weight_decay
 from bmrs.noise.sharded import check_gradients_arrive
+
+_MOST_NAMES = 3
 
 KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 
@@ -22,7 +25,8 @@ KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | None = None) -> Tensor:
     """Return the weighted KL(posterior‖prior) of a model's noise layers, to be added to the data loss.
 
-    Warns once if an optimizer applies weight decay to the noise, as far as it can tell.
+    Warns once if an optimizer applies weight decay to the noise, as far as it can tell, and once of each noise layer
+    that is in evaluation mode while the model is in training mode.
 
     Pruned structures are gone: they add neither KL nor gradient. What each of the others adds does not depend on
     how many are left.
@@ -46,6 +50,8 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
     """
     layers = required_noise_layers(model)
     warn_of_weight_decay(layers)
+    if model.training:
+        _warn_of_quiet_noise(layers)
     shares: dict[NoiseLayer, float] | None = None
     if isinstance(weight, Mapping):
         shares, scale = _shares(weight, layers), 1.0
@@ -58,8 +64,25 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
     terms = [_group_divergence(group, shares) for group in groups]
     divergence = scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
     if divergence.requires_grad:
+        note_gradients(divergence, layers)
         check_gradients_arrive(divergence, model, layers)
     return divergence
+
+
+def _warn_of_quiet_noise(layers: dict[str, NoiseLayer]) -> None:
+    """Warn, once for a layer, of noise that is switched off in training."""
+    quiet = [name for name, layer in layers.items() if not layer.training and not layer.was_found_quiet]
+    if not quiet or torch.compiler.is_compiling():
+        return
+    for name in quiet:
+        layers[name].was_found_quiet = True
+    some = ", ".join([*map(repr, quiet[:_MOST_NAMES]), *["..."] * (len(quiet) > _MOST_NAMES)])
+    warnings.warn(
+        f"the model is in training mode, but its noise layers {some} are in evaluation mode, as after eval() on the "
+        "layers that they were added to, say to freeze batch norms: they draw no noise and multiply by E[θ], while "
+        "their KL counts. Switch each on again with train()",
+        stacklevel=3,
+    )
 
 
 def _group_divergence(group: LayerGroup, shares: dict[NoiseLayer, float] | None) -> Tensor:

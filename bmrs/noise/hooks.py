@@ -196,7 +196,7 @@ def noise_position(layer: nn.Module) -> NoisePosition:
 def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     noise = _noise_of(layer)
     if isinstance(output, PackedSequence):
-        return output._replace(data=noise(output.data))
+        return output._replace(data=_packed(noise, output))
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor | PackedSequence):
         return (_multiply_output(layer, inputs, output[0]), *output[1:])
     if not isinstance(output, Tensor):
@@ -204,10 +204,28 @@ def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> 
             f"a layer with noise must return a tensor or a tuple that begins with one; {layer} "
             f"returned {type(output).__name__}"
         )
+    if isinstance(layer, nn.RNNBase) and output.dim() == 3 and _shares_noise_of_examples(noise):
+        return noise(output) if layer.batch_first else noise(output.transpose(0, 1)).transpose(0, 1)
     if getattr(noise, "recompute", False) and next(iter(layer._forward_hooks.values())) is _multiply_output:
         with input_recomputed(layer, inputs, output):
             return noise(output)
     return noise(output)
+
+
+def _shares_noise_of_examples(noise: nn.Module) -> bool:
+    return noise.training and getattr(noise, "granularity", "") == "sample"
+
+
+def _packed(noise: nn.Module, sequences: PackedSequence) -> Tensor:
+    """Return packed sequences times noise, of which an example has one value at all its times where it should."""
+    data, sizes = sequences.data, sequences.batch_sizes.to(sequences.data.device)
+    if not _shares_noise_of_examples(noise):
+        return noise(data)
+    times = torch.arange(len(sizes), device=data.device).repeat_interleave(sizes)
+    examples = torch.arange(len(data), device=data.device) - (sizes.cumsum(0) - sizes)[times]
+    padded = data.new_zeros(int(sizes[0]), len(sizes), *data.shape[1:])
+    scaled: Tensor = noise(padded.index_put((examples, times), data))
+    return scaled[examples, times]
 
 
 def _multiply_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

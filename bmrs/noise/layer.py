@@ -82,6 +82,8 @@ class NoiseLayer(nn.Module):
     """Name that the layer had whose noise `add_noise` made this, for errors."""
     _born_without_values: bool = False
     was_looked_at_for_decay: bool = False
+    had_gradients: bool = False
+    was_found_quiet: bool = False
     added: Any = None
     """Where `add_noise` put it, an `Added`; None for a layer of the user's own."""
     recompute: bool = False

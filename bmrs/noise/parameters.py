@@ -61,15 +61,15 @@ def warn_of_weight_decay(layers: dict[str, NoiseLayer]) -> None:
     """Warn, once for a model, if an optimizer applies weight decay to its noise.
 
     Nothing leads from a parameter to its optimizer, so that Python's garbage collector is asked what refers to it. That
-    takes a tenth of a second in a large program, and is done once there are gradients: an optimizer is at work then.
+    takes a tenth of a second in a large program, and is done once there are gradients, or a KL term had some: an
+    optimizer is at work then.
     """
     if torch.compiler.is_compiling():
         return
     new = {
         name: layer
         for name, layer in layers.items()
-        # Asked of a tensor that is no leaf, `grad` warns.
-        if not layer.was_looked_at_for_decay and layer.mu.is_leaf and layer.mu.grad is not None
+        if not layer.was_looked_at_for_decay and _is_trained(layer)
     }
     if not new:
         return
@@ -92,3 +92,21 @@ def warn_of_weight_decay(layers: dict[str, NoiseLayer]) -> None:
             stacklevel=3,
         )
         return
+
+
+def note_gradients(divergence: Tensor, layers: dict[str, NoiseLayer]) -> None:
+    """Have layers remember that their KL term had a gradient: loops clear those of parameters before the next one."""
+    new = [layer for layer in layers.values() if not layer.had_gradients]
+    if not new or torch.compiler.is_compiling():
+        return
+
+    def note(gradient: Tensor) -> None:
+        for layer in new:
+            layer.had_gradients = True
+
+    divergence.register_hook(note)
+
+
+def _is_trained(layer: NoiseLayer) -> bool:
+    # Asked of a tensor that is no leaf, `grad` warns.
+    return layer.mu.is_leaf and (layer.had_gradients or layer.mu.grad is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from functools import partial
@@ -141,6 +142,8 @@ def add_noise(
         _check_can_get_noise(name, layer)
         if recompute:
             _check_can_recompute(name, layer, structures)
+        if granularity == "sample":
+            _warn_of_times_first(model, name, layer)
         count, axis, size = _structures_of(name, layer, structures, num_heads, given)
         tensors = chain(layer.parameters(), layer.buffers())
         like = next((t for t in tensors if t.is_floating_point()), fallback)
@@ -165,6 +168,26 @@ def add_noise(
     note_what_was_added(inside_wrappers(model))
     forget_compiled_code()
     return model
+
+
+def _warn_of_times_first(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Warn where examples lie along the second dimension of what noise for each example multiplies."""
+    if isinstance(layer, nn.RNNBase):
+        return  # whose hook knows
+    parts = dict(inside_wrappers(model).named_modules())
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        attention = getattr(parts.get(path), "self_attn", parts.get(path))
+        if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+            place = f"{path!r} ({type(parts[path]).__name__})" if path else type(model).__name__
+            warnings.warn(
+                f'granularity="sample" draws one θ for each entry of dimension 0, and in {place} these are times, as '
+                f"it was made with batch_first=False: all examples share the noise of a time at {name!r}. Make "
+                'it with batch_first=True, or take granularity "batch" or "element"',
+                stacklevel=3,
+            )
+            return
 
 
 def _chosen_by_any(model: nn.Module, where: Where) -> dict[str, nn.Module]:

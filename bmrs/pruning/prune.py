@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ def prune(
     warn_of_weight_decay(layers)
     check_finite(layers)
     graph = None if example_inputs is None else graph_for_pruning(model, example_inputs, approximate=allowed)
-    judgement = judge(model, layers, criterion, [] if graph is None else graph.tied)
+    tied = [] if graph is None else graph.tied
+    judgement = judge(model, layers, criterion, tied, example_inputs=example_inputs)
     may_empty = empty_layers and not isinstance(model, NoiseLayer)  # which alone has no shortcut
     if graph is not None and may_empty and any(layer.best_kept for layer in judgement.report.layers):
         with torch.inference_mode(False), torch.no_grad():
@@ -83,7 +85,12 @@ def prune(
 
 
 def judge(
-    model: nn.Module, layers: dict[str, NoiseLayer], criterion: Criterion, tied: Sequence[Sequence[str]]
+    model: nn.Module,
+    layers: dict[str, NoiseLayer],
+    criterion: Criterion,
+    tied: Sequence[Sequence[str]],
+    *,
+    example_inputs: Any,
 ) -> Judgement:
     """Apply a criterion to the noise layers of a model, and change nothing.
 
@@ -92,8 +99,9 @@ def judge(
         layers: its noise layers by name.
         criterion: the criterion.
         tied: names of noise layers that are judged together, in groups.
+        example_inputs: as for `prune`.
     """
-    by_layer = _decide(model, layers, criterion)
+    by_layer = _decide(model, layers, criterion, example_inputs)
     decisions = {name: by_layer[layer] for name, layer in layers.items()}
     kept_of = _on_cpu(layers, "mask")
     kept = {name: kept_of[layer] for name, layer in layers.items()}
@@ -163,12 +171,13 @@ def check_finite(layers: dict[str, NoiseLayer]) -> None:
 
 
 def _decide(
-    model: nn.Module, layers: dict[str, NoiseLayer], criterion: Criterion
+    model: nn.Module, layers: dict[str, NoiseLayer], criterion: Criterion, example_inputs: Any
 ) -> dict[NoiseLayer, Decision]:
     """Return the criterion's decision on every layer, on the CPU."""
     if isinstance(criterion, PosteriorCriterion):
         return _decide_together(layers, criterion)
-    producer_of = producers(model, type(criterion).__name__) if criterion.needs_producer else {}
+    purpose = type(criterion).__name__
+    producer_of = producers(model, purpose, example_inputs) if criterion.needs_producer else {}
     decisions = {}
     for name, layer in layers.items():
         with _naming([name]):

@@ -320,6 +320,11 @@ def test_few_examples_and_constant_inputs_do_no_harm(mlp):
     [
         (3, TypeError, "examples must be a tensor, a sequence of positional arguments or a mapping"),
         (torch.zeros(0, 5), ValueError, "examples must hold an example"),
+        (
+            torch.full((20, 5), torch.nan),
+            ValueError,
+            "layer '2' reads NaN or infinite values on examples; nothing was",
+        ),
         (images(20, 4), ValueError, "the model does not run on examples: .*; nothing was pruned"),
     ],
 )

@@ -413,6 +413,16 @@ def test_matrices_with_inputs_in_rows():
     assert error(refitted, dense, others) < 0.5 * error(plain, dense, others)
 
 
+def test_examples_with_a_nan_are_refused_by_the_layer_that_meets_it(mlp):
+    model = masked_copy(mlp, 0.5, where="0")
+    inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
+    inputs[50, 1] = torch.nan
+    with pytest.raises(
+        ValueError, match="layer '0' cannot be refitted: on example_inputs it reads or is to return NaN"
+    ):
+        bmrs.compact(model, inputs, refit_to=mlp)
+
+
 def test_a_reference_that_uses_a_layer_another_number_of_times_is_refused(mlp):
     class Again(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -165,6 +165,14 @@ class TestPosteriorCriteria:
         )
 
 
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2 in transformers, by which it is known: its name and its weight."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+
+
 class TestNorms:
     @pytest.fixture
     def producer(self) -> nn.Conv1d:
@@ -204,6 +212,28 @@ class TestNorms:
     def test_gradient_norm_without_gradient_is_an_error(self, layer, producer):
         with pytest.raises(ValueError, match="call backward first"):
             bmrs.GradientNorm(ratio=0.5)(layer, producer)
+
+    @pytest.mark.parametrize(
+        ("producer", "axes"),
+        [
+            (nn.ConvTranspose2d(6, 6, 3), (0, 2, 3)),  # the weight is (inputs, outputs, ...)
+            (nn.ConvTranspose1d(4, 6, 3), (0, 2)),
+            (Conv1D(6, 4), (0,)),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_norms_are_those_of_outputs_wherever_the_weight_has_them(self, layer, producer, axes):
+        with torch.no_grad():
+            producer.weight.copy_(
+                torch.randn(producer.weight.shape, generator=torch.Generator().manual_seed(0))
+            )
+        expected = producer.weight.square().sum(dim=axes).sqrt()
+        torch.testing.assert_close(bmrs.L2(ratio=0.5)(layer, producer).scores, expected)
+
+    def test_norms_of_transposed_convolutions_in_groups(self, layer):
+        producer = nn.ConvTranspose2d(4, 6, 3, groups=2)
+        expected = [producer.weight[2 * g : 2 * g + 2, o].norm() for g in range(2) for o in range(3)]
+        torch.testing.assert_close(bmrs.L2(ratio=0.5)(layer, producer).scores, torch.stack(expected))
 
     def test_missing_or_unfitting_producer_is_an_error(self, layer):
         with pytest.raises(ValueError, match="L2 needs the layer that produces the structures, got None"):

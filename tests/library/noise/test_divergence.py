@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,27 @@ class TestWeights:
         model = nn.Sequential(NoiseLayer(3), NoiseLayer(3, dtype=torch.float64))
         found = bmrs.kl_divergence(model, weight=1)
         torch.testing.assert_close(found, 2 * bmrs.kl_divergence(model[0], weight=1))
+
+
+def test_noise_that_is_switched_off_in_training_is_named_once():
+    """As by a loop that freezes batch norms, whose noise is a part of them."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(4, 4), nn.Linear(4, 2))
+    bmrs.add_noise(model, where=["1", "2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bmrs.kl_divergence(model, weight="mean")
+        bmrs.kl_divergence(model.eval(), weight="mean")
+    model.train()[1].eval()
+    with pytest.warns(
+        UserWarning, match=r"its noise layers '1\.noise' are in evaluation mode, .*freeze batch norms"
+    ):
+        bmrs.kl_divergence(model, weight="mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bmrs.kl_divergence(model, weight="mean")
+    model[2].eval()
+    with pytest.warns(UserWarning, match=r"its noise layers '2\.noise' are"):
+        bmrs.kl_divergence(model, weight="mean")
 
 
 def test_number_of_kernel_calls_does_not_grow_with_the_layers(monkeypatch):

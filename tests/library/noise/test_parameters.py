@@ -80,6 +80,24 @@ class TestWarningOfWeightDecay:
             self.step(model, optimizer)
             bmrs.prune(model, bmrs.SNR())
 
+    @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+    def test_in_a_loop_that_clears_gradients_before_the_loss(self, options):
+        model, optimizer = self.model_and_optimizer(lambda m: m.parameters(), weight_decay=0.1, **options)
+
+        def step():
+            optimizer.zero_grad()
+            (model(torch.ones(2, 3)).square().mean() + bmrs.kl_divergence(model, weight=1.0)).backward()
+            optimizer.step()
+
+        for _ in range(2):  # nothing has been trained yet
+            bmrs.kl_divergence(model, weight=1.0)
+        step()
+        with pytest.warns(UserWarning, match=r"weight decay 0\.1 to the noise of '0\.noise'"):
+            step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step()
+
     def test_before_pruning_where_gradients_are_cleared_in_each_step(self):
         model, optimizer = self.model_and_optimizer(lambda model: model.parameters(), weight_decay=0.1)
         self.step(model, optimizer)

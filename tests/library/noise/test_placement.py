@@ -1,9 +1,11 @@
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import bmrs
 from bmrs.noise.layer import NoiseLayer
@@ -244,6 +246,48 @@ class TestAddNoise:
         assert not found[..., 0].any()
         torch.testing.assert_close(found_state, state)
         assert not torch.equal(model.train()(x)[0], found)
+
+    @pytest.mark.parametrize("form", ["batch_first", "times first", "packed", "packed, times first"])
+    def test_noise_for_each_example_is_the_same_at_all_its_times(self, form):
+        torch.manual_seed(0)
+        plain = nn.LSTM(3, 4, batch_first=form in ("batch_first", "packed"))
+        noisy = bmrs.add_noise(
+            copy.deepcopy(plain), where=nn.LSTM, granularity="sample", initial_mu=-1.0, initial_log_sigma=0.0
+        )
+        x, lengths = torch.randn(3, 5, 3), torch.tensor([2, 5, 4])
+        given = x if plain.batch_first else x.transpose(0, 1)
+        if "packed" in form:
+            given = pack_padded_sequence(given, lengths, plain.batch_first, enforce_sorted=False)
+
+        def outputs(layer):
+            found = layer(given)[0]
+            if isinstance(found, PackedSequence):
+                return pad_packed_sequence(found, batch_first=True)[0]
+            return found if plain.batch_first else found.transpose(0, 1)
+
+        with torch.no_grad():
+            expected = outputs(plain)
+            theta = outputs(noisy) / expected
+            assert torch.equal(outputs(noisy.eval())[:, 0] == 0, expected[:, 0] == 0)
+        times = lengths if "packed" in form else torch.full((3,), 5)
+        for example, number in enumerate(times.tolist()):
+            its = theta[example, :number]
+            torch.testing.assert_close(its, its[:1].expand_as(its), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(theta[0, 0], theta[1, 0], rtol=1e-2)
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_noise_for_each_example_where_times_come_first_is_warned_of(self, batch_first):
+        layer = nn.TransformerEncoderLayer(6, 2, 16, batch_first=batch_first)
+        model = nn.ModuleDict({"blocks": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            bmrs.add_noise(model, where="blocks.layers.1.linear1", granularity="sample")
+        found = [str(warning.message) for warning in caught]
+        expected = (
+            "in 'blocks.layers.1' (TransformerEncoderLayer) these are times, as it was made with batch_first"
+        )
+        assert len(found) == (not batch_first)
+        assert all(expected in text and "at 'blocks.layers.1.linear1'" in text for text in found)
 
     def test_packed_sequences(self):
         layer = nn.LSTM(3, 4, batch_first=True)

@@ -215,6 +215,25 @@ class TestProducers:
             bmrs.prune(model, bmrs.L2(ratio=0.5))
         assert model.noise.mask.all()
 
+    def test_with_an_example_models_are_followed_that_look_at_their_input(self):
+        class Checked(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2)
+
+            def forward(self, x):
+                if x.shape[1] != 3:
+                    raise ValueError("RGB please")
+                return self.last(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+        model = bmrs.add_noise(Checked(), where="norm")
+        with pytest.raises(ValueError, match=r"Give example_inputs, so that torch\.export can be used"):
+            bmrs.prune(model, bmrs.L2(ratio=0.5))
+        x = torch.randn(2, 3, 6, 6)
+        assert bmrs.prune(model, bmrs.L2(ratio=0.5), example_inputs=x).layers[0].after == 4
+        norms = model.conv.weight.flatten(1).norm(dim=1)
+        assert norms[model.norm.noise.mask].min() > norms[~model.norm.noise.mask].max()
+
     def test_model_that_cannot_be_traced(self):
         class Dynamic(nn.Module):
             def __init__(self):
