@@ -222,22 +222,25 @@ def compare(
     examples: Any,
     *,
     rounds: int,
+    tune_refitted: bool,
 ) -> tuple[list[Row], dict[str, nn.Module]]:
     """Fine-tune all networks alike, the dense one first, measure them, and return them too.
 
     Args:
         networks: by how they came about.
-        refitted: those of them that were refitted instead, which are not fine-tuned.
+        refitted: those of them that can be refitted, with refitted weights.
         fine_tune: trains a network.
         test: the examples that accuracies are of.
         logits: what a network says to a batch.
         examples: inputs of a batch, for times.
         rounds: of which times are medians.
+        tune_refitted: whether fine-tuning starts from refitted weights where there are some.
     """
     example = _first(examples)
     pruned = {name: accuracy(network, test, logits) for name, network in networks.items()}
     without_training = {name: accuracy(network, test, logits) for name, network in refitted.items()}
-    tuned = {name: fine_tune(network) for name, network in networks.items()}
+    starts = {**networks, **refitted} if tune_refitted else networks
+    tuned = {name: fine_tune(network) for name, network in starts.items()}
     times = relative_times(tuned, examples, rounds=rounds)
     rows = [
         Row(

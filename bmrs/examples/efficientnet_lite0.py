@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return max(tuned, key=lambda candidate: comparison.accuracy(candidate, held_out, logits))
 
     rounds = 1 if options.quick else 20
-    rows, tuned = comparison.compare(networks, refitted, fine_tune, tests, logits, examples, rounds=rounds)
+    rows, tuned = comparison.compare(
+        networks, refitted, fine_tune, tests, logits, examples, rounds=rounds, tune_refitted=False
+    )
     small = tuned["bmrs"]
     print(f"bmrs: {comparison.accuracy(small, held_out, logits):.1%} of the validation images")
 

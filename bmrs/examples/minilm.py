@@ -164,7 +164,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return comparison.train(network, batches(), logits, steps=more, lr=LEARNING_RATE)
 
     rounds = 1 if options.quick else 20
-    rows, _ = comparison.compare(networks, refitted, fine_tune, tests, logits, examples, rounds=rounds)
+    rows, tuned = comparison.compare(
+        networks, refitted, fine_tune, tests, logits, examples, rounds=rounds, tune_refitted=True
+    )
+    small = tuned["bmrs"]
     print(f"bmrs: {comparison.accuracy(small, held_out, logits):.1%} of the validation texts")
 
     # Files

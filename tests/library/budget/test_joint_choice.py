@@ -321,7 +321,7 @@ def test_few_examples_and_constant_inputs_do_no_harm(mlp):
         (3, TypeError, "examples must be a tensor, a sequence of positional arguments or a mapping"),
         (torch.zeros(0, 5), ValueError, "examples must hold an example"),
         (
-            torch.full((20, 5), torch.nan),
+            torch.full((20, 5), torch.nan, dtype=torch.float64),
             ValueError,
             "layer '2' reads NaN or infinite values on examples; nothing was",
         ),
