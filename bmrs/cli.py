@@ -174,7 +174,7 @@ def _train(options: Namespace, console: Console) -> None:
     from bmrs import training
 
     if run is None:
-        training.train(config, output=None if output is None else Path(output), console=console)
+        training.train(config, output=None if output is None else Path(output).expanduser(), console=console)
     else:
         training.resume(Path(run), data_dir=given.get("data_dir"), console=console)
 

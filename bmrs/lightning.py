@@ -148,4 +148,5 @@ class Pruning(pl.Callback):
         self._random_state = state_dict["random"]
 
     def _examples(self, pl_module: pl.LightningModule) -> Any:
-        return self._noise.examples_for(pl_module, otherwise=pl_module.example_input_array)
+        examples = self._noise.examples_for(pl_module, otherwise=pl_module.example_input_array)
+        return pl_module.trainer.precision_plugin.convert_input(examples)

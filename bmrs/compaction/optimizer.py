@@ -49,6 +49,7 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
         names[id(parameter)].append(name)
     every_name = {name for aliases in names.values() for name in aliases}
     new = dict(compacted.named_parameters())
+    own_names = {id(parameter): name for name, parameter in new.items()}
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     groups = []
     for group in optimizer.param_groups:
@@ -79,6 +80,8 @@ def compact_optimizer(optimizer: OptimizerT, model: nn.Module, compacted: nn.Mod
                     )
                 state[new[name]][key] = cut
         options = {key: _copied(value) for key, value in group.items() if key != "params"}
+        if "param_names" in options:  # of an optimizer that was given named parameters
+            options["param_names"] = [own_names[id(parameter)] for parameter in parameters]
         groups.append({**options, "params": parameters})
     result: OptimizerT = type(optimizer).__new__(type(optimizer))
     result.__dict__.update(own)

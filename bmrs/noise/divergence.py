@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from typing import Literal, TypeAlias
 
 import torch
@@ -113,7 +114,11 @@ def _shares(weights: Mapping[str, float], layers: dict[str, NoiseLayer]) -> dict
 
 def _scale(weight: Literal["elbo", "mean"] | float, dataset_size: int | None, num_layers: int) -> float:
     if weight == "elbo":
-        if dataset_size is None or dataset_size < 1:
+        if (
+            isinstance(dataset_size, bool)
+            or not isinstance(dataset_size, Real)
+            or not 1 <= dataset_size < math.inf
+        ):
             raise ValueError(
                 "weight='elbo' divides by the number of training examples: "
                 f"dataset_size must be a positive int, got {dataset_size}"

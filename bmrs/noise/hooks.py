@@ -229,6 +229,12 @@ def _packed(noise: nn.Module, sequences: PackedSequence) -> Tensor:
 
 
 def _multiply_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not inputs:
+        place = getattr(_noise_of(layer), "place", "")
+        raise TypeError(
+            f"layer {place!r} has noise on its input, and was called with that by name: give it as the first argument, "
+            "without a name"
+        )
     return (_noise_of(layer)(inputs[0]), *inputs[1:])
 
 

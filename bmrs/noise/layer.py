@@ -167,7 +167,22 @@ class NoiseLayer(nn.Module):
 
     @torch.no_grad()
     def set_kept(self, kept: Tensor) -> None:
-        """Keep these structures, bool of shape (num_structures,), and no others; pruned ones can come back so."""
+        """Keep these structures, bool of shape (num_structures,), and no others; pruned ones can come back so.
+
+        Raises:
+            TypeError: they are not bool, as indices are not.
+            ValueError: they are not as many as there are structures.
+        """
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+            raise TypeError(
+                f"kept must be a bool tensor of shape ({self.num_structures},), got {got}; of indices, "
+                "torch.zeros_like(layer.mask).index_fill(0, indices, True) makes one"
+            )
+        if kept.shape != self.mask.shape:
+            raise ValueError(
+                f"kept must have shape ({self.num_structures},), one entry for each structure, got {tuple(kept.shape)}"
+            )
         self.mask.copy_(laid_out_like(kept, self.mask))
         self.pruned.copy_(~self.mask)
 

@@ -150,11 +150,12 @@ def add_noise(
         options |= {"structure_size": size, "device": like.device, "dtype": like.dtype}
         new_layer = partial(NoiseLayer, count, dim=axis, **options)
         noise: nn.Module
-        if structures == "hidden":
-            assert isinstance(layer, nn.RNNBase)
-            noise = HiddenNoise({part: new_layer() for part in hidden_parts(layer)})
-        else:
-            noise = new_layer()
+        with torch.inference_mode(False):  # in which parameters could not be trained
+            if structures == "hidden":
+                assert isinstance(layer, nn.RNNBase)
+                noise = HiddenNoise({part: new_layer() for part in hidden_parts(layer)})
+            else:
+                noise = new_layer()
         mesh = mesh_of(model, name, layer, plain_is_right=same_on_all_ranks, generator=generator)
         for part in noise.modules():
             if isinstance(part, NoiseLayer):
@@ -219,12 +220,13 @@ def _structures_of(
 def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
     """Return the layers of a model that ``where`` of `add_noise` chooses, by name; a shared one by its first name."""
     chosen: Callable[[str, nn.Module], bool]
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     if isinstance(where, str):
         pattern = where
-        chosen = lambda name, module: fnmatchcase(name, pattern)  # noqa: E731
+        chosen = lambda name, module: _matches(name, pattern, names)  # noqa: E731
     elif _are_patterns(where):
         patterns = where
-        chosen = lambda name, module: any(fnmatchcase(name, each) for each in patterns)  # noqa: E731
+        chosen = lambda name, module: any(_matches(name, each, names) for each in patterns)  # noqa: E731
     elif isinstance(where, type | tuple):
         types = where
         chosen = lambda name, module: isinstance(module, types)  # noqa: E731
@@ -240,6 +242,11 @@ def chosen_layers(model: nn.Module, where: Where) -> dict[str, nn.Module]:
         if module not in layers and not isinstance(module, NoiseLayer) and chosen(name, module):
             layers[module] = name
     return {name: module for module, name in layers.items()}
+
+
+def _matches(name: str, pattern: str, names: Collection[str]) -> bool:
+    """Return whether a pattern means a layer; one that is the name of a layer means that alone."""
+    return name == pattern if pattern in names else fnmatchcase(name, pattern)
 
 
 def _are_patterns(where: object) -> TypeGuard[Collection[str]]:

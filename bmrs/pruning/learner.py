@@ -58,8 +58,8 @@ class PosteriorLearner:
         weight = self.temperature / dataset_size
         self._kl_weight: float | dict[str, float] = weight
         if prices is not None:
-            self._kl_weight = {name: weight * price for name, price in prices.items()}
-        kl_divergence(model, weight=self._kl_weight)  # says what is wrong with the prices
+            _check_prices(prices, self._layers)
+            self._kl_weight = {name: weight * float(price) for name, price in prices.items()}
         self._trains_weights = weight_lr is not None
         if self._averages and self._trains_weights:
             processes.check_statistics(model)
@@ -87,6 +87,7 @@ class PosteriorLearner:
             layer.train()
             layer.mu.requires_grad_(True)
             layer.log_sigma.requires_grad_(True)
+        self._learning_modes = {module: module.training for module in self._modes}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -108,11 +109,34 @@ class PosteriorLearner:
         divergence = kl_divergence(self.model, weight=self._kl_weight)
         self.optimizer.zero_grad()
         backward(self._checked(loss) if self.steps == 0 else loss, divergence)
+        if self.steps == 0:
+            self._check_modes()
+            self._check_gradients_stay()
         if self._averages:
             processes.average_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         self.optimizer.step()
         self.steps += 1
         return divergence.detach()
+
+    def _check_modes(self) -> None:
+        """Raise ValueError if the loss put parts of the model into another mode than they are to learn in."""
+        for name, module in self.model.named_modules():
+            if module.training != self._learning_modes.get(module, module.training):
+                mode, call = ("training", "train()") if module.training else ("evaluation", "eval()")
+                place = f"layer {name!r}" if name else "the model"
+                raise ValueError(
+                    f"loss put {place} into {mode} mode, as by {call}, and posteriors are learned with the noise in "
+                    "training mode and, without weight_lr, the rest in evaluation mode: leave modes as they are in loss"
+                )
+
+    def _check_gradients_stay(self) -> None:
+        """Raise ValueError if something takes gradients away before there is a step."""
+        for name, layer in self._layers.items():
+            if layer.mu.grad is None and layer.log_sigma.grad is None and not is_sharded(layer.mu):
+                raise ValueError(
+                    f"noise layer {name!r} has no gradient after backward, as where hooks on parameters step an "
+                    "optimizer and clear gradients: remove these hooks before posteriors are learned"
+                )
 
     @property
     def distance(self) -> float:
@@ -185,6 +209,13 @@ def _chosen(across_processes: bool | None) -> bool:
             "them learn these posteriors together, each from its own batches, or False if this one learns alone"
         )
     return several and bool(across_processes)
+
+
+def _check_prices(prices: Mapping[str, float], layers: Mapping[str, NoiseLayer]) -> None:
+    if prices.keys() != layers.keys():
+        raise ValueError(f"prices must name the model's noise layers {sorted(layers)}, got {sorted(prices)}")
+    for name, price in prices.items():
+        check_number(f"prices[{name!r}]", price, minimum=0.0)
 
 
 def _check_wrapper(model: nn.Module, *, averages: bool, trains_weights: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -125,7 +125,9 @@ def _dataset_size(batches: Iterable[Any], given: int | None) -> int:
             f"dataset_size is missing: {type(batches).__name__} has no dataset with a length; give the number of "
             "training examples"
         ) from None
-    sampled = len(batches.sampler) if hasattr(batches, "sampler") else size
+    # A loader that is given batches of indices has a sampler of its own too, which nobody uses.
+    sampler = getattr(getattr(batches, "batch_sampler", None), "sampler", getattr(batches, "sampler", None))
+    sampled = len(sampler) if isinstance(sampler, Sized) else size
     if sampled != size:
         raise ValueError(
             f"dataset_size is missing: the sampler of batches draws {sampled} of the {size} examples of its dataset; "

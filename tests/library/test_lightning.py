@@ -141,6 +141,22 @@ def test_prunes_logs_compacts_and_writes(tmp_path):
     torch.testing.assert_close(loaded(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_examples_come_in_the_trainers_precision(precision):
+    class Single(Classifier):
+        def __init__(self):
+            super().__init__(log_sigma=-3.0)
+            self.net.float()
+            self.example_input_array = torch.zeros(2, 6)
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self(batch[0].to(self.net[0].weight.dtype)).float(), batch[1])
+
+    callback = Pruning(kl_weight="mean")
+    trainer(callback, precision=precision).fit(Single(), DataLoader(data(), batch_size=4))
+    assert callback.compacted.net[0].weight.dtype == {"6": torch.float64, "b": torch.bfloat16}[precision[0]]
+
+
 def test_tensorboard_gets_histograms_beside_the_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = pl.loggers.TensorBoardLogger(tmp_path, name=None, version="run")

@@ -215,6 +215,17 @@ class TestOptimizer:
         assert not torch.equal(weight, before)
         assert optimizer.state[model.second[0].weight]["exp_avg"].shape == (16, 8, 1, 1)
 
+    def test_names_of_parameters_go_with_them(self):
+        model = bmrs.add_noise(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), where="0")
+        x = torch.randn(5, 4)
+        optimizer = torch.optim.Adam(model.named_parameters())
+        model[0].noise.set_kept(torch.arange(6) < 3)
+        compacted = bmrs.compact(model, x)
+        group = bmrs.compact_optimizer(optimizer, model, compacted).param_groups[0]
+        assert group["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        own = dict(compacted.named_parameters())
+        assert all(own[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
+
     @staticmethod
     def trained(optimizer_of, schedule=None):
         """A small masked model, its optimizer after two steps, and the compacted network."""

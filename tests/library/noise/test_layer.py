@@ -540,6 +540,26 @@ class TestTracing:
         torch.testing.assert_close(*outcomes, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("kept", "error", "message"),
+    [
+        (
+            torch.tensor([0, 2]),
+            TypeError,
+            r"a bool tensor of shape \(3,\), got torch.int64; of indices, torch.zeros",
+        ),
+        ([True, False, True], TypeError, r"must be a bool tensor of shape \(3,\), got list"),
+        (torch.ones(2, dtype=torch.bool), ValueError, r"must have shape \(3,\), .* got \(2,\)"),
+        (torch.tensor(True), ValueError, r"must have shape \(3,\), .* got \(\)"),
+    ],
+)
+def test_what_is_kept_is_a_bool_for_each_structure(kept, error, message):
+    layer = NoiseLayer(3)
+    with pytest.raises(error, match=message):
+        layer.set_kept(kept)
+    assert layer.kept.all()
+
+
 class TestStatesOfLayersThatMustNotBeWritten:
     def test_born_in_inference_mode(self):
         with torch.inference_mode():

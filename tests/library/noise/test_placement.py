@@ -153,6 +153,16 @@ class TestAddNoise:
     @pytest.mark.parametrize(
         "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
     )
+    def test_an_input_by_name_is_refused_by_the_layers_name(self, copied):
+        model = bmrs.add_noise(nn.Linear(4, 3), where=nn.Linear, structures="heads", num_heads=2)
+        with pytest.raises(
+            TypeError, match="layer '' has noise on its input, and was called with that by name"
+        ):
+            copied(model)(input=torch.randn(2, 4))
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+    )
     def test_copies_use_their_own_noise(self, copied):
         model = bmrs.add_noise(nn.Sequential(nn.Linear(2, 3)), where=nn.Linear).eval()
         other = copied(model)
@@ -288,6 +298,21 @@ class TestAddNoise:
         )
         assert len(found) == (not batch_first)
         assert all(expected in text and "at 'blocks.layers.1.linear1'" in text for text in found)
+
+    def test_in_inference_mode_noise_can_be_trained_later(self):
+        model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5))
+        with torch.inference_mode():
+            bmrs.add_noise(model, where="0")
+            bmrs.add_noise(model, where="1", structures="hidden", granularity="batch")
+        model(torch.randn(2, 6, 3))[0].sum().backward()
+        assert all(layer.mu.grad is not None for layer in noise_layers(model).values())
+
+    def test_a_name_is_that_layer_whatever_a_pattern_would_make_of_it(self):
+        model = nn.ModuleDict({"[x]": nn.Linear(3, 4), "x": nn.Linear(3, 4)})
+        bmrs.add_noise(model, where="[x]")
+        assert list(noise_layers(model)) == ["[x].noise"]
+        bmrs.add_noise(model, where="[xy]")
+        assert list(noise_layers(model)) == ["[x].noise", "x.noise"]
 
     def test_packed_sequences(self):
         layer = nn.LSTM(3, 4, batch_first=True)

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,8 +148,12 @@ def test_prices_make_some_structures_cheaper_to_lose(data):
         kept[first] = bmrs.learn_posteriors(model, loader(data), loss, temperature=1.0, prices=prices).kept
     assert kept[10.0]["0.noise"] < kept[0.1]["0.noise"]
     assert kept[10.0]["2.noise"] > kept[0.1]["2.noise"]
-    with pytest.raises(ValueError, match="weight must name the model's noise layers"):
+    with pytest.raises(ValueError, match="prices must name the model's noise layers"):
         bmrs.learn_posteriors(model, loader(data), loss, prices={"0": 1.0})
+    with pytest.raises(ValueError, match=r"prices\['2.noise'\] must be finite and at least 0, got -1"):
+        bmrs.learn_posteriors(model, loader(data), loss, prices={"0.noise": 1.0, "2.noise": -1.0})
+    numbers = {name: np.float32(price) for name, price in prices.items()}
+    bmrs.learn_posteriors(model, loader(data), loss, prices=numbers, max_distance=0.1)
 
 
 def test_sharper_posteriors_have_farther_to_go_before_they_count_as_settled(trained, data):
@@ -171,6 +176,46 @@ def test_a_sampler_of_a_part_needs_the_number_of_examples(noisy, data):
     with pytest.raises(ValueError, match="draws 400 of the 1000 examples of its dataset"):
         bmrs.learn_posteriors(noisy, part, loss)
     bmrs.learn_posteriors(noisy, part, loss, dataset_size=400, max_distance=1.0)
+    batches = torch.utils.data.BatchSampler(part.sampler, 50, drop_last=False)
+    with pytest.raises(ValueError, match="draws 400 of the 1000 examples of its dataset"):
+        bmrs.learn_posteriors(noisy, DataLoader(data, batch_sampler=batches), loss)
+
+
+def test_an_iterable_data_set_with_a_length_says_how_many_examples_there_are(noisy, data):
+    class Streamed(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+        def __len__(self):
+            return len(data)
+
+    report = bmrs.learn_posteriors(noisy, DataLoader(Streamed(), batch_size=500), loss, max_distance=0.1)
+    assert report.steps == 2
+
+
+@pytest.mark.parametrize(("mode", "layer"), [("eval", "0.noise"), ("train", "")])
+def test_a_loss_that_changes_modes_is_refused(noisy, data, mode, layer):
+    def changing(model, batch):
+        getattr(model, mode)()
+        return loss(model, batch)
+
+    place = f"layer {layer!r}" if layer else "the model"
+    with pytest.raises(ValueError, match=rf"loss put {place} into \w+ mode, as by {mode}\(\)"):
+        bmrs.learn_posteriors(noisy, loader(data), changing)
+
+
+def test_hooks_that_step_an_optimizer_in_backward_are_refused(noisy, data):
+    def step(parameter):
+        parameter.grad = None
+
+    handles = [parameter.register_post_accumulate_grad_hook(step) for parameter in noisy.parameters()]
+    with pytest.raises(
+        ValueError, match=r"noise layer '0\.noise' has no gradient after backward, as where hooks"
+    ):
+        bmrs.learn_posteriors(noisy, loader(data), loss)
+    for handle in handles:
+        handle.remove()
+    bmrs.learn_posteriors(noisy, loader(data), loss, max_distance=0.1)
 
 
 def test_an_interval_above_the_border_of_odds_is_judged_by_the_ratio(trained, data):
