@@ -29,6 +29,7 @@ from bmrs.compaction.reporting import (
     layer_report,
     number_of_bytes,
     number_of_values,
+    unused_buffers,
     unused_parameters,
 )
 from bmrs.compaction.rounding import structures_to_give_back
@@ -39,7 +40,7 @@ from bmrs.compaction.surgery import (
     set_attributes,
     sizes_in_code,
 )
-from bmrs.compaction.training_only import only_in_training
+from bmrs.compaction.training_only import failure_in_training, only_in_training
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import capture, has_autocast, mark
 from bmrs.graph.copies import copied, evaluation_copy
@@ -269,6 +270,8 @@ def compacted(
                 f"{failure}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
             )
     _check_stored(result)
+    unused = unused_parameters(analysis)
+    may_fail = form == "module" and (unused or unused_buffers(analysis))
     report = CompactReport(
         form=form,
         form_because=because if form == "graph" else "",
@@ -280,7 +283,7 @@ def compacted(
         parameters_after=number_of_values(result),
         bytes_before=number_of_bytes(masked),
         bytes_after=number_of_bytes(result),
-        unused=unused_parameters(analysis),
+        unused=unused,
         emptied=tuple(n for n, _ in masked.named_modules() if n in the_cut.constant or n in the_cut.passing),
         flops_before=subject.flops,
         flops_after=forward_flops(result, inputs),
@@ -288,7 +291,16 @@ def compacted(
         compared_in=comparison.dtype,
         approximated=approximated_norms(analysis, emptied, comparison, masked, result),
         only_in_training=only_in_training(masked, subject.few) if form == "graph" else (),
+        fails_in_training=failure_in_training(masked, result, subject.few) if may_fail else "",
     )
+    if report.fails_in_training:
+        names = ", ".join(unused or unused_buffers(analysis))
+        warnings.warn(
+            f"in training mode the compacted network ends in {report.fails_in_training}. Evaluation mode does not use "
+            f"{names}, whose sizes stay while what they meet became smaller: replace these parts, or train the masked "
+            "model to its end and compact it then",
+            stacklevel=3,
+        )
     if report.only_in_training:
         warnings.warn(
             f"the compacted network is a graph of what {type(masked).__name__} does in evaluation mode; in training "

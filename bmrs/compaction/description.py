@@ -50,17 +50,17 @@ NOISE = "NoiseLayer"
 # Pure operators that have no rule of their own: channels that reach them stay.
 # fmt: off
 _WITHOUT_RULE = frozenset((
-    "arange", "full", "zeros", "ones", "scalar_tensor", "sym_size",
-    "new_empty", "empty", "eye", "linspace", "tril", "triu", "item", "_local_scalar_dense", "one_hot",
-    "searchsorted", "bucketize", "histc", "isin", "nonzero", "count_nonzero", "index_put", "index_add",
-    "scatter", "scatter_add", "slice_scatter", "masked_scatter", "diff", "outer",
-    "tensordot", "chain_matmul", "cross", "cdist", "cosine_similarity", "pairwise_distance", "im2col",
-    "col2im", "addmv", "addbmm", "bilinear", "embedding_bag", "affine_grid_generator", "max_unpool2d",
-    "cummax", "cummin", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "fft_fft", "fft_ifft",
-    "fft_rfft", "fft_irfft", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "view_as_real",
-    "view_as_complex", "real", "imag", "complex", "polar", "cross_entropy_loss", "nll_loss", "nll_loss_nd",
-    "mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div", "std_mean", "median",
-    "kthvalue", "mode", "frac", "trace",
+    "arange", "full", "zeros", "ones", "scalar_tensor", "sym_size", "new_empty", "empty", "eye", "linspace",
+    "tril", "triu", "item", "_local_scalar_dense", "one_hot", "searchsorted", "bucketize", "histc", "isin",
+    "nonzero", "count_nonzero", "slice_scatter", "masked_scatter", "diff", "outer", "tensordot",
+    "chain_matmul", "cross", "cdist", "pairwise_distance", "addmv", "addbmm", "bilinear", "embedding_bag",
+    "affine_grid_generator", "cummax", "cummin", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    "view_as_real", "view_as_complex", "imag", "complex", "polar", "cross_entropy_loss", "nll_loss",
+    "nll_loss_nd", "mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div", "kthvalue",
+    "mode", "frac", "trace", "tril_indices", "triu_indices", "hann_window", "hamming_window",
+    "fill_diagonal", "quantile", "nanquantile", "aminmax", "diag_embed", "nansum", "nanmean", "inner",
+    "stft", "istft", "linalg_inv", "linalg_det", "linalg_solve", "inverse", "det", "logdet", "atleast_2d",
+    "atleast_3d", "huber_loss", "l1_loss", "soft_margin_loss",
 ))
 # fmt: on
 

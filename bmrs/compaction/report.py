@@ -113,6 +113,8 @@ class CompactReport:
         approximated: what ``approximate`` let leave and how much the outputs differ for it; None if nothing.
         only_in_training: for ``"graph"``, what was seen that the user's code does in training mode and the graph does
             not: random numbers of torch other than dropout's, buffers that change, outputs.
+        fails_in_training: the error that ``"module"`` ends in in training mode and the masked model does not, where
+            parts that evaluation mode does not use kept sizes that no longer fit; "" if there is none.
     """
 
     form: str
@@ -130,6 +132,7 @@ class CompactReport:
     emptied: tuple[str, ...] = ()
     approximated: Approximated | None = None
     only_in_training: tuple[str, ...] = ()
+    fails_in_training: str = ""
 
     @property
     def pruned(self) -> int:
@@ -200,6 +203,8 @@ class CompactReport:
             lines.append(f"a graph of operators instead of the model's own classes: {self.form_because}")
         if self.only_in_training:
             lines.append(f"in training mode the graph lacks {'; '.join(self.only_in_training)}")
+        if self.fails_in_training:
+            lines.append(f"in training mode it ends in an error: {self.fails_in_training}")
         return "\n".join(lines)
 
 

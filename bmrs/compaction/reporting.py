@@ -65,13 +65,20 @@ def layer_report(
 
 def unused_parameters(analysis: Analysis) -> tuple[str, ...]:
     """Return names of parameters that evaluation does not use, such as those of heads that only training has."""
-    used = {
-        id(value.tensor)
-        for call in analysis.calls.values()
-        for value in call.values()
-        if value.tensor is not None
-    }
+    used = _used(analysis)
     return tuple(name for name, p in analysis.captured.model.named_parameters() if id(p) not in used)
+
+
+def unused_buffers(analysis: Analysis) -> tuple[str, ...]:
+    """Return names of buffers of several numbers that evaluation does not use."""
+    used = _used(analysis)
+    buffers = analysis.captured.model.named_buffers()
+    return tuple(name for name, tensor in buffers if tensor.numel() > 1 and id(tensor) not in used)
+
+
+def _used(analysis: Analysis) -> set[int]:
+    values = (value for call in analysis.calls.values() for value in call.values())
+    return {id(value.tensor) for value in values if value.tensor is not None}
 
 
 def reasons_of_entries(analysis: Analysis, name: str, emptied: Emptied = NOTHING) -> list[str]:

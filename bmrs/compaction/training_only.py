@@ -1,4 +1,4 @@
-"""What a network does in training mode alone, and a graph of its operators, captured in evaluation mode, does not."""
+"""What a network does in training mode alone, which a compacted one, found in evaluation mode, may not do."""
 
 from __future__ import annotations
 
@@ -67,6 +67,39 @@ def only_in_training(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     if structures[0] != structures[1]:
         found.append("outputs that it has in training mode alone")
     return tuple(found)
+
+
+def failure_in_training(model: nn.Module, compacted: nn.Module, inputs: Inputs) -> str:
+    """Return the error that a compacted network of the user's classes ends in in training mode, as text.
+
+    Parts that evaluation mode does not use keep their sizes, where what they read became smaller.
+
+    Args:
+        model: what it was made of, in which noise is marked. Copies of both run, as for `only_in_training`.
+        compacted: the network.
+        inputs: the example.
+
+    Returns:
+        "" if it runs, if the model does not run either, or if that cannot be tried, as with several processes.
+    """
+    if processes.count() > 1:
+        return ""
+    failures = []
+    for each in (model, compacted):
+        network = copied(each, share="parameters").train()
+        _alias_parameters(network)
+        with torch.no_grad(), _random_states_kept(network, inputs):
+            try:
+                with _named_layers(network) as path, _Draws(network, path, {}) as draws, draws.dropouts:
+                    _run(network, inputs)
+                failures.append("")
+            except _WritesParameterError:
+                return ""
+            except (Exception, SystemExit) as error:
+                lines = str(error).strip().splitlines()
+                failures.append(f"{type(error).__name__}: {lines[0] if lines else ''}")
+    of_model, of_compacted = failures
+    return "" if of_model else of_compacted
 
 
 class _WritesParameterError(Exception):

@@ -162,8 +162,9 @@ def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool
         reader.run(captured.graph)
     except UnknownSizeError:
         raise ValueError(
-            f"the sizes at {reader.findings.place} depend on values of the input{reader.line}, and channels cannot be "
-            "followed through it. Without removing anything, bmrs.fold(model) makes a network without noise layers"
+            f"the sizes at {reader.findings.place} depend on values of a tensor{reader.line}, of the input or a mask "
+            "of bools that picks, and channels cannot be followed through it; indices in place of a mask have a size. "
+            "Without removing anything, bmrs.fold(model) makes a network without noise layers"
         ) from None
     except NoOperatorError:
         raise ValueError(

@@ -92,6 +92,8 @@ def _check_forwards(model: nn.Module) -> None:
     """Refuse a forward that was replaced by one that holds the module: its copy would compute with the original."""
     modules = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+            continue  # which a copy goes without
         forward = vars(module).get("forward")
         own = isinstance(forward, types.MethodType) and forward.__self__ is module
         if forward is not None and not own and _holds(forward, modules, depth=4):

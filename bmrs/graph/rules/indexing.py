@@ -102,12 +102,16 @@ def scattered(findings: Findings, call: Call) -> Value:
 def put(findings: Findings, call: Call) -> Value:
     """Follow one number put at the places of a mask; other indices keep all that they write to."""
     x, indices, number = call["self"], call["indices"], call["values"]
-    masked = len(indices) == 1 and len(x.shape) > 1 and getattr(indices[0], "shape", None) == x.shape
-    if not masked or number.shape.numel() != 1:
+    mask = indices[0] if len(indices) == 1 else None
+    # Of all dimensions or of the first ones, as of examples and times.
+    masks = mask is not None and len(x.shape) > 1 and mask.shape == x.shape[: len(mask.shape)]
+    if mask is None or not masks or number.shape.numel() != 1:
         for value in (x, number):
             findings.stay_all(value, "index_put writes into a part of it")
         return Value(call.shape)
-    layers = combine(findings, call.shape, [(value.shape, value.layers) for value in (x, indices[0])])
+    rest = (1,) * (len(x.shape) - len(mask.shape))
+    of_mask = ((*mask.shape, *rest), [layer.view(*layer.shape, *rest) for layer in mask.layers])
+    layers = combine(findings, call.shape, [(x.shape, x.layers), of_mask])
     known, put_there = x.known(), number.known()
     if known is None or put_there is None:
         return Value(call.shape, layers)

@@ -13,19 +13,21 @@ from torch import Tensor
 from bmrs.graph.channels import STAYS, compressed, varying_axes, without_repetition
 from bmrs.graph.operators import DROPOUTS
 from bmrs.graph.rules.contraction import uniform
-from bmrs.graph.rules.registry import Call, rule
+from bmrs.graph.rules.registry import Call, rule, unknown
 from bmrs.graph.values import Findings, Value, combine, joined
 
 
 @rule(
     *("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh"),
-    *(*DROPOUTS, "positive"),
+    *(*DROPOUTS, "positive", "real"),
 )
 def same(findings: Findings, call: Call) -> Value:
     """Follow what returns the tensor itself; dropout does nothing in evaluation mode."""
     value = call["self"] if isinstance(call["self"], Value) else call["input"]
     assert isinstance(value, Value)
-    return Value(call.shape, value.layers, value.known())
+    # Tensors written in code, such as indices, are detached.
+    tensor = value.tensor if call.operator in ("detach", "alias", "lift_fresh") else None
+    return Value(call.shape, value.layers, value.known(), tensor)
 
 
 @rule(
@@ -272,11 +274,43 @@ def windows(findings: Findings, call: Call) -> Value:
     return Value(call.shape, tuple(layers), constant)
 
 
-@rule("cat", "concat", "concatenate")
-def concatenated(findings: Findings, call: Call) -> Value:
+@rule("col2im")
+def overlapped(findings: Findings, call: Call) -> Value:
+    """Follow columns of windows back into the channels of feature maps, all entries of a channel at once."""
+    x: Value = call["self"]
+    axis, entries = len(x.shape) - 2, math.prod(call["kernel_size"])
+
+    def of_channels(tensor: Tensor) -> Tensor:
+        parts = tensor.unflatten(axis, (-1, entries))
+        return parts[..., :1, :1].expand(*parts.shape[: axis + 1], *call.shape[-2:])
+
+    layers = []
+    for layer in x.layers:
+        if max(varying_axes(layer), default=0) > axis:
+            findings.stay(layer, "col2im runs over its dimension")
+            continue
+        grouped = compressed(layer.unflatten(axis, (-1, entries)))
+        findings.whole(grouped, [axis + 1], "col2im sums up all entries of a channel")
+        first = findings.entries(grouped, [d for d in varying_axes(grouped) if d != axis + 1])
+        layers.append(
+            compressed(of_channels(first.expand(grouped.shape).flatten(axis, axis + 1))).expand(call.shape)
+        )
+    constant = None
+    if x.constant is not None:
+        known = uniform(x.constant.unflatten(axis, (-1, entries)), (axis + 1, axis + 2))
+        known = known.where(known == 0, torch.nan).expand(*known.shape[: axis + 1], entries, x.shape[-1])
+        constant = compressed(of_channels(known.flatten(axis, axis + 1)))
+    return Value(call.shape, tuple(layers), constant)
+
+
+@rule("cat", "concat", "concatenate", "hstack", "vstack", "dstack")
+def concatenated(findings: Findings, call: Call) -> Value | list[Value]:
     """Follow tensors behind each other: so are their channels along that dimension, and others are tied."""
     values: list[Value] = [v for v in call["tensors"] if v.shape != torch.Size([0])]
-    axis = call["dim"] % len(call.shape)
+    axis = _STACKED_ALONG.get(call.operator, call["dim"])
+    if any(len(value.shape) != len(call.shape) for value in values):  # which get dimensions first
+        return unknown(findings, call)
+    axis %= len(call.shape)
     along = [value.layer_along(axis) for value in values]
     layers = []
     if any(layer is not None for layer in along):
@@ -301,6 +335,9 @@ def concatenated(findings: Findings, call: Call) -> Value:
         else:
             layers.append(layer.expand(call.shape))
     return Value(call.shape, tuple(layers), _known_cat(values, axis, call.shape))
+
+
+_STACKED_ALONG = {"vstack": 0, "hstack": 1, "dstack": 2}
 
 
 def _cat(parts: list[Tensor], axis: int, shape: torch.Size) -> Tensor:

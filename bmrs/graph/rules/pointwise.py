@@ -73,7 +73,17 @@ _ARITHMETIC = (
         "atan2",
     ),
     *("exp2", "log2", "log10", "sinh", "cosh", "asin", "acos", "nan_to_num", "masked_fill", "copy", "fill"),
-    *("special_expit", "special_erf", "xlogy", "hypot", "logaddexp"),
+    *(
+        "special_expit",
+        "special_erf",
+        "special_erfc",
+        "erfc",
+        "sinc",
+        "xlogy",
+        "hypot",
+        "logaddexp",
+        "float_power",
+    ),
 )
 _LOGIC = (
     *(
@@ -125,18 +135,50 @@ def _constant(call: Call, values: list[Value]) -> Tensor | None:
         without_repetition(*(c.expand(call.shape) for c in constants)) if call.shape.numel() else constants
     )
     varies = torch.stack([c.isnan() for c in arguments]).any(dim=0)
-    # Of what varies, neither infinity as a factor of 0 nor 0 as its divisor is thought of.
-    in_place_of_varying = 0.0
-    if call.operator in ("mul", "multiply"):
-        zero = torch.stack([c == 0 for c in arguments]).any(dim=0)
-        varies &= ~zero
-    elif call.operator in ("div", "divide", "true_divide") and len(arguments) == 2:
-        varies &= (arguments[0] != 0) | ~arguments[1].isnan()
-        in_place_of_varying = 1.0
+    settled = _settled(call, values, arguments)
+    if settled is not None:
+        varies &= ~settled
     if varies.all():
         return None
+    # Of what varies, neither infinity as a factor of 0 nor 0 as its divisor is thought of.
+    in_place_of_varying = 1.0 if call.operator in _QUOTIENTS else 0.0
     result = _run(call, values, [c.nan_to_num(in_place_of_varying) for c in arguments])
     return compressed(result.double().masked_fill(varies, torch.nan)).expand(call.shape)
+
+
+_QUOTIENTS = ("div", "divide", "true_divide", "remainder", "fmod", "addcdiv")
+
+
+def _settled(call: Call, values: list[Value], constants: list[Tensor]) -> Tensor | None:
+    """Return where constants alone decide what comes out, whatever the others are; None if that is nowhere.
+
+    Args:
+        call: the operation.
+        values: its tensors.
+        constants: what these are, of one shape, with NaN for what varies.
+    """
+    known = {id(value): constant for value, constant in zip(values, constants, strict=True)}
+
+    def of(name: str) -> Tensor:
+        argument = call[name]
+        number = argument if isinstance(argument, int | float) else torch.nan
+        return known.get(id(argument), torch.tensor(number, dtype=torch.float64))
+
+    if call.operator in ("mul", "multiply"):
+        return torch.stack([constant == 0 for constant in constants]).any(dim=0)
+    if call.operator in ("div", "divide", "true_divide", "remainder", "fmod") and len(constants) == 2:
+        return (constants[0] == 0) & constants[1].isnan()
+    if call.operator == "where":
+        return of("self") == of("other")
+    if call.operator == "masked_fill":
+        return of("self") == of("value")
+    if call.operator == "lerp":
+        return of("self") == of("end")
+    if call.operator == "addcmul":
+        return ~of("self").isnan() & ((of("tensor1") == 0) | (of("tensor2") == 0))
+    if call.operator == "addcdiv":
+        return ~of("self").isnan() & (of("tensor1") == 0) & of("tensor2").isnan()
+    return None
 
 
 def _run(call: Call, values: list[Value], tensors: list[Tensor]) -> Tensor:

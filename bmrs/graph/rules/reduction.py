@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from bmrs.graph.channels import compressed, varying_axes, without_repetition
 from bmrs.graph.rules.contraction import sum_layers, uniform
+from bmrs.graph.rules.pointwise import pointwise
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value, combine
 
@@ -36,10 +38,15 @@ def _dimensions(call: Call, rank: int) -> list[int]:
     "norm",
     "logsumexp",
     "linalg_vector_norm",
+    "linalg_norm",
     "var_mean",
+    "std_mean",
+    "median",
 )
-def reduced(findings: Findings, call: Call) -> list[Value]:
+def reduced(findings: Findings, call: Call) -> Value | list[Value]:
     """Read channels that are summed over, but for zeros; keep those along other dimensions apart."""
+    if isinstance(call["other"], Value):  # the larger or smaller of two
+        return pointwise(findings, call)
     x: Value = call["self"]
     rank = len(x.shape)
     dims = _dimensions(call, rank)
@@ -52,25 +59,32 @@ def reduced(findings: Findings, call: Call) -> list[Value]:
         for d in dims if call["keepdim"] else ():
             layer = layer.unsqueeze(d)
         layers.append(layer)
-    constant = None
-    if known is not None and call.operator in _REDUCTIONS:
-        constant = compressed(_REDUCTIONS[call.operator](known.contiguous(), dims, bool(call["keepdim"])))
+    constants = [None] if known is None else _of_constants(call, known.contiguous())
     return [
-        Value(shape, tuple(y.expand(shape) for y in layers), constant if i == 0 else None)
-        for i, shape in enumerate(call.shapes)
+        Value(shape, tuple(y.expand(shape) for y in layers), constant)
+        for shape, constant in zip_longest(call.shapes, constants[: len(call.shapes)])
     ]
+
+
+def _of_constants(call: Call, known: Tensor) -> list[Tensor | None]:
+    """Return the results for constants, NaN for what varies; None of those that no constant tells, as of indices."""
+    if call.operator in ("any", "all"):
+        return [None]
+    options = {"dtype": torch.float64} if "dtype" in call.arguments else {}
+    results = call.target(**{**call.arguments, "self": known, **options})
+    found = [results] if isinstance(results, Tensor) else list(results)
+    return [compressed(result) if result.is_floating_point() else None for result in found]
 
 
 def _ignores_zeros(call: Call) -> bool:
     """Return whether fewer zeros change nothing."""
-    if call.operator in ("norm", "linalg_vector_norm"):
+    if call.operator in ("norm", "linalg_vector_norm", "linalg_norm"):
         order = call["p" if call.operator == "norm" else "ord"]
+        dims = call["dim"]
+        if call.operator == "linalg_norm" and order is not None and len(dims or (0, 1)) > 1:
+            return False  # of matrices
         return order is None or order >= 0
     return call.operator == "sum" or call.ignores_zeros
-
-
-_REDUCTIONS: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "mean": torch.mean}
-_REDUCTIONS |= dict.fromkeys(("amax", "max"), torch.amax) | dict.fromkeys(("amin", "min"), torch.amin)
 
 
 @rule("cosine_similarity")
@@ -195,6 +209,47 @@ def pooled(findings: Findings, call: Call) -> list[Value]:
         )
         results.append(Value(shape, tuple(_resized(layer, shape) for layer in kept), its_constant))
     return results
+
+
+_FOURIER_TRANSFORMS = [
+    f"fft_{inverse}{real}fft{n}" for inverse in ("", "i") for real in ("", "r") for n in ("", "2", "n")
+]
+
+
+@rule(*_FOURIER_TRANSFORMS, "fft_fftshift", "fft_ifftshift")
+def transformed(findings: Findings, call: Call) -> Value:
+    """Keep channels apart that lie beside the dimensions of a Fourier transform, which makes zeros of zeros."""
+    x: Value = call["self"]
+    dims = _dimensions(call, len(x.shape))
+    kept = []
+    for layer in x.layers:
+        if set(dims) & set(varying_axes(layer)):
+            findings.stay(layer, f"{call.operator} runs over its dimension")
+        else:
+            kept.append(_resized(layer, call.shape))
+    constant = None
+    if x.constant is not None:
+        known = uniform(x.constant, dims)
+        constant = _resized(known.where(known == 0, torch.nan).expand(x.shape), call.shape)
+    return Value(call.shape, tuple(kept), constant)
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpooled(findings: Findings, call: Call) -> Value:
+    """Follow channels through the inverse of a maximum over windows, which puts zeros around what it moves."""
+    x, indices = call["self"], call["indices"]
+    first = len(x.shape) - int(call.operator[-2])
+    kept = []
+    for layer in combine(findings, x.shape, [(value.shape, value.layers) for value in (x, indices)]):
+        if any(d >= first for d in varying_axes(layer)):
+            findings.stay(layer, f"{call.operator} runs over its dimension")
+        else:
+            kept.append(_resized(layer, call.shape))
+    constant = None
+    if x.constant is not None:
+        known = uniform(x.constant, range(first, len(x.shape)))
+        constant = _resized(known.where(known == 0, torch.nan).expand(x.shape), call.shape)
+    return Value(call.shape, tuple(kept), constant)
 
 
 def _spatial_dimensions(call: Call, x: Value) -> int:

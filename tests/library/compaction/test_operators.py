@@ -68,6 +68,11 @@ def put(x: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
     return x
 
 
+def of_input(h: torch.Tensor) -> torch.Tensor:
+    """A mask for each example, which nobody knows."""
+    return h.sum(1, keepdim=True) > 0.0
+
+
 class TestOperators:
     @pytest.mark.parametrize(
         ("function", "reads", "structures", "removed", "left"),
@@ -116,6 +121,27 @@ class TestOperators:
             (lambda h: h + torch.empty_like(h).zero_(), 6, [0, 3], 2, 4),
             (lambda h: h.index_fill(0, torch.tensor([1]), 0.0), 6, [0, 3], 2, 4),
             (lambda h: h.index_fill(1, torch.tensor([1]), 0.0), 6, [0, 3], 0, 6),
+            # What the input picks of zeros is 0, whatever it picks.
+            (lambda h: h.masked_fill(of_input(h), 0.0), 6, [0, 3], 2, 4),
+            (lambda h: h.masked_fill(of_input(h), 2.0), 6, [0, 3], 0, 6),
+            (lambda h: torch.where(of_input(h), h, 0.0), 6, [0, 3], 2, 4),
+            (lambda h: torch.where(of_input(h), h, h.relu()), 6, [0, 3], 2, 4),
+            (lambda h: torch.where(of_input(h), h, h + 1.0), 6, [0, 3], 0, 6),
+            (lambda h: torch.lerp(h, h.relu(), of_input(h).to(h.dtype)), 6, [0, 3], 2, 4),
+            (lambda h: torch.addcmul(h, h.relu(), of_input(h).to(h.dtype)), 6, [0, 3], 2, 4),
+            (lambda h: torch.addcdiv(h, h.relu(), 2.0 + of_input(h)), 6, [0, 3], 2, 4),
+            (lambda h: torch.addcdiv(h, 1.0 + h, 2.0 + of_input(h)), 6, [0, 3], 0, 6),
+            (lambda h: torch.fmod(h, 2.0 + of_input(h)), 6, [0, 3], 2, 4),
+            (lambda h: put(h * 1.0, of_input(h)[:, 0], 0.0), 6, [0, 3], 2, 4),
+            (lambda h: put(h * 1.0, of_input(h)[:, 0], 2.0), 6, [0, 3], 0, 6),
+            # The larger of two, which has the name of a reduction.
+            (lambda h: torch.max(h, h.relu() - h), 6, [0, 3], 2, 4),
+            (lambda h: h.min(torch.tensor(0.0)), 6, [0, 3], 2, 4),
+            (lambda h: torch.hstack([h, h.relu()]), 12, [0, 3], 2, 8),
+            (lambda h: torch.vstack([h, h.relu()]), 6, [0, 3], 2, 4),
+            (lambda h: h / (1.0 + torch.linalg.norm(h, dim=1, keepdim=True)), 6, [0, 3], 2, 4),
+            (lambda h: h / (1.0 + torch.linalg.norm(h, -1.0, dim=1, keepdim=True)), 6, [0, 3], 0, 6),
+            (lambda h: 1.0 - torch.erfc(h), 6, [0, 3], 2, 4),
             # All products of two entries: those of one that is 0 are.
             (lambda h: torch.einsum("ni,nj->nij", h, h).flatten(1), 36, [0, 3], 2, 16),
             (lambda h: (h[:, :, None] * h[:, None]).view(len(h), -1), 36, [0, 3], 2, 16),
@@ -805,3 +831,55 @@ class TestWhatIsKept:
         assert list(parameter_shapes(compacted)) == ["0.bias", "0.weight", "3.weight", "3.bias"]
         assert compacted[0].weight.shape == (5, 4)
         assert nn.utils.parametrize.is_parametrized(model[0])
+
+
+def statistics(h: torch.Tensor, *kinds: str) -> torch.Tensor:
+    """Means and the like over places."""
+    found = [getattr(h, kind)(2) for kind in kinds]
+    return torch.cat([part if isinstance(part, torch.Tensor) else part[0] for part in found], 1)
+
+
+def test_indices_that_are_written_in_code():
+    model = pruned(between(lambda h: h[:, torch.tensor([1, 0, 3, 2, 5, 4])]), {"noise": [0, 3]})
+    x = torch.randn(3, 4)
+    compacted = bmrs.compact(model.eval(), x)
+    torch.testing.assert_close(compacted(x), model(x))
+    assert layer_report(compacted, "noise").removed == 2
+    assert bmrs.compact_report(compacted).form == "graph"  # as the numbers are those of the whole layer
+
+
+class TestPlaces:
+    """Feature maps behind noise, and functions that run over their places."""
+
+    @pytest.mark.parametrize(
+        ("function", "reads"),
+        [
+            (lambda h: statistics(h.flatten(2), "mean", "std"), 16),
+            (lambda h: statistics(h.flatten(2), "var", "amax", "logsumexp"), 24),
+            (lambda h: torch.cat(torch.std_mean(h.flatten(2), 2), 1), 16),
+            (lambda h: torch.cat(torch.var_mean(h.flatten(2), 2), 1), 16),
+            (lambda h: statistics(h.flatten(2), "median", "max"), 16),
+            (lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2).mean((2, 3)), 8),
+            (lambda h: F.fold(F.unfold(h, 2, stride=2), (4, 4), 2, stride=2).mean((2, 3)), 8),
+            (lambda h: F.fold(F.unfold(h, 3, padding=1), (4, 4), 3, padding=1).mean((2, 3)), 8),
+            (lambda h: torch.fft.irfft2(torch.fft.rfft2(h), s=(4, 4)).mean((2, 3)), 8),
+            (lambda h: torch.fft.fftshift(torch.fft.fft(h, dim=3), dim=3).real.mean((2, 3)), 8),
+        ],
+    )
+    def test_channels_leave(self, function, reads):
+        model = calling(
+            lambda self, x: self.last(function(self.noise(self.first(x)))),
+            first=nn.Conv2d(3, 8, 3, padding=1),
+            noise=NoiseLayer(8),
+            last=nn.Linear(reads, 2),
+        )
+        pruned(model, {"noise": [0, 3, 4]})
+        compacted = assert_compacts(model, torch.randn(2, 3, 4, 4))
+        assert layer_report(compacted, "noise").removed == 3
+        assert compacted.get_parameter("last.weight").shape == (2, reads * 5 // 8)
+
+    def test_along_transformed_dimensions_they_stay(self):
+        model = between(lambda h: torch.fft.fft(h, dim=1).abs())
+        pruned(model, {"noise": [0, 3]})
+        report = layer_report(assert_compacts(model, torch.randn(3, 4)), "noise")
+        assert report.kept_because == {"fft_fft runs over its dimension at fft_fft": 2}

@@ -511,11 +511,34 @@ class TestModelsOfUsers:
                 y = F.relu(self.a(x))
                 return (self.b(y), self.aux(y)) if self.training else self.b(y)
 
-        report = bmrs.compact_report(
-            bmrs.compact(half(bmrs.add_noise(Auxiliary(), where="a")), torch.randn(4, 6))
-        )
+        with pytest.warns(
+            UserWarning, match=r"in training mode .* RuntimeError: mat1 .* use aux\.weight, aux"
+        ):
+            compacted = bmrs.compact(half(bmrs.add_noise(Auxiliary(), where="a")), torch.randn(4, 6))
+        report = bmrs.compact_report(compacted)
         assert report.unused == ("aux.weight", "aux.bias")
+        assert f"in training mode it ends in an error: {report.fails_in_training}" in str(report)
         assert "not used in evaluation mode, left as they are: aux.weight, aux.bias" in str(report)
+
+    def test_parts_that_only_training_uses_and_that_still_fit_are_no_matter(self):
+        class Noisy(nn.Module):
+            def __init__(self, width: int) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+                self.sigma = nn.Parameter(torch.rand(width))
+                self.register_buffer("eps", torch.randn(width))
+
+            def forward(self, x):
+                y = torch.relu(self.a(x))
+                return self.b(y + self.sigma * self.eps if self.training else y)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compacted = bmrs.compact(half(bmrs.add_noise(Noisy(1), where="a")), torch.randn(4, 6))
+        assert bmrs.compact_report(compacted).fails_in_training == ""
+        model, x = half(bmrs.add_noise(Noisy(12), where="a")), torch.randn(4, 6)
+        with pytest.warns(UserWarning, match="Evaluation mode does not use sigma, whose sizes stay"):
+            bmrs.compact(model, x)
 
     def test_examples_of_other_dtypes_and_shapes_are_refused(self):
         model = half(bmrs.add_noise(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)), where="0"))
@@ -536,6 +559,17 @@ class TestModelsOfUsers:
         assert compacted[2].weight.requires_grad
         assert compacted[0].weight.is_contiguous(memory_format=torch.channels_last)
         assert num_values(compacted) < num_values(model)
+
+    def test_a_part_that_is_compiled_comes_out_plain(self):
+        model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+        half(bmrs.add_noise(model, where="0.0"))
+        x = torch.randn(3, 4)
+        expected = model.eval()(x)
+        model[0] = torch.compile(model[0], backend="eager")
+        compacted = bmrs.compact(model, x)
+        assert isinstance(compacted[0], nn.Sequential)
+        assert compacted[0][0].out_features == 4
+        torch.testing.assert_close(compacted(x), expected)
 
     def test_noise_added_after_compilation_acts(self):
         model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
