@@ -113,6 +113,8 @@ def set_sizes(module: nn.Module) -> None:
         gates = GATES[module.mode.lower()]
         module.hidden_size, module.input_size = len(first) // gates, first.shape[1]
         module._init_flat_weights()
+    elif isinstance(module, nn.RNNCellBase):
+        module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
 
 
 def _set_convolution(module: _ConvNd, shape: torch.Size) -> None:

@@ -177,6 +177,7 @@ def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool
             reader.findings.place = "the model's output"
             reader.findings.stay_all(value, "it is an output of the model")
     findings = reader.findings
+    _keep_what_is_written(reader)
     unread = _unread(findings)
     if unread.numel():
         findings.place = ""
@@ -187,6 +188,26 @@ def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool
         norms=reader.norms,
         layer_norms=reader.layer_norms,
     )
+
+
+def _keep_what_is_written(reader: Reader) -> None:
+    """Keep zeros that are written in code, but for those that meet channels with noise."""
+    if not reader.written:
+        return
+    findings = reader.findings
+    roots = findings.ties.roots()
+    noisy = [
+        roots[without_repetition(layer)[0].flatten()]
+        for call in reader.calls.values()
+        if call.operator == "mark_noise"
+        for layer in call["x"].layers
+    ]
+    written = torch.cat([without_repetition(layer)[0].flatten() for layer in reader.written])
+    with_noise = (
+        torch.isin(roots[written], torch.cat(noisy)) if noisy else torch.zeros_like(written, dtype=torch.bool)
+    )
+    findings.place = ""
+    findings.stay(written[~with_noise], "it is a number written in code")
 
 
 def _unread(findings: Findings) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bmrs.graph.operators import GATES, SCATTERS, plain_name
+from bmrs.graph.operators import CELLS, GATES, SCATTERS, plain_name
 
 
 def place_of(node: fx.Node) -> str:
@@ -48,6 +48,12 @@ def only_starts_recurrences(node: fx.Node) -> bool:
         )
         for user in node.users
     )
+
+
+def only_goes_on(node: fx.Node) -> bool:
+    """Return whether nothing but sums, products and linear layers reads a tensor, as of what a loop starts from."""
+    names = {operator_name(user) if user.op == "call_function" else "" for user in node.users}
+    return bool(names) and names <= {"add", "sub", "mul", "linear", "addmm", "cat", *CELLS}
 
 
 def summed_into_along(node: fx.Node) -> int | None:

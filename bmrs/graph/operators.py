@@ -25,6 +25,9 @@ SCATTERS = (
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """The recurrent layers, each with the number of blocks that the rows of its weights consist of, one for each gate."""
 
+CELLS = {"lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1, "rnn_relu_cell": 1}
+"""One step of these, likewise."""
+
 
 def plain_name(name: str) -> str:
     """Return an operator's name without the underscore of operations in place."""

@@ -19,6 +19,7 @@ from bmrs.graph.nodes import (
     groups_of,
     layer_of,
     line_of,
+    only_goes_on,
     only_starts_recurrences,
     operator_name,
     place_of,
@@ -61,12 +62,14 @@ class Reader:
         parameters: values of parameters and buffers by qualified name, once each.
         norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
         layer_norms: layer norms that constants may leave, by their operation.
+        written: channels of zeros that are written in code.
         line: the user's line that is being read, as a part of a sentence.
     """
 
     def __init__(self, captured: Captured, findings: Findings) -> None:
         self.captured, self.findings = captured, findings
         self.line = ""
+        self.written: list[Tensor] = []
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
@@ -178,10 +181,21 @@ class Reader:
             axes = [d for d, size in enumerate(value.shape) if d != dim % len(value.shape) and size > 1]
             return replace(value, layers=tuple(self.findings.new_layer(value.shape, d) for d in axes))
         if not only_starts_recurrences(node):
-            return value
+            known = value.known() if node.meta["val"].is_floating_point() and only_goes_on(node) else None
+            return value if known is None or known.any() else self._written(value)
         first, *between, last = value.shape
         channels = self.findings.ties.new(first, *[1] * len(between), last)
         return replace(value, layers=(channels.expand(value.shape),))
+
+    def _written(self, value: Value) -> Value:
+        """Give zeros that are written in code channels beside the first dimension, as to the state of a loop.
+
+        They leave with what they meet, and stay where that is nothing which could be pruned.
+        """
+        layers = [self.findings.new_layer(value.shape, d) for d, n in enumerate(value.shape) if d and n > 1]
+        self.written += layers
+        zeros = torch.zeros((), dtype=torch.float64).expand(value.shape)
+        return replace(value, layers=tuple(layers), constant=zeros, tensor=None)
 
     def _described(self, node: fx.Node, example: Any) -> Call:
         assert isinstance(node.target, torch._ops.OpOverload)

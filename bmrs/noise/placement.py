@@ -312,6 +312,8 @@ def output_structures(name: str, layer: nn.Module) -> tuple[int, int]:
         return layer.embedding_dim, -1
     if isinstance(layer, nn.RNNBase):
         return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1), -1
+    if isinstance(layer, nn.RNNCellBase):
+        return layer.hidden_size, -1
     if is_transposed_linear(layer):
         assert isinstance(layer.weight, Tensor)
         return layer.weight.shape[1], -1

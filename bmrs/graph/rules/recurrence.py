@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bmrs.graph.channels import EqualNumbers, Read, varying_axes, without_repetition
-from bmrs.graph.operators import GATES
+from bmrs.graph.operators import CELLS, GATES
 from bmrs.graph.rules.contraction import uniform
 from bmrs.graph.rules.registry import Call, rule
 from bmrs.graph.values import Findings, Value
@@ -57,7 +57,7 @@ def recurrent(findings: Findings, call: Call) -> list[Value]:
     both = 2 if call["bidirectional"] else 1
     layers = [directions[i : i + both] for i in range(0, len(directions), both)]
 
-    _read_input(findings, x, layers[0])
+    _read_input(findings, x, [direction.into for direction in layers[0]])
     for before, layer in pairwise(layers):
         handed_on = torch.cat([direction.states for direction in before])
         for direction in layer:
@@ -79,6 +79,23 @@ def recurrent(findings: Findings, call: Call) -> list[Value]:
     for shape, channels in zip(call.shapes[1:], (states, units), strict=False):
         results.append(Value(shape, (_along_states(channels, shape),)))
     return results
+
+
+@rule(*CELLS)
+def cell(findings: Findings, call: Call) -> list[Value]:
+    """Follow one step of a recurrence; its units are those of the states that it returns."""
+    states: list[Value] = call["hx"] if isinstance(call["hx"], list) else [call["hx"]]
+    into, recurrent, biases = call["w_ih"], call["w_hh"], [call["b_ih"], call["b_hh"]]
+    gates = CELLS[call.operator]
+    units = findings.new_layer([into.shape[0] // gates], 0)
+    for value in (into, recurrent, *filter(None, biases)):
+        _tie(findings, value, 0, units.repeat(gates))
+    _read_input(findings, call["input"], [into])
+    _read_input(findings, states[0], [recurrent])
+    # What is kept of a state from step to step: of an LSTM the second one, of a plain recurrence nothing.
+    for value in states[1:] if len(states) > 1 else states[: call.operator == "gru_cell"]:
+        _tie_state(findings, value, units[None])
+    return [Value(shape, (units.expand(shape),)) for shape in call.shapes]
 
 
 def _direction(findings: Findings, part: list[Value], gates: int, projected: bool) -> _Direction:
@@ -121,18 +138,18 @@ def _zero_columns(weight: Value) -> Tensor:
     return (constant == 0).all(dim=0).expand(weight.shape[1])
 
 
-def _read_input(findings: Findings, x: Value, first: Sequence[_Direction]) -> None:
+def _read_input(findings: Findings, x: Value, weights: Sequence[Value]) -> None:
     axis = len(x.shape) - 1
     for layer in x.layers:
         if varying_axes(layer) != (axis,):
             findings.stay(layer, "a recurrent layer runs over its dimension")
     channels = x.channels_along(axis)
-    for direction in first:
-        columns = direction.into.channels_along(1)
+    for weight in weights:
+        columns = weight.channels_along(1)
         if channels is None and columns is not None:
             findings.stay(columns, _CUT)
         elif channels is not None:
-            _tie(findings, direction.into, 1, channels)
+            _tie(findings, weight, 1, channels)
     if channels is not None:
         zero = torch.zeros_like(channels, dtype=torch.bool)
         if x.constant is not None:

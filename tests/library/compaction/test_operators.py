@@ -883,3 +883,94 @@ class TestPlaces:
         pruned(model, {"noise": [0, 3]})
         report = layer_report(assert_compacts(model, torch.randn(3, 4)), "noise")
         assert report.kept_because == {"fft_fft runs over its dimension at fft_fft": 2}
+
+
+class Loop(nn.Module):
+    """A recurrence that is written out, from a state of zeros, with noise on the state."""
+
+    def __init__(self, cell: nn.Module, start: str) -> None:
+        super().__init__()
+        self.cell, self.start, self.width = cell, start, 10
+        self.noise, self.last = NoiseLayer(10), nn.Linear(10, 2)
+
+    def first(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self.start == "none":
+            return None
+        return x.new_zeros(len(x), self.width) if self.start == "new" else torch.zeros(x.shape[0], self.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        state = None
+        for t in range(x.shape[1]):
+            if isinstance(self.cell, nn.LSTMCell):
+                state = (
+                    None if h is None else (h, torch.zeros(x.shape[0], self.width) if t == 0 else state[1])
+                )
+                state = self.cell(x[:, t], state)
+                h = self.noise(state[0])
+            else:
+                h = self.noise(self.cell(x[:, t], h))
+        return self.last(h)
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.recurrent = nn.Linear(4, 10), nn.Linear(10, 10)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
+        return torch.tanh(self.into(x) if h is None else self.into(x) + self.recurrent(h))
+
+
+class TestLoops:
+    @pytest.mark.parametrize("start", ["zeros", "new", "none"])
+    @pytest.mark.parametrize(
+        "cell",
+        [ByHand, *(lambda kind=kind: kind(4, 10) for kind in (nn.GRUCell, nn.LSTMCell, nn.RNNCell))],
+        ids=["by hand", "GRUCell", "LSTMCell", "RNNCell"],
+    )
+    def test_units_leave(self, cell, start):
+        model = pruned(Loop(cell(), start), {"noise": [0, 3, 4, 8]})
+        compacted = assert_compacts(model, torch.randn(2, 5, 4))
+        assert layer_report(compacted, "noise").removed == 4
+        assert compacted.last.in_features == 6
+        if isinstance(compacted.cell, nn.RNNCellBase):
+            assert (compacted.cell.input_size, compacted.cell.hidden_size) == (4, 6)
+            assert len(compacted.cell.weight_hh) % 6 == 0
+
+    @pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+    def test_noise_added_to_a_cell_multiplies_its_state(self, kind):
+        loop = Loop(kind(4, 10), "none")
+        loop.noise = nn.Identity()
+        model = pruned(bmrs.add_noise(loop, where="cell"), {"cell.noise": [0, 3, 4, 8]})
+        compacted = assert_compacts(model, torch.randn(2, 5, 4))
+        assert compacted.cell.hidden_size == 6
+
+    def test_a_sum_that_starts_from_zeros(self):
+        def summed(self, x):
+            total = torch.zeros(x.shape[0], 6)
+            for layer in self.layers:
+                total = total + torch.relu(layer(x))
+            return self.last(self.noise(total))
+
+        model = calling(
+            summed,
+            layers=nn.ModuleList(nn.Linear(4, 6) for _ in range(3)),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        x = torch.randn(3, 4)
+        compacted = bmrs.compact(pruned(model, {"noise": [0, 3]}).eval(), x)
+        assert layer_report(compacted, "noise").removed == 2
+        torch.testing.assert_close(compacted(x), model(x))
+
+    def test_zeros_that_meet_no_noise_stay(self):
+        model = calling(
+            lambda self, x: self.last(self.noise(self.first(torch.zeros(x.shape[0], 4) + x))),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(3, 4))
+        assert bmrs.compact_report(compacted).form == "module"
+        assert compacted.first.weight.shape == (4, 4)
