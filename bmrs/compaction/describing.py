@@ -292,6 +292,15 @@ class _Describer:
                     for i, (old, new) in enumerate(zip(given, kept, strict=True))
                 ]
             }
+        if name == "repeat" and isinstance(result, Value):
+            given, kept = self._given(node, "repeats"), analysis.kept_shape(result)
+            own = (1,) * (len(kept) - len(source.shape)) + tuple(analysis.kept_shape(source))
+            return {
+                "repeats": [
+                    old if new == full else new // size
+                    for old, new, full, size in zip(given, kept, result.shape, own, strict=True)
+                ]
+            }
         if name == "unflatten" and isinstance(result, Value):
             axis, sizes = call["dim"] % len(source.shape), self._given(node, "sizes")
             kept = analysis.kept_shape(result)[axis : axis + len(sizes)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bmrs.graph.operators import CELLS, GATES, SCATTERS, plain_name
+from bmrs.graph.operators import CELLS, CONVOLUTIONS, GATES, SCATTERS, plain_name
 
 
 def place_of(node: fx.Node) -> str:
@@ -54,6 +54,20 @@ def only_goes_on(node: fx.Node) -> bool:
     """Return whether nothing but sums, products and linear layers reads a tensor, as of what a loop starts from."""
     names = {operator_name(user) if user.op == "call_function" else "" for user in node.users}
     return bool(names) and names <= {"add", "sub", "mul", "linear", "addmm", "cat", *CELLS}
+
+
+def is_kernel_of_each_channel(node: fx.Node) -> bool:
+    """Return whether depthwise convolutions alone read a tensor, as a kernel that is the same for all channels."""
+    source, shape = node.args[0], node.meta["val"].shape
+    if not isinstance(source, fx.Node) or source.meta["val"].shape[:1] != (1,) or shape[0] == 1:
+        return False
+    return all(
+        user.op == "call_function"
+        and operator_name(user) in CONVOLUTIONS
+        and user.args[1] is node
+        and groups_of(user) == shape[0]
+        for user in node.users
+    )
 
 
 def summed_into_along(node: fx.Node) -> int | None:

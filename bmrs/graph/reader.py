@@ -17,6 +17,7 @@ from bmrs.graph.capture import Captured
 from bmrs.graph.layer_norms import layer_norms
 from bmrs.graph.nodes import (
     groups_of,
+    is_kernel_of_each_channel,
     layer_of,
     line_of,
     only_goes_on,
@@ -174,7 +175,12 @@ class Reader:
         return self._initial_state(node, call.operator, result)
 
     def _initial_state(self, node: fx.Node, name: str, value: Any) -> Any:
-        """Give what recurrences and sums start from channels, where it is one number that can be there fewer times."""
+        """Give what recurrences and sums start from channels, where it is one number that can be there fewer times.
+
+        Likewise one kernel that is repeated for each channel of a depthwise convolution.
+        """
+        if name in ("expand", "repeat") and isinstance(value, Value) and is_kernel_of_each_channel(node):
+            return replace(value, layers=(self.findings.new_layer(value.shape, 0),))
         if name not in FILLS or not isinstance(value, Value) or len(value.shape) < 2:
             return value
         if (dim := summed_into_along(node)) is not None:

@@ -974,3 +974,30 @@ class TestLoops:
         compacted = assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(3, 4))
         assert bmrs.compact_report(compacted).form == "module"
         assert compacted.first.weight.shape == (4, 4)
+
+
+@pytest.mark.parametrize("repeated", ["expand", "repeat"])
+@pytest.mark.parametrize(
+    ("count", "form"), [("shape", "module"), ("attribute", "module"), ("number", "graph")]
+)
+def test_one_kernel_for_each_channel(repeated, count, form):
+    """As of blurs and of windows in which statistics are taken."""
+
+    class Blurred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.width = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), 8
+            self.register_buffer("kernel", torch.rand(1, 1, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.first(x))
+            number = {"shape": y.shape[1], "attribute": self.width, "number": 8}[count]
+            kernel = getattr(self.kernel, repeated)(number, 1, *((3, 3) if repeated == "expand" else (1, 1)))
+            return self.last(F.conv2d(y, kernel, padding=1, groups=number))
+
+    model = pruned(bmrs.add_noise(Blurred(), where="first"), {"first.noise": [0, 3, 4]}).eval()
+    x = torch.randn(2, 3, 7, 7)
+    compacted = bmrs.compact(model, x)
+    assert bmrs.compact_report(compacted).form == form
+    assert layer_report(compacted, "first.noise").removed == 3
+    torch.testing.assert_close(compacted(x), model(x))
