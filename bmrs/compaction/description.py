@@ -55,7 +55,7 @@ _WITHOUT_RULE = frozenset((
     "nonzero", "count_nonzero", "slice_scatter", "masked_scatter", "diff", "outer", "tensordot",
     "chain_matmul", "cross", "cdist", "pairwise_distance", "addmv", "addbmm", "bilinear", "embedding_bag",
     "affine_grid_generator", "cummax", "cummin",
-    "view_as_real", "view_as_complex", "imag", "complex", "polar", "cross_entropy_loss", "nll_loss",
+    "imag", "complex", "polar", "cross_entropy_loss", "nll_loss",
     "nll_loss_nd", "mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div", "kthvalue",
     "mode", "frac", "trace", "tril_indices", "triu_indices", "hann_window", "hamming_window",
     "fill_diagonal", "quantile", "nanquantile", "aminmax", "diag_embed", "nansum", "nanmean", "inner",

@@ -373,3 +373,34 @@ def stacked(findings: Findings, call: Call) -> Value:
     return Value(
         call.shape, tuple(layer.expand(call.shape) for layer in layers), _known_cat(raised, axis, call.shape)
     )
+
+
+@rule("view_as_complex")
+def paired(findings: Findings, call: Call) -> Value:
+    """Follow pairs of real and imaginary parts that become one number: both stay or both leave."""
+    x: Value = call["self"]
+    last = len(x.shape) - 1
+    layers = []
+    for layer in x.layers:
+        if last in varying_axes(layer):
+            findings.whole(layer, [last], "view_as_complex takes pairs")
+            others = [d for d in varying_axes(layer) if d != last]
+            if not others:
+                continue
+            layer = findings.entries(layer, others).expand(x.shape)
+        layers.append(layer[..., 0])
+    constant = None
+    if x.constant is not None:
+        known = uniform(x.constant, [last])[..., 0].expand(call.shape)
+        constant = compressed(known.where(known == 0, torch.nan))
+    return Value(call.shape, tuple(layers), constant)
+
+
+@rule("view_as_real")
+def unpaired(findings: Findings, call: Call) -> Value:
+    """Follow complex numbers that become pairs."""
+    x: Value = call["self"]
+    constant = None
+    if x.constant is not None:
+        constant = compressed(x.constant.where(x.constant == 0, torch.nan)[..., None].expand(call.shape))
+    return Value(call.shape, tuple(layer[..., None].expand(call.shape) for layer in x.layers), constant)

@@ -1001,3 +1001,30 @@ def test_one_kernel_for_each_channel(repeated, count, form):
     assert bmrs.compact_report(compacted).form == form
     assert layer_report(compacted, "first.noise").removed == 3
     torch.testing.assert_close(compacted(x), model(x))
+
+
+def test_heads_leave_behind_rotations_by_complex_numbers():
+    """Positions as in the reference code of Llama."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (nn.Linear(12, 12) for _ in range(4))
+            angles = torch.outer(torch.arange(9.0), torch.tensor([1.0, 0.1]))
+            self.register_buffer("turns", torch.polar(torch.ones(9, 2), angles))
+
+        def turned(self, x: torch.Tensor) -> torch.Tensor:
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * self.turns[: x.shape[1], None]).flatten(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (layer(x).unflatten(-1, (-1, 4)) for layer in (self.query, self.key, self.value))
+            heads = [part.transpose(1, 2) for part in (self.turned(q), self.turned(k), v)]
+            return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+    model = bmrs.add_noise(Attention(), where="out", structures="heads", num_heads=3)
+    x = torch.randn(2, 5, 12)
+    compacted = bmrs.compact(pruned(model, {"out.noise": [1]}).eval(), x)
+    assert bmrs.compact_report(compacted).form == "module"
+    assert compacted.query.weight.shape == compacted.key.weight.shape == (8, 12)
+    torch.testing.assert_close(compacted(x), model(x))
