@@ -36,6 +36,8 @@ _BATCH = 100
 # Equations for each unknown: of positions of feature maps beyond the most a random choice is taken, and with fewer than
 # the least a layer keeps its weights.
 _MOST_EQUATIONS, _LEAST_EQUATIONS = 100, 2
+# Bytes of what the full network makes for several weights, so that it need not run again for each.
+_MOST_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class _Weight:
     def layer(self) -> str:
         """What users know it by."""
         return self.name.removesuffix(".weight")
+
+    @property
+    def unknowns(self) -> int:
+        """Inputs that an output reads."""
+        return self.own.numel() // len(self.rows)
 
 
 def refit(
@@ -89,11 +96,14 @@ def refit(
         uses = _uses(compacted, {name: weight.own for name, weight in weights.items()}, batches[0])
         expected = _uses(reference, {name: weight.full for name, weight in weights.items()}, batches[0])
         seen: list[str] = []
-        for group in _groups(uses):
-            refitted = [weights[name] for name in group]
-            _check_numbers(refitted, uses, expected)
-            _refit_group(compacted, reference, refitted, batches, ridge)
-            seen += group
+        groups = [[weights[name] for name in group] for group in _groups(uses)]
+        for part in _parts(groups, uses, len(batches)):
+            together = [weight for group in part for weight in group]
+            _check_numbers(together, uses, expected)
+            targets = _targets(reference, together, batches, Counter(use.weight for use in expected))
+            for group in part:
+                _refit_group(compacted, reference, group, batches, targets, ridge)
+            seen += [weight.name for weight in together]
     if kept := [*(weight.layer for name, weight in weights.items() if name not in seen), *kept]:
         warnings.warn(
             f"{', '.join(map(repr, kept))} keep their weights: refitting takes parameters that torch's linear and "
@@ -122,7 +132,7 @@ def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> 
         rows = analysis.kept(weight, axis)
         rows = torch.arange(weight.shape[axis]) if rows is None else rows
         own = present.get(weight.parameter)
-        if own is not None:  # all of it may be gone
+        if own is not None and own.numel():  # all of it may be gone
             full = _in_reference(weight.parameter, own, reference, rows, axis)
             yield _Weight(weight.parameter, own, full, rows)
 
@@ -176,10 +186,12 @@ class _Use(NamedTuple):
     Attributes:
         weight: its name.
         reads_the_same: whether the product before this one read the same tensor.
+        positions: at which there are outputs, over all examples.
     """
 
     weight: str
     reads_the_same: bool
+    positions: int
 
 
 def _uses(model: nn.Module, weights: Mapping[str, Tensor], inputs: Inputs) -> list[_Use]:
@@ -192,7 +204,7 @@ def _uses(model: nn.Module, weights: Mapping[str, Tensor], inputs: Inputs) -> li
         if product.bias is not None and not isinstance(product.bias, nn.Parameter):
             return
         same = previous is not None and source is previous[0] and source._version == previous[1]
-        found.append(_Use(product.weight, same))
+        found.append(_Use(product.weight, same, product.result.select(product.axis, 0).numel()))
         previous = (source, source._version)
 
     watch(model, inputs, weights, see)
@@ -227,11 +239,79 @@ def _check_numbers(weights: Sequence[_Weight], uses: Sequence[_Use], expected: S
             )
 
 
+def _parts(
+    groups: Sequence[list[_Weight]], uses: Sequence[_Use], batches: int
+) -> Iterator[list[list[_Weight]]]:
+    """Yield groups in parts for which the full network runs once."""
+    positions: Counter[str] = Counter()
+    for use in uses:
+        positions[use.weight] += use.positions * batches
+    part: list[list[_Weight]] = []
+    size = 0
+    for group in groups:
+        its = sum(
+            min(positions[w.name], _MOST_EQUATIONS * w.unknowns) * len(w.rows) * w.own.itemsize for w in group
+        )
+        if part and size + its > _MOST_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(group)
+        size += its
+    if part:
+        yield part
+
+
+class _Target(NamedTuple):
+    """What the full network makes in one product, for outputs that are left.
+
+    Attributes:
+        positions: at which, int64 of shape (positions,), drawn at random.
+        results: of shape (positions, outputs).
+    """
+
+    positions: Tensor
+    results: Tensor
+
+
+def _targets(
+    reference: nn.Module, weights: Sequence[_Weight], batches: Sequence[Inputs], numbers: Mapping[str, int]
+) -> dict[str, list[list[_Target]]]:
+    """Run the full network, and return what it makes with weights: by name, for each batch and product.
+
+    Args:
+        reference: the full network.
+        weights: those of the smaller one.
+        batches: the examples.
+        numbers: of products of each weight in a forward pass.
+    """
+    by_name = {weight.name: weight for weight in weights}
+    generators = {name: torch.Generator().manual_seed(0) for name in by_name}
+    sizes = [_number_of_examples(batch) for batch in batches]
+    targets: dict[str, list[list[_Target]]] = {name: [] for name in by_name}
+
+    def see(product: Product, source: Tensor) -> None:
+        weight = by_name[product.weight]
+        result = product.result.movedim(product.axis, -1)[..., weight.rows.to(product.result.device)]
+        most = _MOST_EQUATIONS * weight.unknowns * size // (sum(sizes) * numbers[weight.name])
+        # At random: a regular stride would meet the same few positions in every feature map.
+        drawn = torch.randperm(result[..., 0].numel(), generator=generators[weight.name])[: max(1, most)]
+        positions = drawn.to(result.device)
+        targets[weight.name][-1].append(_Target(positions, result.flatten(0, -2)[positions]))
+
+    full = {weight.name: weight.full for weight in weights}
+    for batch, size in zip(batches, sizes, strict=True):  # noqa: B007 - read by `see`
+        for its in targets.values():
+            its.append([])
+        watch(reference, batch, full, see, number=sum(numbers[name] for name in full))
+    return targets
+
+
 def _refit_group(
     compacted: nn.Module,
     reference: nn.Module,
     group: Sequence[_Weight],
     batches: Sequence[Inputs],
+    targets: Mapping[str, list[list[_Target]]],
     ridge: float,
 ) -> None:
     """Refit weights that do not read what others of them make."""
@@ -248,13 +328,10 @@ def _refit_group(
             fits.append(_Fit(weight, its_first[0]))
     if not fits:
         return
-    examples = [_number_of_examples(batch) for batch in batches]
-    for batch, size in zip(batches, examples, strict=True):
+    for place, batch in enumerate(batches):
         found = products(compacted, batch, own, number=number)
-        wanted = products(reference, batch, full, number=number)
         for fit in fits:
-            name = fit.weight.name
-            fit.add(found[name], wanted[name], share=(size, sum(examples)))
+            fit.add(found[fit.weight.name], targets[fit.weight.name][place])
     for fit in fits:
         fit.solve(ridge)
 
@@ -271,33 +348,24 @@ class _Fit:
         self.weight, self._product = weight, product
         rows = weight.own.T if product.transposed else weight.own.flatten(1)
         parts = rows.double().chunk(product.groups)
-        self._unknowns = parts[0].shape[1]
         self._equations = [_NormalEquations(part, shifts=product.bias is not None) for part in parts]
-        self._generator = torch.Generator().manual_seed(0)
 
-    def add(self, found: Sequence[Product], wanted: Sequence[Product], *, share: tuple[int, int]) -> None:
-        """Add what the weight read in some of the examples, and what the full network made of its own then."""
-        some, all_of_them = share
-        most = max(1, _MOST_EQUATIONS * self._unknowns * some // (all_of_them * len(found)))
-        groups, axis = self._product.groups, self._product.axis
-        for ours, theirs in zip(found, wanted, strict=True):
-            result = theirs.result.movedim(axis, -1)[..., self.weight.rows.to(theirs.result.device)]
-            # At random: a regular stride would meet the same few positions in every feature map.
-            chosen = torch.randperm(result[..., 0].numel(), generator=self._generator)[:most].to(
-                result.device
-            )
-            reads = ours.read.chunk(groups, axis)
-            for part, x, y in zip(self._equations, reads, result.chunk(groups, -1), strict=True):
-                part.add(ours.features(x).flatten(0, -2)[chosen].double(), y.flatten(0, -2)[chosen].double())
+    def add(self, found: Sequence[Product], wanted: Sequence[_Target]) -> None:
+        """Add what the weight read in a batch, and what the full network made of its own then."""
+        groups = self._product.groups
+        for product, target in zip(found, wanted, strict=True):
+            reads, results = product.read.chunk(groups, product.axis), target.results.chunk(groups, -1)
+            for part, x, y in zip(self._equations, reads, results, strict=True):
+                part.add(product.features(x).flatten(0, -2)[target.positions].double(), y.double())
 
     def solve(self, ridge: float) -> None:
         """Change the weight and its bias, or warn that there are too few examples."""
         own, bias = self.weight.own, self._product.bias
-        if self._equations[0].count < _LEAST_EQUATIONS * self._unknowns:
+        if self._equations[0].count < _LEAST_EQUATIONS * self.weight.unknowns:
             warnings.warn(
                 f"layer {self.weight.layer!r} keeps its weights, as {self._equations[0].count} examples (positions of "
-                f"feature maps count) are too few to refit its {self._unknowns} inputs; give at least "
-                f"{_LEAST_EQUATIONS * self._unknowns}",
+                f"feature maps count) are too few to refit its {self.weight.unknowns} inputs; give at least "
+                f"{_LEAST_EQUATIONS * self.weight.unknowns}",
                 stacklevel=5,
             )
             return

@@ -343,12 +343,24 @@ def test_layers_that_read_one_tensor_are_refitted_in_one_pass(mlp):
     dense.first.register_forward_hook(lambda *_: calls.append("first"))
     dense.last.register_forward_hook(lambda *_: calls.append("last"))
     refitted = bmrs.compact(model, inputs, refit_to=dense)
-    # All of it once, to see what there is; then, for the branches and for the last layer, the first batch, to see what
-    # they read, and both batches. Each time it stops in the middle of the last layer that is looked for.
-    assert calls == ["first", "last", *3 * ["first"], *3 * ["first"]]
+    # All of it once, to see what there is; both batches, for what layers are to return; and for the branches and for the
+    # last layer the first batch, to see what they read. It stops in the middle of the last layer that is looked for.
+    assert calls == ["first", "last", *2 * ["first"], *2 * ["first"]]
     plain = bmrs.compact(model, inputs)
     for before, after in zip(plain.branches, refitted.branches, strict=True):
         assert not torch.equal(before.weight, after.weight)
+
+
+def test_the_full_network_runs_in_parts_where_memory_is_short(mlp, monkeypatch):
+    model = masked_copy(mlp, 0.5, where="0")
+    inputs = torch.randn(250, 6, generator=generator(), dtype=torch.float64)
+    whole = bmrs.compact(model, inputs, refit_to=mlp)
+    monkeypatch.setattr(importlib.import_module("bmrs.compaction.refit"), "_MOST_BYTES", 1)
+    runs = []
+    mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    in_parts = bmrs.compact(model, inputs, refit_to=mlp)
+    assert len(runs) == 1 + 3 * (3 + 1)  # of three layers, each in a part of its own
+    assert all(map(torch.equal, in_parts.parameters(), whole.parameters()))
 
 
 def test_a_network_that_becomes_a_graph():
