@@ -343,8 +343,8 @@ def test_layers_that_read_one_tensor_are_refitted_in_one_pass(mlp):
     dense.first.register_forward_hook(lambda *_: calls.append("first"))
     dense.last.register_forward_hook(lambda *_: calls.append("last"))
     refitted = bmrs.compact(model, inputs, refit_to=dense)
-    # All of it once, to see what there is; both batches, for what layers are to return; and for the branches and for the
-    # last layer the first batch, to see what they read. It stops in the middle of the last layer that is looked for.
+    # All of it once, to see what there is; both batches, for what layers are to return; and for the branches and for
+    # the last layer the first batch, to see what they read. It stops in the middle of the last layer looked for.
     assert calls == ["first", "last", *2 * ["first"], *2 * ["first"]]
     plain = bmrs.compact(model, inputs)
     for before, after in zip(plain.branches, refitted.branches, strict=True):
