@@ -247,6 +247,21 @@ def compacted(
         folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
         result = narrowed(analysis, the_cut, folding.remaining, noise)
         error, because, sizes = _attempt(comparison, analysis, result)
+    if (
+        not error <= comparison.tolerance
+        and analysis.written
+        and analysis.captured.fixed_number() is not None
+    ):
+        # A graph would take this number of examples and no other: rather less goes, of numbers written in code.
+        captured = analysis.captured
+        kept = analyse(captured, follow_constants=not keep_noise, keep_written=True)
+        kept = replace(kept, fits=analysis.fits)
+        kept_folding, kept_cut, kept_noise = _smaller(kept, kept_layers, emptied)
+        larger = narrowed(kept, kept_cut, kept_folding.remaining, kept_noise)
+        error, why_not, sizes = _attempt(comparison, kept, larger)
+        if error <= comparison.tolerance:
+            analysis, folding, the_cut, noise, result = kept, kept_folding, kept_cut, kept_noise, larger
+            because = why_not
     if not error <= comparison.tolerance:
         comparison.check_that_it_repeats(masked)
         if "multiple of 16 bytes" in because:

@@ -96,6 +96,8 @@ class _Watching(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._left == 0:  # the model went on, though it was told to stop
+            raise _SeenEnoughError
         if func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         plain = _BY_OPERATOR.get(func._schema.name.split("::")[1]) if _is_operator(func) else func
@@ -103,7 +105,8 @@ class _Watching(TorchFunctionMode):
             return func(*args, **kwargs)
         arguments = dict(zip(_ARGUMENTS[plain], args, strict=False)) | kwargs
         name = self._names.get(id(arguments.get("weight")))
-        if name is None:
+        scaled = plain is torch.addmm and (kwargs.get("alpha", 1), kwargs.get("beta", 1)) != (1, 1)
+        if name is None or scaled:
             return func(*args, **kwargs)
         source, weight = arguments["input"], arguments["weight"]
         read = source.clone()  # the result may be written over it
@@ -116,6 +119,11 @@ class _Watching(TorchFunctionMode):
         product = Product(name, read, result, arguments.get("bias"), options, plain is torch.addmm)
         self._seen(product, source)
         return result
+
+    @property
+    def has_seen_enough(self) -> bool:
+        """Whether the network was told to stop."""
+        return self._left == 0
 
     def _attention(self, args: Any, kwargs: Any) -> Any:
         """Run torch's attention, whose last product no function but its own makes, with ones in place of its weight."""
@@ -160,11 +168,13 @@ def watch(
         number: of products after which the network stops; None for all that there are.
     """
     args, kwargs = map_tensors(torch.clone, inputs)
+    watching = _Watching(weights, see, number)
     try:
-        with _Watching(weights, see, number), without_fast_path():
+        with watching, without_fast_path():
             model(*args, **kwargs)
-    except _SeenEnoughError:
-        pass
+    except BaseException:
+        if not watching.has_seen_enough:
+            raise
 
 
 def products(

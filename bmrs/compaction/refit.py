@@ -72,7 +72,8 @@ def refit(
 ) -> None:
     """Refit a compacted network's linear and convolution layers, in place, in an order of execution.
 
-    Depthwise convolutions and batch norms, which do not mix channels, keep their weights. So do layers that read what
+    Depthwise convolutions and batch norms, which do not mix channels, keep their weights, and what torch's attention
+    makes of its input. So do layers that read what
     they read in the full network, such as the first one, and, with a warning, those with too few examples and those
     whose products are made where they cannot be seen.
 
@@ -107,7 +108,7 @@ def refit(
     if kept := [*(weight.layer for name, weight in weights.items() if name not in seen), *kept]:
         warnings.warn(
             f"{', '.join(map(repr, kept))} keep their weights: refitting takes parameters that torch's linear and "
-            "convolution functions are called with, beside a parameter as bias or none",
+            "convolution functions are called with",
             stacklevel=3,
         )
 
@@ -125,6 +126,9 @@ def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> 
         if call.operator not in _PRODUCTS or weight.parameter is None or weight.parameter in seen:
             continue
         seen.add(weight.parameter)
+        # Torch's attention multiplies it where nobody can see.
+        if weight.parameter.endswith("in_proj_weight"):
+            continue
         # A table of an embedding, for one, says other things too.
         if not users[id(weight.tensor)] <= set(_PRODUCTS):
             continue
@@ -195,14 +199,12 @@ class _Use(NamedTuple):
 
 
 def _uses(model: nn.Module, weights: Mapping[str, Tensor], inputs: Inputs) -> list[_Use]:
-    """Return the products of weights in a forward pass, in their order, but those with a bias that is computed."""
+    """Return the products of weights in a forward pass, in their order."""
     found: list[_Use] = []
     previous: tuple[Tensor, int] | None = None
 
     def see(product: Product, source: Tensor) -> None:
         nonlocal previous
-        if product.bias is not None and not isinstance(product.bias, nn.Parameter):
-            return
         same = previous is not None and source is previous[0] and source._version == previous[1]
         found.append(_Use(product.weight, same, product.result.select(product.axis, 0).numel()))
         previous = (source, source._version)
@@ -325,7 +327,7 @@ def _refit_group(
         its_first, its_expected = first[weight.name], expected[weight.name]
         same = all(torch.equal(a.read, b.read) for a, b in zip(its_first, its_expected, strict=True))
         if not same and not its_first[0].is_depthwise:
-            fits.append(_Fit(weight, its_first[0]))
+            fits.append(_Fit(weight, its_first))
     if not fits:
         return
     for place, batch in enumerate(batches):
@@ -339,28 +341,37 @@ def _refit_group(
 class _Fit:
     """The least squares problem of one weight.
 
+    A bias that is computed, or that is not the same in all products, stays as it is.
+
     Args:
         weight: the weight.
-        product: one of its products.
+        products: what it is multiplied with in a forward pass.
     """
 
-    def __init__(self, weight: _Weight, product: Product) -> None:
+    def __init__(self, weight: _Weight, products: Sequence[Product]) -> None:
+        product = products[0]
         self.weight, self._product = weight, product
+        own = isinstance(product.bias, nn.Parameter) and all(p.bias is product.bias for p in products)
+        self._bias = product.bias if own else None
         rows = weight.own.T if product.transposed else weight.own.flatten(1)
         parts = rows.double().chunk(product.groups)
-        self._equations = [_NormalEquations(part, shifts=product.bias is not None) for part in parts]
+        self._equations = [_NormalEquations(part, shifts=self._bias is not None) for part in parts]
 
     def add(self, found: Sequence[Product], wanted: Sequence[_Target]) -> None:
         """Add what the weight read in a batch, and what the full network made of its own then."""
         groups = self._product.groups
         for product, target in zip(found, wanted, strict=True):
-            reads, results = product.read.chunk(groups, product.axis), target.results.chunk(groups, -1)
+            made = target.results
+            if product.bias is not None and self._bias is None:
+                shape = product.result.movedim(product.axis, -1).shape
+                made = made - product.bias.expand(shape).flatten(0, -2)[target.positions]
+            reads, results = product.read.chunk(groups, product.axis), made.chunk(groups, -1)
             for part, x, y in zip(self._equations, reads, results, strict=True):
                 part.add(product.features(x).flatten(0, -2)[target.positions].double(), y.double())
 
     def solve(self, ridge: float) -> None:
         """Change the weight and its bias, or warn that there are too few examples."""
-        own, bias = self.weight.own, self._product.bias
+        own, bias = self.weight.own, self._bias
         if self._equations[0].count < _LEAST_EQUATIONS * self.weight.unknowns:
             warnings.warn(
                 f"layer {self.weight.layer!r} keeps its weights, as {self._equations[0].count} examples (positions of "

@@ -61,6 +61,7 @@ class Analysis:
         staying: the channels that stay with the masks as they are.
         norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
         layer_norms: layer norms that constants may leave, by their operation.
+        written: whether channels were given to what is written in code, such as zeros that a loop starts from.
         fits: what makes up for the channels that leave layer norms, by the name of the weight, as far as it is known.
     """
 
@@ -73,6 +74,7 @@ class Analysis:
     norms: dict[fx.Node, RmsNorm]
     layer_norms: dict[fx.Node, LayerNorm]
     fits: Mapping[str, Fit] = field(default_factory=dict)
+    written: bool = False
 
     def share_left(self, node: fx.Node) -> float:
         """Return the share of the channels that is left in the statistics that a normalisation takes."""
@@ -145,13 +147,20 @@ class Analysis:
         return found
 
 
-def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool = False) -> Analysis:
+def analyse(
+    captured: Captured,
+    *,
+    follow_constants: bool = True,
+    all_stay: bool = False,
+    keep_written: bool = False,
+) -> Analysis:
     """Find the channels of a captured model that stay, by asking the rules for every operation.
 
     Args:
         captured: the model.
         follow_constants: see `Findings`.
         all_stay: whether all do, whatever is constant, as of a model that is described as it is.
+        keep_written: whether what is written in code keeps its size, such as zeros that a loop starts from.
 
     Raises:
         ValueError: the size of a tensor depends on values of the input, or a function is transformed, as by
@@ -177,7 +186,7 @@ def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool
             reader.findings.place = "the model's output"
             reader.findings.stay_all(value, "it is an output of the model")
     findings = reader.findings
-    _keep_what_is_written(reader)
+    _keep_what_is_written(reader, everything=keep_written)
     unread = _unread(findings)
     if unread.numel():
         findings.place = ""
@@ -187,11 +196,12 @@ def analyse(captured: Captured, *, follow_constants: bool = True, all_stay: bool
         *(captured, findings, reader.values, reader.calls, reader.parameters, staying),
         norms=reader.norms,
         layer_norms=reader.layer_norms,
+        written=bool(reader.written),
     )
 
 
-def _keep_what_is_written(reader: Reader) -> None:
-    """Keep zeros that are written in code, but for those that meet channels with noise."""
+def _keep_what_is_written(reader: Reader, *, everything: bool) -> None:
+    """Keep zeros and the like that are written in code, but for those that meet channels with noise."""
     if not reader.written:
         return
     findings = reader.findings
@@ -199,7 +209,7 @@ def _keep_what_is_written(reader: Reader) -> None:
     noisy = [
         roots[without_repetition(layer)[0].flatten()]
         for call in reader.calls.values()
-        if call.operator == "mark_noise"
+        if call.operator == "mark_noise" and not everything
         for layer in call["x"].layers
     ]
     written = torch.cat([without_repetition(layer)[0].flatten() for layer in reader.written])

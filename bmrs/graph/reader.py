@@ -63,7 +63,7 @@ class Reader:
         parameters: values of parameters and buffers by qualified name, once each.
         norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
         layer_norms: layer norms that constants may leave, by their operation.
-        written: channels of zeros that are written in code.
+        written: channels of what is written in code, such as zeros that a loop starts from.
         line: the user's line that is being read, as a part of a sentence.
     """
 
@@ -180,7 +180,8 @@ class Reader:
         Likewise one kernel that is repeated for each channel of a depthwise convolution.
         """
         if name in ("expand", "repeat") and isinstance(value, Value) and is_kernel_of_each_channel(node):
-            return replace(value, layers=(self.findings.new_layer(value.shape, 0),))
+            self.written.append(self.findings.new_layer(value.shape, 0))
+            return replace(value, layers=(self.written[-1],))
         if name not in FILLS or not isinstance(value, Value) or len(value.shape) < 2:
             return value
         if (dim := summed_into_along(node)) is not None:

@@ -116,7 +116,7 @@ def _scale(weight: Literal["elbo", "mean"] | float, dataset_size: int | None, nu
     if weight == "elbo":
         if (
             isinstance(dataset_size, bool)
-            or not isinstance(dataset_size, Real)
+            or not isinstance(dataset_size, Real | Tensor)
             or not 1 <= dataset_size < math.inf
         ):
             raise ValueError(

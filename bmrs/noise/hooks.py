@@ -204,7 +204,9 @@ def _multiply_output(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> 
             f"a layer with noise must return a tensor or a tuple that begins with one; {layer} "
             f"returned {type(output).__name__}"
         )
-    if isinstance(layer, nn.RNNBase) and output.dim() == 3 and _shares_noise_of_examples(noise):
+    if isinstance(layer, nn.RNNBase) and _shares_noise_of_examples(noise):
+        if output.dim() == 2:  # one example, whose times these are
+            return noise(output[None])[0]
         return noise(output) if layer.batch_first else noise(output.transpose(0, 1)).transpose(0, 1)
     if getattr(noise, "recompute", False) and next(iter(layer._forward_hooks.values())) is _multiply_output:
         with input_recomputed(layer, inputs, output):

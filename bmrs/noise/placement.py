@@ -138,12 +138,13 @@ def add_noise(
     given = None if num_structures is None or dim is None else (num_structures, dim)
     fallback = next(model.parameters(), torch.empty(0))
     additions: list[tuple[nn.Module, nn.Module]] = []
+    warned = False
     for name, layer in _chosen_by_any(model, where).items():
         _check_can_get_noise(name, layer)
         if recompute:
             _check_can_recompute(name, layer, structures)
-        if granularity == "sample":
-            _warn_of_times_first(model, name, layer)
+        if granularity == "sample" and not warned:
+            warned = _warn_of_times_first(model, name, layer)
         count, axis, size = _structures_of(name, layer, structures, num_heads, given)
         tensors = chain(layer.parameters(), layer.buffers())
         like = next((t for t in tensors if t.is_floating_point()), fallback)
@@ -171,10 +172,10 @@ def add_noise(
     return model
 
 
-def _warn_of_times_first(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Warn where examples lie along the second dimension of what noise for each example multiplies."""
-    if isinstance(layer, nn.RNNBase):
-        return  # whose hook knows
+def _warn_of_times_first(model: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Warn where examples lie along the second dimension of what noise for each example multiplies, and say if so."""
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase | _ConvNd | _BatchNorm | _InstanceNorm | nn.GroupNorm):
+        return False  # whose first dimension are examples, or whose hook knows
     parts = dict(inside_wrappers(model).named_modules())
     path = name
     while path:
@@ -188,7 +189,8 @@ def _warn_of_times_first(model: nn.Module, name: str, layer: nn.Module) -> None:
                 'it with batch_first=True, or take granularity "batch" or "element"',
                 stacklevel=3,
             )
-            return
+            return True
+    return False
 
 
 def _chosen_by_any(model: nn.Module, where: Where) -> dict[str, nn.Module]:

@@ -120,8 +120,14 @@ class PosteriorLearner:
 
     def _check_modes(self) -> None:
         """Raise ValueError if the loss put parts of the model into another mode than they are to learn in."""
+        # Parts beside the noise have their modes set by models themselves, as teachers and frozen batch norms.
+        with_noise = {"", *self._layers}
+        for name in self._layers:
+            while name:
+                name = name.rpartition(".")[0]
+                with_noise.add(name)
         for name, module in self.model.named_modules():
-            if module.training != self._learning_modes.get(module, module.training):
+            if name in with_noise and module.training != self._learning_modes.get(module, module.training):
                 mode, call = ("training", "train()") if module.training else ("evaluation", "eval()")
                 place = f"layer {name!r}" if name else "the model"
                 raise ValueError(

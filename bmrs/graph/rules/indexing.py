@@ -115,7 +115,8 @@ def put(findings: Findings, call: Call) -> Value:
     known, put_there = x.known(), number.known()
     if known is None or put_there is None:
         return Value(call.shape, layers)
-    constant = known.where(known == put_there.flatten()[0], torch.nan)
+    same = put_there.flatten()[0] == (0.0 if call["accumulate"] else known)
+    constant = known.where(same, torch.nan)
     return Value(call.shape, layers, compressed(constant))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
@@ -41,7 +42,6 @@ def _dimensions(call: Call, rank: int) -> list[int]:
     "linalg_norm",
     "var_mean",
     "std_mean",
-    "median",
 )
 def reduced(findings: Findings, call: Call) -> Value | list[Value]:
     """Read channels that are summed over, but for zeros; keep those along other dimensions apart."""
@@ -59,21 +59,28 @@ def reduced(findings: Findings, call: Call) -> Value | list[Value]:
         for d in dims if call["keepdim"] else ():
             layer = layer.unsqueeze(d)
         layers.append(layer)
-    constants = [None] if known is None else _of_constants(call, known.contiguous())
+    constants = [None] if known is None else _of_constants(call, known.contiguous(), dims)
     return [
         Value(shape, tuple(y.expand(shape) for y in layers), constant)
         for shape, constant in zip_longest(call.shapes, constants[: len(call.shapes)])
     ]
 
 
-def _of_constants(call: Call, known: Tensor) -> list[Tensor | None]:
+def _of_constants(call: Call, known: Tensor, dims: list[int]) -> list[Tensor | None]:
     """Return the results for constants, NaN for what varies; None of those that no constant tells, as of indices."""
-    if call.operator in ("any", "all"):
+    if call.operator in ("any", "all") or (call["dtype"] is not None and not call["dtype"].is_floating_point):
         return [None]
     options = {"dtype": torch.float64} if "dtype" in call.arguments else {}
-    results = call.target(**{**call.arguments, "self": known, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deviations of one entry, which are NaN
+        results = call.target(**{**call.arguments, "self": known.nan_to_num(0.0), **options})
+    # Not every operator makes NaN of NaN: norms of order 0 count it.
+    varies = known.isnan().double().amax(dims, keepdim=bool(call["keepdim"])) > 0
     found = [results] if isinstance(results, Tensor) else list(results)
-    return [compressed(result) if result.is_floating_point() else None for result in found]
+    return [
+        compressed(result.masked_fill(varies, torch.nan)) if result.is_floating_point() else None
+        for result in found
+    ]
 
 
 def _ignores_zeros(call: Call) -> bool:

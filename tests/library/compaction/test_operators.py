@@ -858,7 +858,7 @@ class TestPlaces:
             (lambda h: statistics(h.flatten(2), "var", "amax", "logsumexp"), 24),
             (lambda h: torch.cat(torch.std_mean(h.flatten(2), 2), 1), 16),
             (lambda h: torch.cat(torch.var_mean(h.flatten(2), 2), 1), 16),
-            (lambda h: statistics(h.flatten(2), "median", "max"), 16),
+            (lambda h: statistics(h.flatten(2), "max", "amin"), 16),
             (lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2).mean((2, 3)), 8),
             (lambda h: F.fold(F.unfold(h, 2, stride=2), (4, 4), 2, stride=2).mean((2, 3)), 8),
             (lambda h: F.fold(F.unfold(h, 3, padding=1), (4, 4), 3, padding=1).mean((2, 3)), 8),
@@ -877,6 +877,51 @@ class TestPlaces:
         compacted = assert_compacts(model, torch.randn(2, 3, 4, 4))
         assert layer_report(compacted, "noise").removed == 3
         assert compacted.get_parameter("last.weight").shape == (2, reads * 5 // 8)
+
+    @pytest.mark.parametrize(
+        "norm",
+        [
+            lambda h: h.norm(p=0, dim=1),
+            lambda h: torch.linalg.vector_norm(h, 0, dim=1),
+            lambda h: torch.linalg.norm(h, 0, dim=1),
+        ],
+    )
+    def test_what_varies_is_no_constant_to_a_norm_that_counts(self, norm):
+        """The number of entries that are not 0, over time, which is all of them on one example and not on others."""
+        model = calling(
+            lambda self, x: self.last(norm(torch.relu(self.noise(self.first(x))))),
+            first=nn.Linear(4, 6),
+            noise=NoiseLayer(6, dim=-1),
+            last=nn.Linear(6, 2),
+        )
+        pruned(model, {"noise": [0, 3]})
+        with torch.no_grad():
+            model.first.bias.fill_(3.0)
+        example, others = torch.zeros(2, 5, 4), 5.0 * torch.randn(3, 5, 4)
+        compacted = bmrs.compact(model.eval(), example)
+        assert layer_report(compacted, "noise").removed == 2
+        torch.testing.assert_close(compacted(others), model(others))
+
+    @pytest.mark.parametrize("order", ["nuc", 2])
+    def test_norms_of_matrices(self, order):
+        model = between(lambda h: h * torch.linalg.norm(h.unflatten(1, (2, 3)), order, dim=(1, 2))[:, None])
+        assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(3, 4))
+
+    def test_a_product_of_whole_numbers(self):
+        model = between(lambda h: h * (3.0 * h.sigmoid()).prod(1, keepdim=True, dtype=torch.int64))
+        assert_compacts(pruned(model, {"noise": [0, 3]}), torch.randn(3, 4))
+
+    def test_what_is_added_at_the_places_of_a_mask_is_no_assignment(self):
+        def added(self, x, mask):
+            h = self.noise(self.first(x)).exp()
+            return self.last(h.index_put((mask,), torch.tensor(1.0), accumulate=True))
+
+        model = calling(added, first=nn.Linear(4, 6), noise=NoiseLayer(6), last=nn.Linear(6, 2))
+        pruned(model, {"noise": [0, 3]}).eval()
+        x = torch.randn(3, 4)
+        compacted = bmrs.compact(model, (x, torch.zeros(3, dtype=torch.bool)))
+        others = torch.tensor([True, False, True])
+        torch.testing.assert_close(compacted(x, others), model(x, others))
 
     def test_along_transformed_dimensions_they_stay(self):
         model = between(lambda h: torch.fft.fft(h, dim=1).abs())
@@ -962,6 +1007,27 @@ class TestLoops:
         x = torch.randn(3, 4)
         compacted = bmrs.compact(pruned(model, {"noise": [0, 3]}).eval(), x)
         assert layer_report(compacted, "noise").removed == 2
+        torch.testing.assert_close(compacted(x), model(x))
+
+    def test_a_number_of_examples_is_not_given_up_for_a_width(self):
+        """A graph would take four examples and no other number."""
+
+        def summed(self, x):
+            total = torch.zeros(len(x), 6)
+            for layer in self.layers:
+                total = total + torch.relu(layer(x))
+            return self.last(self.noise(total))
+
+        model = calling(
+            summed,
+            layers=nn.ModuleList(nn.Linear(4, 6) for _ in range(3)),
+            noise=NoiseLayer(6),
+            last=nn.Linear(6, 2),
+        )
+        pruned(model, {"noise": [0, 3]}).eval()
+        compacted = bmrs.compact(model, torch.randn(4, 4))
+        assert bmrs.compact_report(compacted).form == "module"
+        x = torch.randn(7, 4)
         torch.testing.assert_close(compacted(x), model(x))
 
     def test_zeros_that_meet_no_noise_stay(self):

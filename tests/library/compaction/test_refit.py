@@ -1,5 +1,6 @@
 import copy
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -310,9 +311,8 @@ def test_a_transformer_that_takes_tokens():
     ids, others = torch.randint(20, (2, 400, 6), generator=generator())
     mask = torch.arange(6) < torch.randint(2, 7, (400, 1), generator=generator())
     plain = bmrs.compact(model, {"ids": ids, "mask": mask})
-    with pytest.warns(
-        UserWarning, match=r"'blocks.1.self_attn.in_proj_weight' keep their weights: refitting"
-    ):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         refitted = bmrs.compact(model, {"ids": ids, "mask": mask}, refit_to=dense)
     with torch.no_grad():
         expected = dense.eval()(others, mask)
@@ -401,6 +401,63 @@ def test_weights_that_are_used_otherwise_too_stay():
     assert torch.equal(refitted.table.weight, plain.table.weight)
     assert refitted.decoder.weight is refitted.table.weight
     assert not torch.equal(refitted.second.weight, plain.second.weight)
+
+
+@pytest.mark.parametrize("biases", ["two", "first", "second", "computed"])
+def test_a_weight_of_two_layers_with_biases_of_their_own(biases):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 12), nn.Linear(12, 12, bias=biases != "second")
+            self.third = nn.Linear(12, 12, bias=biases != "first")
+            self.third.weight = self.second.weight
+            self.last = nn.Linear(12, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.tanh(self.second(torch.tanh(self.first(x))))
+            bias = 2 * self.third.bias if biases == "computed" else self.third.bias
+            return self.last(torch.tanh(nn.functional.linear(x, self.third.weight, bias)))
+
+    torch.manual_seed(0)
+    dense = Tied().double()
+    for name, parameter in dense.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model = masked_copy(dense, 0.4, where="first")
+    inputs, others = torch.randn(2, 400, 5, generator=generator(), dtype=torch.float64)
+    plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
+    assert error(refitted, dense, others) < 0.8 * error(plain, dense, others)
+    if biases == "two":
+        assert torch.equal(refitted.second.bias, plain.second.bias)
+
+
+def test_scaled_products_stay_and_are_named():
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(self.bias, x, self.weight, alpha=5)
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), Scaled(8, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    model = masked_copy(dense, 0.4, where="0")
+    inputs = torch.randn(200, 4, generator=generator(), dtype=torch.float64)
+    with pytest.warns(UserWarning, match="^'2' keep their weights"):
+        refitted = bmrs.compact(model, inputs, refit_to=dense)
+    assert torch.equal(refitted[2].weight, bmrs.compact(model, inputs)[2].weight)
+
+
+def test_a_model_that_catches_everything(mlp):
+    class Catching(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return super().forward(x)
+            except BaseException:
+                raise RuntimeError("something went wrong") from None
+
+    dense = Catching(*mlp)
+    inputs = torch.randn(200, 6, generator=generator(), dtype=torch.float64)
+    found = bmrs.compact(masked_copy(dense, 0.5, where="0"), inputs, refit_to=dense)
+    expected = bmrs.compact(masked_copy(mlp, 0.5, where="0"), inputs, refit_to=mlp)
+    assert all(map(torch.equal, found.parameters(), expected.parameters()))
 
 
 def test_matrices_with_inputs_in_rows():

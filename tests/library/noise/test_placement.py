@@ -285,13 +285,22 @@ class TestAddNoise:
             torch.testing.assert_close(its, its[:1].expand_as(its), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(theta[0, 0], theta[1, 0], rtol=1e-2)
 
+    def test_one_example_without_a_batch_has_one_noise_at_all_its_times(self):
+        torch.manual_seed(0)
+        plain, x = nn.GRU(3, 4), torch.randn(5, 3)
+        noisy = bmrs.add_noise(
+            copy.deepcopy(plain), where=nn.GRU, granularity="sample", initial_log_sigma=0.0
+        )
+        theta = (noisy(x)[0] / plain(x)[0]).detach()
+        torch.testing.assert_close(theta, theta[:1].expand(5, 4), rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("batch_first", [False, True])
     def test_noise_for_each_example_where_times_come_first_is_warned_of(self, batch_first):
         layer = nn.TransformerEncoderLayer(6, 2, 16, batch_first=batch_first)
         model = nn.ModuleDict({"blocks": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            bmrs.add_noise(model, where="blocks.layers.1.linear1", granularity="sample")
+            bmrs.add_noise(model, where="blocks.layers.1.linear?", granularity="sample")
         found = [str(warning.message) for warning in caught]
         expected = (
             "in 'blocks.layers.1' (TransformerEncoderLayer) these are times, as it was made with batch_first"

@@ -204,6 +204,23 @@ def test_a_loss_that_changes_modes_is_refused(noisy, data, mode, layer):
         bmrs.learn_posteriors(noisy, loader(data), changing)
 
 
+def test_modes_that_a_model_sets_itself_are_its_own_affair(data):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(NUM_INPUTS, 16), nn.BatchNorm1d(16), nn.Linear(16, 2)
+            self.teacher = nn.Linear(NUM_INPUTS, 2)
+
+        def forward(self, x):
+            self.norm.eval()
+            self.teacher.train()
+            return self.last(self.norm(torch.relu(self.first(x)))) + self.teacher(x)
+
+    model = bmrs.add_noise(Own(), where="first")
+    for weight_lr in (None, 1e-3):
+        bmrs.learn_posteriors(model, loader(data), loss, max_distance=0.1, weight_lr=weight_lr)
+
+
 def test_hooks_that_step_an_optimizer_in_backward_are_refused(noisy, data):
     def step(parameter):
         parameter.grad = None
