@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from bmrs.compaction.comparison import cut_examples
 from bmrs.compaction.products import Product, products, watch
+from bmrs.compaction.record import record_of
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.inputs import Inputs, in_batches
 from bmrs.graph.nodes import layer_of
@@ -115,7 +116,7 @@ def refit(
 
 def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> Iterator[_Weight]:
     """Yield the weights of linear layers and convolutions, in the order of their use."""
-    present = dict(compacted.named_parameters(remove_duplicate=False))
+    present, record = dict(compacted.named_parameters(remove_duplicate=False)), record_of(compacted)
     users: dict[int, set[str]] = defaultdict(set)
     for call in analysis.calls.values():
         for value in call.values():
@@ -133,8 +134,10 @@ def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> 
         if not users[id(weight.tensor)] <= set(_PRODUCTS):
             continue
         axis = 1 if call.operator == "addmm" else 0
-        rows = analysis.kept(weight, axis)
-        rows = torch.arange(weight.shape[axis]) if rows is None else rows
+        # As it was cut, which may be less than the analysis allows.
+        selection = record.selections.get(weight.parameter) if record is not None else None
+        rows = torch.arange(weight.shape[axis]) if selection is None else selection.axes.get(axis)
+        rows = torch.arange(weight.shape[axis]) if rows is None else rows.cpu()
         own = present.get(weight.parameter)
         if own is not None and own.numel():  # all of it may be gone
             full = _in_reference(weight.parameter, own, reference, rows, axis)

@@ -381,6 +381,33 @@ def test_a_network_that_becomes_a_graph():
     assert error(refitted, dense, others) < 0.3 * error(plain, dense, others)
 
 
+def test_a_network_of_which_less_was_cut_than_could_be():
+    """A sum that starts from zeros of a width in code, of a number of examples in code."""
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 6) for _ in range(2))
+            self.second, self.last = nn.Linear(6, 12), nn.Linear(12, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total = torch.zeros(len(x), 6, dtype=x.dtype)
+            for layer in self.layers:
+                total = total + torch.tanh(layer(x))
+            return self.last(torch.tanh(self.second(total)))
+
+    torch.manual_seed(0)
+    dense = Summed().double()
+    model = bmrs.add_noise(copy.deepcopy(dense), where=["layers.*", "second"], initial_mu=-0.01)
+    for layer in noise_layers(model).values():
+        layer.set_kept(torch.arange(layer.num_structures) % 3 > 0)
+    inputs, others = torch.randn(2, 200, 4, generator=generator(), dtype=torch.float64)
+    plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
+    assert bmrs.compact_report(refitted).form == "module"
+    assert (refitted.second.in_features, refitted.second.out_features) == (6, 8)
+    assert error(refitted, dense, others) < 0.9 * error(plain, dense, others)
+
+
 def test_weights_that_are_used_otherwise_too_stay():
     class Tied(nn.Module):
         def __init__(self) -> None:
