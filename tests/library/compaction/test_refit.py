@@ -387,10 +387,12 @@ def test_a_network_of_which_less_was_cut_than_could_be():
     class Summed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(4, 6) for _ in range(2))
+            self.first = nn.Linear(4, 12)
+            self.layers = nn.ModuleList(nn.Linear(12, 6) for _ in range(2))
             self.second, self.last = nn.Linear(6, 12), nn.Linear(12, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.tanh(self.first(x))
             total = torch.zeros(len(x), 6, dtype=x.dtype)
             for layer in self.layers:
                 total = total + torch.tanh(layer(x))
@@ -398,7 +400,7 @@ def test_a_network_of_which_less_was_cut_than_could_be():
 
     torch.manual_seed(0)
     dense = Summed().double()
-    model = bmrs.add_noise(copy.deepcopy(dense), where=["layers.*", "second"], initial_mu=-0.01)
+    model = bmrs.add_noise(copy.deepcopy(dense), where=["first", "layers.*", "second"], initial_mu=-0.01)
     for layer in noise_layers(model).values():
         layer.set_kept(torch.arange(layer.num_structures) % 3 > 0)
     inputs, others = torch.randn(2, 200, 4, generator=generator(), dtype=torch.float64)
