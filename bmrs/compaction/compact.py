@@ -91,7 +91,8 @@ def compact(
             `bmrs.add_noise`, or the dense network whose weights the model has. It is left as it is. Each linear and
             convolution layer then gets the weights with which its outputs on ``example_inputs`` are closest to those
             of the full network, by least squares. That takes no training and no labels. Transposed convolutions,
-            recurrent layers and weights that are a table of an embedding too keep theirs.
+            recurrent layers, weights that are a table of an embedding too, and the projections that torch's attention
+            makes of its input keep theirs; other layers that cannot be refitted are named in a warning.
         refit_ridge: how much the weights that a layer has count in ``refit_to``, relative to the mean variance of its
             inputs; greater than 0. None, for 1e-3, is right where no weight is trained afterwards. Where they are, 0.3
             was better: what little can be told from the structures that are left stays near what was learned.
@@ -286,7 +287,7 @@ def compacted(
             )
     _check_stored(result)
     unused = unused_parameters(analysis)
-    may_fail = form == "module" and (unused or unused_buffers(analysis))
+    idle = (*unused, *unused_buffers(analysis)) if form == "module" else ()
     report = CompactReport(
         form=form,
         form_because=because if form == "graph" else "",
@@ -306,14 +307,13 @@ def compacted(
         compared_in=comparison.dtype,
         approximated=approximated_norms(analysis, emptied, comparison, masked, result),
         only_in_training=only_in_training(masked, subject.few) if form == "graph" else (),
-        fails_in_training=failure_in_training(masked, result, subject.few) if may_fail else "",
+        fails_in_training=failure_in_training(masked, result, subject.few) if idle else "",
     )
     if report.fails_in_training:
-        names = ", ".join(unused or unused_buffers(analysis))
         warnings.warn(
             f"in training mode the compacted network ends in {report.fails_in_training}. Evaluation mode does not use "
-            f"{names}, whose sizes stay while what they meet became smaller: replace these parts, or train the masked "
-            "model to its end and compact it then",
+            f"{', '.join(idle)}, whose sizes stay while what they meet became smaller: replace these parts, or train the "
+            "masked model to its end and compact it then",
             stacklevel=3,
         )
     if report.only_in_training:

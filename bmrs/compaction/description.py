@@ -54,13 +54,12 @@ _WITHOUT_RULE = frozenset((
     "tril", "triu", "item", "_local_scalar_dense", "one_hot", "searchsorted", "bucketize", "histc", "isin",
     "nonzero", "count_nonzero", "slice_scatter", "masked_scatter", "diff", "outer", "tensordot",
     "chain_matmul", "cross", "cdist", "pairwise_distance", "addmv", "addbmm", "bilinear", "embedding_bag",
-    "affine_grid_generator", "cummax", "cummin",
-    "imag", "complex", "polar", "cross_entropy_loss", "nll_loss",
-    "nll_loss_nd", "mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div", "median", "kthvalue",
-    "mode", "frac", "trace", "tril_indices", "triu_indices", "hann_window", "hamming_window",
-    "fill_diagonal", "quantile", "nanquantile", "aminmax", "diag_embed", "nansum", "nanmean", "inner",
-    "stft", "istft", "linalg_inv", "linalg_det", "linalg_solve", "inverse", "det", "logdet", "atleast_2d",
-    "atleast_3d", "huber_loss", "l1_loss", "soft_margin_loss",
+    "affine_grid_generator", "cummax", "cummin", "imag", "complex", "polar", "cross_entropy_loss",
+    "nll_loss", "nll_loss_nd", "mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div",
+    "median", "kthvalue", "mode", "frac", "trace", "tril_indices", "triu_indices", "hann_window",
+    "hamming_window", "fill_diagonal", "quantile", "nanquantile", "aminmax", "diag_embed", "nansum",
+    "nanmean", "inner", "stft", "istft", "linalg_inv", "linalg_det", "linalg_solve", "inverse", "det",
+    "logdet", "atleast_2d", "atleast_3d", "huber_loss", "l1_loss", "soft_margin_loss",
 ))
 # fmt: on
 

@@ -73,10 +73,9 @@ def refit(
 ) -> None:
     """Refit a compacted network's linear and convolution layers, in place, in an order of execution.
 
-    Depthwise convolutions and batch norms, which do not mix channels, keep their weights, and what torch's attention
-    makes of its input. So do layers that read what
-    they read in the full network, such as the first one, and, with a warning, those with too few examples and those
-    whose products are made where they cannot be seen.
+    Depthwise convolutions and batch norms, which do not mix channels, keep their weights, and so do the projections
+    that torch's attention makes of its input, layers that read what they read in the full network, such as the first
+    one, and, with a warning, those with too few examples and those whose products cannot be seen.
 
     Args:
         compacted: the network, of the user's own classes or a graph, in evaluation mode.
@@ -106,7 +105,10 @@ def refit(
             for group in part:
                 _refit_group(compacted, reference, group, batches, targets, ridge)
             seen += [weight.name for weight in together]
-    if kept := [*(weight.layer for name, weight in weights.items() if name not in seen), *kept]:
+    unseen = [weight.layer for name, weight in weights.items() if name not in seen]
+    # What torch's attention makes of its input never is, and need not be said of each.
+    unseen = [layer for layer in unseen if not _is_of_attention(compacted, layer)]
+    if kept := [*unseen, *kept]:
         warnings.warn(
             f"{', '.join(map(repr, kept))} keep their weights: refitting takes parameters that torch's linear and "
             "convolution functions are called with",
@@ -127,9 +129,6 @@ def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> 
         if call.operator not in _PRODUCTS or weight.parameter is None or weight.parameter in seen:
             continue
         seen.add(weight.parameter)
-        # Torch's attention multiplies it where nobody can see.
-        if weight.parameter.endswith("in_proj_weight"):
-            continue
         # A table of an embedding, for one, says other things too.
         if not users[id(weight.tensor)] <= set(_PRODUCTS):
             continue
@@ -142,6 +141,10 @@ def _weights(compacted: nn.Module, analysis: Analysis, reference: nn.Module) -> 
         if own is not None and own.numel():  # all of it may be gone
             full = _in_reference(weight.parameter, own, reference, rows, axis)
             yield _Weight(weight.parameter, own, full, rows)
+
+
+def _is_of_attention(model: nn.Module, weight: str) -> bool:
+    return isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _layers_that_keep_theirs(analysis: Analysis) -> list[str]:

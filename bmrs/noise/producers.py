@@ -12,9 +12,7 @@ STOCK_PRODUCERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVO
 
 def is_producer(layer: nn.Module) -> bool:
     """Return whether a layer is linear or a convolution, transposed or not, whose outputs structures can be."""
-    return isinstance(layer, STOCK_PRODUCERS) or (
-        isinstance(layer, nn.Module) and is_transposed_linear(layer)
-    )
+    return isinstance(layer, STOCK_PRODUCERS) or is_transposed_linear(layer)
 
 
 def by_output(producer: nn.Module, tensor: Tensor) -> Tensor:

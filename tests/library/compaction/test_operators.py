@@ -991,43 +991,29 @@ class TestLoops:
         compacted = assert_compacts(model, torch.randn(2, 5, 4))
         assert compacted.cell.hidden_size == 6
 
-    def test_a_sum_that_starts_from_zeros(self):
+    @staticmethod
+    def sum_from_zeros(number_of):
         def summed(self, x):
-            total = torch.zeros(x.shape[0], 6)
+            total = torch.zeros(number_of(x), 6)
             for layer in self.layers:
                 total = total + torch.relu(layer(x))
             return self.last(self.noise(total))
 
-        model = calling(
-            summed,
-            layers=nn.ModuleList(nn.Linear(4, 6) for _ in range(3)),
-            noise=NoiseLayer(6),
-            last=nn.Linear(6, 2),
-        )
-        x = torch.randn(3, 4)
-        compacted = bmrs.compact(pruned(model, {"noise": [0, 3]}).eval(), x)
+        layers = nn.ModuleList(nn.Linear(4, 6) for _ in range(3))
+        model = calling(summed, layers=layers, noise=NoiseLayer(6), last=nn.Linear(6, 2))
+        return pruned(model, {"noise": [0, 3]}).eval()
+
+    def test_a_sum_that_starts_from_zeros(self):
+        model, x = self.sum_from_zeros(lambda x: x.shape[0]), torch.randn(3, 4)
+        compacted = bmrs.compact(model, x)
         assert layer_report(compacted, "noise").removed == 2
         torch.testing.assert_close(compacted(x), model(x))
 
     def test_a_number_of_examples_is_not_given_up_for_a_width(self):
         """A graph would take four examples and no other number."""
-
-        def summed(self, x):
-            total = torch.zeros(len(x), 6)
-            for layer in self.layers:
-                total = total + torch.relu(layer(x))
-            return self.last(self.noise(total))
-
-        model = calling(
-            summed,
-            layers=nn.ModuleList(nn.Linear(4, 6) for _ in range(3)),
-            noise=NoiseLayer(6),
-            last=nn.Linear(6, 2),
-        )
-        pruned(model, {"noise": [0, 3]}).eval()
-        compacted = bmrs.compact(model, torch.randn(4, 4))
+        model, x = self.sum_from_zeros(len), torch.randn(7, 4)
+        compacted = bmrs.compact(model, x[:4])
         assert bmrs.compact_report(compacted).form == "module"
-        x = torch.randn(7, 4)
         torch.testing.assert_close(compacted(x), model(x))
 
     def test_zeros_that_meet_no_noise_stay(self):

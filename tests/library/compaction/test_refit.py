@@ -460,6 +460,23 @@ def test_a_weight_of_two_layers_with_biases_of_their_own(biases):
         assert torch.equal(refitted.second.bias, plain.second.bias)
 
 
+def test_a_weight_of_the_name_that_attention_has_is_one_like_others():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_proj_weight = nn.Parameter(torch.randn(6, 12) / 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.in_proj_weight)
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), Packed(), nn.Tanh(), nn.Linear(6, 2)).double()
+    model = masked_copy(dense, 0.4, where="0")
+    inputs = torch.randn(200, 4, generator=generator(), dtype=torch.float64)
+    plain, refitted = bmrs.compact(model, inputs), bmrs.compact(model, inputs, refit_to=dense)
+    assert not torch.equal(refitted[2].in_proj_weight, plain[2].in_proj_weight)
+
+
 def test_scaled_products_stay_and_are_named():
     class Scaled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

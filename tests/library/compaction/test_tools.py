@@ -537,7 +537,7 @@ class TestModelsOfUsers:
             compacted = bmrs.compact(half(bmrs.add_noise(Noisy(1), where="a")), torch.randn(4, 6))
         assert bmrs.compact_report(compacted).fails_in_training == ""
         model, x = half(bmrs.add_noise(Noisy(12), where="a")), torch.randn(4, 6)
-        with pytest.warns(UserWarning, match="Evaluation mode does not use sigma, whose sizes stay"):
+        with pytest.warns(UserWarning, match="Evaluation mode does not use sigma, eps, whose sizes stay"):
             bmrs.compact(model, x)
 
     def test_examples_of_other_dtypes_and_shapes_are_refused(self):
