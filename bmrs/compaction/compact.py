@@ -312,8 +312,8 @@ def compacted(
     if report.fails_in_training:
         warnings.warn(
             f"in training mode the compacted network ends in {report.fails_in_training}. Evaluation mode does not use "
-            f"{', '.join(idle)}, whose sizes stay while what they meet became smaller: replace these parts, or train the "
-            "masked model to its end and compact it then",
+            f"{', '.join(idle)}, whose sizes stay while what they meet became smaller: replace these parts, or train "
+            "the masked model to its end and compact it then",
             stacklevel=3,
         )
     if report.only_in_training:
