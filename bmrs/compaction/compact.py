@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,12 +13,9 @@ from torch import Tensor, nn
 
 from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.compaction.approximate_norms import ApproximateNorms
-from bmrs.compaction.comparison import OutputComparison, all_finite, forward_flops
-from bmrs.compaction.cutting import Cut, cut, new_biases, shifts
-from bmrs.compaction.description import UnsupportedError
-from bmrs.compaction.folding import Folding, fold_noise
-from bmrs.compaction.graph_network import build_graph_network
-from bmrs.compaction.kept_noise import narrowed_noise
+from bmrs.compaction.comparison import OutputComparison, all_finite
+from bmrs.compaction.flop_count import forward_flops
+from bmrs.compaction.forms import find_form
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, joined, record_of, remember
 from bmrs.compaction.refit import RIDGE, refit
@@ -33,22 +29,14 @@ from bmrs.compaction.reporting import (
     unused_parameters,
 )
 from bmrs.compaction.rounding import structures_to_give_back
-from bmrs.compaction.surgery import (
-    narrowed,
-    queries_of_a_group,
-    replace_noise,
-    set_attributes,
-    sizes_in_code,
-)
+from bmrs.compaction.surgery import replace_noise
 from bmrs.compaction.training_only import failure_in_training, only_in_training
-from bmrs.graph.analysis import Analysis, analyse
-from bmrs.graph.capture import capture, has_autocast, mark
+from bmrs.graph.analysis import Analysis
+from bmrs.graph.capture import has_autocast, mark
 from bmrs.graph.copies import copied, evaluation_copy
-from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
 from bmrs.graph.inputs import as_inputs, map_tensors
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.noise.hooks import check_noise_acts
-from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
 
 
@@ -228,71 +216,25 @@ def compacted(
         ValueError, RuntimeError: as `compact`.
     """
     masked, layers, inputs = subject.model, subject.layers, subject.examples
-    kept_layers = layers if keep_noise else {}
-    emptied = NOTHING if keep_noise else emptied_layers(analysis)
-    folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
     comparison = OutputComparison(
         masked,
         inputs,
         autocast=has_autocast(analysis.captured.graph),
         approximation=ApproximateNorms(analysis) if analysis.fits else None,
     )
-    for layer in noise.values():
+    for layer in layers.values() if keep_noise else ():
         comparison.allow(layer.mu.dtype)  # of which E[θ] was rounded to
-    result, form = narrowed(analysis, the_cut, folding.remaining, noise), "module"
-    error, because, sizes = _attempt(comparison, analysis, result)
-    if not error <= comparison.tolerance and emptied is not NOTHING:
-        # Its code asks for more of a layer than its outputs.
-        emptied = NOTHING
-        del result, the_cut  # before there is another
-        folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
-        result = narrowed(analysis, the_cut, folding.remaining, noise)
-        error, because, sizes = _attempt(comparison, analysis, result)
-    if (
-        not error <= comparison.tolerance
-        and analysis.written
-        and analysis.captured.fixed_number() is not None
-    ):
-        # A graph would take this number of examples and no other: rather less goes, of numbers written in code.
-        captured = analysis.captured
-        kept = analyse(captured, follow_constants=not keep_noise, keep_written=True)
-        kept = replace(kept, fits=analysis.fits)
-        kept_folding, kept_cut, kept_noise = _smaller(kept, kept_layers, emptied)
-        larger = narrowed(kept, kept_cut, kept_folding.remaining, kept_noise)
-        error, why_not, sizes = _attempt(comparison, kept, larger)
-        if error <= comparison.tolerance:
-            analysis, folding, the_cut, noise, result = kept, kept_folding, kept_cut, kept_noise, larger
-            because = why_not
-    if not error <= comparison.tolerance:
-        comparison.check_that_it_repeats(masked)
-        if "multiple of 16 bytes" in because:
-            because += " (grouped products of experts: round_to=8 gives such widths)"
-        del result, the_cut
-        # With sizes of sequences as symbols, so that the graph takes other ones.
-        first = analysis.captured
-        captured = capture(masked, inputs, "compact", dynamic="sequences", approximate=first.approximate)
-        captured = replace(captured, moments=first.moments)
-        analysis = replace(analyse(captured, follow_constants=not keep_noise), fits=analysis.fits)
-        folding, the_cut, noise = _smaller(analysis, kept_layers, emptied)
-        try:
-            result, form = build_graph_network(analysis, the_cut, folding.remaining, noise), "graph"
-            error, failure = comparison.attempt(result, graph=True)
-        except UnsupportedError as unsupported:
-            failure = str(unsupported)
-        if failure:
-            raise RuntimeError(
-                "the compacted model's outputs are not the masked model's, relative tolerance "
-                f"{comparison.tolerance:g}. With the model's own classes: {because}. As a graph of operators: "
-                f"{failure}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
-            )
+    form = find_form(subject, analysis, comparison, keep_noise=keep_noise)
+    analysis, emptied, the_cut, result = form.analysis, form.emptied, form.the_cut, form.network
+    assert result is not None
     _check_stored(result)
     unused = unused_parameters(analysis)
-    idle = (*unused, *unused_buffers(analysis)) if form == "module" else ()
+    idle = (*unused, *unused_buffers(analysis)) if form.kind == "module" else ()
     report = CompactReport(
-        form=form,
-        form_because=because if form == "graph" else "",
+        form=form.kind,
+        form_because=form.because,
         layers=tuple(
-            layer_report(analysis, emptied, folding, name, layer, given_back.get(name, 0), noise)
+            layer_report(analysis, emptied, form.folding, name, layer, given_back.get(name, 0), form.noise)
             for name, layer in layers.items()
         ),
         parameters_before=number_of_values(masked),
@@ -303,10 +245,10 @@ def compacted(
         emptied=tuple(n for n, _ in masked.named_modules() if n in the_cut.constant or n in the_cut.passing),
         flops_before=subject.flops,
         flops_after=forward_flops(result, inputs),
-        error=error,
+        error=form.error,
         compared_in=comparison.dtype,
         approximated=approximated_norms(analysis, emptied, comparison, masked, result),
-        only_in_training=only_in_training(masked, subject.few) if form == "graph" else (),
+        only_in_training=only_in_training(masked, subject.few) if form.kind == "graph" else (),
         fails_in_training=failure_in_training(masked, result, subject.few) if idle else "",
     )
     if report.fails_in_training:
@@ -326,42 +268,11 @@ def compacted(
     fixed = analysis.captured.fixed_number()
     kept_inputs = map_tensors(lambda t: t.detach().clone(), inputs if fixed is not None else subject.few)
     own_code: tuple[dict[str, dict[str, Any]], ...] = ()
-    if form == "module":
+    if form.kind == "module":
         before = record_of(masked) or Record(report, kept_inputs)
-        own_code = (joined(before.code_sizes, sizes), joined(before.numbers, the_cut.numbers))
+        own_code = (joined(before.code_sizes, form.sizes), joined(before.numbers, the_cut.numbers))
     remember(result, Record(report, kept_inputs, selections, *own_code))
     return result
-
-
-def _attempt(
-    comparison: OutputComparison, analysis: Analysis, result: nn.Module
-) -> tuple[float, str, dict[str, dict[str, int]]]:
-    """Return the error of a network, why it cannot be used before sizes in its code are set, and those sizes."""
-    sizes = queries_of_a_group(analysis, result)
-    set_attributes(result, sizes)
-    error, because = comparison.attempt(result)
-    for guess in sizes_in_code(analysis, result) if because else ():
-        before = {
-            path: {n: getattr(result.get_submodule(path), n) for n in new} for path, new in guess.items()
-        }
-        set_attributes(result, guess)
-        error, _ = comparison.attempt(result)
-        if error <= comparison.tolerance:
-            sizes = joined(sizes, guess)
-            break
-        set_attributes(result, before)
-    return error, because, sizes
-
-
-def _smaller(
-    analysis: Analysis, kept_layers: Mapping[str, NoiseLayer], emptied: Emptied
-) -> tuple[Folding, Cut, dict[str, NoiseLayer]]:
-    """Return how noise is folded, the smaller tensors, and narrower ones of the noise layers that are to stay."""
-    found = shifts(analysis, emptied)
-    names = new_biases(analysis, found)
-    folding = Folding([], {}) if kept_layers else fold_noise(analysis, names)
-    the_cut = cut(analysis, folding, found, names, emptied)
-    return folding, the_cut, narrowed_noise(analysis, the_cut, kept_layers)
 
 
 def _check_stored(model: nn.Module) -> None:

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from bmrs.compaction.comparison import forward_flops
 from bmrs.compaction.cutting import channel_axis, leaving_constants, names_gone, new_biases, selection, shifts
+from bmrs.compaction.flop_count import forward_flops
 from bmrs.compaction.operation_flops import Axis, products, value_of
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import STAYS, varying_axes

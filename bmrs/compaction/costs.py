@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from bmrs.checks import check_number
-from bmrs.compaction.comparison import forward_flops
 from bmrs.compaction.cost_model import make_cost_model
+from bmrs.compaction.flop_count import forward_flops
 from bmrs.graph.inputs import Inputs, as_inputs, map_tensors
 from bmrs.graph.layer_norms import check_approximate
 from bmrs.graph.masked_graph import MaskedGraph, Structure, Unit

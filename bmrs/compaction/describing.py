@@ -34,6 +34,7 @@ from bmrs.graph.values import Value
 from bmrs.noise.layer import NoiseLayer, stored_arguments
 
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
+_VIEWS = ("aten.view.default", "aten._unsafe_view.default")
 
 
 def describe(
@@ -167,6 +168,10 @@ class _Describer:
             operator_name = f"{target.namespace}.{name}.{target._overloadname}"
             if call is not None and (parts := self._parts(node, call)):
                 operator_name, args, kwargs = "aten.split_with_sizes.default", (node.args[0], *parts), {}
+            if operator_name in _VIEWS:
+                # Narrower operands can come out in another order of memory, which a view may not take.
+                operator_name = "aten.reshape.default"
+                kwargs = {"shape" if key == "size" else key: value for key, value in kwargs.items()}
             check_operator(operator_name, node.name)
             self._add(
                 Operation(

@@ -38,7 +38,7 @@ from bmrs.compaction.edits import (
 )
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import compressed, varying_axes
-from bmrs.graph.operators import GATES
+from bmrs.graph.operators import GATES, RESHAPINGS
 from bmrs.graph.rules import Call
 from bmrs.graph.values import Value
 
@@ -51,7 +51,6 @@ _POOLS = (
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
 )
-_RESHAPINGS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 _PERMUTATIONS = ("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes")
 _PICKS = ("select", "slice", "narrow", "flip")
 _REDUCTIONS = ("mean", "sum", "amax")
@@ -163,7 +162,7 @@ class _Folder:
 
     def _shares_memory(self, node: fx.Node) -> bool:
         call = self.calls.get(node)
-        return call is not None and call.operator in (*_RESHAPINGS, *_PERMUTATIONS, *_SAME_TENSOR)
+        return call is not None and call.operator in (*RESHAPINGS, *_PERMUTATIONS, *_SAME_TENSOR)
 
     def _is_read_by_others(self, node: object, reader: fx.Node) -> bool:
         if not isinstance(node, fx.Node) or node not in self.calls:
@@ -240,7 +239,7 @@ class _Folder:
             return self._backward(node.args[0], node, factors)
         if call.operator in _POOLS:
             return self._backward(node.args[0], node, _resampled(call, factors, self._shape(node.args[0])))
-        if call.operator in _RESHAPINGS:
+        if call.operator in RESHAPINGS:
             return self._backward(node.args[0], node, compressed(factors.reshape(self._shape(node.args[0]))))
         if call.operator in _PERMUTATIONS:
             places = torch.arange(factors.numel()).view(self._shape(node.args[0]))
@@ -287,7 +286,7 @@ class _Folder:
                 edits += self._forward(reader, factors)
             elif call.operator in _POOLS:
                 edits += self._forward(reader, _resampled(call, factors, call.shape))
-            elif call.operator in (*_RESHAPINGS, *_PERMUTATIONS, *_PICKS):
+            elif call.operator in (*RESHAPINGS, *_PERMUTATIONS, *_PICKS):
                 edits += self._forward(reader, compressed(_run(call, factors)))
             elif call.operator in _REDUCTIONS:
                 edits += self._forward(reader, _reduced(call, factors))

@@ -7,7 +7,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from bmrs.compaction.approximate_norms import fits, moments
-from bmrs.compaction.comparison import all_finite, cut_examples, forward_flops
+from bmrs.compaction.comparison import all_finite, cut_examples
+from bmrs.compaction.flop_count import forward_flops
 from bmrs.graph.analysis import Analysis, analyse
 from bmrs.graph.capture import capture, does_not_run, mark, refuse_quantised
 from bmrs.graph.copies import evaluation_copy, refusing_noise_of

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
+from bmrs.compaction.flop_count import flop_counter
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.operators import CONVOLUTIONS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.rules import Call
@@ -45,7 +45,7 @@ def value_of(analysis: Analysis, axis: Axis) -> Value:
 
 
 def products(analysis: Analysis, node: fx.Node) -> list[list[Axis]]:
-    """Return the multiply-adds of an operation as a sum of products of sizes, as FlopCounterMode counts them."""
+    """Return the multiply-adds of an operation as a sum of products of sizes, as `flop_counter` counts them."""
     call = analysis.calls[node]
 
     def axes(argument: str, *dims: int) -> list[Axis]:
@@ -108,9 +108,9 @@ def _einsum(call: Call, node: fx.Node) -> list[list[Axis]]:
 
 
 def _is_counted(node: fx.Node, call: Call) -> bool:
-    """Return whether FlopCounterMode sees the products in attention, which depends on the kernel that torch takes."""
+    """Return whether `flop_counter` sees the products in attention, which depends on the kernel that torch takes."""
     arguments = arguments_of_sizes(node, call, {})
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         call.target(**arguments)
     return bool(counter.get_total_flops())
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bmrs
-from bmrs.compaction.comparison import forward_flops
+from bmrs.compaction.flop_count import forward_flops
 from bmrs.graph.inputs import as_inputs
 from bmrs.text_table import table_lines
 

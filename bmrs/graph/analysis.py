@@ -14,11 +14,14 @@ from bmrs.graph.capture import Captured
 from bmrs.graph.channels import (
     AtLeastOne,
     Staying,
+    compressed,
     smallest_staying,
     varying_axes,
     without_repetition,
 )
 from bmrs.graph.layer_norms import Fit, LayerNorm
+from bmrs.graph.nodes import place_of
+from bmrs.graph.operators import RESHAPINGS
 from bmrs.graph.reader import NoOperatorError, Reader, UnknownSizeError, as_list
 from bmrs.graph.rms_norms import RmsNorm
 from bmrs.graph.rules import Call
@@ -112,7 +115,7 @@ class Analysis:
     def kept(self, value: Value, axis: int) -> Tensor | None:
         """Return the entries of a value that are kept along a dimension, int64; None for all."""
         layer = value.layer_along(axis)
-        if layer is None:
+        if layer is None or not layer.numel():
             return None
         stays = self.stays(without_repetition(layer)[0])
         others = [d for d in range(stays.dim()) if d != axis % stays.dim()]
@@ -153,6 +156,7 @@ def analyse(
     follow_constants: bool = True,
     all_stay: bool = False,
     keep_written: bool = False,
+    keep_split: bool = False,
 ) -> Analysis:
     """Find the channels of a captured model that stay, by asking the rules for every operation.
 
@@ -161,10 +165,11 @@ def analyse(
         follow_constants: see `Findings`.
         all_stay: whether all do, whatever is constant, as of a model that is described as it is.
         keep_written: whether what is written in code keeps its size, such as zeros that a loop starts from.
+        keep_split: whether a dimension that is divided into several keeps its size, such as all heads of an attention.
 
     Raises:
         ValueError: the size of a tensor depends on values of the input, or a function is transformed, as by
-            torch.vmap; the place is named.
+            torch.func.grad; the place is named.
     """
     reader = Reader(captured, Findings(follow_constants=follow_constants))
     try:
@@ -178,7 +183,7 @@ def analyse(
     except NoOperatorError:
         raise ValueError(
             f"channels cannot be followed through {reader.findings.place}{reader.line}, which is no operator but a "
-            "part of torch.vmap, torch.func.grad or the like: compute with whole tensors there instead. Without "
+            "part of torch.func.grad or the like: compute with whole tensors there instead. Without "
             "removing anything, bmrs.fold(model) makes a network without noise layers"
         ) from None
     for node in captured.graph.output_node().all_input_nodes:
@@ -187,6 +192,8 @@ def analyse(
             reader.findings.stay_all(value, "it is an output of the model")
     findings = reader.findings
     _keep_what_is_written(reader, everything=keep_written)
+    if keep_split:
+        _keep_what_is_split(reader)
     unread = _unread(findings)
     if unread.numel():
         findings.place = ""
@@ -218,6 +225,18 @@ def _keep_what_is_written(reader: Reader, *, everything: bool) -> None:
     )
     findings.place = ""
     findings.stay(written[~with_noise], "it is a number written in code")
+
+
+def _keep_what_is_split(reader: Reader) -> None:
+    findings = reader.findings
+    for node, call in reader.calls.items():
+        if call.operator not in RESHAPINGS:
+            continue
+        value = call["self"] or call["input"]
+        for layer in value.layers:
+            if len(varying_axes(compressed(layer.reshape(call.shape)))) > len(varying_axes(layer)):
+                findings.place = place_of(node)
+                findings.stay(layer, "the model's own code divides it into parts of its sizes")
 
 
 def _unread(findings: Findings) -> Tensor:

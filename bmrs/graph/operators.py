@@ -10,6 +10,7 @@ TRANSPOSED_CONVOLUTIONS = ("conv_transpose1d", "conv_transpose2d", "conv_transpo
 DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 NEW_FILLS = ("new_zeros", "new_ones", "new_full")
 FILLS = ("zeros", "ones", "full", *NEW_FILLS)
+RESHAPINGS = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze")
 
 SCATTERS = (
     "index_add",

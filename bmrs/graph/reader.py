@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import predispatch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from bmrs.graph.capture import Captured
@@ -39,6 +41,7 @@ _PRODUCTS = (
     *(*LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *GATES),
     *("matmul", "bmm", "mm", "baddbmm", "einsum", "scaled_dot_product_attention"),
 )
+_BATCHES = (predispatch._add_batch_dim, predispatch._remove_batch_dim)
 _CONVOLUTIONS = {*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, "convolution"}
 
 
@@ -47,7 +50,7 @@ class UnknownSizeError(ValueError):
 
 
 class NoOperatorError(ValueError):
-    """A graph calls a function of Python, as those by which torch.vmap works, for a tensor."""
+    """A graph calls a function of Python, as those by which torch.func.grad works, for a tensor."""
 
 
 class Reader:
@@ -77,6 +80,7 @@ class Reader:
         path_of = {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
         self.norms, self.layer_norms = rms_norms(captured, path_of), layer_norms(captured, path_of)
         self._by_tensor: dict[int, Value] = {}
+        self._batched: set[fx.Node] = set()
         # A tensor can have several placeholders, of which one is used.
         self._users: dict[int, list[fx.Node]] = defaultdict(list)
         for node in captured.graph.nodes:
@@ -107,6 +111,8 @@ class Reader:
         for node in graph.nodes:
             if node.op != "call_function" or node.target is operator.getitem:
                 continue
+            if node.target in _BATCHES:
+                continue
             if not isinstance(node.target, operators) and tensors_in(node.meta.get("val")):
                 self.findings.place, self.line = place_of(node), line_of(node)
                 raise NoOperatorError
@@ -128,7 +134,7 @@ class Reader:
 
     def _layers_of(self, tensor: Tensor, name: str | None) -> list[Tensor]:
         """Return new channels of a parameter along every dimension that can be cut."""
-        if name is None or not tensor.is_floating_point():
+        if name is None or not tensor.is_floating_point() or not tensor.numel():
             return []
         users = [user for user in self._users[id(tensor)] if user.op == "call_function"]
         if not users:
@@ -148,6 +154,8 @@ class Reader:
         return [self.findings.new_layer(tensor.shape, axis) for axis in axes if tensor.shape[axis] > 1]
 
     def _call(self, node: fx.Node) -> Any:
+        if node.target in _BATCHES or not self._batched.isdisjoint(node.all_input_nodes):
+            return self._call_in_batches(node)
         if node.target is operator.getitem:
             container = self._resolve(node.args[0])
             place: Any = node.args[1]
@@ -294,10 +302,24 @@ class Reader:
         assert isinstance(inner, fx.GraphModule)
         return self.run(inner.graph, [self._resolve(a) for a in node.args[place + 1 :]])
 
-    def _stop(self, node: fx.Node) -> Any:
+    def _call_in_batches(self, node: fx.Node) -> Any:
+        """Keep what torch.vmap runs over; within it tensors lack a dimension, and what comes out has no channels."""
+        example = node.meta.get("val")
+        self._keep_inputs(node, "torch.vmap runs over it")
+        if node.target is not _BATCHES[1] or not isinstance(example, FakeTensor):
+            self._batched.add(node)
+            self.norms.pop(node, None)
+            self.layer_norms.pop(node, None)
+            return None
+        return Value(_sizes(example.shape))
+
+    def _keep_inputs(self, node: fx.Node, reason: str) -> None:
         for source in node.all_input_nodes:
             for value in as_list(self.values.get(source)):
-                self.findings.stay_all(value, f"there is no rule for {node.target}")
+                self.findings.stay_all(value, reason)
+
+    def _stop(self, node: fx.Node) -> Any:
+        self._keep_inputs(node, f"there is no rule for {node.target}")
         example = node.meta.get("val")
         values = [Value(_sizes(t.shape)) for t in tensors_in(example)]
         return values if isinstance(example, list | tuple) else values[0] if values else None

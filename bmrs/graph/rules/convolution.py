@@ -133,7 +133,7 @@ def _grouped(
     columns = weight.layer_along(1)
     if before is None:
         before = torch.full((inputs,), STAYS)
-    if rows is None or (columns is not None and weight.shape[1] > 1 and not _is_joint(columns)):
+    if rows is None or (weight.shape[1] > 1 and (columns is None or not _is_joint(columns))):
         findings.stay(before, "the weight of a grouped convolution is computed")
         findings.stay_all(weight, "the weight of a grouped convolution is computed")
         return (), None

@@ -322,15 +322,19 @@ def concatenated(findings: Findings, call: Call) -> Value | list[Value]:
         findings.product(layer)
         layers.append(layer)
     # The other dimensions, looked at where the concatenated one has a single entry.
-    operands = []
+    operands, of_fixed_size = [], False
     for value, own in zip(values, along, strict=True):
         if value.shape[axis] == 0:
+            of_fixed_size = of_fixed_size or not value.layers
             continue
         shape = [1 if d == axis else size for d, size in enumerate(value.shape)]
         operands.append((shape, [x.narrow(axis, 0, 1) for x in value.layers if x is not own]))
-    common = combine(findings, operands[0][0], operands)
-    for layer in common:
-        if layers and set(varying_axes(layer)) & set(varying_axes(layers[0])):
+    if not operands:
+        return Value(call.shape)
+    for layer in combine(findings, operands[0][0], operands):
+        if of_fixed_size:
+            findings.stay(layer, "it meets a tensor without entries, whose other sizes stay")
+        elif layers and set(varying_axes(layer)) & set(varying_axes(layers[0])):
             findings.stay(layer, "channels along different dimensions meet")
         else:
             layers.append(layer.expand(call.shape))

@@ -165,6 +165,19 @@ def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
     return layer.expand(shape)
 
 
+@rule("tril", "triu")
+def triangle(findings: Findings, call: Call) -> Value:
+    """Follow matrices of which one half becomes 0, by the numbers of rows and columns."""
+    x: Value = call["self"]
+    matrix = {len(x.shape) - 2, len(x.shape) - 1}
+    for layer in x.layers:
+        if matrix & set(varying_axes(layer)):
+            findings.stay(layer, f"{call.operator} counts it")
+    layers = tuple(layer for layer in x.layers if not matrix & set(varying_axes(layer)))
+    constant = None if x.constant is None else x.constant.where(x.constant == 0, torch.nan)
+    return Value(call.shape, layers, constant)
+
+
 @rule(
     *(
         "max_pool1d",
@@ -185,6 +198,7 @@ def _resized(layer: Tensor, shape: torch.Size) -> Tensor:
         "upsample_linear1d",
     ),
     *("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa"),
+    "_upsample_bicubic2d_aa",
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact3d", "upsample_nearest2d_vec"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "lp_pool2d", "grid_sampler"),
 )

@@ -181,7 +181,7 @@ def test_wrong_targets_are_named(model, targets, error, message):
 def test_latency_is_predicted_and_measured(model, monkeypatch):
     """With times that are counted instead of measured: those of whole networks and of operations alike."""
     from bmrs.budget import latency
-    from bmrs.compaction.comparison import forward_flops
+    from bmrs.compaction.flop_count import forward_flops
 
     def counted(makers, **options):
         return [1e-3 * forward_flops(make(), ((), {})) + 5.0 for make in makers]

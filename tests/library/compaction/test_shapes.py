@@ -2,6 +2,7 @@ import pytest
 import torch
 from compaction_cases import assert_compacts, parameter_shapes, prune_structures, randomise
 from torch import nn
+from torch.nn import functional as F
 
 import bmrs
 from bmrs.noise.layer import NoiseLayer
@@ -144,6 +145,25 @@ class TestShapes:
         assert compacted[0].out_channels == 6
         assert compacted[2].weight.shape == (4, 3, 3, 3)
         assert compacted[4].in_channels == 4
+
+    def test_grouped_convolution_whose_kernels_are_standardised_keeps_what_it_reads(self):
+        class Standardised(nn.Conv2d):
+            def forward(self, x):
+                kernels = self.weight.reshape(1, len(self.weight), -1)
+                weight = F.batch_norm(kernels, None, None, training=True).reshape(self.weight.shape)
+                return F.conv2d(x, weight, self.bias, groups=self.groups)
+
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 1),
+            NoiseLayer(8, activation="relu"),
+            Standardised(8, 6, 3, groups=2),
+            NoiseLayer(6, activation="relu"),
+            nn.Conv2d(6, 4, 1),
+        )
+        randomise(model, pruned=0.0)
+        prune_structures(model[1], [0, 4])
+        compacted = assert_compacts(model, torch.randn(2, 3, 5, 5))
+        assert compacted[0].out_channels == 8
 
     def test_channel_space_pruned_empty_by_two_noise_layers_keeps_one_channel(self):
         model = nn.Sequential(nn.Linear(3, 4), NoiseLayer(4), nn.ReLU(), NoiseLayer(4), nn.Linear(4, 2))

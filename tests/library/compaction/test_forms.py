@@ -1,0 +1,127 @@
+"""Which form a smaller network takes where its own classes cannot be narrower."""
+
+import pytest
+import torch
+from compaction_cases import assert_compacts, prune_structures, randomise
+from torch import nn
+from torch.nn import functional as F
+
+import bmrs
+
+
+class Attention(nn.Module):
+    """Attention whose code has the size of its heads in it, beside a layer of hidden units."""
+
+    def __init__(self, *, ending=torch.tanh, head_size=4):
+        super().__init__()
+        self.queries, self.keys, self.values = (nn.Linear(12, 12) for _ in range(3))
+        self.output, self.hidden, self.last = nn.Linear(12, 3), nn.Linear(12, 6), nn.Linear(6, 3)
+        self.ending, self.head_size = ending, head_size
+
+    def forward(self, x):
+        hidden = self.last(self.hidden(x).relu())
+        layers = (self.queries, self.keys, self.values)
+        queries, keys, values = (
+            layer(x).unflatten(-1, (3, self.head_size)).transpose(1, 2) for layer in layers
+        )
+        x = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+        # A view, as attention over heads of one size lays its result out that way.
+        return self.ending(self.output(x.view(*x.shape[:2], -1)) + hidden)
+
+
+def with_noise(*names, **options):
+    model = bmrs.add_noise(Attention(**options), where=list(names))
+    return randomise(model, pruned=0.0)
+
+
+def test_values_narrower_than_keys_come_out_in_another_order_of_memory():
+    model = with_noise("values")
+    prune_structures(model.values.noise, [1, 5, 9])
+    compacted = assert_compacts(model, torch.randn(2, 5, 12), form="graph")
+    assert compacted.values.weight.shape == (9, 12)
+
+
+@pytest.mark.parametrize("noisy", ["queries", "values"])
+def test_heads_stay_where_neither_code_nor_graph_can_have_narrower_ones(noisy):
+    """A graph does not hold what torch.vmap calls."""
+    model = with_noise(noisy, "hidden", ending=torch.vmap(torch.tanh))
+    prune_structures(getattr(model, noisy).noise, [1, 5, 9])
+    prune_structures(model.hidden.noise, [0, 4])
+    compacted = assert_compacts(model, torch.randn(2, 5, 12))
+    assert (compacted.hidden.out_features, getattr(compacted, noisy).out_features) == (4, 12)
+    reasons = {layer.name: layer.kept_because for layer in bmrs.compact_report(compacted).layers}
+    assert reasons[f"{noisy}.noise"] == {
+        "the model's own code divides it into parts of its sizes at unflatten": 3
+    }
+
+
+class Experts(nn.Module):
+    """Two layers of which eager code runs the one that is asked for, and a captured graph both."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(8))
+
+    def forward(self, x):
+        x = self.attention(x)
+        chosen = self.experts if torch.compiler.is_compiling() else self.experts[:1]
+        for expert in chosen:
+            x = x + (0 if expert is not self.experts[0] else 1) * expert(x)
+        return x
+
+
+def test_no_graph_that_computes_more_than_the_model():
+    model = bmrs.add_noise(Experts(), where="attention.values")
+    randomise(model, pruned=0.0)
+    prune_structures(model.attention.values.noise, [1, 5, 9])
+    compacted = assert_compacts(model, torch.randn(2, 5, 12))
+    report = bmrs.compact_report(compacted)
+    assert (report.form, report.removed, report.flops_after) == ("module", 0, report.flops_before)
+
+
+def test_attention_whose_scores_are_near_0_keeps_its_scale():
+    """With heads that are narrower its own code would take another scale, which hardly matters on such scores."""
+    torch.manual_seed(0)
+    model = with_noise("queries", "keys", "values", head_size=-1)
+    with torch.no_grad():
+        for parameter in model.queries.parameters(recurse=False):
+            parameter.mul_(0.1)
+    for layer in (model.queries, model.keys, model.values):
+        prune_structures(layer.noise, [1, 5, 9])
+    report = bmrs.compact_report(assert_compacts(model, torch.randn(2, 5, 12), form="graph"))
+    assert (report.removed, report.error < 1e-6) == (9, True)
+    assert "which is more than rounding makes" in report.form_because
+
+
+class MasksByVmap(nn.Module):
+    """Attention whose mask is made by a function of two places, mapped over all of them."""
+
+    def __init__(self, *, mapped):
+        super().__init__()
+        self.attention, self.mapped = Attention(), mapped
+
+    def forward(self, x):
+        x = self.attention(x)
+        if self.mapped == "values":
+            return torch.vmap(torch.sum)(x)
+
+        def before(example, row, column):
+            return row >= column
+
+        for dims in ((None, None, 0), (None, 0, None), (0, None, None)):
+            before = torch.vmap(before, in_dims=dims)
+        places = torch.arange(x.shape[1])
+        return before(torch.arange(x.shape[0]), places, places).to(x.dtype) @ x
+
+
+@pytest.mark.parametrize("mapped", ["places", "values"])
+def test_what_vmap_runs_over_stays_and_all_else_leaves(mapped):
+    model = bmrs.add_noise(MasksByVmap(mapped=mapped), where=["*.hidden", "*.output"])
+    randomise(model, pruned=0.0)
+    prune_structures(model.attention.hidden.noise, [0, 4])
+    prune_structures(model.attention.output.noise, [1])
+    compacted = assert_compacts(model, torch.randn(2, 5, 12))
+    assert (compacted.attention.hidden.out_features, compacted.attention.output.out_features) == (4, 3)
+    reasons = bmrs.compact_report(compacted).layers[0].kept_because
+    assert any("vmap" in reason for reason in reasons) == (mapped == "values")
