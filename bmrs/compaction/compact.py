@@ -18,7 +18,7 @@ from bmrs.compaction.flop_count import forward_flops
 from bmrs.compaction.forms import find_form
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, joined, record_of, remember
-from bmrs.compaction.refit import RIDGE, refit
+from bmrs.compaction.refit import refit
 from bmrs.compaction.report import CompactReport
 from bmrs.compaction.reporting import (
     approximated_norms,
@@ -82,8 +82,10 @@ def compact(
             recurrent layers, weights that are a table of an embedding too, and the projections that torch's attention
             makes of its input keep theirs; other layers that cannot be refitted are named in a warning.
         refit_ridge: how much the weights that a layer has count in ``refit_to``, relative to the mean variance of its
-            inputs; greater than 0. None, for 1e-3, is right where no weight is trained afterwards. Where they are, 0.3
-            was better: what little can be told from the structures that are left stays near what was learned.
+            inputs; greater than 0. None is right where no weight is trained afterwards: for each layer that which
+            serves examples best that were left out, every fifth one, or 1e-3 where there are fewer than 20. Where
+            weights are trained, 0.3 was better: what little can be told from the structures that are left stays near
+            what was learned.
         round_to: gives pruned structures back, those with the most evidence for them, until the numbers that stay are
             multiples of this one, which hardware may be faster with; or all of them where there are fewer. That is for
             structures that lie along one dimension of a value, such as all of linear and convolution layers. The
@@ -146,7 +148,7 @@ def compact(
         result = compacted(masked, analysis, given_back=given_back, keep_noise=keep_noise)
         if refit_to is not None:
             reference = evaluation_copy(refit_to)
-            refit(result, analysis, reference, inputs, ridge=refit_ridge or RIDGE)
+            refit(result, analysis, reference, inputs, ridge=refit_ridge)
     fixed = masked.captured.fixed_number()
     if fixed is not None and compact_report(result).form == "graph":
         warnings.warn(

@@ -3,13 +3,15 @@
 When structures leave, the layers that read them lose what they contributed. Much of it can be told from the structures
 that stay: they are correlated. Layer by layer, from the input to the output, the weights and the bias of each linear
 or convolution layer become those with which its outputs, computed from the compacted network's own inputs, are closest
-in the mean square to the full network's outputs for the same examples: ordinary least squares with a small ridge
-towards the present weights. Later layers thus make up for the errors of earlier ones. No gradient, no labels and no
-learning rate are involved. (Channel pruning by reconstruction: He, Zhang & Sun 2017, arXiv 1707.06168.)
+in the mean square to the full network's outputs for the same examples: ordinary least squares with a ridge towards the
+present weights, as strong as serves examples best that are left out at first. Later layers thus make up for the errors
+of earlier ones. No gradient, no labels and no learning rate are involved. (Channel pruning by reconstruction: He, Zhang
+& Sun 2017, arXiv 1707.06168.)
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +32,17 @@ from bmrs.graph.nodes import layer_of
 from bmrs.graph.operators import CONVOLUTIONS, LINEAR
 
 RIDGE = 1e-3
-"""How much the present weights count where none is trained afterwards, relative to the variance of the inputs."""
+"""How much the present weights count where examples are many, relative to the variance of the inputs."""
+RIDGES = (RIDGE, 1e-2, 1e-1, 1.0, 10.0, math.inf)
+"""What is tried on examples that were left out; with the last one weights stay, and the bias makes up for means."""
 
 _PRODUCTS = {*LINEAR, *CONVOLUTIONS}
 _BATCH = 100
 # Equations for each unknown: of positions of feature maps beyond the most a random choice is taken, and with fewer than
-# the least a layer keeps its weights.
+# the least a layer keeps its weights where no examples can be left out.
 _MOST_EQUATIONS, _LEAST_EQUATIONS = 100, 2
+# Every so manieth example is left out to choose the ridge, of this many at least.
+_LEFT_OUT, _LEAST_EXAMPLES = 5, 20
 # Bytes of what the full network makes for several weights, so that it need not run again for each.
 _MOST_BYTES = 2**29
 
@@ -69,7 +75,7 @@ class _Weight:
 
 
 def refit(
-    compacted: nn.Module, analysis: Analysis, reference: nn.Module, inputs: Inputs, *, ridge: float
+    compacted: nn.Module, analysis: Analysis, reference: nn.Module, inputs: Inputs, *, ridge: float | None
 ) -> None:
     """Refit a compacted network's linear and convolution layers, in place, in an order of execution.
 
@@ -83,7 +89,9 @@ def refit(
         reference: the full network in evaluation mode, with weights of the same names, such as the trained one before
             noise was added.
         inputs: examples, the more the better: a few for each input of the widest layer at least.
-        ridge: how much the present weights count, relative to the mean variance of a layer's inputs.
+        ridge: how much the present weights count, relative to the mean variance of a layer's inputs. None chooses it
+            for each layer from `RIDGES` by examples that are left out, every fifth one, where there are 20 and the
+            network's outputs for one do not depend on the others; elsewhere it is `RIDGE`.
 
     Raises:
         ValueError: the reference lacks a layer or has one of another kind, with fewer outputs, of another dtype or on
@@ -94,6 +102,7 @@ def refit(
     with torch.no_grad():
         independent = cut_examples(compacted, inputs) is not inputs
         batches = list(in_batches(inputs, _BATCH)) if independent else [inputs]
+        chooses = ridge is None and independent and _number_of_examples(inputs) >= _LEAST_EXAMPLES
         uses = _uses(compacted, {name: weight.own for name, weight in weights.items()}, batches[0])
         expected = _uses(reference, {name: weight.full for name, weight in weights.items()}, batches[0])
         seen: list[str] = []
@@ -103,7 +112,7 @@ def refit(
             _check_numbers(together, uses, expected)
             targets = _targets(reference, together, batches, Counter(use.weight for use in expected))
             for group in part:
-                _refit_group(compacted, reference, group, batches, targets, ridge)
+                _refit_group(compacted, reference, group, batches, targets, chooses=chooses, ridge=ridge)
             seen += [weight.name for weight in together]
     unseen = [weight.layer for name, weight in weights.items() if name not in seen]
     # What torch's attention makes of its input never is, and need not be said of each.
@@ -320,7 +329,9 @@ def _refit_group(
     group: Sequence[_Weight],
     batches: Sequence[Inputs],
     targets: Mapping[str, list[list[_Target]]],
-    ridge: float,
+    *,
+    chooses: bool,
+    ridge: float | None,
 ) -> None:
     """Refit weights that do not read what others of them make."""
     own = {weight.name: weight.own for weight in group}
@@ -333,7 +344,7 @@ def _refit_group(
         its_first, its_expected = first[weight.name], expected[weight.name]
         same = all(torch.equal(a.read, b.read) for a, b in zip(its_first, its_expected, strict=True))
         if not same and not its_first[0].is_depthwise:
-            fits.append(_Fit(weight, its_first))
+            fits.append(_Fit(weight, its_first, leaves_out=chooses))
     if not fits:
         return
     for place, batch in enumerate(batches):
@@ -341,7 +352,7 @@ def _refit_group(
         for fit in fits:
             fit.add(found[fit.weight.name], targets[fit.weight.name][place])
     for fit in fits:
-        fit.solve(ridge)
+        fit.solve(RIDGES if chooses else (ridge or RIDGE,))
 
 
 class _Fit:
@@ -352,16 +363,19 @@ class _Fit:
     Args:
         weight: the weight.
         products: what it is multiplied with in a forward pass.
+        leaves_out: whether examples are left out, to choose the ridge by.
     """
 
-    def __init__(self, weight: _Weight, products: Sequence[Product]) -> None:
+    def __init__(self, weight: _Weight, products: Sequence[Product], *, leaves_out: bool) -> None:
         product = products[0]
         self.weight, self._product = weight, product
         own = isinstance(product.bias, nn.Parameter) and all(p.bias is product.bias for p in products)
         self._bias = product.bias if own else None
         rows = weight.own.T if product.transposed else weight.own.flatten(1)
         parts = rows.double().chunk(product.groups)
-        self._equations = [_NormalEquations(part, shifts=self._bias is not None) for part in parts]
+        self._equations = [
+            _NormalEquations(part, shifts=self._bias is not None, leaves_out=leaves_out) for part in parts
+        ]
 
     def add(self, found: Sequence[Product], wanted: Sequence[_Target]) -> None:
         """Add what the weight read in a batch, and what the full network made of its own then."""
@@ -372,13 +386,16 @@ class _Fit:
                 shape = product.result.movedim(product.axis, -1).shape
                 made = made - product.bias.expand(shape).flatten(0, -2)[target.positions]
             reads, results = product.read.chunk(groups, product.axis), made.chunk(groups, -1)
+            of_an_example = product.result.select(product.axis, 0)[0].numel()
+            left_out = target.positions // of_an_example % _LEFT_OUT == _LEFT_OUT - 1
             for part, x, y in zip(self._equations, reads, results, strict=True):
-                part.add(product.features(x).flatten(0, -2)[target.positions].double(), y.double())
+                rows = product.features(x).flatten(0, -2)[target.positions].double()
+                part.add(rows, y.double(), left_out)
 
-    def solve(self, ridge: float) -> None:
+    def solve(self, ridges: Sequence[float]) -> None:
         """Change the weight and its bias, or warn that there are too few examples."""
         own, bias = self.weight.own, self._bias
-        if self._equations[0].count < _LEAST_EQUATIONS * self.weight.unknowns:
+        if len(ridges) == 1 and self._equations[0].count < _LEAST_EQUATIONS * self.weight.unknowns:
             warnings.warn(
                 f"layer {self.weight.layer!r} keeps its weights, as {self._equations[0].count} examples (positions of "
                 f"feature maps count) are too few to refit its {self.weight.unknowns} inputs; give at least "
@@ -386,6 +403,7 @@ class _Fit:
                 stacklevel=5,
             )
             return
+        ridge = min(ridges, key=self._error_of_examples_left_out) if len(ridges) > 1 else ridges[0]
         solutions = [part.solve(ridge) for part in self._equations]
         if not all(bool(tensor.isfinite().all()) for solution in solutions for tensor in solution):
             raise ValueError(
@@ -401,9 +419,30 @@ class _Fit:
         found = torch.cat([weight for weight, _ in solutions]).masked_fill(dead[:, None], 0.0)
         own.copy_(found.T if self._product.transposed else found.view_as(own))
 
+    def _error_of_examples_left_out(self, ridge: float) -> float:
+        error = sum(part.error_of_examples_left_out(ridge) for part in self._equations)
+        return error if math.isfinite(error) else math.inf
+
 
 def _number_of_examples(inputs: Inputs) -> int:
     return next(len(leaf) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim())
+
+
+class _Sums(NamedTuple):
+    """Sums over rows (x, 1): of their products with each other, and with y."""
+
+    gram: Tensor
+    cross: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Their number."""
+        return self.gram[-1, -1]
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows."""
+        self.gram.add_(x.T @ x)
+        self.cross.add_(x.T @ y)
 
 
 class _NormalEquations:
@@ -412,38 +451,59 @@ class _NormalEquations:
     Args:
         weight: the present W, of shape (outputs, inputs).
         shifts: whether there is a b; a layer without a bias gets none, so that it does not grow.
+        leaves_out: whether some rows are left out at first.
     """
 
-    def __init__(self, weight: Tensor, *, shifts: bool) -> None:
-        outputs, inputs = weight.shape
+    def __init__(self, weight: Tensor, *, shifts: bool, leaves_out: bool) -> None:
         self._weight, self._shifts = weight, shifts
-        # Of the rows (x, 1): their products with each other, and with y.
-        self._gram = weight.new_zeros(inputs + 1, inputs + 1)
-        self._cross = weight.new_zeros(inputs + 1, outputs)
+        self._sums = self._zeros()
+        self._left_out = self._zeros() if leaves_out else None
+
+    def _zeros(self) -> _Sums:
+        outputs, inputs = self._weight.shape
+        return _Sums(
+            self._weight.new_zeros(inputs + 1, inputs + 1), self._weight.new_zeros(inputs + 1, outputs)
+        )
 
     @property
     def count(self) -> int:
         """Rows so far."""
-        return int(self._gram[-1, -1])
+        return int(self._sums.rows)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows: x of shape (rows, inputs), y of shape (rows, outputs)."""
+    def add(self, x: Tensor, y: Tensor, left_out: Tensor) -> None:
+        """Add rows: x of shape (rows, inputs), y of shape (rows, outputs), and which are left out at first, if any."""
         x = F.pad(x, (0, 1), value=1.0)
-        self._gram += x.T @ x
-        self._cross += x.T @ y
+        if self._left_out is not None:
+            self._left_out.add(x[left_out], y[left_out])
+        self._sums.add(x, y)
+
+    def error_of_examples_left_out(self, ridge: float) -> float:
+        """Return the sum of squared errors of rows that were left out, less that of a prediction of 0."""
+        assert self._left_out is not None
+        gram, cross = self._left_out
+        weight, shift = self._solve(_Sums(self._sums.gram - gram, self._sums.cross - cross), ridge)
+        if not weight.isfinite().all():
+            return math.inf
+        rows = torch.cat([weight, shift[:, None]], dim=1)
+        return float((rows @ gram * rows).sum() - 2 * (rows.T * cross).sum())
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Return W and b, which is 0 if the layer has none."""
-        count = self._gram[-1, -1]
+        """Return W and b, which is 0 if the layer has none, of all rows."""
+        return self._solve(self._sums, ridge)
+
+    def _solve(self, sums: _Sums, ridge: float) -> tuple[Tensor, Tensor]:
+        count = sums.rows
         # Columns of zeros are of pruned structures that stay: they go on being ignored.
         read = self._weight.any(dim=0)
-        mean_x, mean_y = self._gram[-1, :-1] / count, self._cross[-1] / count
+        mean_x, mean_y = sums.gram[-1, :-1] / count, sums.cross[-1] / count
         if not self._shifts:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
-        gram = self._gram[:-1, :-1] / count - mean_x.outer(mean_x)
-        cross = self._cross[:-1] / count - mean_x.outer(mean_y)
+        if math.isinf(ridge):
+            return self._weight, mean_y - self._weight @ mean_x
+        gram = sums.gram[:-1, :-1] / count - mean_x.outer(mean_x)
+        cross = sums.cross[:-1] / count - mean_x.outer(mean_y)
         # Inputs that never vary, and leave rounding errors only, leave their weights as they are.
-        size = self._gram.diagonal()[:-1].mean() / count
+        size = sums.gram.diagonal()[:-1].mean() / count
         added = ridge * gram.diagonal().mean() + 1e-9 * size + torch.finfo(gram.dtype).tiny
         system = gram + added * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         missing = cross - gram @ self._weight.T

@@ -58,7 +58,7 @@ def test_what_stays_tells_of_what_left_if_it_can(mlp):
 def test_weights_are_those_of_least_squares(mlp):
     model = masked_copy(mlp, 0.5, where="0")
     inputs = torch.randn(300, 6, generator=generator(), dtype=torch.float64)
-    found = bmrs.compact(model, inputs, refit_to=mlp)
+    found = bmrs.compact(model, inputs, refit_to=mlp, refit_ridge=1e-3)
     with torch.no_grad():
         read = torch.relu(found[0](inputs))
         wanted = mlp[2](torch.relu(mlp[0](inputs)))
@@ -84,6 +84,45 @@ def test_the_more_the_ridge_counts_the_nearer_weights_stay(mlp):
         bmrs.compact(model, inputs, refit_to=mlp, refit_ridge=0.0)
     with pytest.raises(ValueError, match="refit_ridge goes with refit_to"):
         bmrs.compact(model, inputs, refit_ridge=0.3)
+
+
+@pytest.mark.parametrize("number", [80, 3000])
+def test_examples_left_out_tell_how_much_present_weights_count(number):
+    """With few examples more than with many; no fixed ridge is better by much with either."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Linear(8, 60), nn.Tanh(), nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 5)
+    ).double()
+    with torch.no_grad():
+        dense[0].weight.mul_(4), dense[2].weight.mul_(4)  # Nothing linear tells of one unit by others.
+    model = masked_copy(dense, 0.3, where=["0", "2"])
+    inputs, others = torch.randn(number + 2000, 8, generator=generator(), dtype=torch.float64).split(
+        [number, 2000]
+    )
+    chosen = error(bmrs.compact(model, inputs, refit_to=dense), dense, others)
+    fixed = {
+        ridge: error(bmrs.compact(model, inputs, refit_to=dense, refit_ridge=ridge), dense, others)
+        for ridge in (1e-3, 1e-2, 0.1, 1.0)
+    }
+    assert chosen < 1.15 * min(fixed.values())
+    assert chosen < 0.8 * (fixed[1e-3] if number == 80 else fixed[1.0])
+    assert chosen < 0.8 * error(bmrs.compact(model, inputs), dense, others)
+
+
+@pytest.mark.parametrize("number", [19, 20])
+def test_with_few_examples_or_such_that_depend_on_each_other_none_is_left_out(mlp, number):
+    class Centred(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    inputs = torch.randn(number, 6, generator=generator(), dtype=torch.float64)
+    for dense in (mlp, Centred(*mlp)):
+        model = masked_copy(dense, 0.5, where=["0", "2"])
+        chosen, fixed = (
+            bmrs.compact(model, inputs, refit_to=dense, **options) for options in ({}, {"refit_ridge": 1e-3})
+        )
+        alike = torch.equal(chosen[2].weight, fixed[2].weight)
+        assert alike == (number < 20 or dense is not mlp)
 
 
 def test_nothing_pruned_and_no_noise_to_speak_of_changes_nothing(mlp):
