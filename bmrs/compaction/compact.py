@@ -234,7 +234,7 @@ def compacted(
     idle = (*unused, *unused_buffers(analysis)) if form.kind == "module" else ()
     report = CompactReport(
         form=form.kind,
-        form_because=form.because,
+        form_because=form.because if form.kind == "graph" else "",
         layers=tuple(
             layer_report(analysis, emptied, form.folding, name, layer, given_back.get(name, 0), form.noise)
             for name, layer in layers.items()
@@ -248,11 +248,19 @@ def compacted(
         flops_before=subject.flops,
         flops_after=forward_flops(result, inputs),
         error=form.error,
-        compared_in=comparison.dtype,
+        compared_in=form.compared_in,
         approximated=approximated_norms(analysis, emptied, comparison, masked, result),
         only_in_training=only_in_training(masked, subject.few) if form.kind == "graph" else (),
         fails_in_training=failure_in_training(masked, result, subject.few) if idle else "",
     )
+    if form.keeps_split:
+        warnings.warn(
+            f"{report.pruned - report.removed} of {report.pruned} pruned structures stay, with zero weights: the code "
+            f"of {type(masked).__name__} divides dimensions by numbers of its own, so that they cannot be smaller "
+            f"({form.because}), and a graph of its operators is no way out. Budgets reckoned without that are missed; "
+            "compact_report names the structures",
+            stacklevel=3,
+        )
     if report.fails_in_training:
         warnings.warn(
             f"in training mode the compacted network ends in {report.fails_in_training}. Evaluation mode does not use "

@@ -39,8 +39,9 @@ class Form:
         network: the network; None if it cannot be made.
         error: the largest difference of its outputs from the masked model's, relative to the largest.
         failure: why it cannot be used, "" if it can.
-        doubtful: whether its outputs differ by far more than rounding explains, though by less than is accepted.
-        because: of a graph, why one of the model's own classes cannot be used.
+        compared_in: what the outputs were computed in for that, as text.
+        keeps_split: whether all dimensions that the code divides, as into heads, keep their sizes.
+        because: where the model's own classes cannot be narrower, or not all of them, why.
         sizes: numbers that were changed in the code of its layers, by path and name.
     """
 
@@ -53,7 +54,8 @@ class Form:
     network: nn.Module | None = None
     error: float = math.inf
     failure: str = ""
-    doubtful: bool = False
+    compared_in: str = ""
+    keeps_split: bool = False
     because: str = ""
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -75,19 +77,21 @@ def find_form(
     """
     failures: dict[str, str] = {}
     doubtful: list[Form] = []
-    for form in _forms(subject, analysis, comparison, keep_noise=keep_noise):
-        form.because = failures["module"] if form.kind == "graph" else ""
+    forms = _forms(subject, analysis, comparison, keep_noise=keep_noise)
+    while (form := _next(forms, raises=not doubtful)) is not None:
+        form.compared_in = comparison.dtype
+        if form.kind == "graph" or form.keeps_split:
+            form.because = failures["module"]
         if not form.failure:
-            form.doubtful = comparison.is_more_than_rounding(form.error)
-            if not form.doubtful:
+            if not comparison.is_more_than_rounding(form.error):
                 return form
             doubtful.append(form)
-        if "graph" not in failures:
+        if not form.keeps_split:
             differs = f"its outputs would differ by {form.error:.2g} of the largest, which is more than rounding makes"
             failures[form.kind] = form.failure or differs
-        if "multiple of 16 bytes" in form.failure:
-            failures[form.kind] += " (grouped products of experts: round_to=8 gives such widths)"
-        del form  # before there is another
+            if "multiple of 16 bytes" in form.failure:
+                failures[form.kind] += " (grouped products of experts: round_to=8 gives such widths)"
+        del form  # before there is another, unless it is the best so far
     if doubtful:
         return min(doubtful, key=lambda form: form.error)
     raise RuntimeError(
@@ -95,6 +99,16 @@ def find_form(
         f"{comparison.tolerance:g}. With the model's own classes: {failures['module']}. As a graph of operators: "
         f"{failures['graph']}. Without removing anything, bmrs.fold(model) makes a network without noise layers"
     )
+
+
+def _next(forms: Iterator[Form], *, raises: bool) -> Form | None:
+    """Return the next form; None if there is none, or it cannot be made and need not, as there is one already."""
+    try:
+        return next(forms, None)
+    except (ValueError, RuntimeError):
+        if raises:
+            raise
+        return None
 
 
 def _forms(
@@ -123,11 +137,16 @@ def _forms(
     graph = _graph(analysed(replace(flexible, moments=captured.moments)), comparison, layers)
     ran = None if graph.failure else graph.network
     costs_more = ran is not None and forward_flops(ran, subject.examples) > subject.flops
-    if not costs_more:
+    less_use = costs_more or flexible.fixed_number() is not None
+    if not less_use:
         yield graph
-    # Rather less goes than nothing, or than a graph that computes what the model's code leaves out, such as experts.
-    yield _own_classes(analysed(captured, keep_split=True), comparison, layers)
-    if costs_more:
+    # Rather less goes than nothing, or than into a graph that takes one number of examples, or that computes what the
+    # model's code leaves out, such as experts.
+    form = _own_classes(analysed(captured, keep_split=True), comparison, layers)
+    form.keeps_split = True
+    yield form
+    del form
+    if less_use:
         yield graph
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bmrs.compaction.comparison import cut_examples
 from bmrs.compaction.products import Product, products, watch
@@ -41,7 +41,7 @@ _BATCH = 100
 # Equations for each unknown: of positions of feature maps beyond the most a random choice is taken, and with fewer than
 # the least a layer keeps its weights where no examples can be left out.
 _MOST_EQUATIONS, _LEAST_EQUATIONS = 100, 2
-# Every so manieth example is left out to choose the ridge, of this many at least.
+# One example of so many is left out to choose the ridge, of this many at least.
 _LEFT_OUT, _LEAST_EXAMPLES = 5, 20
 # Bytes of what the full network makes for several weights, so that it need not run again for each.
 _MOST_BYTES = 2**29
@@ -101,8 +101,13 @@ def refit(
     kept = _layers_that_keep_theirs(analysis)
     with torch.no_grad():
         independent = cut_examples(compacted, inputs) is not inputs
-        batches = list(in_batches(inputs, _BATCH)) if independent else [inputs]
-        chooses = ridge is None and independent and _number_of_examples(inputs) >= _LEAST_EXAMPLES
+        leaves_out = ridge is None and independent and _number_of_examples(inputs) >= _LEAST_EXAMPLES
+        batches, left_out = [inputs], []
+        if independent:
+            fitted, left = _parted(inputs) if leaves_out else (inputs, None)
+            batches = list(in_batches(fitted, _BATCH))
+            left_out = [] if left is None else list(in_batches(left, _BATCH))
+        batches, fits_first = batches + left_out, len(batches)
         uses = _uses(compacted, {name: weight.own for name, weight in weights.items()}, batches[0])
         expected = _uses(reference, {name: weight.full for name, weight in weights.items()}, batches[0])
         seen: list[str] = []
@@ -112,7 +117,9 @@ def refit(
             _check_numbers(together, uses, expected)
             targets = _targets(reference, together, batches, Counter(use.weight for use in expected))
             for group in part:
-                _refit_group(compacted, reference, group, batches, targets, chooses=chooses, ridge=ridge)
+                fits = _read_of_a_group(compacted, reference, group, batches, targets, fits_first)
+                for fit in fits:
+                    fit.solve(ridge or RIDGE, chooses=leaves_out)
             seen += [weight.name for weight in together]
     unseen = [weight.layer for name, weight in weights.items() if name not in seen]
     # What torch's attention makes of its input never is, and need not be said of each.
@@ -323,17 +330,18 @@ def _targets(
     return targets
 
 
-def _refit_group(
+def _read_of_a_group(
     compacted: nn.Module,
     reference: nn.Module,
     group: Sequence[_Weight],
     batches: Sequence[Inputs],
     targets: Mapping[str, list[list[_Target]]],
-    *,
-    chooses: bool,
-    ridge: float | None,
-) -> None:
-    """Refit weights that do not read what others of them make."""
+    fits_first: int,
+) -> list[_Fit]:
+    """Return the problems of weights that do not read what others of them make, without those that read the same.
+
+    The batches behind the first ``fits_first`` are left out to choose the ridge.
+    """
     own = {weight.name: weight.own for weight in group}
     full = {weight.name: weight.full for weight in group}
     first = products(compacted, batches[0], own)
@@ -344,15 +352,15 @@ def _refit_group(
         its_first, its_expected = first[weight.name], expected[weight.name]
         same = all(torch.equal(a.read, b.read) for a, b in zip(its_first, its_expected, strict=True))
         if not same and not its_first[0].is_depthwise:
-            fits.append(_Fit(weight, its_first, leaves_out=chooses))
-    if not fits:
-        return
-    for place, batch in enumerate(batches):
+            fits.append(_Fit(weight, its_first))
+    for place, batch in enumerate(batches if fits else ()):
+        if place == fits_first:
+            for fit in fits:
+                fit.choose_by_what_follows()
         found = products(compacted, batch, own, number=number)
         for fit in fits:
             fit.add(found[fit.weight.name], targets[fit.weight.name][place])
-    for fit in fits:
-        fit.solve(RIDGES if chooses else (ridge or RIDGE,))
+    return fits
 
 
 class _Fit:
@@ -363,19 +371,16 @@ class _Fit:
     Args:
         weight: the weight.
         products: what it is multiplied with in a forward pass.
-        leaves_out: whether examples are left out, to choose the ridge by.
     """
 
-    def __init__(self, weight: _Weight, products: Sequence[Product], *, leaves_out: bool) -> None:
+    def __init__(self, weight: _Weight, products: Sequence[Product]) -> None:
         product = products[0]
         self.weight, self._product = weight, product
         own = isinstance(product.bias, nn.Parameter) and all(p.bias is product.bias for p in products)
         self._bias = product.bias if own else None
         rows = weight.own.T if product.transposed else weight.own.flatten(1)
         parts = rows.double().chunk(product.groups)
-        self._equations = [
-            _NormalEquations(part, shifts=self._bias is not None, leaves_out=leaves_out) for part in parts
-        ]
+        self._equations = [_NormalEquations(part, shifts=self._bias is not None) for part in parts]
 
     def add(self, found: Sequence[Product], wanted: Sequence[_Target]) -> None:
         """Add what the weight read in a batch, and what the full network made of its own then."""
@@ -386,16 +391,23 @@ class _Fit:
                 shape = product.result.movedim(product.axis, -1).shape
                 made = made - product.bias.expand(shape).flatten(0, -2)[target.positions]
             reads, results = product.read.chunk(groups, product.axis), made.chunk(groups, -1)
-            of_an_example = product.result.select(product.axis, 0)[0].numel()
-            left_out = target.positions // of_an_example % _LEFT_OUT == _LEFT_OUT - 1
             for part, x, y in zip(self._equations, reads, results, strict=True):
-                rows = product.features(x).flatten(0, -2)[target.positions].double()
-                part.add(rows, y.double(), left_out)
+                part.add(product.features(x).flatten(0, -2)[target.positions].double(), y.double())
 
-    def solve(self, ridges: Sequence[float]) -> None:
-        """Change the weight and its bias, or warn that there are too few examples."""
+    def choose_by_what_follows(self) -> None:
+        """Keep what is added from now on apart, to choose the ridge by, until it is solved."""
+        for part in self._equations:
+            part.part_here()
+
+    def solve(self, ridge: float, *, chooses: bool) -> None:
+        """Change the weight and its bias, or warn that there are too few examples.
+
+        Args:
+            ridge: as of `refit`.
+            chooses: whether the best of `RIDGES` is taken instead, for examples that were kept apart.
+        """
         own, bias = self.weight.own, self._bias
-        if len(ridges) == 1 and self._equations[0].count < _LEAST_EQUATIONS * self.weight.unknowns:
+        if not chooses and self._equations[0].count < _LEAST_EQUATIONS * self.weight.unknowns:
             warnings.warn(
                 f"layer {self.weight.layer!r} keeps its weights, as {self._equations[0].count} examples (positions of "
                 f"feature maps count) are too few to refit its {self.weight.unknowns} inputs; give at least "
@@ -403,7 +415,9 @@ class _Fit:
                 stacklevel=5,
             )
             return
-        ridge = min(ridges, key=self._error_of_examples_left_out) if len(ridges) > 1 else ridges[0]
+        if chooses:
+            errors = [part.errors(RIDGES) for part in self._equations]
+            ridge = RIDGES[int(torch.stack(errors).sum(0).argmin())]
         solutions = [part.solve(ridge) for part in self._equations]
         if not all(bool(tensor.isfinite().all()) for solution in solutions for tensor in solution):
             raise ValueError(
@@ -419,20 +433,18 @@ class _Fit:
         found = torch.cat([weight for weight, _ in solutions]).masked_fill(dead[:, None], 0.0)
         own.copy_(found.T if self._product.transposed else found.view_as(own))
 
-    def _error_of_examples_left_out(self, ridge: float) -> float:
-        error = sum(part.error_of_examples_left_out(ridge) for part in self._equations)
-        return error if math.isfinite(error) else math.inf
-
 
 def _number_of_examples(inputs: Inputs) -> int:
     return next(len(leaf) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim())
 
 
-class _Sums(NamedTuple):
-    """Sums over rows (x, 1): of their products with each other, and with y."""
+class _Sums:
+    """Sums over rows (x, 1), float64: of their products with each other, and with y."""
 
-    gram: Tensor
-    cross: Tensor
+    def __init__(self, weight: Tensor) -> None:
+        outputs, inputs = weight.shape
+        self.gram = weight.new_zeros(inputs + 1, inputs + 1)
+        self.cross = weight.new_zeros(inputs + 1, outputs)
 
     @property
     def rows(self) -> Tensor:
@@ -440,73 +452,88 @@ class _Sums(NamedTuple):
         return self.gram[-1, -1]
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows."""
-        self.gram.add_(x.T @ x)
-        self.cross.add_(x.T @ y)
+        """Add rows: x of shape (rows, inputs), y of shape (rows, outputs)."""
+        x = F.pad(x, (0, 1), value=1.0)
+        self.gram += x.T @ x
+        self.cross += x.T @ y
 
 
 class _NormalEquations:
-    """Sums for the least squares problem y ≈ x·Wᵀ + b over many rows; float64.
+    """The least squares problem y ≈ x·Wᵀ + b over many rows.
 
     Args:
         weight: the present W, of shape (outputs, inputs).
         shifts: whether there is a b; a layer without a bias gets none, so that it does not grow.
-        leaves_out: whether some rows are left out at first.
     """
 
-    def __init__(self, weight: Tensor, *, shifts: bool, leaves_out: bool) -> None:
+    def __init__(self, weight: Tensor, *, shifts: bool) -> None:
         self._weight, self._shifts = weight, shifts
-        self._sums = self._zeros()
-        self._left_out = self._zeros() if leaves_out else None
-
-    def _zeros(self) -> _Sums:
-        outputs, inputs = self._weight.shape
-        return _Sums(
-            self._weight.new_zeros(inputs + 1, inputs + 1), self._weight.new_zeros(inputs + 1, outputs)
-        )
+        self._sums = _Sums(weight)
+        self._apart: _Sums | None = None
 
     @property
     def count(self) -> int:
         """Rows so far."""
-        return int(self._sums.rows)
+        return int(self._sums.rows) + (0 if self._apart is None else int(self._apart.rows))
 
-    def add(self, x: Tensor, y: Tensor, left_out: Tensor) -> None:
-        """Add rows: x of shape (rows, inputs), y of shape (rows, outputs), and which are left out at first, if any."""
-        x = F.pad(x, (0, 1), value=1.0)
-        if self._left_out is not None:
-            self._left_out.add(x[left_out], y[left_out])
-        self._sums.add(x, y)
+    def part_here(self) -> None:
+        """Keep rows that are added from now on apart."""
+        self._apart = _Sums(self._weight)
 
-    def error_of_examples_left_out(self, ridge: float) -> float:
-        """Return the sum of squared errors of rows that were left out, less that of a prediction of 0."""
-        assert self._left_out is not None
-        gram, cross = self._left_out
-        weight, shift = self._solve(_Sums(self._sums.gram - gram, self._sums.cross - cross), ridge)
-        if not weight.isfinite().all():
-            return math.inf
-        rows = torch.cat([weight, shift[:, None]], dim=1)
-        return float((rows @ gram * rows).sum() - 2 * (rows.T * cross).sum())
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows: x of shape (rows, inputs), y of shape (rows, outputs)."""
+        (self._sums if self._apart is None else self._apart).add(x, y)
+
+    def errors(self, ridges: Sequence[float]) -> Tensor:
+        """Return the sums of squared errors of the rows that are apart, less that of predicting 0, for each ridge."""
+        assert self._apart is not None
+        errors = []
+        for weight, shift in self._solutions(ridges):
+            rows = torch.cat([weight, shift[:, None]], dim=1)
+            error = (rows @ self._apart.gram * rows).sum() - 2 * (rows.T * self._apart.cross).sum()
+            errors.append(error.nan_to_num(math.inf))
+        return torch.stack(errors)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Return W and b, which is 0 if the layer has none, of all rows."""
-        return self._solve(self._sums, ridge)
+        if self._apart is not None:
+            self._sums.gram += self._apart.gram
+            self._sums.cross += self._apart.cross
+            self._apart = None
+        return next(self._solutions([ridge]))
 
-    def _solve(self, sums: _Sums, ridge: float) -> tuple[Tensor, Tensor]:
-        count = sums.rows
+    def _solutions(self, ridges: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield W and b of the rows that are not apart."""
+        sums = self._sums
         # Columns of zeros are of pruned structures that stay: they go on being ignored.
         read = self._weight.any(dim=0)
-        mean_x, mean_y = sums.gram[-1, :-1] / count, sums.cross[-1] / count
+        mean_x, mean_y = sums.gram[-1, :-1] / sums.rows, sums.cross[-1] / sums.rows
         if not self._shifts:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
-        if math.isinf(ridge):
-            return self._weight, mean_y - self._weight @ mean_x
-        gram = sums.gram[:-1, :-1] / count - mean_x.outer(mean_x)
-        cross = sums.cross[:-1] / count - mean_x.outer(mean_y)
+        gram = sums.gram[:-1, :-1] / sums.rows - mean_x.outer(mean_x)
+        missing = sums.cross[:-1] / sums.rows - mean_x.outer(mean_y) - gram @ self._weight.T
         # Inputs that never vary, and leave rounding errors only, leave their weights as they are.
-        size = sums.gram.diagonal()[:-1].mean() / count
-        added = ridge * gram.diagonal().mean() + 1e-9 * size + torch.finfo(gram.dtype).tiny
-        system = gram + added * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        missing = cross - gram @ self._weight.T
-        weight = self._weight.clone()
-        weight[:, read] += torch.linalg.solve(system[read][:, read], missing[read]).T
-        return weight, mean_y - weight @ mean_x
+        size = sums.gram.diagonal()[:-1].mean() / sums.rows
+        mean, least = gram.diagonal().mean(), 1e-9 * size + torch.finfo(gram.dtype).tiny
+        gram, missing = gram[read][:, read], missing[read]
+        diagonal = gram.diagonal().clone()
+        for ridge in ridges:
+            weight = self._weight
+            if math.isfinite(ridge):
+                gram.diagonal().copy_(diagonal + ridge * mean + least)
+                weight = weight.clone()
+                weight[:, read] += torch.linalg.solve(gram, missing).T
+            yield weight, mean_y - weight @ mean_x
+
+
+def _parted(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Return examples, and every fifth one, which is not among the former."""
+    leaves, tree = tree_flatten(inputs)
+    number = _number_of_examples(inputs)
+    left = torch.arange(number) % _LEFT_OUT == _LEFT_OUT - 1
+
+    def of(chosen: Tensor) -> Inputs:
+        picked = [leaf[chosen.to(leaf.device)] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tree_unflatten(picked, tree)
+
+    return of(~left), of(left)

@@ -77,8 +77,8 @@ def unused_buffers(analysis: Analysis) -> tuple[str, ...]:
 
 
 def _used(analysis: Analysis) -> set[int]:
-    values = (value for call in analysis.calls.values() for value in call.values())
-    return {id(value.tensor) for value in values if value.tensor is not None}
+    values = [value for call in analysis.calls.values() for value in call.values()]
+    return {id(value.tensor) for value in (*values, *analysis.read_in_batches) if value.tensor is not None}
 
 
 def reasons_of_entries(analysis: Analysis, name: str, emptied: Emptied = NOTHING) -> list[str]:

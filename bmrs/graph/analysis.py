@@ -65,6 +65,7 @@ class Analysis:
         norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
         layer_norms: layer norms that constants may leave, by their operation.
         written: whether channels were given to what is written in code, such as zeros that a loop starts from.
+        read_in_batches: values that are read within torch.vmap, of which there are no calls.
         fits: what makes up for the channels that leave layer norms, by the name of the weight, as far as it is known.
     """
 
@@ -78,6 +79,7 @@ class Analysis:
     layer_norms: dict[fx.Node, LayerNorm]
     fits: Mapping[str, Fit] = field(default_factory=dict)
     written: bool = False
+    read_in_batches: tuple[Value, ...] = ()
 
     def share_left(self, node: fx.Node) -> float:
         """Return the share of the channels that is left in the statistics that a normalisation takes."""
@@ -204,6 +206,7 @@ def analyse(
         norms=reader.norms,
         layer_norms=reader.layer_norms,
         written=bool(reader.written),
+        read_in_batches=tuple(reader.read_in_batches),
     )
 
 

@@ -67,6 +67,7 @@ class Reader:
         norms: normalisations by the root mean square that zeros can leave, by the operation that takes it.
         layer_norms: layer norms that constants may leave, by their operation.
         written: channels of what is written in code, such as zeros that a loop starts from.
+        read_in_batches: values that are read within torch.vmap.
         line: the user's line that is being read, as a part of a sentence.
     """
 
@@ -74,6 +75,7 @@ class Reader:
         self.captured, self.findings = captured, findings
         self.line = ""
         self.written: list[Tensor] = []
+        self.read_in_batches: list[Value] = []
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
@@ -305,7 +307,13 @@ class Reader:
     def _call_in_batches(self, node: fx.Node) -> Any:
         """Keep what torch.vmap runs over; within it tensors lack a dimension, and what comes out has no channels."""
         example = node.meta.get("val")
+        if operator_name(node) == "mark_noise":
+            raise ValueError(
+                f"noise layer {node.args[3]!r} lies within torch.vmap{self.line}, where channels cannot be followed: "
+                "put the noise behind what vmap returns"
+            )
         self._keep_inputs(node, "torch.vmap runs over it")
+        self.read_in_batches += [v for n in node.all_input_nodes for v in as_list(self.values.get(n))]
         if node.target is not _BATCHES[1] or not isinstance(example, FakeTensor):
             self._batched.add(node)
             self.norms.pop(node, None)

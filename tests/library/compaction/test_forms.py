@@ -47,7 +47,8 @@ def test_heads_stay_where_neither_code_nor_graph_can_have_narrower_ones(noisy):
     model = with_noise(noisy, "hidden", ending=torch.vmap(torch.tanh))
     prune_structures(getattr(model, noisy).noise, [1, 5, 9])
     prune_structures(model.hidden.noise, [0, 4])
-    compacted = assert_compacts(model, torch.randn(2, 5, 12))
+    with pytest.warns(UserWarning, match=r"3 of 5 pruned structures stay.*Attention divides.*Budgets"):
+        compacted = assert_compacts(model, torch.randn(2, 5, 12))
     assert (compacted.hidden.out_features, getattr(compacted, noisy).out_features) == (4, 12)
     reasons = {layer.name: layer.kept_because for layer in bmrs.compact_report(compacted).layers}
     assert reasons[f"{noisy}.noise"] == {
@@ -75,7 +76,8 @@ def test_no_graph_that_computes_more_than_the_model():
     model = bmrs.add_noise(Experts(), where="attention.values")
     randomise(model, pruned=0.0)
     prune_structures(model.attention.values.noise, [1, 5, 9])
-    compacted = assert_compacts(model, torch.randn(2, 5, 12))
+    with pytest.warns(UserWarning, match="3 of 3 pruned structures stay"):
+        compacted = assert_compacts(model, torch.randn(2, 5, 12))
     report = bmrs.compact_report(compacted)
     assert (report.form, report.removed, report.flops_after) == ("module", 0, report.flops_before)
 
@@ -125,3 +127,49 @@ def test_what_vmap_runs_over_stays_and_all_else_leaves(mapped):
     assert (compacted.attention.hidden.out_features, compacted.attention.output.out_features) == (4, 3)
     reasons = bmrs.compact_report(compacted).layers[0].kept_because
     assert any("vmap" in reason for reason in reasons) == (mapped == "values")
+
+
+class Mapped(nn.Module):
+    """A layer that torch.vmap runs over examples, behind attention whose scores are near 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mapped = Attention(head_size=-1), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.vmap(self.mapped)(self.attention(x))
+
+
+def test_parameters_within_vmap_are_used_and_looked_at():
+    torch.manual_seed(0)
+    model = bmrs.add_noise(Mapped(), where=["*.queries", "*.keys", "*.values"])
+    randomise(model, pruned=0.0)
+    with torch.no_grad():
+        for parameter in model.attention.queries.parameters(recurse=False):
+            parameter.mul_(0.1)
+    for layer in (model.attention.queries, model.attention.keys, model.attention.values):
+        prune_structures(layer.noise, [1, 5, 9])
+    with pytest.warns(UserWarning, match="9 of 9 pruned structures stay"):
+        report = bmrs.compact_report(assert_compacts(model, torch.randn(2, 5, 12)))
+    assert (report.unused, report.error < 1e-6) == ((), True)
+
+
+def test_noise_within_vmap_is_refused():
+    model = bmrs.add_noise(Mapped(), where="mapped")
+    prune_structures(model.mapped.noise, [1])
+    with pytest.raises(ValueError, match=r"'mapped\.noise' lies within torch\.vmap .* line \d+, in forward"):
+        bmrs.compact(model, torch.randn(2, 5, 12))
+
+
+def test_rather_less_leaves_than_a_graph_that_takes_one_number_of_examples():
+    class Fixed(Attention):
+        def forward(self, x):
+            return super().forward(x).view(len(x), -1)
+
+    model = randomise(bmrs.add_noise(Fixed(), where="values"), pruned=0.0)
+    prune_structures(model.values.noise, [1, 5, 9])
+    with pytest.warns(UserWarning, match="3 of 3 pruned structures stay"):
+        compacted = bmrs.compact(model, torch.randn(2, 5, 12))
+    for number in (2, 3):
+        x = torch.randn(number, 5, 12)
+        torch.testing.assert_close(compacted(x), model.eval()(x))

@@ -125,6 +125,39 @@ def test_with_few_examples_or_such_that_depend_on_each_other_none_is_left_out(ml
         assert alike == (number < 20 or dense is not mlp)
 
 
+@pytest.mark.parametrize("times", [2, 50])
+def test_examples_left_out_are_whole_ones_wherever_they_lie(times):
+    """Times come first within, and resemble each other: left out in part, they would tell nothing."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(6, 60), nn.Tanh(), nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 4)
+            )
+
+        def forward(self, x):
+            return self.layers(x.transpose(0, 1)).mean(0)
+
+    torch.manual_seed(0)
+    dense = Recurrent().double()
+    with torch.no_grad():
+        dense.layers[0].weight.mul_(4)
+    model = masked_copy(dense, 0.3, where=["layers.0", "layers.2"])
+    examples = torch.randn(2040, 1, 6, generator=generator(), dtype=torch.float64)
+    drift = 0.05 * torch.randn(2040, times, 6, generator=generator(1), dtype=torch.float64).cumsum(1)
+    inputs, others = (examples + drift).split([40, 2000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of too few examples, where a ridge is given
+        chosen, *fixed = (
+            error(bmrs.compact(model, inputs, refit_to=dense, refit_ridge=ridge), dense, others)
+            for ridge in (None, 1e-2, 0.1, 1.0)
+        )
+    assert chosen < error(bmrs.compact(model, inputs), dense, others)
+    if times > 2:
+        assert chosen < 1.3 * min(fixed)
+
+
 def test_nothing_pruned_and_no_noise_to_speak_of_changes_nothing(mlp):
     model = bmrs.add_noise(copy.deepcopy(mlp), where="0", initial_mu=0.0, initial_log_sigma=-20.0)
     inputs = torch.randn(100, 6, generator=generator(), dtype=torch.float64)
@@ -382,9 +415,10 @@ def test_layers_that_read_one_tensor_are_refitted_in_one_pass(mlp):
     dense.first.register_forward_hook(lambda *_: calls.append("first"))
     dense.last.register_forward_hook(lambda *_: calls.append("last"))
     refitted = bmrs.compact(model, inputs, refit_to=dense)
-    # All of it once, to see what there is; both batches, for what layers are to return; and for the branches and for
-    # the last layer the first batch, to see what they read. It stops in the middle of the last layer looked for.
-    assert calls == ["first", "last", *2 * ["first"], *2 * ["first"]]
+    # All of it once, to see what there is; all three batches, one of them of what is left out at first, for what layers
+    # are to return; and for the branches and for the last layer the first batch, to see what they read. It stops in the
+    # middle of the last layer looked for.
+    assert calls == ["first", "last", *3 * ["first"], *2 * ["first"]]
     plain = bmrs.compact(model, inputs)
     for before, after in zip(plain.branches, refitted.branches, strict=True):
         assert not torch.equal(before.weight, after.weight)
