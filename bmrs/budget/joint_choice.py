@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from bmrs.budget.sensitivity import sensitivities
 from bmrs.checks import one_line
 from bmrs.compaction.cutting import channel_axis
+from bmrs.compaction.least_squares import RIDGE
 from bmrs.compaction.products import patches
-from bmrs.compaction.refit import RIDGE
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.channels import STAYS
 from bmrs.graph.inputs import Inputs, in_batches
