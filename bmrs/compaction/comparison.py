@@ -205,8 +205,8 @@ class _DoubleParameters(TorchFunctionMode):
             return double
         # Without a generator, which torch.vmap would not allow.
         places = torch.arange(1, double.numel() + 1, dtype=double.dtype, device=double.device)
-        signs = (places * places * (self._parameters[id(leaf)] + 1.5)).sin().sign().view(double.shape)
-        return double * (1 + rounding * signs)
+        signs = places.square_().mul_(self._parameters[id(leaf)] + 1.5).sin_().sign_()
+        return double * signs.mul_(rounding).add_(1).view(double.shape)
 
 
 def _double_buffers(network: nn.Module) -> None:
