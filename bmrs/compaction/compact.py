@@ -253,6 +253,14 @@ def compacted(
         only_in_training=only_in_training(masked, subject.few) if form.kind == "graph" else (),
         fails_in_training=failure_in_training(masked, result, subject.few) if idle else "",
     )
+    if form.is_doubtful:
+        warnings.warn(
+            f"the compacted network's outputs differ by {form.error:.2g} of the largest from the masked model's: that "
+            f"is within the tolerance of {comparison.tolerance:g}, but more than rounding makes, as where the code of "
+            f"{type(masked).__name__} computes with the size of a layer: compare the two on inputs of your own. A "
+            "plain number in the code, instead of such a size, would not change",
+            stacklevel=3,
+        )
     if form.keeps_split:
         warnings.warn(
             f"{report.pruned - report.removed} of {report.pruned} pruned structures stay, with zero weights: the code "

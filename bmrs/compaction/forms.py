@@ -41,6 +41,7 @@ class Form:
         failure: why it cannot be used, "" if it can.
         compared_in: what the outputs were computed in for that, as text.
         keeps_split: whether all dimensions that the code divides, as into heads, keep their sizes.
+        is_doubtful: whether its outputs differ by more than rounding makes, if within the tolerance.
         because: where the model's own classes cannot be narrower, or not all of them, why.
         sizes: numbers that were changed in the code of its layers, by path and name.
     """
@@ -56,6 +57,7 @@ class Form:
     failure: str = ""
     compared_in: str = ""
     keeps_split: bool = False
+    is_doubtful: bool = False
     because: str = ""
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -83,7 +85,8 @@ def find_form(
         if form.kind == "graph" or form.keeps_split:
             form.because = failures["module"]
         if not form.failure:
-            if not comparison.is_more_than_rounding(form.error):
+            form.is_doubtful = comparison.is_more_than_rounding(form.error)
+            if not form.is_doubtful:
                 return form
             doubtful.append(form)
         if not form.keeps_split:

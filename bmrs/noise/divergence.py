@@ -20,6 +20,9 @@ from bmrs.noise.sharded import check_gradients_arrive
 
 _MOST_NAMES = 3
 
+_LOSSES_WITHOUT_DRAW = 20
+"""How often a layer may be left out of a step, as experts and branches of stochastic depth are, before that is told."""
+
 KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
 
 
@@ -27,7 +30,7 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
     """Return the weighted KL(posterior‖prior) of a model's noise layers, to be added to the data loss.
 
     Warns once if an optimizer applies weight decay to the noise, as far as it can tell, and once of each noise layer
-    that is in evaluation mode while the model is in training mode.
+    that is in evaluation mode while the model is in training mode, or that has multiplied nothing in 20 losses.
 
     Pruned structures are gone: they add neither KL nor gradient. What each of the others adds does not depend on
     how many are left.
@@ -65,6 +68,7 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
     terms = [_group_divergence(group, shares) for group in groups]
     divergence = scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
     if divergence.requires_grad:
+        _warn_of_idle_noise(layers)
         note_gradients(divergence, layers)
         check_gradients_arrive(divergence, model, layers)
     return divergence
@@ -77,13 +81,36 @@ def _warn_of_quiet_noise(layers: dict[str, NoiseLayer]) -> None:
         return
     for name in quiet:
         layers[name].was_found_quiet = True
-    some = ", ".join([*map(repr, quiet[:_MOST_NAMES]), *["..."] * (len(quiet) > _MOST_NAMES)])
     warnings.warn(
-        f"the model is in training mode, but its noise layers {some} are in evaluation mode, as after eval() on the "
-        "layers that they were added to, say to freeze batch norms: they draw no noise and multiply by E[θ], while "
-        "their KL counts. Switch each on again with train()",
+        f"the model is in training mode, but its noise layers {_listed(quiet)} are in evaluation mode, as after eval() "
+        "on the layers that they were added to, say to freeze batch norms: they draw no noise and multiply by E[θ], "
+        "while their KL counts. Switch each on again with train()",
         stacklevel=3,
     )
+
+
+def _warn_of_idle_noise(layers: dict[str, NoiseLayer]) -> None:
+    """Warn, once for a layer, of noise that has multiplied nothing while that of others has."""
+    idle = {name: layer for name, layer in layers.items() if not layer.has_drawn and layer.training}
+    if not idle or torch.compiler.is_compiling() or not any(layer.has_drawn for layer in layers.values()):
+        return
+    told = []
+    for name, layer in idle.items():
+        layer.losses_without_draw += 1
+        if layer.losses_without_draw == _LOSSES_WITHOUT_DRAW:
+            told.append(name)
+    if told:
+        warnings.warn(
+            f"the noise layers {_listed(told)} have multiplied nothing in {_LOSSES_WITHOUT_DRAW} losses that count "
+            "their KL, which alone moves them: the model does not call the layers that they were added to, as where "
+            "its code gives their weights to torch.nn.functional, so that nothing of them can be pruned. Call these "
+            "layers, or leave them out with add_noise's where",
+            stacklevel=3,
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join([*map(repr, names[:_MOST_NAMES]), *["..."] * (len(names) > _MOST_NAMES)])
 
 
 def _group_divergence(group: LayerGroup, shares: dict[NoiseLayer, float] | None) -> Tensor:

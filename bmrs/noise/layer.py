@@ -84,6 +84,9 @@ class NoiseLayer(nn.Module):
     was_looked_at_for_decay: bool = False
     had_gradients: bool = False
     was_found_quiet: bool = False
+    has_drawn: bool = False
+    """Whether it has drawn noise, as far as was to be seen: not where torch compiled it."""
+    losses_without_draw: int = 0
     added: Any = None
     """Where `add_noise` put it, an `Added`; None for a layer of the user's own."""
     recompute: bool = False
@@ -255,6 +258,8 @@ class NoiseLayer(nn.Module):
         return self._multiply(x, dim).flatten(dim, dim + 1)
 
     def _multiply(self, x: Tensor, dim: int) -> Tensor:
+        if not torch.compiler.is_compiling() and not self.has_drawn:
+            self.has_drawn = True
         return bmrs_kernels.multiply_noise(
             x,
             self.mu,

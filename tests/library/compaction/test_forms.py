@@ -96,6 +96,33 @@ def test_attention_whose_scores_are_near_0_keeps_its_scale():
     assert "which is more than rounding makes" in report.form_because
 
 
+class WidthInCode(nn.Module):
+    """Code that computes with the width of a layer, in parts that no graph holds."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.hidden, self.last, self.share = nn.Linear(12, 6), nn.Linear(6, 3), share
+
+    def forward(self, x):
+        x = self.last(self.hidden(x).relu()) * (1 + self.share * self.hidden.out_features)
+        return torch.vmap(torch.tanh)(x)
+
+
+def test_a_network_that_differs_by_more_than_rounding_makes_is_told_of():
+    def compacted(share):
+        torch.manual_seed(0)
+        model = randomise(bmrs.add_noise(WidthInCode(share), where="hidden"), pruned=0.0)
+        prune_structures(model.hidden.noise, [1, 5])
+        return bmrs.compact_report(bmrs.compact(model, torch.randn(8, 12)))
+
+    with pytest.warns(
+        UserWarning, match=r"differ by .*within the tolerance of 0.0001, but more than rounding"
+    ):
+        report = compacted(5e-6)
+    assert (report.form, report.removed, 1e-6 < report.error < 1e-4) == ("module", 2, True)
+    assert compacted(0.0).error < 1e-6  # without a warning
+
+
 class MasksByVmap(nn.Module):
     """Attention whose mask is made by a function of two places, mapped over all of them."""
 

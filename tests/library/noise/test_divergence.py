@@ -104,6 +104,40 @@ def test_noise_that_is_switched_off_in_training_is_named_once():
         bmrs.kl_divergence(model, weight="mean")
 
 
+class Branches(nn.Module):
+    """A layer that is called, one whose weight alone is read, and one that is called in some steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.rare = (nn.Linear(4, 4) for _ in range(3))
+        self.calls = 0
+
+    def forward(self, x):
+        x = nn.functional.linear(self.called(x), self.read.weight)
+        self.calls += 1
+        return self.rare(x) if self.calls % 10 == 0 else x
+
+
+def train(model, *, steps, compiled=False):
+    compute = torch.compile(model, backend="eager") if compiled else model
+    for _ in range(steps):
+        loss = compute(torch.randn(2, 4)).square().mean()
+        (loss + bmrs.kl_divergence(model, weight="mean")).backward()
+        with torch.no_grad():
+            bmrs.kl_divergence(model, weight="mean")  # to be shown, not to learn from
+
+
+def test_noise_that_multiplies_nothing_is_named_once():
+    model, unseen = (bmrs.add_noise(Branches(), where=nn.Linear) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, steps=19)
+        train(unseen, steps=25, compiled=True)  # where nothing can be seen, nothing is said
+    with pytest.warns(UserWarning, match=r"layers 'read\.noise' have multiplied nothing in 20") as told:
+        train(model, steps=30)
+    assert len(told) == 1
+
+
 def test_number_of_kernel_calls_does_not_grow_with_the_layers(monkeypatch):
     calls = []
 
