@@ -306,6 +306,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "knowledge": small_table.knowledge,
     "yardstick": yardstick_table.readme,
     "peers": peers_table.readme,
+    "untrained": peers_table.untrained_readme,
     "rules": rules.readme,
     "minilm": examples.minilm,
     "efficientnet-lite0": examples.efficientnet_lite0,

@@ -171,13 +171,11 @@ class ChainComparison(Comparison):
     # The ways.
 
     def _bmrs(self, size: str, *, uniform: bool) -> Built | None:
-        widths = self._uniform(size) if uniform else self._own_widths(size)
-        if widths is None:
+        model = self.chosen(size, uniform=uniform)
+        if model is None:
             return None
-        model = _masked(self.noisy, self.evidence, widths) if size == "own" else self.choice.masked(widths)
-        pruned = bmrs.compact(model, self.examples)
         before = {
-            "pruned": accuracy(pruned, self.data.test),
+            "pruned": accuracy(bmrs.compact(model, self.examples), self.data.test),
             "refitted": accuracy(bmrs.compact(model, self.examples, refit_to=self.trained), self.data.test),
         }
         start = recipe.start_of_fine_tuning(model, self.trained, self.config, self.data)
@@ -185,31 +183,44 @@ class ChainComparison(Comparison):
             self.fit(start, self._tuning_epochs), before, recipe.total_epochs(self.config, self.data)
         )
 
+    def chosen(self, size: str, *, uniform: bool) -> nn.Module | None:
+        """Return the network with noise, with masks as this recipe has them; None if there is none of that size."""
+        widths = self._uniform(size) if uniform else self.own_widths(size)
+        if widths is None:
+            return None
+        return masked_to(self.noisy, self.evidence, widths) if size == "own" else self.choice.masked(widths)
+
     def _scratch(self, size: str) -> Built | None:
-        widths = self._own_widths(size)
+        widths = self.own_widths(size)
         if widths is None:
             return None
         examples = self.data.train.examples(2)
-        same = bmrs.compact(_masked(self.noisy, self.evidence, widths), examples)
+        same = bmrs.compact(masked_to(self.noisy, self.evidence, widths), examples)
         epochs = recipe.total_epochs(self.config, self.data)
         return Built(self.fit(recipe.untrained_copy(same, self.config), epochs), {}, epochs)
 
     def _rival(self, size: str, criterion: str, everywhere: bool) -> Built | None:
-        scores = self.rivals_scores[criterion]
-        if everywhere:
-            widths = self.chain.best([kept(each) for each in scores], self.chain.cost(self._uniform(size)))
-        else:
-            widths = self._own_widths(size) if size == "own" else self._uniform(size)
-        if widths is None:
+        stay = self.kept_by_rival(size, criterion, everywhere)
+        if stay is None:
             return None
-        stay = {
-            name: _best(each, width)
-            for name, each, width in zip(self.chain.names, scores, widths, strict=True)
-        }
         start = torch_pruning.pruned(self.trained, stay, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config, self.data)
         return Built(self.fit(start, epochs - self.config.settings.epochs), before, epochs)
+
+    def kept_by_rival(self, size: str, criterion: str, everywhere: bool) -> dict[str, Tensor] | None:
+        """Return the structures that stay of each layer, by Torch-Pruning's scores; None if none have that size."""
+        scores = self.rivals_scores[criterion]
+        if everywhere:
+            widths = self.chain.best([kept(each) for each in scores], self.chain.cost(self._uniform(size)))
+        else:
+            widths = self.own_widths(size) if size == "own" else self._uniform(size)
+        if widths is None:
+            return None
+        return {
+            name: _best(each, width)
+            for name, each, width in zip(self.chain.names, scores, widths, strict=True)
+        }
 
     def _in_rounds(self, size: str, criterion: str) -> Built:
         epochs = recipe.total_epochs(self.config, self.data)
@@ -226,7 +237,7 @@ class ChainComparison(Comparison):
     def _paper(self, size: str) -> Built:
         layers = noise_layers(self.paper_noisy).values()
         scores = [-bmrs.BMRSNormal()(layer).scores.cpu() for layer in layers]
-        model = _masked(self.paper_noisy, scores, self._uniform(size))
+        model = masked_to(self.paper_noisy, scores, self._uniform(size))
         start = bmrs.compact(model, self.data.train.examples(2))
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = self.config.settings.fine_tune_epochs
@@ -236,7 +247,7 @@ class ChainComparison(Comparison):
         model = self._noisy_with_weights(WEIGHT_RATES[method])
         scores = [bmrs.SNR()(layer).scores.cpu() for layer in noise_layers(model).values()]
         start = bmrs.compact(
-            _masked(model, scores, self._uniform(size)), self.data.train.examples(recipe.EXAMPLES)
+            masked_to(model, scores, self._uniform(size)), self.data.train.examples(recipe.EXAMPLES)
         )
         before = {"pruned": accuracy(start, self.data.test)}
         epochs = recipe.total_epochs(self.config, self.data)
@@ -265,7 +276,8 @@ class ChainComparison(Comparison):
                     learner.step(F.cross_entropy(state.model(images), labels))
         return state.model
 
-    def _own_widths(self, size: str) -> tuple[int, ...] | None:
+    def own_widths(self, size: str) -> tuple[int, ...] | None:
+        """Return this recipe's widths, None if there are none of that size."""
         if size != "own":
             gains = [minus_losses(losses) for losses in self.choice.losses]
             return self.chain.best(gains, self.chain.cost(self._uniform(size)))
@@ -285,7 +297,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _masked(model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int]) -> nn.Module:
+def masked_to(model: nn.Module, scores: Sequence[Tensor], widths: Sequence[int]) -> nn.Module:
     """Return a copy of a noisy model that keeps, in each layer, so many structures with the highest scores."""
     model = copy.deepcopy(model)
     for layer, each, width in zip(noise_layers(model).values(), scores, widths, strict=True):
@@ -303,7 +315,7 @@ class ChoiceOfChain:
     """
 
     def __init__(self, model: nn.Module, scores: Sequence[Tensor], examples: Tensor) -> None:
-        self._model = _masked(model, scores, [len(each) for each in scores])
+        self._model = masked_to(model, scores, [len(each) for each in scores])
         graph = MaskedGraph(self._model, as_inputs(examples[:2]), "peers")
         base = graph.without()
         units: dict[str, dict[int, Unit]] = defaultdict(dict)

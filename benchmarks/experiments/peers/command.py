@@ -3,6 +3,9 @@
 For each data set, network and seed all ways start from the same trained network and have the same number of epochs and
 the same schedule. Every finished network is written down at once, and the same command, started again, goes on with
 the others. The exit code is 1 if a run failed and 2 if none could be started.
+
+With ``--untrained`` no weight is trained after pruning: what each way leaves of LeNet-5 and the MLP is judged as it is,
+and refitted to the trained network by `bmrs.compact`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from benchmarks.experiments.deadline import Deadline, OutOfTimeError
 from benchmarks.experiments.peers import residual, table
 from benchmarks.experiments.peers.chains import ChainComparison, config_of
 from benchmarks.experiments.peers.comparison import CPU, Comparison, Row, Subject
+from benchmarks.experiments.peers.untrained import UntrainedComparison
 from benchmarks.options import positive
 from benchmarks.records import RESULTS
 from bmrs.data import EMBEDDED, DataError, DataName
@@ -43,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError:
         print("peers: Torch-Pruning is missing: pip install torch-pruning==1.6.1", file=sys.stderr)
         return 2
+    if options.untrained:
+        options.networks = [name for name in options.networks if name != RESIDUAL]
+    if options.output is None:
+        options.output = RESULTS / "peers" / (table.UNTRAINED if options.untrained else table.RUNS)
     subjects = _subjects(options.data, options.networks, options.seeds)
     idle = [n for n in (*options.networks, *options.data) if not any(n in subject for subject in subjects)]
     if idle:
@@ -63,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for failure in filter(None, failures):
         print(f"peers: {failure}", file=sys.stderr)
     rows = table.load(options.output)
-    print(table.as_markdown(rows))
+    print(table.untrained(rows) if options.untrained else table.as_markdown(rows))
     return int(any(failures))
 
 
@@ -97,10 +105,17 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        default=RESULTS / "peers" / table.RUNS,
         help="file that rows are added to; by default the committed one",
     )
-    parser.add_argument("--methods", nargs="+", choices=table.METHODS, help="ways to a smaller network (all)")
+    parser.add_argument(
+        "--untrained", action="store_true", help="prune and refit, and train nothing after that; chains alone"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=dict.fromkeys([*table.METHODS, *table.UNTRAINED_METHODS]),
+        help="ways to a smaller network (all)",
+    )
     parser.add_argument("--minutes", type=float, default=1e9, help="time limit (none)")
     parser.add_argument("--jobs", type=positive, default=1, help="processes of one thread (%(default)s)")
     parser.add_argument("--commit", help="what is run, where git cannot tell")
@@ -119,14 +134,20 @@ def _subjects(data: Iterable[DataName], networks: Iterable[str], seeds: int) -> 
 
 
 def _comparison(
-    subject: Subject, folder: str | None, deadline: Deadline, methods: Sequence[str] | None
+    subject: Subject,
+    folder: str | None,
+    deadline: Deadline,
+    methods: Sequence[str] | None,
+    *,
+    untrained: bool,
 ) -> Comparison:
     if subject.network == RESIDUAL:
         config = residual.config_of(subject, folder)
         data = residual.first_images(load(config, CPU))
         return residual.ResidualComparison(subject, config, data, deadline, methods)
     config = config_of(subject, folder)
-    return ChainComparison(subject, config, load(config, CPU), deadline, methods)
+    kind = UntrainedComparison if untrained else ChainComparison
+    return kind(subject, config, load(config, CPU), deadline, methods)
 
 
 def _train(subject: Subject, *, options: argparse.Namespace, deadline: Deadline, about: Row) -> str | None:
@@ -139,13 +160,14 @@ def _train(subject: Subject, *, options: argparse.Namespace, deadline: Deadline,
     folder = None if options.data_dir is None else str(options.data_dir / subject.data)
     try:
         deadline.check()
-        comparison = _comparison(subject, folder, deadline, options.methods)
+        comparison = _comparison(subject, folder, deadline, options.methods, untrained=options.untrained)
         for row in comparison.rows(done):
             options.output.parent.mkdir(parents=True, exist_ok=True)
             with options.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**row, "environment": about}, ensure_ascii=False) + "\n")
             line = f"{subject.data} {subject.network} {subject.seed} {row['size']} {row['method']}"
-            print(f"{line}: {row['accuracy']:.2%}, {row['seconds']} s", file=sys.stderr, flush=True)
+            reached = row["refitted_accuracy" if options.untrained else "accuracy"]
+            print(f"{line}: {reached:.2%}, {row['seconds']} s", file=sys.stderr, flush=True)
     except OutOfTimeError:
         return None
     except (ConfigError, DataError, OSError, NonFiniteError, CollapseError) as error:

@@ -81,19 +81,25 @@ class Comparison:
             if built is None:
                 continue
             yield {
-                **self.subject._asdict(),
-                "size": size,
-                "method": method,
-                "settings": self.config.settings._asdict(),
+                **self.about(size, method, built.model),
                 "epochs": built.epochs,
-                "widths": [len(built.model.get_submodule(name).weight) for name in self.layers],  # type: ignore[arg-type]
-                "parameters": num_parameters(built.model),
-                "flops": flops(built.model, self.data.test.examples(1)),
                 **{f"{name}_accuracy": value for name, value in built.before.items()},
                 "accuracy": accuracy(built.model, self.data.test),
                 "validation_accuracy": accuracy(built.model, self.data.validation),
                 "seconds": round(time.perf_counter() - started, 2),
             }
+
+    def about(self, size: str, method: str, model: nn.Module) -> Row:
+        """Return what is said of each network that is compared."""
+        return {
+            **self.subject._asdict(),
+            "size": size,
+            "method": method,
+            "settings": self.config.settings._asdict(),
+            "widths": [len(model.get_submodule(name).weight) for name in self.layers],  # type: ignore[arg-type]
+            "parameters": num_parameters(model),
+            "flops": flops(model, self.data.test.examples(1)),
+        }
 
     @property
     def layers(self) -> Sequence[str]:

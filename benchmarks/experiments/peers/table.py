@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import table
 
 RUNS = "runs.jsonl"
+UNTRAINED = "untrained.jsonl"
 NAMES = {
     "fashion-mnist-subset": "embedded images",
     "fashion-mnist": "Fashion-MNIST",
@@ -40,6 +42,10 @@ METHODS = {
     "Taylor, in rounds": "Torch-Pruning, Taylor, uniform, in three rounds",
     "paper's training, uniform": "Algorithm 1's training (own rates), ranked by ΔF_N, uniform",
 }
+
+_RIVALS = ("random, uniform", "L2, uniform", "Taylor, uniform", "L2, global", "Taylor, global")
+
+UNTRAINED_METHODS = ("bmrs", *_RIVALS, "bmrs, uniform", "random, this recipe's widths")
 
 Row = dict[str, Any]
 
@@ -111,8 +117,6 @@ def _short(rows: Sequence[Row]) -> str:
                     values = [row[name] for row in ways[method] if row["seed"] in seeds]
                     return f"{100 * statistics.mean(values):.2f}"
 
-                before = {method: mean(method, "pruned_accuracy") for method in rivals if method != "scratch"}
-                best = max(before, key=lambda method: float(before[method]))
                 ours = [row for row in ways["bmrs"] if row["seed"] in seeds]
                 lines.append(
                     (
@@ -122,9 +126,6 @@ def _short(rows: Sequence[Row]) -> str:
                         f"{statistics.mean(row['parameters'] for row in ours):,.0f}",
                         f"{statistics.mean(row['flops'] for row in ours):,.0f}",
                         f"{100 * statistics.mean(row['accuracy'] for row in dense):.2f}" if dense else "",
-                        mean("bmrs", "pruned_accuracy"),
-                        f"**{mean('bmrs', 'refitted_accuracy')}**",
-                        f"{before[best]} ({best.partition(',')[0]})",
                         f"**{mean('bmrs', 'accuracy')}**",
                         *(mean(method, "accuracy") for method in rivals),
                     )
@@ -132,8 +133,65 @@ def _short(rows: Sequence[Row]) -> str:
     return table(
         (
             *("network, data", "size", "seeds", "parameters", "FLOPs", "before pruning"),
-            *("untrained: pruned", "refitted", "best rival"),
-            *("fine-tuned: this recipe", "from scratch", "random", "L2", "Taylor"),
+            *("this recipe", "its widths from scratch", "random", "L2", "Taylor"),
+        ),
+        lines,
+    )
+
+
+def untrained_readme(results: Path) -> str:
+    """Return what pruning and refitting leave, without training, of the committed rows."""
+    rows = load(results / "peers" / UNTRAINED)
+    return f"{_about(rows)}\n\n{untrained(rows)}" if rows else ""
+
+
+def untrained(rows: Sequence[Row]) -> str:
+    """Return a table of networks that were pruned and refitted, all by one function, and of which none was trained."""
+    lines = []
+    for data, network, size in itertools.product(NAMES, NETWORKS, SIZES):
+        found = [r for r in rows if (r["data"], r["network"], r["size"]) == (data, network, size)]
+        methods = [method for method in UNTRAINED_METHODS if any(row["method"] == method for row in found)]
+        # The same seeds in all columns.
+        of_all = [{row["seed"] for row in found if row["method"] == method} for method in methods]
+        seeds = set.intersection(*of_all) if "bmrs" in methods else set()
+        if not seeds:
+            continue
+
+        def mean(
+            name: str, method: str = "bmrs", found: Sequence[Row] = found, seeds: set[int] = seeds
+        ) -> float:
+            return statistics.mean(
+                row[name] for row in found if row["method"] == method and row["seed"] in seeds
+            )
+
+        def best(name: str, methods: Sequence[str] = methods, mean: Callable[..., float] = mean) -> str:
+            reached = {method: mean(name, method) for method in methods if method in _RIVALS}
+            method = max(reached, key=reached.__getitem__)
+            return f"{100 * reached[method]:.2f} ({method.replace(', uniform', '')})"
+
+        lines.append(
+            (
+                f"{NAMES[network]}, {NAMES[data]}",
+                size,
+                len(seeds),
+                f"{mean('parameters'):,.0f}",
+                f"{100 * mean('trained_accuracy'):.2f}",
+                f"{100 * mean('pruned_accuracy'):.2f}",
+                best("pruned_accuracy"),
+                f"**{100 * mean('refitted_accuracy'):.2f}**",
+                best("refitted_accuracy"),
+                *(
+                    f"{100 * mean('refitted_accuracy', method):.2f}" if method in methods else ""
+                    for method in UNTRAINED_METHODS
+                    if method not in ("bmrs", *_RIVALS)
+                ),
+            )
+        )
+    return table(
+        (
+            *("network, data", "size", "seeds", "parameters", "before pruning"),
+            *("pruned: this recipe", "best rival", "refitted: this recipe", "best rival"),
+            *("this recipe, uniform widths", "this recipe's widths, random structures"),
         ),
         lines,
     )
