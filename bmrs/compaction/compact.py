@@ -136,6 +136,13 @@ def compact(
             few_examples=refit_to is not None,
             approximate=check_approximate(approximate),
         )
+        if not masked.layers and record_of(masked.model) is None:
+            warnings.warn(
+                f"the model ({type(masked.model).__name__}) has no noise layer, so that nothing of it is pruned and "
+                "nothing leaves. If what it was loaded from has some, which load_state_dict(strict=False) passes over, "
+                "call bmrs.add_noise as for training before loading",
+                stacklevel=2,
+            )
         given_back: Counter[str] = Counter()
         # Noise that stays cannot multiply what a bias would stand in for.
         analysis = masked.analysis(follow_constants=not keep_noise)

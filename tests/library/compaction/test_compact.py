@@ -137,8 +137,13 @@ class TestModels:
         assert not noise_layers(compacted)
 
     def test_model_without_noise(self):
-        compacted = assert_compacts(bmrs.models.LeNet5(noise=False), torch.randn(2, 1, 32, 32))
-        assert parameter_shapes(compacted) == parameter_shapes(bmrs.models.LeNet5(noise=False))
+        """As one into which the state of a masked model was loaded without asking for all of it."""
+        plain, images = bmrs.models.LeNet5(noise=False), torch.randn(2, 1, 32, 32)
+        plain.load_state_dict(bmrs.models.LeNet5().state_dict(), strict=False)
+        with pytest.warns(UserWarning, match=r"\(LeNet5\) has no noise layer, .*strict=False.*add_noise as for"):
+            compacted = assert_compacts(plain, images)
+        assert parameter_shapes(compacted) == parameter_shapes(plain)
+        assert_compacts(compacted, images)  # nothing is missed of one that was compacted
 
     def test_layer_called_twice(self):
         first, linear, noise = nn.Linear(3, 4), nn.Linear(4, 4), NoiseLayer(4, activation="relu")

@@ -197,10 +197,12 @@ class TestExampleInputs:
         with pytest.raises(error, match=message):
             bmrs.compact(model, example)
 
+    @pytest.mark.filterwarnings("ignore:the model .* has no noise layer")
     def test_optional_second_input_is_left_out(self):
         compacted = assert_compacts(TwoInputs(), torch.randn(2, 3))
         assert compacted(torch.zeros(2, 3), torch.ones(2, 3)).eq(1).all()
 
+    @pytest.mark.filterwarnings("ignore:the model .* has no noise layer")
     def test_they_are_not_overwritten(self):
         model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2))
         x = torch.randn(3, 4)
@@ -406,6 +408,7 @@ class TestFold:
             folded[0].weight.zero_()
         assert model[0].weight.any()
 
+    @pytest.mark.filterwarnings("ignore:the model .* has no noise layer")
     def test_folded_model_compacts(self, model):
         """The factors are fixed by then; pruned structures are factors of zero."""
         x = torch.randn(3, 4)

@@ -276,6 +276,7 @@ class TestInPlace:
         prune_structures(model.noise, [1])
         assert_compacts(model, torch.randn(2, 3, 5))
 
+    @pytest.mark.filterwarnings("ignore:the model .* has no noise layer")
     def test_example_stays_even_where_the_model_overwrites_its_input(self):
         model = nn.Sequential(Sum(nn.Sequential(nn.Linear(3, 3)), nn.ReLU(inplace=True), way="operator"))
         x = torch.randn(4, 3)

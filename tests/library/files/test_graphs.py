@@ -359,6 +359,7 @@ class TestLoadIntoAModel:
         with pytest.raises(TypeError, match="model"):
             bmrs.load(saved, model=unsuitable)
 
+    @pytest.mark.filterwarnings("ignore:the model .* has no noise layer")
     def test_operators_that_no_file_holds(self, path):
         class Gamma(nn.Module):
             def __init__(self) -> None:
