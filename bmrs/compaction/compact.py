@@ -15,7 +15,7 @@ from bmrs.checks import check_choice, check_integer, check_number
 from bmrs.compaction.approximate_norms import ApproximateNorms
 from bmrs.compaction.comparison import OutputComparison, all_finite
 from bmrs.compaction.flop_count import forward_flops
-from bmrs.compaction.forms import find_form
+from bmrs.compaction.forms import Form, find_form
 from bmrs.compaction.masked_model import MaskedModel, factors_of, inside_a_module
 from bmrs.compaction.record import Record, joined, record_of, remember
 from bmrs.compaction.refit import refit
@@ -31,7 +31,7 @@ from bmrs.compaction.reporting import (
 from bmrs.compaction.rounding import structures_to_give_back
 from bmrs.compaction.surgery import replace_noise
 from bmrs.compaction.training_only import failure_in_training, only_in_training
-from bmrs.graph.analysis import Analysis
+from bmrs.graph.analysis import DIVIDED, Analysis
 from bmrs.graph.capture import has_autocast, mark
 from bmrs.graph.copies import copied, evaluation_copy
 from bmrs.graph.inputs import as_inputs, map_tensors
@@ -161,7 +161,7 @@ def compact(
         warnings.warn(
             f"the compacted network takes {fixed} along the first dimension of its inputs and no other number: the "
             f"code of {type(masked.model).__name__}, or torch.export of it, makes a plain number of that size, as "
-            "len(x) does and x.shape[0] does not",
+            "len(x) does and x.shape[0] does not, or divides it into parts of a given size, as x.split(8) does",
             stacklevel=2,
         )
     return result
@@ -268,14 +268,8 @@ def compacted(
             "plain number in the code, instead of such a size, would not change",
             stacklevel=3,
         )
-    if form.keeps_split:
-        warnings.warn(
-            f"{report.pruned - report.removed} of {report.pruned} pruned structures stay, with zero weights: the code "
-            f"of {type(masked).__name__} divides dimensions by numbers of its own, so that they cannot be smaller "
-            f"({form.because}), and a graph of its operators is no way out. Budgets reckoned without that are missed; "
-            "compact_report names the structures",
-            stacklevel=3,
-        )
+    if form.keeps:
+        _warn_of_what_stays(form, report, type(masked).__name__)
     if report.fails_in_training:
         warnings.warn(
             f"in training mode the compacted network ends in {report.fails_in_training}. Evaluation mode does not use "
@@ -298,6 +292,30 @@ def compacted(
         own_code = (joined(before.code_sizes, form.sizes), joined(before.numbers, the_cut.numbers))
     remember(result, Record(report, kept_inputs, selections, *own_code))
     return result
+
+
+def _warn_of_what_stays(form: Form, report: CompactReport, name: str) -> None:
+    """Warn that the model's own code keeps pruned structures, which budgets do not know of."""
+    stay = sum(
+        number
+        for layer in report.layers
+        for reason, number in layer.kept_because.items()
+        if reason.startswith(DIVIDED)
+    )
+    if form.keeps == "parts":
+        why = (
+            f"the code of {name} divides their dimension into equal parts, of which each has to keep as many"
+        )
+    else:
+        why = (
+            f"the code of {name} divides dimensions by numbers of its own, so that they cannot be smaller "
+            f"({form.because}), and a graph of its operators is no way out"
+        )
+    warnings.warn(
+        f"{stay} of {report.pruned} pruned structures stay, with zero weights: {why}. Budgets reckoned without that "
+        "are missed; compact_report names the structures",
+        stacklevel=4,
+    )
 
 
 def _check_stored(model: nn.Module) -> None:

@@ -20,6 +20,9 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, t
 _ROUNDINGS, _FAR_MORE = 16, 10
 """Errors of so many roundings are never looked into; in others, so many times what rounding makes is too much."""
 
+_OF_DOUBLE_PRECISION = 1e-12
+"""What arithmetic in float64 makes by itself, in another order, also of outputs that are small for what they are of."""
+
 
 class OutputComparison:
     """Outputs of a masked network on examples, and the comparison of others with them.
@@ -102,7 +105,8 @@ class OutputComparison:
         Something else than asked for is then computed that matters little on these examples, such as attention that
         takes its scale from the width of its heads while all scores are near 0.
         """
-        if not self._double or error <= _ROUNDINGS * max(self._roundings.values(), default=0.0):
+        least = max(_ROUNDINGS * max(self._roundings.values(), default=0.0), _OF_DOUBLE_PRECISION)
+        if not self._double or error <= least:
             return False
         rounded = outputs(self._masked, self._inputs, roundings=self._roundings, mode=self._approximation)
         return error > _FAR_MORE * relative_difference(self._expected, rounded)

@@ -40,7 +40,8 @@ class Form:
         error: the largest difference of its outputs from the masked model's, relative to the largest.
         failure: why it cannot be used, "" if it can.
         compared_in: what the outputs were computed in for that, as text.
-        keeps_split: whether all dimensions that the code divides, as into heads, keep their sizes.
+        keeps: which sizes stay for the model's own code, that could otherwise leave: ``"parts"`` so much that what it
+            divides into equal parts has as much in each, ``"split"`` all dimensions that it divides, as into heads.
         is_doubtful: whether its outputs differ by more than rounding makes, if within the tolerance.
         because: where the model's own classes cannot be narrower, or not all of them, why.
         sizes: numbers that were changed in the code of its layers, by path and name.
@@ -56,7 +57,7 @@ class Form:
     error: float = math.inf
     failure: str = ""
     compared_in: str = ""
-    keeps_split: bool = False
+    keeps: Literal["", "parts", "split"] = ""
     is_doubtful: bool = False
     because: str = ""
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -82,14 +83,14 @@ def find_form(
     forms = _forms(subject, analysis, comparison, keep_noise=keep_noise)
     while (form := _next(forms, raises=not doubtful)) is not None:
         form.compared_in = comparison.dtype
-        if form.kind == "graph" or form.keeps_split:
+        if form.kind == "graph" or form.keeps:
             form.because = failures["module"]
         if not form.failure:
             form.is_doubtful = comparison.is_more_than_rounding(form.error)
             if not form.is_doubtful:
                 return form
             doubtful.append(form)
-        if not form.keeps_split:
+        if not form.keeps:
             differs = f"its outputs would differ by {form.error:.2g} of the largest, which is more than rounding makes"
             failures[form.kind] = form.failure or differs
             if "multiple of 16 bytes" in form.failure:
@@ -120,8 +121,7 @@ def _forms(
     layers = subject.layers if keep_noise else {}
     captured = analysis.captured
 
-    def analysed(captured: Captured, *, keep_written: bool = False, keep_split: bool = False) -> Analysis:
-        options = {"keep_written": keep_written, "keep_split": keep_split}
+    def analysed(captured: Captured, **options: bool) -> Analysis:
         return replace(analyse(captured, follow_constants=not keep_noise, **options), fits=analysis.fits)
 
     emptied = NOTHING if keep_noise else emptied_layers(analysis)
@@ -132,6 +132,11 @@ def _forms(
     if analysis.written and captured.fixed_number() is not None:
         # A graph would take this number of examples and no other: rather less goes, of numbers written in code.
         yield _own_classes(analysed(captured, keep_written=True), comparison, layers)
+    if not analysis.parts_are_equal():
+        form = _own_classes(analysed(captured, equal_parts=True), comparison, layers)
+        form.keeps = "parts"
+        yield form
+        del form
     comparison.check_that_it_repeats(subject.model)
     # With sizes of sequences as symbols, so that the graph takes other ones.
     flexible = capture(
@@ -146,7 +151,7 @@ def _forms(
     # Rather less goes than nothing, or than into a graph that takes one number of examples, or that computes what the
     # model's code leaves out, such as experts.
     form = _own_classes(analysed(captured, keep_split=True), comparison, layers)
-    form.keeps_split = True
+    form.keeps = "split"
     yield form
     del form
     if less_use:

@@ -223,7 +223,8 @@ def _described(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Any], dict[s
         warnings.warn(
             f"the saved network takes {fixed} along the first dimension of its inputs and no other number, unless it "
             f"is loaded with bmrs.load(path, model=...): the code of {type(model).__name__}, or torch.export of it, "
-            "makes a plain number of that size, as len(x) does and x.shape[0] does not",
+            "makes a plain number of that size, as len(x) does and x.shape[0] does not, or divides it into parts of a "
+            "given size, as x.split(8) does",
             stacklevel=3,
         )
     marked = copy_of_model.named_modules(remove_duplicate=False)

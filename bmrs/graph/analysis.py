@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from bmrs.graph.capture import Captured
 from bmrs.graph.channels import (
     AtLeastOne,
+    EqualNumbers,
     Staying,
     compressed,
     smallest_staying,
@@ -26,6 +27,9 @@ from bmrs.graph.reader import NoOperatorError, Reader, UnknownSizeError, as_list
 from bmrs.graph.rms_norms import RmsNorm
 from bmrs.graph.rules import Call
 from bmrs.graph.values import IT_IS_READ, Findings, Value
+
+DIVIDED = "the model's own code divides it into"
+"""What reasons start with where code that is kept takes sizes for granted."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,13 @@ class Analysis:
                 sizes[last] = number // math.prod(sizes[axis] for axis in rows)
         return torch.Size(sizes)
 
+    def parts_are_equal(self) -> bool:
+        """Return whether as much stays of every part of what the model's code divides into equal ones."""
+        return all(
+            len(self.stays(rows).sum(dim=1).unique()) == 1
+            for _, rows in _equal_parts(self.calls, self.values)
+        )
+
     def reasons(self, channels: Tensor) -> list[str]:
         """Return why channels stay, "" for those that leave, of channels of shape (number,)."""
         found, roots = [], self.findings.ties.roots()
@@ -159,6 +170,7 @@ def analyse(
     all_stay: bool = False,
     keep_written: bool = False,
     keep_split: bool = False,
+    equal_parts: bool = False,
 ) -> Analysis:
     """Find the channels of a captured model that stay, by asking the rules for every operation.
 
@@ -168,6 +180,7 @@ def analyse(
         all_stay: whether all do, whatever is constant, as of a model that is described as it is.
         keep_written: whether what is written in code keeps its size, such as zeros that a loop starts from.
         keep_split: whether a dimension that is divided into several keeps its size, such as all heads of an attention.
+        equal_parts: whether as much stays of every part of what is divided into equal ones.
 
     Raises:
         ValueError: the size of a tensor depends on values of the input, or a function is transformed, as by
@@ -196,6 +209,10 @@ def analyse(
     _keep_what_is_written(reader, everything=keep_written)
     if keep_split:
         _keep_what_is_split(reader)
+    if equal_parts:
+        for place, rows in _equal_parts(reader.calls, reader.values):
+            findings.place = place
+            findings.add(EqualNumbers(rows), f"{DIVIDED} equal parts")
     unread = _unread(findings)
     if unread.numel():
         findings.place = ""
@@ -239,7 +256,22 @@ def _keep_what_is_split(reader: Reader) -> None:
         for layer in value.layers:
             if len(varying_axes(compressed(layer.reshape(call.shape)))) > len(varying_axes(layer)):
                 findings.place = place_of(node)
-                findings.stay(layer, "the model's own code divides it into parts of its sizes")
+                findings.stay(layer, f"{DIVIDED} parts of its sizes")
+
+
+def _equal_parts(
+    calls: Mapping[fx.Node, Call], values: Mapping[fx.Node, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield for what is divided into equal parts along channels where that is, and the channels of each part."""
+    for node, call in calls.items():
+        if call.operator not in ("chunk", "split", "tensor_split") or isinstance(
+            call["split_size"], list | tuple
+        ):
+            continue
+        parts = [part for part in as_list(values.get(node)) if isinstance(part, Value)]
+        rows = [row for part in parts if (row := part.channels_along(call["dim"])) is not None]
+        if len(rows) > 1 and len(rows) == len(parts) and len({len(row) for row in rows}) == 1:
+            yield place_of(node), torch.stack(rows)
 
 
 def _unread(findings: Findings) -> Tensor:

@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, is_dataclass, map_tensors, several_examples
+from bmrs.graph.nodes import operator_name
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -122,6 +124,35 @@ def _fixed_number(program: ExportedProgram) -> int | None:
     return None if None in numbers or not numbers else numbers[0]
 
 
+def _counts_parts(program: ExportedProgram) -> bool:
+    """Return whether a graph has a number of parts in it, as of ``x.split(8)``, that follows from a size that is free.
+
+    torch.export asks no more of that size than that so many parts are there: of a larger one the rest is left out.
+    """
+    for node in program.graph.nodes:
+        name = operator_name(node) if node.op == "call_function" else ""
+        if name not in ("split", "unsafe_split", "chunk", "unsafe_chunk"):
+            continue
+        x, number, axis = (*node.args, *node.kwargs.values(), 0)[:3]
+        size = x.meta["val"].shape[axis]
+        if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
+            continue
+        if isinstance(number, fx.Node):
+            number = number.meta["val"]
+        if "chunk" in name:
+            # Two parts are two of any size; more are as many where it can be divided by their number.
+            if number > 2 and not statically_known_true(size % number == 0):
+                return True
+        elif not isinstance(number, list | tuple):
+            parts = len(node.meta["val"])
+            if not (
+                statically_known_true(parts * number >= size)
+                and statically_known_true((parts - 1) * number < size)
+            ):
+                return True
+    return False
+
+
 def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
     """Replace a model's noise layers by `MarkedNoise`, in place.
 
@@ -214,6 +245,10 @@ def export_program(
                 program = torch.export.export(exported, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             failure = error
+            continue
+        if dimensions is None:
+            return program
+        if _counts_parts(program):
             continue
         # Where the number of examples is a part of the code, it has to be the given one.
         if example is inputs or _fixed_number(program) is None:

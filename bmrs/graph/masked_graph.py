@@ -98,13 +98,13 @@ class MaskedGraph:
             self._factors[name].copy_(factors)
 
     def without(self, structures: Iterable[Structure] = ()) -> Analysis:
-        """Return what leaves if these structures are pruned as well."""
+        """Return what leaves if these structures are pruned as well, and the model's own code is kept if it can be."""
         changed = defaultdict(list)
         for layer, number in structures:
             changed[layer].append(number)
         for layer, numbers in changed.items():
             self._factors[layer].view(self.structures[layer], -1)[numbers] = 0.0
-        analysis = analyse(self.captured)
+        analysis = analyse(self.captured, equal_parts=True)
         for layer in changed:
             self._factors[layer].copy_(self._kept[layer])
         return analysis

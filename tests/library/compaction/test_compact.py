@@ -140,7 +140,9 @@ class TestModels:
         """As one into which the state of a masked model was loaded without asking for all of it."""
         plain, images = bmrs.models.LeNet5(noise=False), torch.randn(2, 1, 32, 32)
         plain.load_state_dict(bmrs.models.LeNet5().state_dict(), strict=False)
-        with pytest.warns(UserWarning, match=r"\(LeNet5\) has no noise layer, .*strict=False.*add_noise as for"):
+        with pytest.warns(
+            UserWarning, match=r"\(LeNet5\) has no noise layer, .*strict=False.*add_noise as for"
+        ):
             compacted = assert_compacts(plain, images)
         assert parameter_shapes(compacted) == parameter_shapes(plain)
         assert_compacts(compacted, images)  # nothing is missed of one that was compacted

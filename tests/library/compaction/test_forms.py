@@ -200,3 +200,45 @@ def test_rather_less_leaves_than_a_graph_that_takes_one_number_of_examples():
     for number in (2, 3):
         x = torch.randn(number, 5, 12)
         torch.testing.assert_close(compacted(x), model.eval()(x))
+
+
+class Halves(nn.Module):
+    """A block of YOLO's: the second half of what a convolution returns is computed on, and joined with both."""
+
+    def __init__(self, *, parts=2):
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, 12 * parts, 1), nn.Conv2d(12, 12, 3, padding=1)
+        self.joined, self.last = nn.Conv2d(12 * (parts + 1), 10, 1), nn.Conv2d(10, 4, 1)
+        self.parts = parts
+
+    def forward(self, x):
+        parts = list(self.first(x).relu().chunk(self.parts, 1))
+        parts.append(self.inner(parts[-1]).relu())
+        x = self.last(self.joined(torch.cat(parts, 1)).relu())
+        return x if self.training else x.sigmoid().flatten(2)
+
+
+@pytest.mark.parametrize(("parts", "stay"), [(2, 2), (3, 6)])
+def test_parts_stay_equal_for_code_that_divides_into_equal_ones(parts, stay):
+    model = randomise(bmrs.add_noise(Halves(parts=parts), where=["first", "inner"]), pruned=0.0)
+    prune_structures(model.first.noise, [0, 1, 2, 3, 12, 13])
+    prune_structures(model.inner.noise, [4])
+    with pytest.warns(
+        UserWarning, match=rf"{stay} of 7 pruned structures stay.*Halves divides .* equal parts"
+    ):
+        compacted = assert_compacts(model, torch.randn(2, 3, 5, 5))
+    report = bmrs.compact_report(compacted)
+    assert (report.form, report.layers[0].kept_because) == (
+        "module",
+        {"the model's own code divides it into equal parts at chunk": stay},
+    )
+    assert compacted.train()(torch.randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)
+
+
+def test_a_budget_takes_equally_much_of_equal_parts():
+    model = randomise(bmrs.add_noise(Halves(), where=["first", "inner", "joined"]), pruned=0.0)
+    images = torch.randn(2, 3, 5, 5)
+    report = bmrs.prune_to(model, bmrs.SNR(), example_inputs=images, parameters=0.5)
+    compacted = assert_compacts(model, images, form="module")  # without a warning
+    assert sum(p.numel() for p in compacted.parameters()) == report.after.parameters
+    assert compacted.first.out_channels < 24

@@ -72,3 +72,64 @@ def test_a_graph_takes_as_many_as_the_example_has(number, tmp_path):
     with pytest.warns(UserWarning, match=f"saved network takes {number} along"):
         bmrs.save(tmp_path / "m.safetensors", compacted)
     assert torch.equal(bmrs.load(tmp_path / "m.safetensors")(x), compacted(x))
+
+
+class InParts(nn.Module):
+    """Computes parts of its examples one after the other, and has a number of channels in its code."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.a, self.o, self.parts = nn.Conv2d(1, 8, 3), nn.Linear(8 * 16, 2), parts
+
+    def forward(self, x):
+        x = torch.cat([self.a(part).relu() for part in self.parts(x)])
+        return self.o(x.view(-1, 8 * 16))
+
+
+def compacted_in_parts(parts, images):
+    model = bmrs.add_noise(InParts(parts), where="a").eval()
+    model.a.noise.set_kept(torch.arange(8) % 2 == 0)
+    small = bmrs.compact(model, images)
+    assert bmrs.compact_report(small).form == "graph"
+    torch.testing.assert_close(small(images), model(images))
+    return model, small
+
+
+@pytest.mark.parametrize(
+    ("parts", "number"),
+    [
+        (lambda x: x.split(8), 14),
+        (lambda x: x.chunk(4), 14),
+        (lambda x: x.chunk(3), 1),
+        (lambda x: x.split(x.shape[0] // 2), 4),
+    ],
+)
+def test_parts_of_a_given_size_make_a_number_that_is_fixed(parts, number):
+    """Of more examples a graph would leave some out, or take parts that are not there."""
+    with pytest.warns(UserWarning, match=rf"takes {number} along .* as x\.split\(8\) does"):
+        _, small = compacted_in_parts(parts, torch.randn(number, 1, 6, 6))
+    with pytest.raises(ValueError, match=f"size 0 of x must be {number}, .* got 20"):
+        small(torch.randn(20, 1, 6, 6))
+
+
+def test_a_part_that_holds_all_examples_holds_fewer_too():
+    model, small = compacted_in_parts(lambda x: x.split(8), torch.randn(1, 1, 6, 6))
+    images = torch.randn(8, 1, 6, 6)
+    torch.testing.assert_close(small(images), model(images))
+    with pytest.raises(ValueError, match=r"size 0 of x must be .* at most 8, .* got 9"):
+        small(torch.randn(9, 1, 6, 6))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda x: x.chunk(2),
+        lambda x: x.repeat(3, 1, 1, 1).chunk(3),
+        lambda x: torch.cat([x, x]).split(x.shape[0]),
+        lambda x: x.tensor_split(3),
+    ],
+)
+def test_as_many_parts_of_any_size_leave_the_number_free(parts):
+    model, small = compacted_in_parts(parts, torch.randn(4, 1, 6, 6))
+    images = torch.randn(9, 1, 6, 6)
+    torch.testing.assert_close(small(images), model(images))
