@@ -150,7 +150,7 @@ def _forms(
         yield graph
     # Rather less goes than nothing, or than into a graph that takes one number of examples, or that computes what the
     # model's code leaves out, such as experts.
-    form = _own_classes(analysed(captured, keep_split=True), comparison, layers)
+    form = _own_classes(analysed(captured, keep_split=True, equal_parts=True), comparison, layers)
     form.keeps = "split"
     yield form
     del form

@@ -264,9 +264,7 @@ def _equal_parts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield for what is divided into equal parts along channels where that is, and the channels of each part."""
     for node, call in calls.items():
-        if call.operator not in ("chunk", "split", "tensor_split") or isinstance(
-            call["split_size"], list | tuple
-        ):
+        if call.operator not in ("chunk", "split", "split_with_sizes", "tensor_split"):
             continue
         parts = [part for part in as_list(values.get(node)) if isinstance(part, Value)]
         rows = [row for part in parts if (row := part.channels_along(call["dim"])) is not None]

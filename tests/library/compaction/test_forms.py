@@ -205,22 +205,24 @@ def test_rather_less_leaves_than_a_graph_that_takes_one_number_of_examples():
 class Halves(nn.Module):
     """A block of YOLO's: the second half of what a convolution returns is computed on, and joined with both."""
 
-    def __init__(self, *, parts=2):
+    def __init__(self, *, parts=2, size=0):
         super().__init__()
         self.first, self.inner = nn.Conv2d(3, 12 * parts, 1), nn.Conv2d(12, 12, 3, padding=1)
         self.joined, self.last = nn.Conv2d(12 * (parts + 1), 10, 1), nn.Conv2d(10, 4, 1)
-        self.parts = parts
+        self.parts, self.size = parts, size
 
     def forward(self, x):
-        parts = list(self.first(x).relu().chunk(self.parts, 1))
+        x = self.first(x).relu()
+        parts = list(x.split(self.parts * [self.size], 1) if self.size else x.chunk(self.parts, 1))
         parts.append(self.inner(parts[-1]).relu())
         x = self.last(self.joined(torch.cat(parts, 1)).relu())
         return x if self.training else x.sigmoid().flatten(2)
 
 
-@pytest.mark.parametrize(("parts", "stay"), [(2, 2), (3, 6)])
-def test_parts_stay_equal_for_code_that_divides_into_equal_ones(parts, stay):
-    model = randomise(bmrs.add_noise(Halves(parts=parts), where=["first", "inner"]), pruned=0.0)
+@pytest.mark.parametrize(("parts", "stay", "size"), [(2, 2, 0), (3, 6, 0), (2, 2, 12)])
+def test_parts_stay_equal_for_code_that_divides_into_equal_ones(parts, stay, size):
+    halves = Halves(parts=parts, size=size)
+    model = randomise(bmrs.add_noise(halves, where=["first", "inner"]), pruned=0.0)
     prune_structures(model.first.noise, [0, 1, 2, 3, 12, 13])
     prune_structures(model.inner.noise, [4])
     with pytest.warns(
@@ -230,7 +232,7 @@ def test_parts_stay_equal_for_code_that_divides_into_equal_ones(parts, stay):
     report = bmrs.compact_report(compacted)
     assert (report.form, report.layers[0].kept_because) == (
         "module",
-        {"the model's own code divides it into equal parts at chunk": stay},
+        {f"the model's own code divides it into equal parts at {'split_with_sizes' if size else 'chunk'}": stay},
     )
     assert compacted.train()(torch.randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)
 
