@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from bmrs.graph.nodes import (
 )
 from bmrs.graph.operators import CONVOLUTIONS, FILLS, GATES, LINEAR, TRANSPOSED_CONVOLUTIONS
 from bmrs.graph.overwriting import overwrite
+from bmrs.graph.own_bias import is_stock, would_use_bias
 from bmrs.graph.rms_norms import rms_norms
 from bmrs.graph.rules import RULES, Call, unknown
 from bmrs.graph.rules.convolution import pads
@@ -81,6 +81,7 @@ class Reader:
         self.parameters: dict[str, Value] = {}
         path_of = {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
         self.norms, self.layer_norms = rms_norms(captured, path_of), layer_norms(captured, path_of)
+        self._modules = dict(captured.model.named_modules(remove_duplicate=False))
         self._by_tensor: dict[int, Value] = {}
         self._batched: set[fx.Node] = set()
         # A tensor can have several placeholders, of which one is used.
@@ -245,8 +246,22 @@ class Reader:
         path = layer_of(node) if others else weight.parameter.rpartition(".")[0]
         layer = self.captured.model.get_submodule(path)
         own = getattr(layer, "weight", None) is weight.tensor and getattr(layer, "bias", None) is None
-        stock = type(layer).forward in (nn.Linear.forward, *_forwards_of_convolutions())
-        return (True, f"{path}.bias".lstrip(".")) if own and stock else (False, "")
+        takes_one = own and (is_stock(layer) or self._would_use_bias(node, layer))
+        return (True, f"{path}.bias".lstrip(".")) if takes_one else (False, "")
+
+    def _would_use_bias(self, node: fx.Node, layer: nn.Module) -> bool:
+        """Return whether an operation is in a layer's own code, which would hand a bias on to it."""
+        source = node.args[0] if node.args else None
+        if self._modules.get(layer_of(node)) is not layer or not isinstance(source, fx.Node):
+            return False
+        # What the layer is given: it may pad that first, or move its dimensions.
+        while source.op == "call_function" and self._modules.get(layer_of(source)) is layer:
+            read = [n for n in source.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            if len(read) != 1:
+                break
+            (source,) = read
+        x = self.values.get(source)
+        return isinstance(x, Value) and would_use_bias(layer, x.shape, source.meta["val"].dtype)
 
     def _can_shift_behind(self, node: fx.Node) -> bool:
         """Return whether biases could stand in for constants that a layer norm takes, wherever they are read."""
@@ -362,11 +377,3 @@ def _own_tensors(argument: Any) -> Any:
 def as_list(values: Any) -> list[Value]:
     """Return the values among the results of an operation, which may be one, several or none."""
     return [v for v in (values if isinstance(values, list | tuple) else [values]) if isinstance(v, Value)]
-
-
-@functools.cache
-def _forwards_of_convolutions() -> tuple[Any, ...]:
-    return (
-        *(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward),
-        *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
-    )

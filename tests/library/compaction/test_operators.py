@@ -48,6 +48,79 @@ def pruned(model: nn.Module, structures: dict[str, list[int]]) -> nn.Module:
     return model
 
 
+class OwnConv(nn.Conv2d):
+    """As libraries have them, which pad by themselves."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (0, -x.shape[-1] % self.stride[0]))
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class ConvWithNorm(nn.Conv2d):
+    def __init__(self, inputs: int, outputs: int, size: int, *, bias: bool) -> None:
+        super().__init__(inputs, outputs, size, bias=bias)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.conv2d(x, self.weight, bias=self.bias, stride=self.stride)).relu()
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Its weight is computed, and no constant is taken up, so that nothing can be wrong."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std(dim=(1, 2, 3), keepdim=True), self.bias)
+
+
+class ConvWithoutBias(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight)
+
+
+class ConvWithBiasTwice(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.conv2d(x, self.weight, self.bias)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+
+class ConvWithOtherWay(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x if self.bias is None else x.abs(), self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "removed"),
+    [
+        *((OwnConv, 3), (ConvWithNorm, 3), (OwnLinear, 3)),
+        *((StandardisedConv, 0), (ConvWithoutBias, 0), (ConvWithBiasTwice, 0), (ConvWithOtherWay, 0)),
+    ],
+)
+def test_a_layer_of_an_own_class_gets_a_bias_if_its_code_would_use_it(layer, removed):
+    reads = layer(6, 5, bias=False) if layer is OwnLinear else layer(6, 5, 1, bias=False)
+    model = nn.Sequential(
+        *(
+            nn.Conv2d(3, 6, 1),
+            NoiseLayer(6),
+            nn.BatchNorm2d(6),
+            nn.SiLU(),
+            reads,
+            nn.ReLU(),
+            nn.Conv2d(5, 2, 1),
+        )
+    )
+    compacted = assert_compacts(pruned(model, {"1": [0, 2, 5]}), torch.randn(2, 3, 4, 4))
+    report = layer_report(compacted, "1")
+    assert report.removed == removed
+    assert all("no bias can take it up" in reason for reason in report.kept_because)
+    assert (compacted[3].bias is not None) == (removed == 3)
+
+
 def chunk_product(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=1)
     return first * second
