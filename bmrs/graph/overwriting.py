@@ -21,7 +21,7 @@ def overwrite(values: dict[fx.Node, Any], calls: Mapping[fx.Node, Call], node: f
     if not node.target._schema.is_mutable or not isinstance(result, Value) or not node.args:
         return
     source = node.args[0]
-    if not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or not result.shape.numel():  # into an empty slice
         return
     before = values.get(source)
     values[source] = replace(result, parameter=None)

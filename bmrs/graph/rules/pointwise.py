@@ -126,14 +126,14 @@ def _along_channels(weight: Value, shape: torch.Size) -> Value:
 
 def _constant(call: Call, values: list[Value]) -> Tensor | None:
     """Return what the operation makes of constants; elements that it makes from anything else are NaN."""
+    if not call.shape.numel():
+        return None  # of no elements, as of an empty slice
     known = [value.known() for value in values]
     if all(constant is None for constant in known):
         return None
     nan = torch.tensor(torch.nan, dtype=torch.float64)
     constants = [nan.expand(value.shape) if k is None else k for value, k in zip(values, known, strict=True)]
-    arguments = list(
-        without_repetition(*(c.expand(call.shape) for c in constants)) if call.shape.numel() else constants
-    )
+    arguments = list(without_repetition(*(c.expand(call.shape) for c in constants)))
     varies = torch.stack([c.isnan() for c in arguments]).any(dim=0)
     settled = _settled(call, values, arguments)
     if settled is not None:

@@ -48,6 +48,8 @@ def reduced(findings: Findings, call: Call) -> Value | list[Value]:
     if isinstance(call["other"], Value):  # the larger or smaller of two
         return pointwise(findings, call)
     x: Value = call["self"]
+    if not x.shape.numel():
+        return [Value(shape) for shape in call.shapes]  # of no elements, as of an empty slice
     rank = len(x.shape)
     dims = _dimensions(call, rank)
     known = x.known()

@@ -136,6 +136,12 @@ def overwritten(x: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor:
     return x
 
 
+def overwritten_nowhere(x: torch.Tensor, value: float) -> torch.Tensor:
+    """As windows of attention do that are shifted by 0."""
+    x[len(x) :, :1] = value
+    return x
+
+
 def put(x: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
     x[where] = value
     return x
@@ -192,6 +198,11 @@ class TestOperators:
             (lambda h: put(h * 1.0, h <= 0.0, 2.0), 6, [0, 3], 0, 6),
             (lambda h: put(h * 1.0, torch.tensor([0, 2]), 0.0), 6, [0, 3], 0, 6),
             (lambda h: h + torch.empty_like(h).zero_(), 6, [0, 3], 2, 4),
+            # Of no elements.
+            (lambda h: h * overwritten_nowhere(h.new_ones(4, 1), 2.0).sum(), 6, [0, 3], 2, 4),
+            (lambda h: overwritten_nowhere(h * 1.0, 2.0), 6, [0, 3], 2, 4),
+            (lambda h: h + h[:0].sum(), 6, [0, 3], 0, 6),
+            (lambda h: h * torch.zeros_like(h)[:0].prod(0), 6, [0, 3], 0, 6),
             (lambda h: h.index_fill(0, torch.tensor([1]), 0.0), 6, [0, 3], 2, 4),
             (lambda h: h.index_fill(1, torch.tensor([1]), 0.0), 6, [0, 3], 0, 6),
             # What the input picks of zeros is 0, whatever it picks.
