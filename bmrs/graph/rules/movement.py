@@ -84,24 +84,17 @@ def moved(findings: Findings, call: Call) -> Value | list[Value]:
         return call.target(**{**plain_arguments(call), name: x})
 
     results = moved_alike(findings, call, value, move)
-    if call.operator == "expand_as":
-        return [_expanded_as(call["other"], value, results[0])]
+    if call.operator in ("view_as", "reshape_as", "expand_as"):
+        # The other one gives the sizes: what lies along one dimension of both leaves together, and repetitions with
+        # what they are brought to, as under `F.normalize`.
+        (result,), other = results, call["other"]
+        own = value if call.operator == "expand_as" else result
+        operands = [(own.shape, own.layers), (other.shape, other.layers)]
+        return [replace(result, layers=combine(findings, result.shape, operands))]
     if call.operator in ("expand", "broadcast_to"):
         behind_groups = _expanded_behind_groups(findings, value, results[0])
         return [behind_groups if value.layers else _expanded_for_channels(findings, value, behind_groups)]
     return results
-
-
-def _expanded_as(other: Value, value: Value, result: Value) -> Value:
-    """Let repetitions leave with the channels of the tensor that says how many there are, as under `F.normalize`."""
-    offset = len(result.shape) - len(value.shape)
-    layers = [
-        layer
-        for layer in other.layers
-        for axes in [varying_axes(layer)]
-        if all(axis < offset or value.shape[axis - offset] == 1 < result.shape[axis] for axis in axes)
-    ]
-    return replace(result, layers=(*result.layers, *layers))
 
 
 def _expanded_for_channels(findings: Findings, value: Value, result: Value) -> Value:

@@ -516,6 +516,35 @@ class TestOperators:
         compacted = assert_compacts(model, torch.randn(2, 3, 8, 8))
         assert [layer_report(compacted, name).removed for name in ("1", "5")] == [4, 4]
 
+    @pytest.mark.parametrize(
+        ("function", "of_b", "removed", "form"),
+        [
+            (lambda a, b: a.flatten(0, 1).relu().reshape_as(a), [], (2, 0), "module"),
+            (lambda a, b: a.unflatten(-1, (2, 3)).relu().reshape_as(b), [1, 4], (2, 2), "graph"),
+            # Of both, whatever the other one is where only its sizes are read.
+            (lambda a, b: a.flatten(0, 1).relu().view_as(b), [1, 4], (2, 2), "module"),
+            (lambda a, b: a.flatten(0, 1).relu().view_as(b), [], (2, 0), "module"),
+            (lambda a, b: a.flatten(0, 1).relu().view_as(b) + b.exp(), [], (0, 0), "module"),
+            (lambda a, b: b.flatten(0, 1).relu().reshape_as(a), [], (0, 0), "module"),
+            (lambda a, b: a.flatten(0, 1).relu().reshape_as(torch.ones(3, 5, 6)), [], (0, 0), "module"),
+            (lambda a, b: a.sum(1, keepdim=True).expand_as(b), [1, 4], (2, 2), "module"),
+            (lambda a, b: b[:, :1].expand_as(a), [], (0, 0), "module"),
+            (lambda a, b: a.sum(2, keepdim=True).expand_as(b) * b, [1, 4], (2, 2), "module"),
+        ],
+    )
+    def test_a_tensor_that_gives_the_sizes_keeps_those_of_the_result(self, function, of_b, removed, form):
+        model = calling(
+            lambda self, x: self.last(function(self.noise_a(self.a(x)), self.noise_b(self.b(x)))),
+            a=nn.Linear(3, 6),
+            noise_a=NoiseLayer(6, dim=-1),
+            b=nn.Linear(3, 6),
+            noise_b=NoiseLayer(6, dim=-1),
+            last=nn.Linear(6, 2),
+        )
+        model = pruned(model, {"noise_a": [1, 4], "noise_b": of_b})
+        compacted = assert_compacts(model, torch.randn(3, 5, 3), form)
+        assert tuple(layer_report(compacted, f"noise_{n}").removed for n in "ab") == removed
+
     def test_pruned_entries_of_the_input_itself_are_not_counted_as_removed(self):
         model = calling(
             lambda self, x: self.last(self.noise(torch.cat([self.first(x), x], dim=1))),
