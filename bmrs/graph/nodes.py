@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from bmrs.graph.operators import CELLS, CONVOLUTIONS, GATES, SCATTERS, plain_name
 
@@ -28,6 +28,42 @@ def layer_of(node: fx.Node) -> str:
     """Return the qualified name of the innermost layer that an operation belongs to, "" for the model."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((str(path) for path, _ in reversed(stack.values())), "")
+
+
+def name_layers(graphs: fx.GraphModule, model: nn.Module) -> None:
+    """Give every operation of a model's graph the names that its layers have in the model, in place.
+
+    Where a layer has several names, torch.export goes by how the code came to it, as in ``f.slice(1, None, None).0``.
+    """
+    real = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for part in graphs.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            stack = node.meta.get("nn_module_stack") or {}
+            if any(str(path) not in real for path, _ in stack.values()):
+                named = {key: (_real_path(str(path), model), kind) for key, (path, kind) in stack.items()}
+                node.meta["nn_module_stack"] = named
+
+
+def _real_path(path: str, model: nn.Module) -> str:
+    """Return the name of a layer that the code came to by slices of others, or as much of it as the model has."""
+    found: list[str] = []
+    owner: nn.Module = model
+    inside: nn.Module = model  # what the next part of the path is looked up in: its owner, or a slice of that
+    for part in path.split(".") if path else ():
+        if part.startswith("slice("):
+            try:
+                bounds = [None if bound == "None" else int(bound) for bound in part[6:-1].split(", ")]
+                inside = inside[slice(*bounds)]  # type: ignore[index]
+            except Exception:  # of a class with another idea of slices
+                break
+            continue
+        child = inside._modules.get(part)
+        name = next((name for name, module in owner._modules.items() if module is child), None)
+        if child is None or name is None:
+            break
+        found.append(name)
+        owner = inside = child
+    return ".".join(found)
 
 
 def operator_name(node: fx.Node) -> str:

@@ -21,6 +21,7 @@ from bmrs.graph.nodes import (
     is_kernel_of_each_channel,
     layer_of,
     line_of,
+    name_layers,
     only_goes_on,
     only_starts_recurrences,
     operator_name,
@@ -79,6 +80,7 @@ class Reader:
         self.values: dict[fx.Node, Any] = {}
         self.calls: dict[fx.Node, Call] = {}
         self.parameters: dict[str, Value] = {}
+        name_layers(captured.program.graph_module, captured.model)
         path_of = {n: layer_of(n) for n in captured.graph.nodes if n.op == "call_function"}
         self.norms, self.layer_norms = rms_norms(captured, path_of), layer_norms(captured, path_of)
         self._modules = dict(captured.model.named_modules(remove_duplicate=False))

@@ -244,3 +244,41 @@ def test_a_budget_takes_equally_much_of_equal_parts():
     compacted = assert_compacts(model, images, form="module")  # without a warning
     assert sum(p.numel() for p in compacted.parameters()) == report.after.parameters
     assert compacted.first.out_channels < 24
+
+
+class SizeInCode(nn.Module):
+    """Its code reads its width from an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.hidden, self.last = 6, nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.last(self.hidden(x).relu().view(len(x), self.width))
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        lambda blocks, x: nn.Sequential(*blocks[1:])(x),
+        lambda blocks, x: blocks[1:](x) if isinstance(blocks, nn.Sequential) else blocks[1](x),
+        lambda blocks, x: blocks[1](blocks[-3::2][-1](x)),
+    ],
+)
+@pytest.mark.parametrize("container", [lambda *x: nn.Sequential(*x), lambda *x: nn.ModuleList(x)])
+def test_layers_that_are_called_by_slices_of_others(container, called):
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = container(nn.Linear(4, 4), SizeInCode(), SizeInCode())
+            self.one_name = self.another_name = nn.Tanh()
+
+        def forward(self, x):
+            return self.one_name(called(self.blocks, x))
+
+    model = Sliced()
+    hidden = bmrs.add_noise(model, where=["blocks.1.hidden"]).blocks[1].hidden
+    randomise(model, pruned=0.0)
+    prune_structures(hidden.noise, [1, 5])
+    compacted = assert_compacts(model, torch.randn(5, 4))
+    assert [compacted.blocks[i].width for i in (1, 2)] == [4, 6]
