@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bmrs.compaction.constant_layer import make_constant, make_passing
 from bmrs.compaction.cutting import Cut
+from bmrs.compaction.record import joined
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.channels import varying_axes
@@ -19,6 +21,7 @@ from bmrs.graph.copies import copied
 from bmrs.graph.nodes import layer_of
 from bmrs.graph.operators import FILLS, GATES
 from bmrs.graph.rules import Call
+from bmrs.graph.values import Value
 from bmrs.noise.activations import ACTIVATION_LAYERS
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.hooks import own_noise, remove_noise_hook
@@ -154,12 +157,16 @@ _TAKE_SIZES = {
 _NUMBERS_OF_LAYERS = ("layer_idx", "layer_id", "layer_index")
 _QUERIES_OF_A_GROUP = "num_key_value_groups"
 
+_Sizes: TypeAlias = "defaultdict[str, defaultdict[int, set[int]]]"
+"""By qualified name of a module, of old sizes the new ones."""
+
 
 def sizes_in_code(analysis: Analysis, model: nn.Module) -> list[dict[str, dict[str, int]]]:
     """Return guesses at attributes from which modules' own code takes sizes, such as a number of heads; the best first.
 
     Where the sizes that an operation is given change, integer attributes of the module around it that are equal to
-    the old size may have to become the new one. The comparison of outputs tells a right guess.
+    the old size may have to become the new one; likewise where what the module takes becomes narrower, which its code
+    may check. The comparison of outputs tells a right guess.
 
     Args:
         analysis: the network.
@@ -168,17 +175,18 @@ def sizes_in_code(analysis: Analysis, model: nn.Module) -> list[dict[str, dict[s
     Returns:
         Guesses: by qualified name of a module the new sizes by name of an attribute.
     """
-    sizes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sizes: _Sizes = defaultdict(lambda: defaultdict(set))
     for node, call in analysis.calls.items():
         for old, new in _sizes_given(analysis, node, call):
             sizes[layer_of(node)][old].add(new)
 
-    def guess(*, though_others_stay: bool) -> dict[str, dict[str, int]]:
+    def guess(sizes: _Sizes, *, though_others_stay: bool) -> dict[str, dict[str, int]]:
         changed: dict[str, dict[str, int]] = {}
         for path, new_sizes in sizes.items():
-            module = model.get_submodule(path)
-            if isinstance(module, nn.RNNBase):
-                continue  # which knows its own
+            module = modules.get(path)
+            if module is None or isinstance(module, nn.RNNBase):
+                continue  # noise that is gone, and what knows its own
             for name, value in vars(module).items():
                 if type(value) is not int or name.startswith("_") or name in _NUMBERS_OF_LAYERS:
                     continue
@@ -188,10 +196,42 @@ def sizes_in_code(analysis: Analysis, model: nn.Module) -> list[dict[str, dict[s
                     changed.setdefault(path, {})[name] = size
         return changed
 
-    most = guess(though_others_stay=True)
-    names = dict.fromkeys(name for attributes in most.values() for name in attributes)
-    singly = [{path: {n: s[n]} for path, s in most.items() if n in s} for n in names]
-    return [g for g in (guess(though_others_stay=False), most, *singly) if g]
+    most = guess(sizes, though_others_stay=True)
+    checked = guess(_sizes_taken(analysis, modules), though_others_stay=True)
+    found: list[dict[str, dict[str, int]]] = []
+    guesses = guess(sizes, though_others_stay=False), most, *_by_name(most)
+    for each in (*guesses, checked, joined(checked, most), *_by_name(checked)):
+        if each and each not in found:
+            found.append(each)
+    return found
+
+
+def _by_name(guess: dict[str, dict[str, int]]) -> list[dict[str, dict[str, int]]]:
+    names = dict.fromkeys(name for attributes in guess.values() for name in attributes)
+    return [{path: {n: s[n]} for path, s in guess.items() if n in s} for n in names]
+
+
+def _sizes_taken(analysis: Analysis, modules: Mapping[str, nn.Module]) -> _Sizes:
+    """Return the sizes that change of what modules of the user's own take, which their code may check."""
+    sizes: _Sizes = defaultdict(lambda: defaultdict(set))
+    changes: dict[fx.Node, list[tuple[int, int]]] = {}
+    for node in analysis.calls:
+        path = layer_of(node)
+        for read in node.all_input_nodes:
+            value = analysis.values.get(read)
+            if not isinstance(value, Value) or value.tensor is not None:
+                continue
+            if read not in changes:
+                pairs = zip(value.shape, analysis.kept_shape(value), strict=True)
+                changes[read] = [(old, new) for old, new in pairs if old != new]
+            around = path
+            while changes[read] and not f"{layer_of(read)}.".startswith(f"{around}.") and around:
+                module = modules.get(around)
+                if module is not None and not type(module).__module__.startswith("torch.nn."):
+                    for old, new in changes[read]:
+                        sizes[around][old].add(new)
+                around = around.rpartition(".")[0]
+    return sizes
 
 
 def queries_of_a_group(analysis: Analysis, model: nn.Module) -> dict[str, dict[str, int]]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_structure
 
 from bmrs import processes
+from bmrs.compaction.comparison import told
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, map_tensors
 from bmrs.graph.operators import DROPOUTS
@@ -96,8 +97,7 @@ def failure_in_training(model: nn.Module, compacted: nn.Module, inputs: Inputs) 
             except _WritesParameterError:
                 return ""
             except (Exception, SystemExit) as error:
-                lines = str(error).strip().splitlines()
-                failures.append(f"{type(error).__name__}: {lines[0] if lines else ''}")
+                failures.append(told(error))
     of_model, of_compacted = failures
     return "" if of_model else of_compacted
 

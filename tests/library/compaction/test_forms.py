@@ -282,3 +282,41 @@ def test_layers_that_are_called_by_slices_of_others(container, called):
     prune_structures(hidden.noise, [1, 5])
     compacted = assert_compacts(model, torch.randn(5, 4))
     assert [compacted.blocks[i].width for i in (1, 2)] == [4, 6]
+
+
+class Asserting(nn.Module):
+    """As blocks of diffusers, which check what they are given by a bare assertion."""
+
+    def __init__(self, check):
+        super().__init__()
+        self.channels, self.groups, self.check = 6, 2, check
+        self.conv = nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        if not self.check(self, x):
+            # An assertion itself would be given a text by pytest.
+            raise AssertionError
+        return self.conv(x) * self.groups
+
+
+def asserting(check):
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), Asserting(check), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    bmrs.add_noise(model, where=["0", "2.conv"])
+    randomise(model, pruned=0.0)
+    prune_structures(model[0].noise, [1, 5])
+    prune_structures(model[2].conv.noise, [0])
+    return model
+
+
+def test_code_that_checks_what_it_is_given_takes_fewer_channels():
+    compacted = assert_compacts(
+        asserting(lambda self, x: x.shape[1] == self.channels), torch.randn(5, 3, 2, 2)
+    )
+    assert (compacted[2].channels, compacted[2].groups) == (4, 2)
+
+
+def test_a_bare_assertion_is_named_by_its_line():
+    compacted = assert_compacts(asserting(lambda self, x: x.shape[1] == 6), torch.randn(5, 3, 2, 2), "graph")
+    line = Asserting.forward.__code__.co_firstlineno + 3
+    expected = f"AssertionError at line {line} of {__file__} (raise AssertionError)"
+    assert bmrs.compact_report(compacted).form_because == expected
