@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -161,8 +161,8 @@ _Sizes: TypeAlias = "defaultdict[str, defaultdict[int, set[int]]]"
 """By qualified name of a module, of old sizes the new ones."""
 
 
-def sizes_in_code(analysis: Analysis, model: nn.Module) -> list[dict[str, dict[str, int]]]:
-    """Return guesses at attributes from which modules' own code takes sizes, such as a number of heads; the best first.
+def sizes_in_code(analysis: Analysis, model: nn.Module) -> Iterator[dict[str, dict[str, int]]]:
+    """Yield guesses at attributes from which modules' own code takes sizes, such as a number of heads; the best first.
 
     Where the sizes that an operation is given change, integer attributes of the module around it that are equal to
     the old size may have to become the new one; likewise where what the module takes becomes narrower, which its code
@@ -170,9 +170,9 @@ def sizes_in_code(analysis: Analysis, model: nn.Module) -> list[dict[str, dict[s
 
     Args:
         analysis: the network.
-        model: the smaller one, which is left as it is.
+        model: the smaller one, which is left as it is, and is so again when the next one is asked for.
 
-    Returns:
+    Yields:
         Guesses: by qualified name of a module the new sizes by name of an attribute.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -197,13 +197,16 @@ def sizes_in_code(analysis: Analysis, model: nn.Module) -> list[dict[str, dict[s
         return changed
 
     most = guess(sizes, though_others_stay=True)
-    checked = guess(_sizes_taken(analysis, modules), though_others_stay=True)
-    found: list[dict[str, dict[str, int]]] = []
-    guesses = guess(sizes, though_others_stay=False), most, *_by_name(most)
-    for each in (*guesses, checked, joined(checked, most), *_by_name(checked)):
-        if each and each not in found:
+    found: list[dict[str, dict[str, int]]] = [{}]
+    for each in (guess(sizes, though_others_stay=False), most, *_by_name(most)):
+        if each not in found:
+            yield each
             found.append(each)
-    return found
+    checked = guess(_sizes_taken(analysis, modules), though_others_stay=True)
+    for each in (checked, joined(checked, most), *_by_name(checked)):
+        if each not in found:
+            yield each
+            found.append(each)
 
 
 def _by_name(guess: dict[str, dict[str, int]]) -> list[dict[str, dict[str, int]]]:
