@@ -15,6 +15,7 @@ from bmrs.graph.channels import (
     EqualNumbers,
     Joint,
     Product,
+    Read,
     SameEntries,
     Stay,
     Ties,
@@ -84,6 +85,8 @@ class Findings:
         place: the operation that is looked at.
         constants: by the operation, channels that are constant there and why that does not let them leave, as a part
             of a sentence.
+        counted: channels that were constant in front of a normalisation of groups and are not behind it, with a note of
+            that.
         repetitions: channels along dimensions that were expanded behind groups: of the repetitions of each group.
         follow_constants: whether what linear layers and convolutions make of nothing but constants is one.
     """
@@ -93,6 +96,7 @@ class Findings:
     notes: list[tuple[str, str]] = field(default_factory=list)
     place: str = ""
     constants: dict[str, list[tuple[Tensor, str]]] = field(default_factory=dict)
+    counted: dict[int, str] = field(default_factory=dict)
     repetitions: set[int] = field(default_factory=set)
     follow_constants: bool = True
 
@@ -100,6 +104,15 @@ class Findings:
         """Note a constraint of the present operation."""
         self.constraints.append(constraint)
         self.notes.append((note, self.place))
+        if self.counted and isinstance(constraint, Read) and note == IT_IS_READ:
+            read = [channel for channel in constraint.channels.flatten().tolist() if channel in self.counted]
+            for reason in dict.fromkeys(self.counted[channel] for channel in read):
+                of_it = [channel for channel in read if self.counted[channel] == reason]
+                self.say_of_constants(torch.tensor(of_it), f"{reason}, and it is read")
+
+    def say_of_counted(self, channels: Tensor, note: str) -> None:
+        """Note why channels that were constant are not behind the present operation, for where they are read."""
+        self.counted |= dict.fromkeys(channels.tolist(), f"{note} ({self.place})")
 
     def say_of_constants(self, channels: Tensor, note: str) -> None:
         """Note why channels are read, if they are, by the present operation although they are constant."""

@@ -388,6 +388,12 @@ def group_norm(findings: Findings, call: Call) -> list[Value]:
         gone = (~reduced.isnan()).expand(shape[0], groups, shape[2], *[1] * (len(shape) - 3)).flatten(1, 2)
         shift = torch.zeros(1) if bias is None else bias.tensor.detach().double().view(view)
         constant = compressed(shift.double().expand(gone.shape).masked_fill(~gone, torch.nan).expand(x.shape))
+    if x.constant is not None:
+        behind = torch.full((), torch.nan).expand(x.shape) if constant is None else constant
+        for layer in x.layers:
+            channels, was, is_now = without_repetition(layer, x.constant, behind)
+            no_longer = channels[~was.isnan() & is_now.isnan()].unique()
+            findings.say_of_counted(no_longer, "the statistics of a normalisation count it")
     value = Value(x.shape, layers, constant)
     return [value, *(Value(s) for s in call.shapes[1:])]
 

@@ -661,6 +661,22 @@ class TestLayers:
         assert list(report.kept_because.values()) == [2]
         assert "normalisation" in next(iter(report.kept_because))
 
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("function", [torch.relu, lambda h: h + 1.0])
+    def test_a_group_that_is_not_pruned_as_a_whole_names_the_normalisation(self, affine, function):
+        model = calling(
+            lambda self, x: self.last(function(self.norm(self.noise(self.first(x))))),
+            first=nn.Conv2d(3, 6, 1),
+            noise=NoiseLayer(6),
+            norm=nn.GroupNorm(2, 6, affine=affine),
+            last=nn.Conv2d(6, 2, 3, padding=1),
+        )
+        compacted = assert_compacts(pruned(model, {"noise": [1, 2]}), torch.randn(2, 3, 4, 4))
+        counted = "the statistics of a normalisation count it (group_norm in layer 'norm')"
+        assert layer_report(compacted, "noise").kept_because == {
+            f"{counted}, and it is read at conv2d in layer 'last'": 2
+        }
+
     def test_transformer_encoder_layer(self):
         model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
         bmrs.add_noise(model, where="linear1")
