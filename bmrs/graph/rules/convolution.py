@@ -105,10 +105,24 @@ def constants_through(call: Call, constant: Tensor | None, *, transposed: bool) 
 def _why_constants_stay(call: Call, transposed: bool) -> str:
     """Return why a convolution reads constants other than 0 like all else, "" if it need not."""
     if transposed:
-        return "which fewer weights meet at the borders"
+        return _why_transposed(call)
     if pads(call["padding"], call["weight"].shape[2:]):
         return "beside the zeros of the padding"
     return "" if call.can_shift else NO_BIAS
+
+
+def _why_transposed(call: Call) -> str:
+    """Return why a transposed convolution reads constants other than 0 like all else."""
+    strides, paddings, dilations = (
+        each * (len(call.shape) - 2) if len(each) == 1 else each
+        for each in (call["stride"], call["padding"], call["dilation"])
+    )
+    if any(stride > 1 for stride in strides):
+        return "which meets other weights from place to place, as the stride is more than 1"
+    reach = [(size - 1) * d for size, d in zip(call["weight"].shape[2:], dilations, strict=True)]
+    if any(padding < its for padding, its in zip(paddings, reach, strict=True)):
+        return "which fewer weights meet at the borders"
+    return "which is not followed through transposed convolutions"
 
 
 def pads(padding: object, kernel_size: Sequence[int]) -> bool:

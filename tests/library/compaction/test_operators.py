@@ -483,6 +483,16 @@ class TestOperators:
                 None,
                 "which fewer weights meet at the borders at conv_transpose1d",
             ),
+            (
+                nn.ConvTranspose1d(6, 2, 2, stride=2),
+                None,
+                "which meets other weights from place to place, as the stride is more than 1 at conv_transpose1d",
+            ),
+            (
+                nn.ConvTranspose1d(6, 2, 3, padding=2),
+                None,
+                "which is not followed through transposed convolutions at conv_transpose1d",
+            ),
             # The weight alone.
             (
                 nn.Conv1d(6, 2, 3),
