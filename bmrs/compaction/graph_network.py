@@ -146,6 +146,9 @@ def build(
     return module.eval()
 
 
+_AS_MADE = "as in the example that the network was made with"
+
+
 def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return inputs of a network that was captured, if they are such as it was captured for.
 
@@ -162,7 +165,7 @@ def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]
     for value, name, (kind, wanted) in zip(values, names, expected, strict=True):
         if kind == "constant":
             if value != wanted:
-                raise ValueError(f"{name} must be {wanted!r}, as when the network was saved, got {value!r}")
+                raise ValueError(f"{name} must be {wanted!r}, {_AS_MADE}, got {value!r}")
             continue
         shape = getattr(value, "shape", None)
         if shape is None or len(shape) != len(wanted):
@@ -179,9 +182,7 @@ def check_inputs(*values: Any, names: tuple[str, ...], expected: tuple[Any, ...]
                 words = f"at least {lower}" + ("" if upper is None else f" and at most {upper}")
                 words += "" if size == known[letter] else f" and {known[letter]} as before"
             if not fits:
-                raise ValueError(
-                    f"size {d} of {name} must be {words}, as when the network was saved, got {int(size)}"
-                )
+                raise ValueError(f"size {d} of {name} must be {words}, {_AS_MADE}, got {int(size)}")
     return values
 
 

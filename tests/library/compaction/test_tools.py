@@ -394,10 +394,29 @@ class TestGraphs:
         loaded = bmrs.load(tmp_path / "m")
         x = torch.randn(7, 6)
         torch.testing.assert_close(loaded(x, True), model(x, True))
-        with pytest.raises(ValueError, match="twice must be True, as when the network was saved, got False"):
+        with pytest.raises(
+            ValueError,
+            match="twice must be True, as in the example that the network was made with, got False",
+        ):
             loaded(x, False)
-        with pytest.raises(ValueError, match="size 1 of x must be 6, as when the network was saved, got 5"):
+        with pytest.raises(
+            ValueError, match="size 1 of x must be 6, as in the example that the network was made with, got 5"
+        ):
             loaded(torch.randn(7, 5), True)
+
+    def test_graph_that_was_never_saved_refuses_what_it_was_not_captured_for(self):
+        class Fixed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+            def forward(self, x):
+                return self.b(F.relu(self.a(x)).view(-1, 12))
+
+        compacted = bmrs.compact(half(bmrs.add_noise(Fixed(), where="a")), torch.randn(4, 6))
+        assert bmrs.compact_report(compacted).form == "graph"
+        with pytest.raises(ValueError, match=r"size 1 of x must be 6, as in the example .* made with, got 5"):
+            compacted(torch.randn(4, 5))
 
 
 class TestModelsOfUsers:
