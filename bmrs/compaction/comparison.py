@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from bmrs.graph.capture import _line_of
+from bmrs.graph.capture import line_of_error
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, map_tensors
 
@@ -161,11 +161,7 @@ def told(error: BaseException) -> str:
     """Return what an error says in one line, or where it comes from if it says nothing, as of a bare assertion."""
     lines = str(error).strip().splitlines()
     kind = type(error).__name__
-    return (
-        f"{kind}: {lines[0]}"
-        if lines
-        else f"{kind}{_line_of(error if isinstance(error, Exception) else None)}"
-    )
+    return f"{kind}: {lines[0]}" if lines else f"{kind}{line_of_error(error)}"
 
 
 def outputs(

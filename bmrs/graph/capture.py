@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -91,6 +91,7 @@ class Captured:
         names: by the name of a placeholder, the qualified name of the parameter or buffer.
         approximate: names of what may be approximated, so that more can leave; see `bmrs.graph.layer_norms`.
         moments: of layer norms that may be, by the qualified name of their weight; None if they are not known yet.
+        own_biases: what is known so far of layers of the user's own, whether they would use a bias.
     """
 
     model: nn.Module
@@ -99,6 +100,7 @@ class Captured:
     names: dict[str, str]
     approximate: frozenset[str] = frozenset()
     moments: Mapping[str, Moments] | None = None
+    own_biases: dict[nn.Module, bool] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -390,8 +392,8 @@ def _why_not(model: nn.Module, inputs: Inputs, purpose: str, failure: Exception 
                 f"{what} of {type(model).__name__}: {_how_to_register(unknown)}"
             )
     return (
-        f"{purpose} follows the model with torch.export, which failed on {type(model).__name__}{_line_of(failure)}: "
-        f"{_in_short(failure)}. {advice}"
+        f"{purpose} follows the model with torch.export, which failed on {type(model).__name__}"
+        f"{line_of_error(failure)}: {_in_short(failure)}. {advice}"
     )
 
 
@@ -439,7 +441,7 @@ def _in_short(error: Exception | None) -> str:
     return f"{type(error).__name__}: {first[:300]}"
 
 
-def _line_of(error: Exception | None) -> str:
+def line_of_error(error: BaseException | None) -> str:
     """Return the last line of the user's own code that an error passed, as a part of a sentence."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     own = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ _STOCK = (
     *(nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward),
 )
 _PRODUCTS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
-_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def is_stock(layer: nn.Module) -> bool:
@@ -41,12 +39,10 @@ def would_use_bias(layer: nn.Module, shape: Sequence[int], dtype: torch.dtype) -
     """
     if not isinstance(layer, nn.Linear | _ConvNd) or isinstance(layer, _ConvTransposeNd):
         return False
-    if layer not in _known:
-        try:
-            _known[layer] = _hands_on(layer, shape, dtype)
-        except Exception:  # it takes something else, or looks at values
-            _known[layer] = False
-    return _known[layer]
+    try:
+        return _hands_on(layer, shape, dtype)
+    except Exception:  # it takes something else, or looks at values
+        return False
 
 
 def _hands_on(layer: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> bool:

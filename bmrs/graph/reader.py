@@ -262,8 +262,10 @@ class Reader:
             if len(read) != 1:
                 break
             (source,) = read
-        x = self.values.get(source)
-        return isinstance(x, Value) and would_use_bias(layer, x.shape, source.meta["val"].dtype)
+        x, known = self.values.get(source), self.captured.own_biases
+        if layer not in known:
+            known[layer] = isinstance(x, Value) and would_use_bias(layer, x.shape, source.meta["val"].dtype)
+        return known[layer]
 
     def _can_shift_behind(self, node: fx.Node) -> bool:
         """Return whether biases could stand in for constants that a layer norm takes, wherever they are read."""

@@ -232,7 +232,9 @@ def test_parts_stay_equal_for_code_that_divides_into_equal_ones(parts, stay, siz
     report = bmrs.compact_report(compacted)
     assert (report.form, report.layers[0].kept_because) == (
         "module",
-        {f"the model's own code divides it into equal parts at {'split_with_sizes' if size else 'chunk'}": stay},
+        {
+            f"the model's own code divides it into equal parts at {'split_with_sizes' if size else 'chunk'}": stay
+        },
     )
     assert compacted.train()(torch.randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)
 
