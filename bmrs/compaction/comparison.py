@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from bmrs.compaction.random_states import random_states_kept
 from bmrs.graph.capture import line_of_error
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, map_tensors
@@ -118,13 +119,13 @@ class OutputComparison:
         Raises:
             ValueError: it does.
         """
-        again = outputs(masked, self._inputs, double=self._double, mode=self._approximation)
+        again = outputs(masked, self._inputs, double=self._double, mode=self._approximation, seed=1)
         if relative_difference(self._expected, again) > self.tolerance:
             raise ValueError(
                 f"the model ({type(masked).__name__}) gives other outputs every time in evaluation mode, as with "
-                "F.dropout(x) without training=self.training or torch.randn in forward, so that a smaller one "
-                "cannot be compared with it. Without removing anything, bmrs.fold(model) makes a network without "
-                "noise layers"
+                "F.dropout(x) without training=self.training or torch.randn in forward, and a smaller one draws "
+                "other numbers, so that it cannot be compared with it. Without removing anything, bmrs.fold(model) "
+                "makes a network without noise layers"
             )
 
     def differences(self, masked: nn.Module, network: nn.Module) -> tuple[float, float]:
@@ -171,17 +172,20 @@ def outputs(
     double: bool = True,
     roundings: Mapping[torch.dtype, float] | None = None,
     mode: TorchFunctionMode | None = None,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Return the tensors that a model returns, computed in float64 or as it is, with functions changed by a mode.
 
-    With ``roundings`` its parameters, of these dtypes, are changed by that much up or down, relative to each.
+    With ``roundings`` its parameters, of these dtypes, are changed by that much up or down, relative to each. Random
+    numbers, as variational autoencoders draw them, start from a seed, so that another network draws the same ones.
     """
     network = copied(model, share="parameters").eval()
     if double:
         _double_buffers(network)
         inputs = map_tensors(_double, inputs)
     # The mode inside, so that it is given the parameters themselves.
-    with _DoubleParameters(network, roundings or {}) if double else nullcontext(), mode or nullcontext():
+    parameters = _DoubleParameters(network, roundings or {}) if double else nullcontext()
+    with random_states_kept(network, inputs, seed=seed), parameters, mode or nullcontext():
         return run(network, inputs)
 
 

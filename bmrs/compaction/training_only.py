@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_structure
 
 from bmrs import processes
 from bmrs.compaction.comparison import told
+from bmrs.compaction.random_states import random_states_kept
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, map_tensors
 from bmrs.graph.operators import DROPOUTS
@@ -44,7 +43,7 @@ def only_in_training(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     _alias_parameters(network)
     drawn: dict[bool, dict[str, None]] = {False: {}, True: {}}
     structures = []
-    with torch.no_grad(), _random_states_kept(network, inputs):
+    with torch.no_grad(), random_states_kept(network, inputs):
         for training in (False, True):
             network.train(training)
             buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -89,7 +88,7 @@ def failure_in_training(model: nn.Module, compacted: nn.Module, inputs: Inputs) 
     for each in (model, compacted):
         network = copied(each, share="parameters").train()
         _alias_parameters(network)
-        with torch.no_grad(), _random_states_kept(network, inputs):
+        with torch.no_grad(), random_states_kept(network, inputs):
             try:
                 with _named_layers(network) as path, _Draws(network, path, {}) as draws, draws.dropouts:
                     _run(network, inputs)
@@ -118,20 +117,6 @@ def _alias_parameters(network: nn.Module) -> None:
 def _run(network: nn.Module, inputs: Inputs) -> Any:
     args, kwargs = map_tensors(torch.clone, inputs)
     return network(*args, **kwargs)
-
-
-@contextmanager
-def _random_states_kept(network: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Leave the random numbers of torch, on the devices in use, of numpy and of Python as they are."""
-    tensors = [*network.parameters(), *network.buffers(), *tree_flatten(inputs)[0]]
-    devices = {tensor.device for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_cuda}
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that the user has
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 @contextmanager

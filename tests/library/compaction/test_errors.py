@@ -64,8 +64,10 @@ class TestCapture:
         assert not noise_layers(folded)
         assert_equal_outputs(folded, model, torch.randn(3, 4))
 
-    def test_randomness_in_evaluation_mode_is_noticed(self, model):
+    def test_other_random_numbers_in_evaluation_mode_are_noticed(self, model):
         model[2] = DropsAlways()
+        bmrs.compact(model, torch.randn(3, 4))  # of which nothing leaves: it drops the same
+        prune_structures(model[1], [1])
         with pytest.raises(
             ValueError, match=r"gives other outputs every time in evaluation mode.*bmrs\.fold\(model\)"
         ):

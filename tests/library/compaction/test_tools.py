@@ -508,6 +508,28 @@ class TestModelsOfUsers:
         assert compacted.a.out_features == 6
         torch.testing.assert_close(compacted(x), model(x))
 
+    def test_the_same_random_numbers_in_evaluation_are_compared(self):
+        """As of a variational autoencoder, which draws as many numbers as before."""
+
+        class Autoencoder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.mean, self.b = nn.Linear(6, 12), nn.Linear(12, 2), nn.Linear(2, 12)
+                self.c = nn.Linear(12, 6)
+
+            def forward(self, x):
+                mean = self.mean(F.relu(self.a(x)))
+                return self.c(F.relu(self.b(mean + torch.randn_like(mean))))
+
+        model, x = half(bmrs.add_noise(Autoencoder(), where=["a", "b"])), torch.randn(4, 6)
+        compacted = bmrs.compact(model, x)
+        assert (compacted.a.out_features, compacted.b.out_features) == (6, 6)
+        found = []
+        for network in (model, compacted):
+            torch.manual_seed(1)
+            found.append(network(x))
+        torch.testing.assert_close(*found)
+
     def test_random_evaluation_is_refused(self):
         class Random(nn.Module):
             def __init__(self) -> None:
