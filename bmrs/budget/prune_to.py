@@ -107,6 +107,9 @@ def prune_to(
                 report = budget.report()
                 break
             except OutOfReachError:
+                if graph.equal_parts:
+                    graph.equal_parts = False  # rather a graph than none that is small enough
+                    continue
                 start = _with_one_layer_less(start, evidence, graph) if empty_layers else None
                 if start is None:
                     raise

@@ -136,13 +136,6 @@ def compact(
             few_examples=refit_to is not None,
             approximate=check_approximate(approximate),
         )
-        if not masked.layers and record_of(masked.model) is None:
-            warnings.warn(
-                f"the model ({type(masked.model).__name__}) has no noise layer, so that nothing of it is pruned and "
-                "nothing leaves. If what it was loaded from has some, which load_state_dict(strict=False) passes over, "
-                "call bmrs.add_noise as for training before loading",
-                stacklevel=2,
-            )
         given_back: Counter[str] = Counter()
         # Noise that stays cannot multiply what a bias would stand in for.
         analysis = masked.analysis(follow_constants=not keep_noise)
@@ -156,8 +149,20 @@ def compact(
         if refit_to is not None:
             reference = evaluation_copy(refit_to)
             refit(result, analysis, reference, inputs, ridge=refit_ridge)
+    report = compact_report(result)
+    if (
+        not masked.layers
+        and report.parameters_after == report.parameters_before
+        and record_of(masked.model) is None
+    ):
+        warnings.warn(
+            f"the model ({type(masked.model).__name__}) has no noise layer, so that nothing of it is pruned and "
+            "nothing leaves. If what it was loaded from has some, which load_state_dict(strict=False) passes over, "
+            "call bmrs.add_noise as for training before loading",
+            stacklevel=2,
+        )
     fixed = masked.captured.fixed_number()
-    if fixed is not None and compact_report(result).form == "graph":
+    if fixed is not None and report.form == "graph":
         warnings.warn(
             f"the compacted network takes {fixed} along the first dimension of its inputs and no other number: the "
             f"code of {type(masked.model).__name__}, or torch.export of it, makes a plain number of that size, as "
@@ -264,8 +269,8 @@ def compacted(
         warnings.warn(
             f"the compacted network's outputs differ by {form.error:.2g} of the largest from the masked model's: that "
             f"is within the tolerance of {comparison.tolerance:g}, but more than rounding makes, as where the code of "
-            f"{type(masked).__name__} computes with the size of a layer: compare the two on inputs of your own. A "
-            "plain number in the code, instead of such a size, would not change",
+            f"{type(masked).__name__} computes with the size of a layer: compare the two on inputs of your own. If "
+            "the code reads a width, as x * layer.out_features, write the number there instead",
             stacklevel=3,
         )
     if form.keeps:
@@ -304,16 +309,16 @@ def _warn_of_what_stays(form: Form, report: CompactReport, name: str) -> None:
     )
     if form.keeps == "parts":
         why = (
-            f"the code of {name} divides their dimension into equal parts, of which each has to keep as many"
+            f"the code of {name} divides their dimension into equal parts, of which each has to keep as many; "
+            "bmrs.prune_to takes as many of each"
         )
     else:
         why = (
             f"the code of {name} divides dimensions by numbers of its own, so that they cannot be smaller "
-            f"({form.because}), and a graph of its operators is no way out"
+            f"({form.because}), and a graph of its operators is no way out; budgets reckoned without that are missed"
         )
     warnings.warn(
-        f"{stay} of {report.pruned} pruned structures stay, with zero weights: {why}. Budgets reckoned without that "
-        "are missed; compact_report names the structures",
+        f"{stay} of {report.pruned} pruned structures stay, with zero weights, as {why}. compact_report names them",
         stacklevel=4,
     )
 

@@ -24,6 +24,9 @@ from bmrs.graph.capture import Captured, capture
 from bmrs.graph.emptied import NOTHING, Emptied, emptied_layers
 from bmrs.noise.layer import NoiseLayer
 
+_MOST = 0.75
+"""Share of the channels that could leave, with which own classes of equal parts are better than a graph without."""
+
 
 @dataclass
 class Form:
@@ -133,10 +136,13 @@ def _forms(
         # A graph would take this number of examples and no other: rather less goes, of numbers written in code.
         yield _own_classes(analysed(captured, keep_written=True), comparison, layers)
     if not analysis.parts_are_equal():
-        form = _own_classes(analysed(captured, equal_parts=True), comparison, layers)
-        form.keeps = "parts"
-        yield form
-        del form
+        equal = analysed(captured, equal_parts=True)
+        if equal.number_that_leave() >= _MOST * analysis.number_that_leave():
+            form = _own_classes(equal, comparison, layers)
+            form.keeps = "parts"
+            yield form
+            del form
+        del equal
     comparison.check_that_it_repeats(subject.model)
     # With sizes of sequences as symbols, so that the graph takes other ones.
     flexible = capture(

@@ -13,7 +13,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bmrs.compaction.constant_layer import make_constant, make_passing
 from bmrs.compaction.cutting import Cut
-from bmrs.compaction.record import joined
 from bmrs.graph.analysis import Analysis
 from bmrs.graph.capture import MarkedNoise
 from bmrs.graph.channels import varying_axes
@@ -202,8 +201,8 @@ def sizes_in_code(analysis: Analysis, model: nn.Module) -> Iterator[dict[str, di
         if each not in found:
             yield each
             found.append(each)
-    checked = guess(_sizes_taken(analysis, modules), though_others_stay=True)
-    for each in (checked, joined(checked, most), *_by_name(checked)):
+    # What a check asks for is one attribute: others that happen to have that value mean something else.
+    for each in _by_name(guess(_sizes_taken(analysis, modules), though_others_stay=True)):
         if each not in found:
             yield each
             found.append(each)

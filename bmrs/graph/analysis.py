@@ -143,11 +143,17 @@ class Analysis:
         return torch.Size(sizes)
 
     def parts_are_equal(self) -> bool:
-        """Return whether as much stays of every part of what the model's code divides into equal ones."""
-        return all(
-            len(self.stays(rows).sum(dim=1).unique()) == 1
-            for _, rows in _equal_parts(self.calls, self.values)
-        )
+        """Return whether as much stays of every part, if anything, of what the model's code divides into equal ones."""
+        for _, rows in _equal_parts(self.calls, self.values):
+            numbers = self.stays(rows).sum(dim=1)
+            if len(numbers[numbers > 0].unique()) > 1:
+                return False
+        return True
+
+    def number_that_leave(self) -> int:
+        """Return how many of the channels leave that noise layers scale."""
+        scaled = [channels for call in self.noise_calls() for channels in call["x"].layers]
+        return sum(int((~self.stays(without_repetition(channels)[0])).sum()) for channels in scaled)
 
     def reasons(self, channels: Tensor) -> list[str]:
         """Return why channels stay, "" for those that leave, of channels of shape (number,)."""
@@ -264,7 +270,7 @@ def _equal_parts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield for what is divided into equal parts along channels where that is, and the channels of each part."""
     for node, call in calls.items():
-        if call.operator not in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        if call.operator not in ("chunk", "split", "tensor_split"):
             continue
         parts = [part for part in as_list(values.get(node)) if isinstance(part, Value)]
         rows = [row for part in parts if (row := part.channels_along(call["dim"])) is not None]

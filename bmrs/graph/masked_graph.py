@@ -61,6 +61,8 @@ class MaskedGraph:
             channels; a product is constant where one factor is.
         level: names of the noise layers that have to prune equally many, as those of the layers and directions of a
             recurrent layer; two or more in each group.
+        equal_parts: whether as much stays of every part of what the model's code divides into equal ones, so that this
+            code can be kept; may be set.
 
     Raises:
         TypeError, ValueError: as `bmrs.compact`.
@@ -74,6 +76,7 @@ class MaskedGraph:
         check_noise_acts(self.masked)
         layers = noise_layers(self.masked)
         self.structures = {name: layer.num_structures for name, layer in layers.items()}
+        self.equal_parts = True
         # Those of the graph, which is asked again when they have changed.
         self._factors = {name: torch.ones_like(layer.spread(layer.mu)) for name, layer in layers.items()}
         self._kept = {name: factors.clone() for name, factors in self._factors.items()}
@@ -98,13 +101,13 @@ class MaskedGraph:
             self._factors[name].copy_(factors)
 
     def without(self, structures: Iterable[Structure] = ()) -> Analysis:
-        """Return what leaves if these structures are pruned as well, and the model's own code is kept if it can be."""
+        """Return what leaves if these structures are pruned as well."""
         changed = defaultdict(list)
         for layer, number in structures:
             changed[layer].append(number)
         for layer, numbers in changed.items():
             self._factors[layer].view(self.structures[layer], -1)[numbers] = 0.0
-        analysis = analyse(self.captured, equal_parts=True)
+        analysis = analyse(self.captured, equal_parts=self.equal_parts)
         for layer in changed:
             self._factors[layer].copy_(self._kept[layer])
         return analysis

@@ -227,6 +227,9 @@ def padded(findings: Findings, call: Call) -> Value:
         return lambda x: torch.ops.aten.pad(x.double(), pad, mode).to(x.dtype)
 
     fill = call["value"] or 0.0
+    if not axes and value.constant is not None:
+        # Nothing is put around this size, but may be around others.
+        value = replace(value, constant=value.constant.where(value.constant == fill, torch.nan))
     if mode == "constant" and not any(axis in varying_axes(layer) for layer in value.layers for axis in axes):
         # Around all channels alike: the padding belongs to the channel that it pads.
         return moved_alike(findings, call, value, lambda x: _grown(x, call.shape), pad_with(fill))[0]

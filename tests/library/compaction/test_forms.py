@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compaction_cases import assert_compacts, prune_structures, randomise
+from compaction_cases import assert_compacts, num_values, prune_structures, randomise
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,7 +47,7 @@ def test_heads_stay_where_neither_code_nor_graph_can_have_narrower_ones(noisy):
     model = with_noise(noisy, "hidden", ending=torch.vmap(torch.tanh))
     prune_structures(getattr(model, noisy).noise, [1, 5, 9])
     prune_structures(model.hidden.noise, [0, 4])
-    with pytest.warns(UserWarning, match=r"3 of 5 pruned structures stay.*Attention divides.*Budgets"):
+    with pytest.warns(UserWarning, match=r"3 of 5 pruned structures stay.*Attention divides.*budgets"):
         compacted = assert_compacts(model, torch.randn(2, 5, 12))
     assert (compacted.hidden.out_features, getattr(compacted, noisy).out_features) == (4, 12)
     reasons = {layer.name: layer.kept_because for layer in bmrs.compact_report(compacted).layers}
@@ -205,38 +205,44 @@ def test_rather_less_leaves_than_a_graph_that_takes_one_number_of_examples():
 class Halves(nn.Module):
     """A block of YOLO's: the second half of what a convolution returns is computed on, and joined with both."""
 
-    def __init__(self, *, parts=2, size=0):
+    def __init__(self, *, parts=2):
         super().__init__()
         self.first, self.inner = nn.Conv2d(3, 12 * parts, 1), nn.Conv2d(12, 12, 3, padding=1)
         self.joined, self.last = nn.Conv2d(12 * (parts + 1), 10, 1), nn.Conv2d(10, 4, 1)
-        self.parts, self.size = parts, size
+        self.parts = parts
 
     def forward(self, x):
         x = self.first(x).relu()
-        parts = list(x.split(self.parts * [self.size], 1) if self.size else x.chunk(self.parts, 1))
+        parts = list(x.chunk(self.parts, 1))
         parts.append(self.inner(parts[-1]).relu())
         x = self.last(self.joined(torch.cat(parts, 1)).relu())
         return x if self.training else x.sigmoid().flatten(2)
 
 
-@pytest.mark.parametrize(("parts", "stay", "size"), [(2, 2, 0), (3, 6, 0), (2, 2, 12)])
-def test_parts_stay_equal_for_code_that_divides_into_equal_ones(parts, stay, size):
-    halves = Halves(parts=parts, size=size)
-    model = randomise(bmrs.add_noise(halves, where=["first", "inner"]), pruned=0.0)
-    prune_structures(model.first.noise, [0, 1, 2, 3, 12, 13])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_stay_equal_for_code_that_divides_into_equal_ones(parts):
+    model = randomise(bmrs.add_noise(Halves(parts=parts), where=["first", "inner"]), pruned=0.0)
+    pruned = [0, 1, 2, 3, 12, 13, 14, 24, 25, 26][: 3 * parts + 1]
+    prune_structures(model.first.noise, pruned)
     prune_structures(model.inner.noise, [4])
     with pytest.warns(
-        UserWarning, match=rf"{stay} of 7 pruned structures stay.*Halves divides .* equal parts"
+        UserWarning, match=rf"1 of {len(pruned) + 1} pruned structures stay.*Halves .*prune_to"
     ):
         compacted = assert_compacts(model, torch.randn(2, 3, 5, 5))
     report = bmrs.compact_report(compacted)
     assert (report.form, report.layers[0].kept_because) == (
         "module",
-        {
-            f"the model's own code divides it into equal parts at {'split_with_sizes' if size else 'chunk'}": stay
-        },
+        {"the model's own code divides it into equal parts at chunk": 1},
     )
     assert compacted.train()(torch.randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)
+
+
+@pytest.mark.filterwarnings("ignore:the compacted network is a graph")
+def test_a_graph_where_most_would_stay_for_equal_parts():
+    model = randomise(bmrs.add_noise(Halves(), where="first"), pruned=0.0)
+    prune_structures(model.first.noise, [0, 1, 2, 3, 4])
+    report = bmrs.compact_report(assert_compacts(model, torch.randn(2, 3, 5, 5), form="graph"))
+    assert report.removed == 5
 
 
 def test_a_budget_takes_equally_much_of_equal_parts():
@@ -322,3 +328,25 @@ def test_a_bare_assertion_is_named_by_its_line():
     line = Asserting.forward.__code__.co_firstlineno + 3
     expected = f"AssertionError at line {line} of {__file__} (raise AssertionError)"
     assert bmrs.compact_report(compacted).form_because == expected
+
+
+class Joined(nn.Module):
+    """Two layers whose outputs are joined, and divided where they were joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 1), nn.Conv2d(3, 12, 1)
+        self.left, self.right = nn.Conv2d(12, 4, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x):
+        left, right = torch.cat([self.first(x), self.second(x)], 1).relu().chunk(2, 1)
+        return self.left(left) + self.right(right)
+
+
+def test_a_budget_that_equal_parts_cannot_meet_takes_one_part():
+    """The other one has no noise, so that equal parts have all of both."""
+    model = randomise(bmrs.add_noise(Joined(), where="first"), pruned=0.0)
+    images = torch.randn(2, 3, 5, 5)
+    report = bmrs.prune_to(model, bmrs.SNR(), example_inputs=images, parameters=0.7)
+    compacted = assert_compacts(model, images, form="graph")
+    assert num_values(compacted) == report.after.parameters <= 0.7 * report.dense.parameters

@@ -1,6 +1,7 @@
 """Networks that are more than chains of stock layers: operators, constants, several inputs and outputs."""
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +53,27 @@ class OwnConv(nn.Conv2d):
     """As libraries have them, which pad by themselves."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, (0, -x.shape[-1] % self.stride[0]))
+        if missing := -x.shape[-1] % self.stride[0]:
+            x = F.pad(x, (0, missing))
         return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class OwnConvOfOtherSizes(OwnConv):
+    """It pads sizes that its stride does not divide, and not that of the example."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, stride=2)
+
+
+class ConvThatPadsInTraining(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)) if self.training else x, self.weight, self.bias)
+
+
+class ConvWithHook(OwnConv):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_forward_hook(lambda layer, args, y: y if layer.bias is None else 2 * y)
 
 
 class ConvWithNorm(nn.Conv2d):
@@ -99,6 +119,7 @@ class ConvWithOtherWay(nn.Conv2d):
     [
         *((OwnConv, 3), (ConvWithNorm, 3), (OwnLinear, 3)),
         *((StandardisedConv, 0), (ConvWithoutBias, 0), (ConvWithBiasTwice, 0), (ConvWithOtherWay, 0)),
+        *((OwnConvOfOtherSizes, 0), (ConvThatPadsInTraining, 0), (ConvWithHook, 0)),
     ],
 )
 def test_a_layer_of_an_own_class_gets_a_bias_if_its_code_would_use_it(layer, removed):
@@ -119,6 +140,20 @@ def test_a_layer_of_an_own_class_gets_a_bias_if_its_code_would_use_it(layer, rem
     assert report.removed == removed
     assert all("no bias can take it up" in reason for reason in report.kept_because)
     assert (compacted[3].bias is not None) == (removed == 3)
+
+
+def test_a_pad_that_depends_on_the_size_lets_no_constant_pass():
+    """It puts nothing around the example, and zeros beside constants for other sizes."""
+
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.pad(x, (0, -x.shape[-1] % 2))
+
+    layers = (nn.Conv2d(3, 6, 1), NoiseLayer(6), nn.BatchNorm2d(6), Padded(), nn.Conv2d(6, 2, 2, stride=2))
+    model = pruned(nn.Sequential(*layers), {"1": [0, 2, 5]})
+    compacted = assert_compacts(model, torch.randn(2, 3, 4, 4))
+    images = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(compacted(images), model.eval()(images))
 
 
 def chunk_product(x: torch.Tensor) -> torch.Tensor:
