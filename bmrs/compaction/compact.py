@@ -161,14 +161,6 @@ def compact(
             "call bmrs.add_noise as for training before loading",
             stacklevel=2,
         )
-    fixed = masked.captured.fixed_number()
-    if fixed is not None and report.form == "graph":
-        warnings.warn(
-            f"the compacted network takes {fixed} along the first dimension of its inputs and no other number: the "
-            f"code of {type(masked.model).__name__}, or torch.export of it, makes a plain number of that size, as "
-            "len(x) does and x.shape[0] does not, or divides it into parts of a given size, as x.split(8) does",
-            stacklevel=2,
-        )
     return result
 
 
@@ -290,6 +282,13 @@ def compacted(
         )
     selections = {name: s for name, s in the_cut.selections.items() if s.axes or s.columns is not None}
     fixed = analysis.captured.fixed_number()
+    if fixed is not None and form.kind == "graph":
+        warnings.warn(
+            f"the compacted network takes {fixed} along the first dimension of its inputs and no other number: the "
+            f"code of {type(masked).__name__}, or torch.export of it, makes a plain number of that size, as "
+            "len(x) does and x.shape[0] does not, or divides it into parts of a given size, as x.split(8) does",
+            stacklevel=3,
+        )
     kept_inputs = map_tensors(lambda t: t.detach().clone(), inputs if fixed is not None else subject.few)
     own_code: tuple[dict[str, dict[str, Any]], ...] = ()
     if form.kind == "module":

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bmrs.graph.copies import copied
-from bmrs.graph.inputs import Inputs, is_dataclass, map_tensors, several_examples
+from bmrs.graph.inputs import Inputs, is_dataclass, map_tensors, more_examples, several_examples
 from bmrs.graph.nodes import operator_name
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.layer import NoiseLayer
@@ -155,6 +155,53 @@ def _counts_parts(program: ExportedProgram) -> bool:
     return False
 
 
+def _is_right_for_more(program: ExportedProgram, model: nn.Module, example: Inputs) -> bool:
+    """Return whether a graph whose number of examples is free does what the model does for more of them.
+
+    It does not where the code has a number of steps that follows from that of the examples, as ``range(len(x) // 8)``.
+    """
+    if _fixed_number(program) is not None:
+        return True
+    for odd in (True, False):  # some models take an even number alone
+        more = more_examples(example, odd=odd)
+        if more is None:
+            return True
+        try:
+            wanted = _outputs(copied(model, share=True), more)
+            break
+        except Exception:
+            continue
+    else:
+        return True  # it takes no more
+    number = next(leaf.shape[0] for leaf in tree_flatten(more)[0] if isinstance(leaf, Tensor))
+    if any(number > most for most in _most_examples(program)):
+        return True  # which it says
+    try:
+        found = _outputs(program.module(check_guards=False), more)
+    except Exception:
+        return False
+    return len(wanted) == len(found) and all(
+        a.shape == b.shape
+        and (a.dtype.is_complex or torch.allclose(a.double(), b.double(), 1e-2, 1e-3, True))
+        for a, b in zip(wanted, found, strict=True)
+    )
+
+
+def _most_examples(program: ExportedProgram) -> Iterator[float]:
+    own = {*program.graph_signature.user_inputs}
+    for node in program.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" and node.name in own else None
+        size = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+        if isinstance(size, torch.SymInt) and size.node.expr in program.range_constraints:
+            yield float(program.range_constraints[size.node.expr].upper)
+
+
+def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor]:
+    args, kwargs = map_tensors(torch.clone, inputs)
+    with torch.no_grad():
+        return [leaf for leaf in tree_flatten(network(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
+
+
 def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
     """Replace a model's noise layers by `MarkedNoise`, in place.
 
@@ -250,7 +297,9 @@ def export_program(
             continue
         if dimensions is None:
             return program
-        if _counts_parts(program):
+        if _counts_parts(program) or (
+            dynamic == "sequences" and not _is_right_for_more(program, model, example)
+        ):
             continue
         # Where the number of examples is a part of the code, it has to be the given one.
         if example is inputs or _fixed_number(program) is None:

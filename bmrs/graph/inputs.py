@@ -96,6 +96,14 @@ def several_examples(inputs: Inputs) -> Inputs:
     return map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
 
 
+def more_examples(inputs: Inputs, *, odd: bool) -> Inputs | None:
+    """Return twice as many examples, or one more, the same ones again; None where tensors have not all as many."""
+    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+    if len({tensor.shape[0] if tensor.dim() else -1 for tensor in tensors}) != 1 or not tensors[0].dim():
+        return None
+    return map_tensors(lambda t: torch.cat([t, t, t[:odd]]), inputs)
+
+
 def in_batches(examples: Inputs, size: int) -> Iterator[Inputs]:
     """Cut all tensors along their first dimension, where that is the same for all, into parts that fit the memory."""
     leaves, tree = tree_flatten(examples)

@@ -102,6 +102,9 @@ def compacted_in_parts(parts, images):
         (lambda x: x.chunk(4), 14),
         (lambda x: x.chunk(3), 1),
         (lambda x: x.split(x.shape[0] // 2), 4),
+        (lambda x: [x[8 * i : 8 * i + 8] for i in range(-(-x.shape[0] // 8))], 16),
+        (lambda x: x.tensor_split(-(-x.shape[0] // 8)), 16),
+        (lambda x: x.view(-1, 2, *x.shape[1:]).unbind(0), 4),
     ],
 )
 def test_parts_of_a_given_size_make_a_number_that_is_fixed(parts, number):
