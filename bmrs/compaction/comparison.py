@@ -155,10 +155,10 @@ class OutputComparison:
         try:
             return self.error(network), ""
         except Exception as failure:
-            return torch.inf, told(failure)
+            return torch.inf, in_one_line(failure)
 
 
-def told(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return what an error says in one line, or where it comes from if it says nothing, as of a bare assertion."""
     lines = str(error).strip().splitlines()
     kind = type(error).__name__

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_structure
 
 from bmrs import processes
-from bmrs.compaction.comparison import told
+from bmrs.compaction.comparison import in_one_line
 from bmrs.compaction.random_states import random_states_kept
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, map_tensors
@@ -96,7 +96,7 @@ def failure_in_training(model: nn.Module, compacted: nn.Module, inputs: Inputs) 
             except _WritesParameterError:
                 return ""
             except (Exception, SystemExit) as error:
-                failures.append(told(error))
+                failures.append(in_one_line(error))
     of_model, of_compacted = failures
     return "" if of_model else of_compacted
 

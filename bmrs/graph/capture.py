@@ -126,7 +126,7 @@ def _fixed_number(program: ExportedProgram) -> int | None:
     return None if None in numbers or not numbers else numbers[0]
 
 
-def _counts_parts(program: ExportedProgram) -> bool:
+def _has_number_of_parts(program: ExportedProgram) -> bool:
     """Return whether a graph has a number of parts in it, as of ``x.split(8)``, that follows from a size that is free.
 
     torch.export asks no more of that size than that so many parts are there: of a larger one the rest is left out.
@@ -297,7 +297,7 @@ def export_program(
             continue
         if dimensions is None:
             return program
-        if _counts_parts(program) or (
+        if _has_number_of_parts(program) or (
             dynamic == "sequences" and not _is_right_for_more(program, model, example)
         ):
             continue

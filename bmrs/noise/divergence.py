@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from numbers import Real
@@ -20,7 +21,7 @@ from bmrs.noise.sharded import check_gradients_arrive
 
 _MOST_NAMES = 3
 
-_LOSSES_WITHOUT_DRAW = 20
+_LOSSES_WITHOUT_DRAW = 200
 """How often a layer may be left out of a step, as experts and branches of stochastic depth are, before that is told."""
 
 KLWeight: TypeAlias = Literal["elbo", "mean"] | float | Mapping[str, float]
@@ -30,7 +31,7 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
     """Return the weighted KL(posterior‖prior) of a model's noise layers, to be added to the data loss.
 
     Warns once if an optimizer applies weight decay to the noise, as far as it can tell, and once of each noise layer
-    that is in evaluation mode while the model is in training mode, or that has multiplied nothing in 20 losses.
+    that is in evaluation mode while the model is in training mode, or that has multiplied nothing in 200 losses.
 
     Pruned structures are gone: they add neither KL nor gradient. What each of the others adds does not depend on
     how many are left.
@@ -68,7 +69,7 @@ def kl_divergence(model: nn.Module, *, weight: KLWeight, dataset_size: int | Non
     terms = [_group_divergence(group, shares) for group in groups]
     divergence = scale * torch.stack([term.to(terms[0].device, terms[0].dtype) for term in terms]).sum()
     if divergence.requires_grad:
-        _warn_of_idle_noise(layers)
+        _warn_of_idle_noise(model, layers)
         note_gradients(divergence, layers)
         check_gradients_arrive(divergence, model, layers)
     return divergence
@@ -89,7 +90,7 @@ def _warn_of_quiet_noise(layers: dict[str, NoiseLayer]) -> None:
     )
 
 
-def _warn_of_idle_noise(layers: dict[str, NoiseLayer]) -> None:
+def _warn_of_idle_noise(model: nn.Module, layers: dict[str, NoiseLayer]) -> None:
     """Warn, once for a layer, of noise that has multiplied nothing while that of others has."""
     idle = {name: layer for name, layer in layers.items() if not layer.has_drawn and layer.training}
     if not idle or torch.compiler.is_compiling() or not any(layer.has_drawn for layer in layers.values()):
@@ -99,14 +100,20 @@ def _warn_of_idle_noise(layers: dict[str, NoiseLayer]) -> None:
         layer.losses_without_draw += 1
         if layer.losses_without_draw == _LOSSES_WITHOUT_DRAW:
             told.append(name)
-    if told:
+    if told and not any(map(_runs_out_of_sight, model.modules())):
         warnings.warn(
-            f"the noise layers {_listed(told)} have multiplied nothing in {_LOSSES_WITHOUT_DRAW} losses that count "
-            "their KL, which alone moves them: the model does not call the layers that they were added to, as where "
-            "its code gives their weights to torch.nn.functional, so that nothing of them can be pruned. Call these "
+            f"the noise layers {_listed(told)} have multiplied nothing so far, in {_LOSSES_WITHOUT_DRAW} losses that "
+            "count their KL, which alone moves them. If the model's code never calls the layers that they were added "
+            "to, as where it gives their weights to torch.nn.functional, nothing of them can be pruned: call these "
             "layers, or leave them out with add_noise's where",
             stacklevel=3,
         )
+
+
+def _runs_out_of_sight(module: nn.Module) -> bool:
+    """Return whether a part of a model runs as a copy, or compiled, so that its noise leaves no trace here."""
+    compiled = isinstance(module, torch._dynamo.OptimizedModule) if "torch._dynamo" in sys.modules else False
+    return compiled or module._compiled_call_impl is not None or isinstance(module, nn.DataParallel)
 
 
 def _listed(names: list[str]) -> str:

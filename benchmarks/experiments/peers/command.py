@@ -4,8 +4,8 @@ For each data set, network and seed all ways start from the same trained network
 the same schedule. Every finished network is written down at once, and the same command, started again, goes on with
 the others. The exit code is 1 if a run failed and 2 if none could be started.
 
-With ``--untrained`` no weight is trained after pruning: what each way leaves of LeNet-5 and the MLP is judged as it is,
-and refitted to the trained network by `bmrs.compact`.
+With ``--untrained`` no weight is trained after pruning, and no epochs are compared: what each way leaves of LeNet-5 and
+the MLP is judged as it is, and refitted to the trained network by `bmrs.compact`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.untrained:
         options.networks = [name for name in options.networks if name != RESIDUAL]
+        options.data = [name for name in options.data if name != "cifar10"]
+        if not options.networks or not options.data:
+            print(
+                "peers: --untrained compares lenet5 and mlp, which are not trained on cifar10",
+                file=sys.stderr,
+            )
+            return 2
+    methods = table.UNTRAINED_METHODS if options.untrained else table.METHODS
+    if unknown := [method for method in options.methods or () if method not in methods]:
+        print(
+            f"peers: there is no {', '.join(unknown)} with{'' if options.untrained else 'out'} --untrained",
+            file=sys.stderr,
+        )
+        return 2
     if options.output is None:
         options.output = RESULTS / "peers" / (table.UNTRAINED if options.untrained else table.RUNS)
     subjects = _subjects(options.data, options.networks, options.seeds)

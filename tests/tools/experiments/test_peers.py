@@ -238,6 +238,19 @@ def test_runs_are_resumed_and_compare_networks_of_one_size(quick, tmp_path, monk
     assert output.read_text("utf-8") == text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--untrained", "--networks", "resnet20"], "--untrained compares lenet5 and mlp"),
+        (["--untrained", "--methods", "scratch"], "there is no scratch with --untrained"),
+        (["--methods", "random, this recipe's widths"], "there is no random, this recipe's widths without"),
+    ],
+)
+def test_what_there_is_not_is_named(arguments, message, tmp_path, capsys):
+    assert benchmarks(["peers", "--output", str(tmp_path / "rows"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_no_way_trains_is_refitted_alike(quick, tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
