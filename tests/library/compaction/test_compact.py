@@ -22,6 +22,7 @@ from bmrs.noise.lookup import noise_layers
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the model .* has no noise layer")
 @pytest.mark.parametrize("seed", range(48))
 def test_random_chains(seed):
     dtype = [torch.float32, torch.float64][seed % 2]
