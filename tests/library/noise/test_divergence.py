@@ -127,25 +127,27 @@ def train(model, *, steps, compiled=False):
             bmrs.kl_divergence(model, weight="mean")  # to be shown, not to learn from
 
 
-def test_noise_that_multiplies_nothing_is_named_once():
+def test_noise_that_multiplies_nothing_is_named_once(monkeypatch):
+    monkeypatch.setattr(bmrs.noise.divergence, "_LOSSES_WITHOUT_DRAW", 20)
     model, unseen = (bmrs.add_noise(Branches(), where=nn.Linear) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(model, steps=199)
-        train(unseen, steps=205, compiled=True)  # where nothing can be seen, nothing is said
+        train(model, steps=19)
+        train(unseen, steps=25, compiled=True)  # where nothing can be seen, nothing is said
     with pytest.warns(
-        UserWarning, match=r"layers 'read\.noise' have multiplied nothing so far, in 200"
+        UserWarning, match=r"layers 'read\.noise' have multiplied nothing so far, in 20"
     ) as told:
         train(model, steps=30)
     assert len(told) == 1
 
 
-def test_noise_that_runs_compiled_in_part_is_not_missed():
+def test_noise_that_runs_compiled_in_part_is_not_missed(monkeypatch):
+    monkeypatch.setattr(bmrs.noise.divergence, "_LOSSES_WITHOUT_DRAW", 20)
     model = bmrs.add_noise(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), where=nn.Linear)
     model[0].compile(backend="eager")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        train(model, steps=205)
+        train(model, steps=25)
     assert not [warning for warning in told if "multiplied nothing" in str(warning.message)]
 
 

@@ -15,7 +15,16 @@ from torch import nn
 import bmrs
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.experiments.deadline import Deadline
-from benchmarks.experiments.peers import chains, command, comparison, picture, residual, rules, table
+from benchmarks.experiments.peers import (
+    chains,
+    command,
+    comparison,
+    picture,
+    residual,
+    rules,
+    table,
+    untrained,
+)
 from benchmarks.experiments.peers.budget import Chain, Cost, kept, minus_losses
 from benchmarks.experiments.peers.untrained import UntrainedComparison
 from benchmarks.rivals import torch_pruning
@@ -181,6 +190,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(command, "config_of", short)
     monkeypatch.setattr(command, "load", few)
     monkeypatch.setattr(chains, "SIZES", ("own", "20 %"))
+    monkeypatch.setattr(untrained, "SIZES", ("own", "20 %"))
 
 
 @pytest.mark.slow
