@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from bmrs.compaction.random_states import random_states_kept
 from bmrs.graph.capture import line_of_error
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, map_tensors
+from bmrs.graph.random_states import random_states_kept
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.016}
 """Differences of outputs, relative to the largest, that rounding may make, by the dtype of parameters."""

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_structure
 
 from bmrs import processes
 from bmrs.compaction.comparison import in_one_line
-from bmrs.compaction.random_states import random_states_kept
 from bmrs.graph.copies import copied
 from bmrs.graph.inputs import Inputs, map_tensors
 from bmrs.graph.operators import DROPOUTS
+from bmrs.graph.random_states import random_states_kept
 from bmrs.graph.stock_layers import BATCH_NORMS
 
 

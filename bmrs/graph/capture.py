@@ -17,13 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bmrs.graph.copies import copied
-from bmrs.graph.inputs import Inputs, is_dataclass, map_tensors, more_examples, several_examples
-from bmrs.graph.nodes import operator_name
+from bmrs.graph.free_numbers import fixed_number, has_number_of_parts, is_right_for_more
+from bmrs.graph.inputs import Inputs, is_dataclass, map_tensors, several_examples
 from bmrs.noise.channel_scale import ChannelScale
 from bmrs.noise.layer import NoiseLayer
 from bmrs.noise.lookup import noise_layers
@@ -112,94 +111,7 @@ class Captured:
 
         None if the number is free, at least in one of the inputs.
         """
-        return _fixed_number(self.program)
-
-
-def _fixed_number(program: ExportedProgram) -> int | None:
-    own = {*program.graph_signature.user_inputs}
-    values = [
-        node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in own
-    ]
-    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
-    # A symbol that turned out to have one value alone stays a symbol.
-    numbers = [size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size for size in sizes]
-    return None if None in numbers or not numbers else numbers[0]
-
-
-def _has_number_of_parts(program: ExportedProgram) -> bool:
-    """Return whether a graph has a number of parts in it, as of ``x.split(8)``, that follows from a size that is free.
-
-    torch.export asks no more of that size than that so many parts are there: of a larger one the rest is left out.
-    """
-    for node in program.graph.nodes:
-        name = operator_name(node) if node.op == "call_function" else ""
-        if name not in ("split", "unsafe_split", "chunk", "unsafe_chunk"):
-            continue
-        x, number, axis = (*node.args, *node.kwargs.values(), 0)[:3]
-        size = x.meta["val"].shape[axis]
-        if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
-            continue
-        if isinstance(number, fx.Node):
-            number = number.meta["val"]
-        if "chunk" in name:
-            # Two parts are two of any size; more are as many where it can be divided by their number.
-            if number > 2 and not statically_known_true(size % number == 0):
-                return True
-        elif not isinstance(number, list | tuple):
-            parts = len(node.meta["val"])
-            if not (
-                statically_known_true(parts * number >= size)
-                and statically_known_true((parts - 1) * number < size)
-            ):
-                return True
-    return False
-
-
-def _is_right_for_more(program: ExportedProgram, model: nn.Module, example: Inputs) -> bool:
-    """Return whether a graph whose number of examples is free does what the model does for more of them.
-
-    It does not where the code has a number of steps that follows from that of the examples, as ``range(len(x) // 8)``.
-    """
-    if _fixed_number(program) is not None:
-        return True
-    for odd in (True, False):  # some models take an even number alone
-        more = more_examples(example, odd=odd)
-        if more is None:
-            return True
-        try:
-            wanted = _outputs(copied(model, share=True), more)
-            break
-        except Exception:
-            continue
-    else:
-        return True  # it takes no more
-    number = next(leaf.shape[0] for leaf in tree_flatten(more)[0] if isinstance(leaf, Tensor))
-    if any(number > most for most in _most_examples(program)):
-        return True  # which it says
-    try:
-        found = _outputs(program.module(check_guards=False), more)
-    except Exception:
-        return False
-    return len(wanted) == len(found) and all(
-        a.shape == b.shape
-        and (a.dtype.is_complex or torch.allclose(a.double(), b.double(), 1e-2, 1e-3, True))
-        for a, b in zip(wanted, found, strict=True)
-    )
-
-
-def _most_examples(program: ExportedProgram) -> Iterator[float]:
-    own = {*program.graph_signature.user_inputs}
-    for node in program.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" and node.name in own else None
-        size = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
-        if isinstance(size, torch.SymInt) and size.node.expr in program.range_constraints:
-            yield float(program.range_constraints[size.node.expr].upper)
-
-
-def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor]:
-    args, kwargs = map_tensors(torch.clone, inputs)
-    with torch.no_grad():
-        return [leaf for leaf in tree_flatten(network(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
+        return fixed_number(self.program)
 
 
 def mark(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
@@ -297,12 +209,12 @@ def export_program(
             continue
         if dimensions is None:
             return program
-        if _has_number_of_parts(program) or (
-            dynamic == "sequences" and not _is_right_for_more(program, model, example)
+        if has_number_of_parts(program) or (
+            dynamic == "sequences" and not is_right_for_more(program, model, example)
         ):
             continue
         # Where the number of examples is a part of the code, it has to be the given one.
-        if example is inputs or _fixed_number(program) is None:
+        if example is inputs or fixed_number(program) is None:
             return program
         with_another_number = with_another_number or program
     if with_another_number is not None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import bmrs
+from bmrs.graph.free_numbers import is_right_for_more
 
 
 class Fixed(nn.Module):
@@ -136,3 +137,31 @@ def test_as_many_parts_of_any_size_leave_the_number_free(parts):
     model, small = compacted_in_parts(parts, torch.randn(4, 1, 6, 6))
     images = torch.randn(9, 1, 6, 6)
     torch.testing.assert_close(small(images), model(images))
+
+
+class Drawing(nn.Module):
+    """Counts its calls and draws random numbers, in evaluation mode too; its outputs are small."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        x = self.hidden(x).relu()
+        return 1e-6 * self.out(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_more_examples_are_compared_with_nothing_changed(differs):
+    model, x = Drawing().eval(), torch.randn(4, 4)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
+    if differs:
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default):
+            node.target = torch.ops.aten.neg.default
+        program.graph_module.recompile()
+    calls, state = model.calls.clone(), torch.get_rng_state()
+    assert is_right_for_more(program, model, ((x,), {})) != differs
+    assert torch.equal(model.calls, calls)
+    assert torch.equal(torch.get_rng_state(), state)
